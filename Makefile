@@ -1,0 +1,40 @@
+# make engine   set up, export the embedded model to a TensorRT plan, and show what it makes of real questions
+# make test     set up and run the tests
+# make check    formatting, lint and types, as CI runs them
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Where pip finds torch 2.13.0; empty for pip's default, see the README for CPU-only and CUDA builds.
+TORCH_INDEX ?=
+PRECISION ?= fp16
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUNDLE := bundles/nv-embed-mini-$(PRECISION)
+
+.PHONY: engine test check format clean
+
+engine: $(READY)
+	$(BIN)/python -m export.trt --precision $(PRECISION) --out $(BUNDLE)
+	$(BIN)/python -m nvembed_deploy.similarity $(BUNDLE)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) with $(PYTHON): about 1.5 GB, a minute or two"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[export,cpu,rtx,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) bundles build dist *.egg-info

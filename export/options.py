@@ -1,0 +1,124 @@
+"""The flags that the export commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.targets import TARGETS, Target, choose
+
+DEFAULT_MODEL = Path("models") / "nv-embed-mini"
+"""The embedded checkpoint, from the root of the repository."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export, and how."""
+
+    model: str
+    """A local folder in Hugging Face layout, or a hub name."""
+    revision: str | None
+    out: Path
+    precision: Precision
+    dialect: Dialect
+    target: Target
+    profile: ShapeProfile
+    fold: bool
+    parity: bool
+    force: bool
+
+
+def default_model() -> Path:
+    """The embedded checkpoint's folder.
+
+    Raises:
+        ConfigError: This is an installed wheel, which does not hold it.
+    """
+    folder = Path(__file__).resolve().parent.parent / DEFAULT_MODEL
+    if not folder.is_dir():
+        raise ConfigError(
+            f"the embedded model {DEFAULT_MODEL} is part of the repository, not of the installed package; pass --model "
+            "with a checkpoint's folder or a hub name"
+        )
+    return folder
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `ExportOptions`."""
+    parser.add_argument(
+        "--model",
+        default=None,
+        metavar="DIR|NAME",
+        help="checkpoint: a folder in Hugging Face layout, or a hub name such as nvidia/NV-Embed-v2, which is "
+        f"downloaded (default: the embedded mini model, {DEFAULT_MODEL})",
+    )
+    parser.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
+    parser.add_argument(
+        "--precision",
+        choices=[item.value for item in Precision],
+        default=Precision.FP16.value,
+        help="number format of weights and activations (default: fp16)",
+    )
+    parser.add_argument(
+        "--target",
+        choices=["auto", *TARGETS],
+        default="auto",
+        help="device to build for: "
+        + "; ".join(f"{target.name} = {target.summary}" for target in TARGETS.values())
+        + " (default: auto, by what is installed here)",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=[item.value for item in Dialect],
+        default=None,
+        help="ONNX operators: fused (opset 23) or portable (opset 20, primitive operators) (default: the target's)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="DIR", help="bundle to write (default: bundles/MODEL-PRECISION)"
+    )
+    for name, what in (("min", "smallest"), ("opt", "most usual"), ("max", "largest")):
+        parser.add_argument(
+            f"--{name}",
+            type=Shape.parse,
+            default=None,
+            metavar="BxT",
+            help=f"{what} batch, texts x tokens (default: {getattr(TARGETS['rtx'].profile, name)})",
+        )
+    parser.add_argument("--no-fold", action="store_true", help="keep the latent attention unfolded, to compare")
+    parser.add_argument(
+        "--no-parity", action="store_true", help="skip the comparison with PyTorch, which the manifest then says"
+    )
+    parser.add_argument("--force", action="store_true", help="go on where the forecast says that it will not fit")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what TensorRT and the exporter log")
+
+
+def from_flags(flags: argparse.Namespace) -> ExportOptions:
+    """Checks the flags together.
+
+    Raises:
+        ConfigError: A flag does not fit the others; its name is in the message.
+    """
+    target = choose(flags.target)
+    shapes = {name: getattr(flags, name) or getattr(target.profile, name) for name in ("min", "opt", "max")}
+    if flags.opt is None:  # a user who narrows --max means the whole profile
+        opt, low, high = shapes["opt"], shapes["min"], shapes["max"]
+        shapes["opt"] = Shape(
+            batch=min(max(opt.batch, low.batch), high.batch), tokens=min(max(opt.tokens, low.tokens), high.tokens)
+        )
+    model = flags.model or str(default_model())
+    name = Path(model).name or "model"
+    return ExportOptions(
+        model=model,
+        revision=flags.revision,
+        out=flags.out or Path("bundles") / f"{name}-{flags.precision}",
+        precision=Precision(flags.precision),
+        dialect=Dialect(flags.dialect) if flags.dialect else target.dialect,
+        target=target,
+        profile=ShapeProfile(**shapes),
+        fold=not flags.no_fold,
+        parity=not flags.no_parity,
+        force=flags.force,
+    )

@@ -1,0 +1,116 @@
+"""Where the weights come from: a local folder or a hub name, and what its tokenizer files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nvembed_deploy.bundle import FileEntry, Source, hash_file
+from nvembed_deploy.config import ModelConfig, read_json
+from nvembed_deploy.errors import CheckpointError, MissingExtra
+from nvembed_deploy.model.checkpoint import weight_files
+from nvembed_deploy.text import TextContract, parse_tokenizer
+
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB_FILES = ("*.json", "*.safetensors")
+"""No code and no pickles: neither is ever needed."""
+KNOWN_SHARDS = {
+    # nvidia/NV-Embed-v2, revision c50d55f; the hub's client checks sizes only.
+    4_997_761_248: "0ce5651268058d961eaeabd4f65a5cb5d003ac7e0e34b7095658b5d5a4802f6a",
+    4_915_917_048: "bbd7e85b57afbc74fab67e50a572590ce57dde8b5fa76fe7527c42189074d57d",
+    4_999_820_296: "87c90f033107075c9531ed8163d4b087ce77e63596c8510821da15a4d892a85c",
+    788_571_960: "44ff251c6b33ed89101915eb82a92575fd7d7daf9db953205f3bb4b982c4c3f5",
+}
+
+
+def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
+    """The local folder of a model.
+
+    Args:
+        model: A folder, or a hub name, which is downloaded.
+        revision: Commit of the hub repository; for a folder it is not needed.
+
+    Returns:
+        The folder, and the hub's commit or None.
+
+    Raises:
+        CheckpointError: There is no such folder, or the hub cannot be reached.
+        MissingExtra: A hub name was given and the hub's client is not installed.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder, None
+    if folder.exists() or not HUB_NAME.match(model):
+        raise CheckpointError(
+            f"--model {model} is not a folder; pass a checkpoint's folder, or a hub name such as nvidia/NV-Embed-v2"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as err:
+        raise MissingExtra(
+            f"--model {model} is a hub name and huggingface_hub is not installed; pip install 'nvembed-deploy[export]'"
+        ) from err
+    try:
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+    except Exception as err:  # the client raises its own, its HTTP library's and the system's errors
+        reason = (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
+        raise CheckpointError(
+            f"--model {model} is no folder here, and as a hub name it could not be downloaded ({reason}); check the "
+            "name and the network, or download it elsewhere and pass its folder"
+        ) from err
+    return path, path.name
+
+
+def describe(folder: Path, name: str, revision: str | None, config: ModelConfig) -> Source:
+    """Hashes the checkpoint's files.
+
+    Raises:
+        CheckpointError: A shard has the size of a published one and other content.
+    """
+    files: dict[str, FileEntry] = {}
+    for path in (folder / "config.json", folder / "tokenizer.json", *weight_files(folder)):
+        files[path.name] = entry = hash_file(path)
+        known = KNOWN_SHARDS.get(entry.bytes)
+        if known is not None and known != entry.sha256 and config.hidden_size == 4096:
+            raise CheckpointError(
+                f"{path} has the size of NV-Embed-v2's shard and another SHA-256 ({entry.sha256[:12]}..., published "
+                f"{known[:12]}...); download it again"
+            )
+    return Source(name=name, revision=revision, files=files, architecture=config)
+
+
+def text_contract(folder: Path, config: ModelConfig) -> TextContract:
+    """What the checkpoint's tokenizer files ask for.
+
+    Raises:
+        CheckpointError: `tokenizer.json` is missing, adds other tokens than NV-Embed's, or has ids beyond the
+            embedding table.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = parse_tokenizer(path.read_bytes())
+    except OSError as err:
+        raise CheckpointError(
+            f"{path} cannot be read ({err.strerror}); the checkpoint needs the tokenizer that it was trained with"
+        ) from err
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    text_config = read_json(folder / "config.json").get("text_config", {})
+    bos, eos = text_config.get("bos_token_id", 1), text_config.get("eos_token_id", 2)
+    added = tokenizer.encode("a", add_special_tokens=True).ids
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    if added != [bos, *plain]:
+        raise CheckpointError(
+            f"{path} makes {added} of 'a', not <s> ({bos}) and {plain}: NV-Embed needs the BOS in front and adds the "
+            "EOS itself. Use the tokenizer.json of the published checkpoint"
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise CheckpointError(f"{path} has id {largest}, the embedding table {config.vocab_size} rows; they do not fit")
+    pad = tokenizer.token_to_id(settings.get("pad_token") or "")
+    return TextContract(
+        prefix_ids=(bos,),
+        suffix_ids=(eos,),
+        pad_id=eos if pad is None else pad,
+        mask_prompt=config.mask_instruction,
+        max_tokens=config.max_positions,
+    )

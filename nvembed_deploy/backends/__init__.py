@@ -1,0 +1,35 @@
+"""What runs a batch: one file a backend behind the protocol below."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed_deploy.config import ShapeProfile
+from nvembed_deploy.text import TokenBatch
+
+
+class Output(NamedTuple):
+    """What a graph gives for a batch."""
+
+    embeddings: NDArray[np.float32]
+    """float32 [B, D], rows of unit length."""
+    norms: NDArray[np.float32]
+    """float32 [B], length of each row before it was normalized."""
+
+
+class Backend(Protocol):
+    """Runs token batches; safe to call from several threads."""
+
+    @property
+    def name(self) -> str:
+        """What runs it and on which device, for people."""
+
+    @property
+    def profile(self) -> ShapeProfile | None:
+        """Shapes it accepts; None where any will do."""
+
+    def run(self, batch: TokenBatch) -> Output:
+        """Embeds a batch."""

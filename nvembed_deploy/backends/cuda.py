@@ -1,0 +1,153 @@
+"""The CUDA calls that the TensorRT backend needs, each checked and named; on cuda-python, without torch."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed_deploy.errors import DeviceMismatchError, EngineError, MissingExtra
+
+DRIVER_LIBRARY = "libcuda.so.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaDevice:
+    """A GPU."""
+
+    index: int
+    name: str
+    compute_capability: str
+    """Such as `8.9`."""
+
+
+class CudaRuntime:
+    """CUDA runtime calls that raise.
+
+    Args:
+        api: The module `cuda.bindings.runtime`, or something with the same functions.
+    """
+
+    def __init__(self, api: Any) -> None:
+        self.api = api
+
+    @classmethod
+    def load(cls) -> CudaRuntime:
+        """Loads cuda-python, after a look whether there is a driver at all.
+
+        Raises:
+            DeviceMismatchError: There is no NVIDIA driver.
+            MissingExtra: cuda-python is not installed.
+        """
+        try:
+            ctypes.CDLL(DRIVER_LIBRARY)
+        except OSError:
+            raise DeviceMismatchError(f"no NVIDIA driver was found ({DRIVER_LIBRARY} does not load)") from None
+        try:
+            return cls(importlib.import_module("cuda.bindings.runtime"))
+        except ImportError as err:
+            raise MissingExtra(
+                f"cuda-python is not installed ({err}); install it: pip install 'nvembed-deploy[rtx]'"
+            ) from err
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Calls a function of the API.
+
+        Returns:
+            Its one result, or None where it has none.
+
+        Raises:
+            EngineError: It returned an error.
+        """
+        error, *results = getattr(self.api, name)(*arguments)
+        if int(error) != 0:
+            raise EngineError(f"CUDA call {name} failed: {getattr(error, 'name', error)}")
+        return results[0] if results else None
+
+    def device(self, index: int) -> CudaDevice:
+        """Describes a GPU.
+
+        Raises:
+            DeviceMismatchError: There is none of that number.
+        """
+        try:
+            count = self.call("cudaGetDeviceCount")
+        except EngineError as err:
+            raise DeviceMismatchError(f"no CUDA device is usable ({err})") from err
+        if not 0 <= index < count:
+            raise DeviceMismatchError(f"CUDA device {index} was asked for and there are {count}")
+        properties = self.call("cudaGetDeviceProperties", index)
+        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+        return CudaDevice(
+            index=index, name=name.rstrip("\0"), compute_capability=f"{properties.major}.{properties.minor}"
+        )
+
+    def copy_to_device(self, target: int, source: int, size_bytes: int, stream: Any) -> None:
+        """Queues a copy from pinned host memory."""
+        kind = self.api.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", target, source, size_bytes, kind, stream)
+
+    def copy_to_host(self, target: int, source: int, size_bytes: int, stream: Any) -> None:
+        """Queues a copy to pinned host memory."""
+        kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", target, source, size_bytes, kind, stream)
+
+
+class Buffer:
+    """A pinned host buffer and a device buffer of one size, grown when a larger batch comes."""
+
+    def __init__(self, cuda: CudaRuntime) -> None:
+        self._cuda = cuda
+        self.size_bytes = 0
+        self.host = 0
+        self.device = 0
+
+    def reserve(self, size_bytes: int) -> None:
+        """Makes room for at least so many bytes; the content is lost when it grows.
+
+        Raises:
+            EngineError: There is not enough memory.
+        """
+        if size_bytes <= self.size_bytes:
+            return
+        self.free()
+        try:
+            self.host = int(self._cuda.call("cudaHostAlloc", size_bytes, 0))
+            self.device = int(self._cuda.call("cudaMalloc", size_bytes))
+        except EngineError as err:
+            self.free()
+            raise EngineError(
+                f"a buffer of {size_bytes} bytes does not fit ({err}); pass a smaller batch_size or max_length"
+            ) from err
+        self.size_bytes = size_bytes
+
+    def array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+        """The host side as an array; it shares the buffer's memory."""
+        size_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = memoryview((ctypes.c_char * size_bytes).from_address(self.host))
+        values: NDArray[Any] = np.frombuffer(memory, dtype=dtype).reshape(shape)
+        return values
+
+    def free(self) -> None:
+        """Gives both sides back."""
+        held = (("cudaFreeHost", self.host), ("cudaFree", self.device))
+        self.size_bytes = self.host = self.device = 0
+        for name, pointer in held:
+            if pointer:
+                self._cuda.call(name, pointer)
+
+
+def checked(result: Any, what: str, *, hint: Callable[[], str] = str) -> Any:
+    """Passes on what TensorRT returned unless it is False or None.
+
+    Raises:
+        EngineError: With what was tried and TensorRT's own words.
+    """
+    if result is False or result is None:
+        raise EngineError(f"TensorRT: {what} failed{hint()}")
+    return result

@@ -1,0 +1,97 @@
+"""ONNX Runtime: runs the graph that the plan was built from, on the CPU or on ONNX Runtime's own CUDA providers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nvembed_deploy.backends import Output
+from nvembed_deploy.errors import EngineError, MissingExtra
+from nvembed_deploy.text import TokenBatch
+
+OUTPUTS = ("sentence_embedding", "sentence_norm")
+INPUTS = ("input_ids", "attention_mask", "pool_mask")
+CPU = "CPUExecutionProvider"
+GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+ERROR_SEVERITY = 3
+
+
+def available_providers() -> list[str]:
+    """Execution providers of the installed ONNX Runtime.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    providers: list[str] = _onnxruntime().get_available_providers()
+    return providers
+
+
+class OrtBackend:
+    """An ONNX graph in ONNX Runtime.
+
+    Args:
+        graph: Path of the graph; its weights lie beside it.
+        providers: Execution providers in order of preference, each a name or a name with its options.
+        note: Added to the name.
+
+    Raises:
+        MissingExtra: ONNX Runtime is not installed.
+        EngineError: The graph cannot be loaded, or a wanted provider did not start.
+    """
+
+    profile = None
+
+    def __init__(
+        self, graph: Path, *, providers: tuple[str | tuple[str, dict[str, Any]], ...] = (CPU,), note: str = ""
+    ) -> None:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = ERROR_SEVERITY
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=list(providers))
+        except Exception as err:  # ONNX Runtime raises bare and private exceptions
+            raise EngineError(
+                f"{graph} cannot be loaded by ONNX Runtime {ort.__version__} ({_first_line(err)}); make the "
+                "bundle again"
+            ) from err
+        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        self.provider: str = self._session.get_providers()[0]
+        if self.provider != wanted:
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} could not start {wanted} and offers {self.provider}; check the CUDA "
+                "and cuDNN versions that it asks for, or pass device='cpu'"
+            )
+        found = tuple(item.name for item in self._session.get_inputs())
+        if sorted(found) != sorted(INPUTS):
+            raise EngineError(f"{graph} has inputs {found}, not {INPUTS}; it is not a graph made by this toolkit")
+        self.name = f"onnxruntime {ort.__version__} {self.provider}{note}"
+
+    def run(self, batch: TokenBatch) -> Output:
+        """Embeds a batch.
+
+        Raises:
+            EngineError: ONNX Runtime failed, for instance for want of memory.
+        """
+        try:
+            embeddings, norms = self._session.run(OUTPUTS, dict(zip(INPUTS, batch, strict=True)))
+        except Exception as err:  # as above
+            raise EngineError(
+                f"ONNX Runtime failed on a batch of {batch.input_ids.shape[0]}x{batch.input_ids.shape[1]} tokens "
+                f"({_first_line(err)}); try a smaller batch_size or max_length"
+            ) from err
+        return Output(embeddings, norms)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as err:
+        raise MissingExtra(
+            f"ONNX Runtime is not installed ({err}); install it: pip install 'nvembed-deploy[cpu]', or [gpu] for its "
+            "CUDA build"
+        ) from err
+    return onnxruntime
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0][:200]

@@ -1,0 +1,334 @@
+"""The artefact directory: what is in it, that it is whole, and how it is replaced.
+
+A bundle holds `engine.plan` (where one was built), `model.onnx` and `model.onnx.data`, `tokenizer.json` and
+`manifest.json`, which names every other file with its size and SHA-256 and carries its own. Nothing in it is executed
+or unpickled before these fit; signing is left to tools made for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nvembed_deploy.atomic import staged_folder, switch_in
+from nvembed_deploy.config import Dialect, ModelConfig, Precision, ShapeProfile
+from nvembed_deploy.errors import BundleError, ConfigError
+from nvembed_deploy.parity import ParityReport
+from nvembed_deploy.records import from_json, to_json
+from nvembed_deploy.text import TextContract
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PLAN = "engine.plan"
+GRAPH = "model.onnx"
+CPU_GRAPH = "model.cpu.onnx"
+"""Only beside a BF16 graph: ONNX Runtime has no BF16 kernels for CPUs, so this one computes in FP32 and rounds."""
+WEIGHTS = "model.onnx.data"
+TOKENIZER = "tokenizer.json"
+PAYLOAD = frozenset((PLAN, GRAPH, CPU_GRAPH, WEIGHTS, TOKENIZER))
+REQUIRED = frozenset((GRAPH, WEIGHTS, TOKENIZER))
+
+MANIFEST_MAX_BYTES = 16 * 2**20
+OPEN_ATTEMPTS = 20
+_SELF_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
+_ZEROS = b"0" * 64
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the weights came from."""
+
+    name: str
+    """Folder or hub name as the user gave it, without the machine's path."""
+    revision: str | None
+    """Commit of the hub repository; None for a local folder."""
+    files: dict[str, FileEntry]
+    architecture: ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInfo:
+    """What `engine.plan` needs to run."""
+
+    runtime: str
+    """Python module of the runtime: `tensorrt` or `tensorrt_rtx`."""
+    version: str
+    """The runtime that built it; a plan loads in exactly this version."""
+    platform: str
+    """Operating system and processor, such as `linux_x86_64`."""
+    compute_capabilities: tuple[str, ...]
+    """GPUs it runs on, such as `8.9`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that a bundle says of itself; `manifest.json`."""
+
+    format_version: int
+    manifest_sha256: str
+    created: str
+    """ISO 8601, UTC."""
+    tool_version: str
+    source: Source
+    precision: Precision
+    dialect: Dialect
+    opset: int
+    pooling: str
+    folded: bool
+    dimension: int
+    text: TextContract
+    profile: ShapeProfile
+    plan: PlanInfo | None
+    parity: tuple[ParityReport, ...]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+    def to_bytes(self) -> bytes:
+        """The file's content, with its own hash filled in."""
+        record = to_json(replace(self, manifest_sha256=_ZEROS.decode()))
+        content = (json.dumps(record, indent=1, ensure_ascii=True) + "\n").encode()
+        return content.replace(_ZEROS, hashlib.sha256(content).hexdigest().encode(), 1)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Manifest:
+        """Reads the file's content.
+
+        Raises:
+            BundleError: It is damaged, of another version, or says something that cannot be.
+        """
+        cure = "make the bundle again, or copy it again from where it came"
+        found = _SELF_HASH.findall(content)
+        if len(found) != 1:
+            raise BundleError(f"{MANIFEST} is damaged (it does not carry its own hash); {cure}")
+        if hashlib.sha256(content.replace(found[0], _ZEROS, 1)).hexdigest().encode() != found[0]:
+            raise BundleError(f"{MANIFEST} is damaged (its own hash does not fit); {cure}")
+        try:
+            record = json.loads(content)
+            version = record.get("format_version") if isinstance(record, dict) else None
+            if version != FORMAT_VERSION:
+                raise BundleError(
+                    f"{MANIFEST} has format version {version!r}, this library reads {FORMAT_VERSION}; make the bundle "
+                    "again with this version of nvembed-deploy"
+                )
+            manifest = from_json(cls, record)
+        except (ValueError, RecursionError) as err:  # ConfigError is a ValueError
+            raise BundleError(f"{MANIFEST} cannot be used ({err}); {cure}") from err
+        manifest._check_files()
+        return manifest
+
+    def _check_files(self) -> None:
+        names = self.files.keys()
+        if missing := sorted(REQUIRED - names):
+            raise BundleError(f"{MANIFEST} does not list {missing[0]}; make the bundle again")
+        if unknown := sorted(names - PAYLOAD):
+            raise BundleError(f"{MANIFEST} lists {unknown[0]!r}, which is no file of a bundle; make the bundle again")
+        if (PLAN in names) != (self.plan is not None):
+            raise BundleError(f"{MANIFEST} is of two minds about {PLAN}; make the bundle again")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose files have been checked against the manifest."""
+
+    folder: Path
+    manifest: Manifest
+    stamps: dict[str, tuple[int, ...]]
+    """Identity of each file when it was checked."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Opens and checks a bundle.
+
+        Args:
+            path: The folder, or one of the files in it (`engine.plan`, `model.onnx`).
+
+        Raises:
+            BundleError: A file is missing, extra, a link, damaged, or not a bundle's; its name is in the message.
+        """
+        folder = bundle_folder(path)
+        for attempt in range(OPEN_ATTEMPTS):
+            before = _stamp_or_none(folder / MANIFEST)
+            try:
+                return cls._open_once(folder)
+            except BundleError:
+                # A new generation may have been switched in while this one was being read.
+                if before == _stamp_or_none(folder / MANIFEST) or attempt == OPEN_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    @classmethod
+    def _open_once(cls, folder: Path) -> Bundle:
+        stamps = {MANIFEST: _stamp(folder / MANIFEST)}
+        if stamps[MANIFEST][_SIZE] > MANIFEST_MAX_BYTES:
+            raise BundleError(f"{folder / MANIFEST} is too large to be a manifest; make the bundle again")
+        manifest = Manifest.from_bytes(_read(folder / MANIFEST))
+        present = {entry.name for entry in os.scandir(folder)}
+        expected = {MANIFEST, *manifest.files}
+        if missing := sorted(expected - present):
+            raise BundleError(f"{folder / missing[0]} is missing; make the bundle again, or copy it whole")
+        if extra := sorted(present - expected):
+            raise BundleError(f"{folder / extra[0]} is not part of the bundle; move it elsewhere")
+        for name, entry in manifest.files.items():
+            stamps[name] = _stamp(folder / name)
+            if stamps[name][_SIZE] != entry.bytes:
+                raise _damaged(folder / name, f"{stamps[name][_SIZE]} bytes, expected {entry.bytes}")
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+            found = pool.map(lambda name: hash_file(folder / name), manifest.files)
+            for (name, entry), digest in zip(manifest.files.items(), found, strict=True):
+                if digest.sha256 != entry.sha256:
+                    raise _damaged(folder / name, "its SHA-256 does not fit the manifest")
+        bundle = cls(folder, manifest, stamps)
+        if not bundle.is_current():
+            raise BundleError(f"{folder} changed while it was being read; open it again")
+        return bundle
+
+    def is_current(self) -> bool:
+        """True if the files on disk are still the ones that were checked."""
+        return all(_stamp_or_none(self.folder / name) == stamp for name, stamp in self.stamps.items())
+
+    def read(self, name: str) -> bytes:
+        """Content of a file, checked again, so that the bytes used are the bytes that were hashed.
+
+        Raises:
+            BundleError: The file changed since the bundle was opened.
+        """
+        content = _read(self.folder / name)
+        if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
+            raise _damaged(self.folder / name, "its SHA-256 does not fit the manifest")
+        return content
+
+
+@contextmanager
+def new_bundle(destination: Path) -> Iterator[Path]:
+    """A folder to put the files of a bundle in; `commit` makes it the destination.
+
+    Raises:
+        ConfigError: The destination holds something that is not a bundle's, which would be lost.
+    """
+    destination = Path(os.path.realpath(destination))
+    refuse_foreign_files(destination)
+    with staged_folder(destination) as folder:
+        yield folder
+
+
+def commit(folder: Path, destination: Path, manifest: Manifest) -> Manifest:
+    """Hashes the files, writes the manifest, and switches the folder in whole.
+
+    Args:
+        folder: What `new_bundle` gave, filled.
+        destination: Where the bundle shall be.
+        manifest: Its `files` and `manifest_sha256` are filled in here.
+
+    Returns:
+        The manifest as written.
+    """
+    destination = Path(os.path.realpath(destination))
+    files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+    content = replace(manifest, files=files).to_bytes()
+    written = Manifest.from_bytes(content)
+    (folder / MANIFEST).write_bytes(content)
+    refuse_foreign_files(destination)
+    switch_in(folder, destination)
+    return written
+
+
+def refuse_foreign_files(destination: Path) -> None:
+    """Refuses to replace a folder that holds more than a bundle.
+
+    Raises:
+        ConfigError: With the name of the first foreign file.
+    """
+    if not os.path.lexists(destination):
+        return
+    if not destination.is_dir():
+        raise ConfigError(f"--out {destination} is a file; name a folder")
+    foreign = sorted({entry.name for entry in os.scandir(destination)} - PAYLOAD - {MANIFEST})
+    if foreign:
+        raise ConfigError(
+            f"--out {destination} holds {foreign[0]!r}, which is not a bundle's and would be lost; name another folder"
+        )
+
+
+def bundle_folder(path: str | Path) -> Path:
+    """The bundle's folder for a path to it or into it.
+
+    Raises:
+        BundleError: There is no such path, or no manifest.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BundleError(f"{path} does not exist; make a bundle: python -m export.trt --precision fp16 --out FOLDER")
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.name not in (PLAN, GRAPH, MANIFEST):
+        raise BundleError(f"{path} is not a bundle; pass its folder, its {PLAN} or its {GRAPH}")
+    if not os.path.lexists(folder / MANIFEST):
+        raise BundleError(
+            f"{folder} has no {MANIFEST}, so nothing says how to run what is in it; make a bundle: "
+            "python -m export.trt --precision fp16 --out FOLDER"
+        )
+    return folder.resolve()
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                size += count
+    except OSError as err:
+        raise BundleError(f"{path} cannot be read ({err.strerror}); copy the bundle again") from err
+    return FileEntry(bytes=size, sha256=digest.hexdigest())
+
+
+_SIZE = 2
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Identity of a regular file that nothing else links to."""
+    try:
+        status = path.lstat()
+    except OSError as err:
+        raise BundleError(f"{path} is missing ({err.strerror}); make the bundle again, or copy it whole") from err
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path} is a link, a folder or a device, not a file; copy the bundle with its files")
+    if status.st_nlink > 1:
+        raise BundleError(f"{path} is a hard link, so its content can change elsewhere; copy the file instead")
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _stamp_or_none(path: Path) -> tuple[int, ...] | None:
+    try:
+        return _stamp(path)
+    except BundleError:
+        return None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise BundleError(f"{path} cannot be read ({err.strerror}); copy the bundle again") from err
+
+
+def _damaged(path: Path, how: str) -> BundleError:
+    return BundleError(f"{path} is damaged ({how}); make the bundle again, or copy it again from where it came")

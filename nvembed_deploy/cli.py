@@ -1,0 +1,57 @@
+"""How every command line of this project ends: one line and exit 1 for an expected failure, a trace for a bug."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from nvembed_deploy.errors import DeployError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run(command: Callable[[], None], *, verbose: bool = False) -> int:
+    """Runs a command and turns its errors into messages on stderr.
+
+    Returns:
+        The exit code: 0, or 1 for a `DeployError`, a full disk, Ctrl-C or SIGTERM.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command()
+    except DeployError as err:
+        return _fail(str(err))
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was changed, run the same command to start again")
+    except BrokenPipeError:
+        return _fail("the reader of the output went away")
+    except OSError as err:
+        if err.errno not in DISK_FULL:
+            raise
+        return _fail(
+            f"the disk is full or the file would be too large ({err}); what stood at the destination is unchanged, "
+            "free space or choose another --out"
+        )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def say(message: str) -> None:
+    """Tells the person at the terminal what happens; stdout is kept for results."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
+def _fail(message: str) -> int:
+    say(f"error: {message}")
+    return 1
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

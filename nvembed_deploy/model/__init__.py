@@ -1,0 +1,1 @@
+"""The PyTorch reference. Needs torch; nothing downstream of a bundle imports it."""

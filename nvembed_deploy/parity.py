@@ -1,0 +1,216 @@
+"""Two backends, the same real text: how far apart are their vectors, and is that within the table?
+
+Element-wise and by the worst row, never by a mean. The probes are the texts and shapes that break embedding engines:
+instructed, padded, one token, the longest input, other scripts, special-token strings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed_deploy.backends import Backend
+from nvembed_deploy.config import Precision, Shape
+from nvembed_deploy.errors import ParityError
+from nvembed_deploy.text import TextEncoder, TokenRow
+
+INSTRUCTION = "Given a question, retrieve passages that answer the question"
+PROBES: tuple[tuple[bool, str], ...] = (
+    (True, "are judo throws allowed in wrestling?"),
+    (True, "how do I undo the last commit without losing my changes?"),
+    (True, "3 ways to sharpen a plane iron"),
+    (True, "昨夜の雨で川の水位はどのくらい上がりましたか?"),
+    (True, "yes"),
+    (True, 'What does "idempotent" mean, and why do HTTP PUT requests have to be idempotent?'),
+    (True, "</s> is the end-of-sequence token; what is <s>, and what is <unk>?"),
+    (True, "🚲 repair shop near me, open on Sunday"),
+    (False, "a"),
+    (False, "."),
+    (False, "The committee postponed the vote until the audit was finished."),
+    (False, "Salt lowers the freezing point of water, which is why it is spread on icy roads in winter."),
+    (False, "Übermäßige Feuchtigkeit führte zu Schäden an den Dielen; die Versicherung zahlte nicht."),
+    (False, "Le chercheur a corrigé l'équation après avoir relu ses notes — trois fois."),
+    (False, "बारिश के बाद सड़क पर कीचड़ फैल गया।"),
+    (False, "مرحبا بالعالم, שלום עולם: two scripts that run from right to left."),
+    (False, "family 👨‍👩‍👧‍👦 flag 🏳️‍🌈 tone 👍🏽 keycap 1️⃣"),
+    (False, "def fib(n: int) -> int:\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n"),
+    (False, "| part | qty | price |\n|---|---:|---:|\n| bolt M6 | 40 | 0.12 |"),
+    (False, "0.000123, -17.5e+08, 2026-11-23T08:00:00Z, 192.168.0.1, 1,234,567.89"),
+    (False, "...!!!???;;;\n\n\n\t\t\t,,,"),
+    (False, "text with </s> and <s> and <unk> inside, which stays text"),
+    (False, "a\x00b\x07c e\u0301 vs \u00e9"),
+    (False, "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"),
+)
+LONG_TEXT = (
+    "In wrestling, a slam is lifting and returning an opponent to the mat with unnecessary force. The valve was "
+    "replaced before the pressure test began; the reading, 4.2 bar, stayed within the limits. Migrating geese follow "
+    "the coastline for nearly nine hundred miles, resting on estuaries. def parse(line): return line.split(',') "
+)
+"""Repeated until it fills the longest input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """Bounds on a candidate; each has its reason in `TOLERANCES`."""
+
+    min_cosine: float
+    max_difference: float
+    """Largest absolute difference of two components, times sqrt(D) where `scaled`."""
+    scaled: bool
+    min_batch_cosine: float
+    """Between a text alone and the same text in a padded batch, both by the candidate."""
+
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    # Two sound FP32 programs differ by 3e-7 and rarely by 1e-6 (measured on golden vectors); the tanh form of GELU, the
+    # smallest fault known, costs 3e-5.
+    Precision.FP32: Tolerance(min_cosine=0.999999, max_difference=5e-6, scaled=False, min_batch_cosine=0.999999),
+    # 11 bits of mantissa: vLLM and TEI see 1e-5 to 1e-4 of cosine in sound ports. A cosine of 0.9999 is a distance of
+    # 0.0141, spread over D components; the largest of them stays below 4 times its share.
+    Precision.FP16: Tolerance(min_cosine=0.9999, max_difference=0.057, scaled=True, min_batch_cosine=0.9999),
+    # 8 bits of mantissa, 8 times coarser; distance 0.0447, times 4.
+    Precision.BF16: Tolerance(min_cosine=0.999, max_difference=0.18, scaled=True, min_batch_cosine=0.999),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """One hop's comparison; stored in the manifest."""
+
+    reference: str
+    candidate: str
+    precision: Precision
+    texts: int
+    longest_tokens: int
+    min_cosine: float
+    worst_text: str
+    max_difference: float
+    """Largest absolute difference of two components."""
+    max_scaled_difference: float
+    """The same times sqrt(D), so that widths compare."""
+    min_batch_cosine: float
+    non_finite_rows: int
+    tolerance: Tolerance
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True if nothing is outside the tolerance."""
+        return not self.failures
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.candidate} against {self.reference}: min cosine {self.min_cosine:.7f} "
+            f"(>= {self.tolerance.min_cosine}), max |difference| {self.max_difference:.1e} "
+            f"(x sqrt(D) {self.max_scaled_difference:.1e}), alone against batched {self.min_batch_cosine:.7f}, "
+            f"{self.texts} texts up to {self.longest_tokens} tokens: {'passed' if self.passed else 'FAILED'}"
+        )
+
+
+def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRow]]:
+    """The probes as tokens, the longest input last.
+
+    Args:
+        text: The model's text encoder.
+        longest: Tokens of the longest probe; the others are cut to it.
+
+    Returns:
+        A name for each row, and the rows.
+    """
+    prompt = text.prompt(INSTRUCTION, None)
+    long_text = LONG_TEXT * (1 + longest // 40)
+    names, rows = [], []
+    for instructed, body in (*PROBES, (False, long_text), (True, long_text)):
+        row = text.tokenize([body], prompt=prompt if instructed else "", max_length=longest)[0]
+        if len(row) > row.prompt_tokens:  # a tiny --max leaves no room behind the instruction
+            rows.append(row)
+            names.append(f"{'instructed ' if instructed else ''}{body[:40]!r} ({len(row)} tokens)")
+    return names, rows
+
+
+def compare(reference: Backend, candidate: Backend, text: TextEncoder, *, precision: Precision) -> ParityReport:
+    """Embeds the probes with both, alone and in padded batches, and measures the differences.
+
+    Args:
+        reference: What is taken for the truth.
+        candidate: What is judged; its profile limits the shapes.
+        text: The model's text encoder.
+        precision: Picks the row of `TOLERANCES`.
+
+    Raises:
+        ParityError: The candidate's outputs are of another shape than the reference's.
+    """
+    largest = candidate.profile.max if candidate.profile else Shape(batch=len(PROBES) + 2, tokens=512)
+    longest = min(largest.tokens, text.contract.max_tokens)
+    names, rows = probe_rows(text, longest)
+    truth = _embed(reference, text, rows, largest.batch)
+    batched = _embed(candidate, text, rows, largest.batch)
+    alone = _embed(candidate, text, rows, 1)
+    if batched.shape != truth.shape or alone.shape != truth.shape:
+        raise ParityError(
+            f"{candidate.name} gives vectors of width {batched.shape[1]}, {reference.name} of {truth.shape[1]}; the "
+            "graph was not made from this checkpoint"
+        )
+    tolerance = TOLERANCES[precision]
+    non_finite = int((~np.isfinite(batched) | ~np.isfinite(alone)).any(axis=1).sum())
+    # What is not finite must not hide behind NaN's comparisons: it counts as orthogonal.
+    finite_batched, finite_alone = np.nan_to_num(batched, posinf=0, neginf=0), np.nan_to_num(alone, posinf=0, neginf=0)
+    cosines = np.minimum(_cosine(truth, finite_batched), _cosine(truth, finite_alone))
+    difference = float(np.maximum(np.abs(truth - finite_batched), np.abs(truth - finite_alone)).max())
+    scaled = difference * truth.shape[1] ** 0.5
+    batch_cosine = float(_cosine(finite_batched, finite_alone).min())
+    worst = int(cosines.argmin())
+    bounded = scaled if tolerance.scaled else difference
+    checks = (
+        (non_finite == 0, f"{non_finite} rows are not finite"),
+        (cosines[worst] >= tolerance.min_cosine, f"cosine {cosines[worst]:.7f} < {tolerance.min_cosine}"),
+        (bounded <= tolerance.max_difference, f"difference {bounded:.2e} > {tolerance.max_difference}"),
+        (
+            batch_cosine >= tolerance.min_batch_cosine,
+            f"alone against batched {batch_cosine:.7f} < {tolerance.min_batch_cosine}",
+        ),
+    )
+    return ParityReport(
+        reference=reference.name,
+        candidate=candidate.name,
+        precision=precision,
+        texts=len(rows),
+        longest_tokens=max(map(len, rows)),
+        min_cosine=float(cosines[worst]),
+        worst_text=names[worst],
+        max_difference=difference,
+        max_scaled_difference=scaled,
+        min_batch_cosine=batch_cosine,
+        non_finite_rows=non_finite,
+        tolerance=tolerance,
+        failures=tuple(text for passed, text in checks if not passed),
+    )
+
+
+def require(report: ParityReport) -> ParityReport:
+    """Lets a report pass.
+
+    Raises:
+        ParityError: The candidate is outside the tolerance.
+    """
+    if not report.passed:
+        raise ParityError(
+            f"{report.candidate} differs from {report.reference}: {'; '.join(report.failures)}; worst text "
+            f"{report.worst_text}; nothing was written. Try --precision fp32 to see whether the number format is the "
+            "cause"
+        )
+    return report
+
+
+def _embed(backend: Backend, text: TextEncoder, rows: list[TokenRow], batch: int) -> NDArray[np.float64]:
+    """Runs rows in the order given, so that short ones are padded to long ones."""
+    parts = [backend.run(text.pad(rows[start : start + batch])).embeddings for start in range(0, len(rows), batch)]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.where(norms > 0, (a * b).sum(axis=1) / np.maximum(norms, 1e-30), 0.0)

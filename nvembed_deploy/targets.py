@@ -1,0 +1,102 @@
+"""Recipes of the devices: which TensorRT, which ONNX dialect, which GPUs, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from nvembed_deploy.backends.bindings import TENSORRT, TENSORRT_RTX, load_bindings
+from nvembed_deploy.backends.cuda import CudaRuntime
+from nvembed_deploy.config import Dialect, Shape, ShapeProfile
+from nvembed_deploy.errors import ConfigError, DeviceMismatchError, MissingExtra
+
+DEFAULT_PROFILE = ShapeProfile(
+    min=Shape(batch=1, tokens=1), opt=Shape(batch=8, tokens=64), max=Shape(batch=32, tokens=512)
+)
+"""512 tokens is what NV-Embed was trained and evaluated with (section 4); queries and passages are mostly near 64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kind of device and how a plan for it is made."""
+
+    name: str
+    summary: str
+    runtime: str
+    dialect: Dialect
+    compute_capabilities: tuple[str, ...]
+    """GPUs that the plan is built for; empty where it is built for the GPU that builds it."""
+    on_device: bool
+    """True where only the device itself can build the plan."""
+    profile: ShapeProfile = DEFAULT_PROFILE
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            name="rtx",
+            summary="RTX GPUs (Ampere, Ada, Blackwell) through TensorRT-RTX; one portable plan, built without a GPU",
+            runtime=TENSORRT_RTX,
+            dialect=Dialect.FUSED,
+            # What TensorRT-RTX 1.7 builds for by default ahead of time; 7.5 and 12.1 exist on request.
+            compute_capabilities=("8.0", "8.6", "8.9", "12.0"),
+            on_device=False,
+        ),
+        Target(
+            name="datacenter",
+            summary="H100, H200, A100, L4, L40S, B200 and others through TensorRT 11; built on the GPU itself",
+            runtime=TENSORRT,
+            dialect=Dialect.FUSED,  # TensorRT 11 parses opset 25; 10.x stops at 20
+            compute_capabilities=(),
+            on_device=True,
+        ),
+        Target(
+            name="jetson-orin",
+            summary="Jetson Orin with JetPack 6 or 7 through TensorRT 10; built on the Jetson itself",
+            runtime=TENSORRT,
+            dialect=Dialect.PORTABLE,  # TensorRT 10.3 has neither Attention nor RMSNormalization
+            compute_capabilities=(),
+            on_device=True,
+        ),
+    )
+}
+
+
+def choose(name: str) -> Target:
+    """The recipe of a name; `auto` looks at what is installed and at the GPU.
+
+    TensorRT-RTX is taken where it is installed, unless this machine's GPU is one that it does not build for and
+    TensorRT is installed too.
+
+    Raises:
+        ConfigError: There is no such target.
+    """
+    if name != "auto":
+        if name not in TARGETS:
+            raise ConfigError(f"--target {name!r} is not known; choose auto, {', '.join(TARGETS)}")
+        return TARGETS[name]
+    rtx = TARGETS["rtx"]
+    if importlib.util.find_spec(TENSORRT) is None:
+        return rtx
+    capability = local_compute_capability()
+    if capability is None or (capability in rtx.compute_capabilities and _has_rtx()):
+        return rtx
+    major = int(load_bindings(TENSORRT).__version__.split(".")[0])
+    return TARGETS["datacenter"] if major >= 11 else TARGETS["jetson-orin"]
+
+
+def local_compute_capability() -> str | None:
+    """Compute capability of CUDA device 0, or None where there is none or cuda-python is missing."""
+    try:
+        return CudaRuntime.load().device(0).compute_capability
+    except (DeviceMismatchError, MissingExtra):
+        return None
+
+
+def _has_rtx() -> bool:
+    try:
+        load_bindings(TENSORRT_RTX)
+    except MissingExtra:
+        return False
+    return True
