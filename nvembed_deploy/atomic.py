@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -31,12 +32,10 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     if _aside(destination).exists() and not destination.exists():
         os.rename(_aside(destination), destination)  # a run was killed between the two renames of `exchange`
     prefix = f".{destination.name}.staging-"
-    for leftover in destination.parent.glob(f"{prefix}*"):
+    for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
         _remove_if_abandoned(leftover)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
-    lock = os.open(folder, os.O_RDONLY)
+    folder, lock = _new_locked_folder(prefix, destination.parent)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         folder.chmod(0o755)
         yield folder
     finally:
@@ -104,6 +103,18 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _new_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
+    """A new folder and a handle that locks it; until it is locked, another run may take it for a leftover."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
 
 
 def _remove_if_abandoned(folder: Path) -> None:

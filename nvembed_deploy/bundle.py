@@ -131,6 +131,7 @@ class Manifest:
         except (ValueError, RecursionError) as err:  # ConfigError is a ValueError
             raise BundleError(f"{MANIFEST} cannot be used ({err}); {cure}") from err
         manifest._check_files()
+        manifest._check_model()
         return manifest
 
     def _check_files(self) -> None:
@@ -141,6 +142,20 @@ class Manifest:
             raise BundleError(f"{MANIFEST} lists {unknown[0]!r}, which is no file of a bundle; make the bundle again")
         if (PLAN in names) != (self.plan is not None):
             raise BundleError(f"{MANIFEST} is of two minds about {PLAN}; make the bundle again")
+
+    def _check_model(self) -> None:
+        model = self.source.architecture
+        if self.dimension != model.hidden_size:
+            raise BundleError(
+                f"{MANIFEST} gives the vectors {self.dimension} dimensions and the model {model.hidden_size}; make the "
+                "bundle again"
+            )
+        for token in (*self.text.prefix_ids, *self.text.suffix_ids, self.text.pad_id):
+            if not 0 <= token < model.vocab_size:
+                raise BundleError(
+                    f"{MANIFEST} has token id {token}, the embedding table {model.vocab_size} rows; make the bundle "
+                    "again"
+                )
 
 
 @dataclass(frozen=True)
@@ -179,7 +194,7 @@ class Bundle:
         if stamps[MANIFEST][_SIZE] > MANIFEST_MAX_BYTES:
             raise BundleError(f"{folder / MANIFEST} is too large to be a manifest; make the bundle again")
         manifest = Manifest.from_bytes(_read(folder / MANIFEST))
-        present = {entry.name for entry in os.scandir(folder)}
+        present = _names(folder)
         expected = {MANIFEST, *manifest.files}
         if missing := sorted(expected - present):
             raise BundleError(f"{folder / missing[0]} is missing; make the bundle again, or copy it whole")
@@ -259,7 +274,10 @@ def refuse_foreign_files(destination: Path) -> None:
         return
     if not destination.is_dir():
         raise ConfigError(f"--out {destination} is a file; name a folder")
-    foreign = sorted({entry.name for entry in os.scandir(destination)} - PAYLOAD - {MANIFEST})
+    ours = PAYLOAD | {MANIFEST}
+    foreign = sorted(
+        entry.name for entry in os.scandir(destination) if entry.name not in ours or entry.is_dir(follow_symlinks=False)
+    )
     if foreign:
         raise ConfigError(
             f"--out {destination} holds {foreign[0]!r}, which is not a bundle's and would be lost; name another folder"
@@ -273,7 +291,11 @@ def bundle_folder(path: str | Path) -> Path:
         BundleError: There is no such path, or no manifest.
     """
     path = Path(path)
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as err:  # no permission, or a name that is too long
+        raise BundleError(f"{path} cannot be read ({err.strerror}); check the path") from err
+    if not exists:
         raise BundleError(f"{path} does not exist; make a bundle: python -m export.trt --precision fp16 --out FOLDER")
     folder = path if path.is_dir() else path.parent
     if not path.is_dir() and path.name not in (PLAN, GRAPH, MANIFEST):
@@ -328,6 +350,13 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as err:
         raise BundleError(f"{path} cannot be read ({err.strerror}); copy the bundle again") from err
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except OSError as err:
+        raise BundleError(f"{folder} cannot be read ({err.strerror}); make the bundle again, or copy it whole") from err
 
 
 def _damaged(path: Path, how: str) -> BundleError:

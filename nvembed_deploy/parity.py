@@ -49,6 +49,10 @@ LONG_TEXT = (
     "the coastline for nearly nine hundred miles, resting on estuaries. def parse(line): return line.split(',') "
 )
 """Repeated until it fills the longest input."""
+LONGEST_TOKENS = 512
+"""Of a probe, where the candidate has no limit of its own."""
+BATCH = 9
+"""Rows of a padded batch: no multiple of what kernels like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,7 @@ class ParityReport:
 
 
 def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRow]]:
-    """The probes as tokens, the longest input last.
+    """The probes as tokens, the longest inputs first, so that the first batch is padded the most.
 
     Args:
         text: The model's text encoder.
@@ -123,7 +127,7 @@ def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRo
     prompt = text.prompt(INSTRUCTION, None)
     long_text = LONG_TEXT * (1 + longest // 40)
     names, rows = [], []
-    for instructed, body in (*PROBES, (False, long_text), (True, long_text)):
+    for instructed, body in ((False, long_text), (True, long_text), *PROBES):
         row = text.tokenize([body], prompt=prompt if instructed else "", max_length=longest)[0]
         if len(row) > row.prompt_tokens:  # a tiny --max leaves no room behind the instruction
             rows.append(row)
@@ -132,7 +136,9 @@ def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRo
 
 
 def compare(reference: Backend, candidate: Backend, text: TextEncoder, *, precision: Precision) -> ParityReport:
-    """Embeds the probes with both, alone and in padded batches, and measures the differences.
+    """Embeds the probes with both, and measures the differences.
+
+    The reference takes each text alone; the candidate takes it alone, and in a padded batch.
 
     Args:
         reference: What is taken for the truth.
@@ -143,11 +149,11 @@ def compare(reference: Backend, candidate: Backend, text: TextEncoder, *, precis
     Raises:
         ParityError: The candidate's outputs are of another shape than the reference's.
     """
-    largest = candidate.profile.max if candidate.profile else Shape(batch=len(PROBES) + 2, tokens=512)
+    largest = candidate.profile.max if candidate.profile else Shape(batch=BATCH, tokens=LONGEST_TOKENS)
     longest = min(largest.tokens, text.contract.max_tokens)
     names, rows = probe_rows(text, longest)
-    truth = _embed(reference, text, rows, largest.batch)
-    batched = _embed(candidate, text, rows, largest.batch)
+    truth = _embed(reference, text, rows, 1)
+    batched = _embed(candidate, text, rows, min(BATCH, largest.batch))
     alone = _embed(candidate, text, rows, 1)
     if batched.shape != truth.shape or alone.shape != truth.shape:
         raise ParityError(
@@ -159,7 +165,12 @@ def compare(reference: Backend, candidate: Backend, text: TextEncoder, *, precis
     # What is not finite must not hide behind NaN's comparisons: it counts as orthogonal.
     finite_batched, finite_alone = np.nan_to_num(batched, posinf=0, neginf=0), np.nan_to_num(alone, posinf=0, neginf=0)
     cosines = np.minimum(_cosine(truth, finite_batched), _cosine(truth, finite_alone))
-    difference = float(np.maximum(np.abs(truth - finite_batched), np.abs(truth - finite_alone)).max())
+    differences = {
+        "batched": np.abs(truth - finite_batched).max(axis=1),
+        "alone": np.abs(truth - finite_alone).max(axis=1),
+    }
+    where = max(differences, key=lambda way: differences[way].max())
+    difference = float(differences[where].max())
     scaled = difference * truth.shape[1] ** 0.5
     batch_cosine = float(_cosine(finite_batched, finite_alone).min())
     worst = int(cosines.argmin())
@@ -167,7 +178,10 @@ def compare(reference: Backend, candidate: Backend, text: TextEncoder, *, precis
     checks = (
         (non_finite == 0, f"{non_finite} rows are not finite"),
         (cosines[worst] >= tolerance.min_cosine, f"cosine {cosines[worst]:.7f} < {tolerance.min_cosine}"),
-        (bounded <= tolerance.max_difference, f"difference {bounded:.2e} > {tolerance.max_difference}"),
+        (
+            bounded <= tolerance.max_difference,
+            f"difference {bounded:.2e} > {tolerance.max_difference} ({where} {names[differences[where].argmax()]})",
+        ),
         (
             batch_cosine >= tolerance.min_batch_cosine,
             f"alone against batched {batch_cosine:.7f} < {tolerance.min_batch_cosine}",
@@ -198,9 +212,8 @@ def require(report: ParityReport) -> ParityReport:
     """
     if not report.passed:
         raise ParityError(
-            f"{report.candidate} differs from {report.reference}: {'; '.join(report.failures)}; worst text "
-            f"{report.worst_text}; nothing was written. Try --precision fp32 to see whether the number format is the "
-            "cause"
+            f"{report.candidate} differs from {report.reference}: {'; '.join(report.failures)}; lowest cosine at "
+            f"{report.worst_text}. Try --precision fp32 to see whether the number format is the cause"
         )
     return report
 

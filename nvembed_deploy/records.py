@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from enum import Enum
@@ -58,8 +58,9 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         _expect(value in allowed, path, f"one of {', '.join(map(str, allowed))}", value)
         return kind(value)
     if kind is float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        _expect(is_number, path, "a finite number", value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # Compared, not math.isfinite: JSON's integers may be too large for a float.
+        _expect(is_number and abs(value) <= sys.float_info.max, path, "a finite number", value)
         return float(value)
     _expect(isinstance(value, kind) and not (kind is int and isinstance(value, bool)), path, kind.__name__, value)
     return value

@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         passages = flags.passage or [passage for _, passage in PAIRS]
         encoder = Encoder(flags.bundle, device=flags.device)
         scores = (
-            encoder.encode(queries, instruction=flags.instruction or None, show_progress=True)
-            @ encoder.encode(passages, show_progress=True).T
+            encoder.encode(queries, instruction=flags.instruction, show_progress=sys.stderr.isatty())
+            @ encoder.encode(passages, show_progress=sys.stderr.isatty()).T
         )
         sys.stdout.write(table(queries, passages, scores))
         what = f"{len(queries)} questions against {len(passages)} passages on {encoder.backend}"

@@ -6,10 +6,11 @@ import importlib
 import logging
 import platform
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from nvembed_deploy.errors import MissingExtra
+from nvembed_deploy.errors import EngineError, MissingExtra
 
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt_rtx"
@@ -18,6 +19,7 @@ CURES = {
     "made with --system-site-packages",
     TENSORRT_RTX: "pip install 'nvembed-deploy[rtx]' (wheels exist for Linux and Windows on x86-64)",
 }
+KEPT_ERRORS = 100
 
 _log = logging.getLogger(__name__)
 
@@ -26,20 +28,23 @@ def load_bindings(runtime: str) -> ModuleType:
     """Imports the bindings of a runtime.
 
     Args:
-        runtime: `tensorrt` or `tensorrt_rtx`.
+        runtime: `tensorrt` or `tensorrt_rtx`; a manifest names it, so no other module is imported.
 
     Raises:
         MissingExtra: They are not installed, or their libraries do not load.
+        EngineError: There is no such runtime.
     """
+    if runtime not in CURES:
+        raise EngineError(f"the plan is for a runtime named {runtime!r}; this library knows {', '.join(CURES)}")
     try:
         return importlib.import_module(runtime)
-    except ImportError as err:
-        first = err
+    except (ImportError, OSError) as err:
+        first: Exception = err
     if runtime == TENSORRT_RTX:  # the wheels without the meta package bring another module name
         try:
             importlib.import_module("tensorrt_rtx_libs")
             return importlib.import_module("tensorrt_rtx_bindings")
-        except ImportError as err:
+        except (ImportError, OSError) as err:
             first = err
     raise MissingExtra(f"{runtime} is not installed here ({first}); {CURES[runtime]}") from first
 
@@ -64,12 +69,46 @@ def make_logger(bindings: Any) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.errors_seen = 0
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity, logging.DEBUG)
             if level == logging.ERROR:
                 self.errors.append(message.strip())
+                self.errors_seen += 1
+                del self.errors[:-KEPT_ERRORS]  # a process that runs for months shall not grow
                 level = logging.INFO  # the caller raises them as one sentence
             _log.log(level, "TensorRT: %s", message.strip())
 
     return Logger()
+
+
+def ask(logger: Any, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls TensorRT, which says no by False, by None or by an exception.
+
+    Args:
+        logger: What `make_logger` gave; its errors of this call go into the message, the first of them the cause.
+        what: The step, for the message.
+        call: A constructor or a method of the bindings.
+        arguments: Passed on.
+
+    Returns:
+        What TensorRT returned.
+
+    Raises:
+        EngineError: With the step and TensorRT's own words.
+    """
+    before = logger.errors_seen
+    try:
+        result = call(*arguments)
+    except (TypeError, RuntimeError) as err:  # a constructor's null pointer, shapes that cannot be inferred
+        raise _failure(logger, what, before, str(err)) from err
+    if result is False or result is None:
+        raise _failure(logger, what, before)
+    return result
+
+
+def _failure(logger: Any, what: str, before: int, *words: str) -> EngineError:
+    new = logger.errors[len(logger.errors) - (logger.errors_seen - before) :]
+    told = "; ".join(dict.fromkeys((*words, *new)))
+    return EngineError(f"TensorRT: {what} failed{': ' if told else ''}{told}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from nvembed_deploy.errors import DeviceMismatchError, EngineError, MissingExtra
 
 DRIVER_LIBRARY = "libcuda.so.1"
+OLD_DRIVER = "cudaErrorInsufficientDriver"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,8 @@ class CudaRuntime:
             return cls(importlib.import_module("cuda.bindings.runtime"))
         except ImportError as err:
             raise MissingExtra(
-                f"cuda-python is not installed ({err}); install it: pip install 'nvembed-deploy[rtx]'"
+                f"cuda-python is not installed ({err}); pip install 'nvembed-deploy[rtx]' or 'nvembed-deploy[trt]', on "
+                "a Jetson with JetPack 6 pip install 'cuda-bindings~=12.6'"
             ) from err
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -69,6 +73,13 @@ class CudaRuntime:
             raise EngineError(f"CUDA call {name} failed: {getattr(error, 'name', error)}")
         return results[0] if results else None
 
+    def release(self, name: str, *arguments: Any) -> None:
+        """Calls a function that gives something back; a failure is logged, since nothing is left to be done then."""
+        try:
+            self.call(name, *arguments)
+        except EngineError as err:
+            _log.debug("%s", err)
+
     def device(self, index: int) -> CudaDevice:
         """Describes a GPU.
 
@@ -78,7 +89,10 @@ class CudaRuntime:
         try:
             count = self.call("cudaGetDeviceCount")
         except EngineError as err:
-            raise DeviceMismatchError(f"no CUDA device is usable ({err})") from err
+            cure = ""
+            if OLD_DRIVER in str(err):
+                cure = "; the driver is older than cuda-python: update it, or pip install 'cuda-bindings~=12.6'"
+            raise DeviceMismatchError(f"no CUDA device is usable ({err}){cure}") from err
         if not 0 <= index < count:
             raise DeviceMismatchError(f"CUDA device {index} was asked for and there are {count}")
         properties = self.call("cudaGetDeviceProperties", index)
@@ -122,12 +136,12 @@ class Buffer:
         except EngineError as err:
             self.free()
             raise EngineError(
-                f"a buffer of {size_bytes} bytes does not fit ({err}); pass a smaller batch_size or max_length"
+                f"a buffer of {size_bytes} bytes cannot be had ({err}); pass a smaller batch_size or max_length"
             ) from err
         self.size_bytes = size_bytes
 
     def array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-        """The host side as an array; it shares the buffer's memory."""
+        """The host side as an array; it shares the buffer's memory, so it must not outlive it."""
         size_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         memory = memoryview((ctypes.c_char * size_bytes).from_address(self.host))
         values: NDArray[Any] = np.frombuffer(memory, dtype=dtype).reshape(shape)
@@ -139,15 +153,4 @@ class Buffer:
         self.size_bytes = self.host = self.device = 0
         for name, pointer in held:
             if pointer:
-                self._cuda.call(name, pointer)
-
-
-def checked(result: Any, what: str, *, hint: Callable[[], str] = str) -> Any:
-    """Passes on what TensorRT returned unless it is False or None.
-
-    Raises:
-        EngineError: With what was tried and TensorRT's own words.
-    """
-    if result is False or result is None:
-        raise EngineError(f"TensorRT: {what} failed{hint()}")
-    return result
+                self._cuda.release(name, pointer)

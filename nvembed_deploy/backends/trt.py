@@ -1,27 +1,33 @@
 """Runs `engine.plan` on TensorRT or TensorRT-RTX.
 
-The plan reaches the runtime only after the manifest's hashes, versions and device fit. Every thread has an execution
-context, a stream and pinned buffers of its own. Order of calls: Runtime, deserialize, context, then per batch:
-optimization profile, input shapes, copies, addresses, execute_async_v3, copy back, synchronize.
+The plan reaches the runtime only after the manifest's hashes, versions and device fit. Threads share a few execution
+contexts, each with a stream and pinned buffers, and each in one thread at a time. Order of calls: Runtime, deserialize,
+context, then per batch: device, optimization profile, input shapes, copies, addresses, execute_async_v3, copy back,
+synchronize.
 Source: NVIDIA TensorRT documentation, "Python API", and of `IExecutionContext`.
 """
 
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed_deploy.backends import Output
-from nvembed_deploy.backends.bindings import load_bindings, make_logger, this_platform
-from nvembed_deploy.backends.cuda import Buffer, CudaDevice, CudaRuntime, checked
+from nvembed_deploy.backends.bindings import ask, load_bindings, make_logger, this_platform
+from nvembed_deploy.backends.cuda import Buffer, CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.bundle import PLAN, Bundle, PlanInfo
 from nvembed_deploy.config import Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError
 from nvembed_deploy.text import TokenBatch
+
+CONTEXTS = 2
+"""Execution contexts of a backend: each holds device memory for the largest batch, however many threads there are. With
+two, one batch is copied while another is computed."""
 
 
 class TrtBackend:
@@ -44,19 +50,15 @@ class TrtBackend:
         bindings = load_bindings(info.runtime)
         check_fit(info, version=bindings.__version__, device=device)
         cuda.call("cudaSetDevice", device.index)
-        self._cuda, self._device = cuda, device
+        self._cuda, self._device, self._dimension = cuda, device, dimension
         self._logger = make_logger(bindings)
         # engine_host_code_allowed stays at its default, False: a plan shall bring no code for the host.
-        self._runtime = checked(bindings.Runtime(self._logger), "creating the runtime")
-        self._engine = checked(
-            self._runtime.deserialize_cuda_engine(plan),
-            f"loading {PLAN}",
-            hint=self._last_error,
-        )
+        self._runtime = ask(self._logger, "creating the runtime", bindings.Runtime, self._logger)
+        self._engine = ask(self._logger, f"loading {PLAN}", self._runtime.deserialize_cuda_engine, plan)
         self._check_tensors(bindings)
         self._profiles = self._read_profiles()
-        self._dimension = dimension
-        self._local = threading.local()
+        self._slots = threading.BoundedSemaphore(CONTEXTS)
+        self._idle: list[_Worker] = []
         self.name = f"{info.runtime} {info.version} on {device.name}"
 
     @property
@@ -78,21 +80,26 @@ class TrtBackend:
         """
         rows, tokens = batch.input_ids.shape
         index, shape = self._pick_profile(rows, tokens)
-        worker = self._worker()
-        output = worker.run(_pad_up(batch, shape), profile=index)
+        padded = _pad_up(batch, shape)
+        with self._slots:
+            # A thread has its own current device, and other libraries may have changed it since the last batch.
+            self._cuda.call("cudaSetDevice", self._device.index)
+            worker = self._take_worker()
+            try:
+                output = worker.run(padded, profile=index)
+            except BaseException:  # Ctrl-C too: the stream may hold copies from and to the buffers
+                worker.close()
+                raise
+            self._idle.append(worker)
         return Output(output.embeddings[:rows], output.norms[:rows])
 
-    def _worker(self) -> _Worker:
-        """This thread's context: TensorRT allows one thread at a time in each."""
-        worker: _Worker | None = getattr(self._local, "worker", None)
-        if worker is None:
-            self._cuda.call("cudaSetDevice", self._device.index)
-            context = checked(
-                self._engine.create_execution_context(), "creating an execution context", hint=self._last_error
-            )
-            worker = _Worker(context, self._cuda, self._dimension, self._last_error)
-            self._local.worker = worker
-        return worker
+    def _take_worker(self) -> _Worker:
+        """An idle worker, or a new one."""
+        with suppress(IndexError):
+            return self._idle.pop()  # pop and append are atomic
+        create = self._engine.create_execution_context
+        context = ask(self._logger, "creating an execution context", create)
+        return _Worker(context, self._cuda, self._logger, self._dimension)
 
     def _pick_profile(self, rows: int, tokens: int) -> tuple[int, Shape]:
         """The profile with the smallest maximum that holds the batch, and the shape to run it in."""
@@ -127,59 +134,66 @@ class TrtBackend:
             profiles.append(ShapeProfile(min=shapes[0], opt=shapes[1], max=shapes[2]))
         return profiles
 
-    def _last_error(self) -> str:
-        return f": {self._logger.errors[-1]}" if self._logger.errors else ""
-
 
 class _Worker:
-    """One thread's execution context, stream and buffers."""
+    """An execution context with a stream and buffers of its own."""
 
-    def __init__(self, context: Any, cuda: CudaRuntime, dimension: int, last_error: Any) -> None:
-        self._context, self._cuda, self._dimension, self._last_error = context, cuda, dimension, last_error
-        self._stream = cuda.call("cudaStreamCreate")
+    def __init__(self, context: Any, cuda: CudaRuntime, logger: Any, dimension: int) -> None:
+        self._context, self._cuda, self._logger, self._dimension = context, cuda, logger, dimension
         self._buffers = {name: Buffer(cuda) for name in (*INPUTS, *OUTPUTS)}
         self._profile = 0
+        self._stream: Any = None  # so that `close` works where the next line fails
+        self._stream = cuda.call("cudaStreamCreate")
 
     def run(self, batch: TokenBatch, *, profile: int) -> Output:
         stream = int(self._stream)
         if profile != self._profile:
-            self._check(self._context.set_optimization_profile_async(profile, stream), f"choosing profile {profile}")
+            self._ask(f"choosing profile {profile}", "set_optimization_profile_async", profile, stream)
             self._profile = profile
         for name, values in zip(INPUTS, batch, strict=True):
-            self._check(self._context.set_input_shape(name, values.shape), f"setting {name} to {values.shape}")
+            self._ask(f"setting {name} to {values.shape}", "set_input_shape", name, values.shape)
             buffer = self._buffers[name]
             buffer.reserve(values.nbytes)
             buffer.array(values.shape, np.int64)[...] = values
             self._cuda.copy_to_device(buffer.device, buffer.host, values.nbytes, self._stream)
-            self._check(self._context.set_tensor_address(name, buffer.device), f"binding {name}")
-        if unknown := self._context.infer_shapes():
+            self._ask(f"binding {name}", "set_tensor_address", name, buffer.device)
+        if unknown := self._ask("inferring shapes", "infer_shapes"):
             raise EngineError(f"TensorRT: the shapes of {', '.join(unknown)} are not known from the inputs")
-        results = [self._bind_output(name) for name in OUTPUTS]
-        self._check(self._context.execute_async_v3(stream), "running the plan")
+        rows = batch.input_ids.shape[0]
+        shapes: tuple[tuple[int, ...], ...] = ((rows, self._dimension), (rows,))
+        results = [self._bind_output(name, shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
+        self._ask("running the plan", "execute_async_v3", stream)
         for name, values in zip(OUTPUTS, results, strict=True):
             buffer = self._buffers[name]
             self._cuda.copy_to_host(buffer.host, buffer.device, values.nbytes, self._stream)
         self._cuda.call("cudaStreamSynchronize", self._stream)
         embeddings, norms = (values.copy() for values in results)  # the buffers are used again
-        rows = batch.input_ids.shape[0]
-        if embeddings.shape != (rows, self._dimension):
-            raise EngineError(f"{PLAN} gave {embeddings.shape}, expected {(rows, self._dimension)}; rebuild it")
         return Output(embeddings, norms)
 
-    def _bind_output(self, name: str) -> NDArray[np.float32]:
-        shape = tuple(int(size) for size in self._context.get_tensor_shape(name))
-        buffer = self._buffers[name]
-        buffer.reserve(int(np.prod(shape)) * np.dtype(np.float32).itemsize)
-        self._check(self._context.set_tensor_address(name, buffer.device), f"binding {name}")
-        return buffer.array(shape, np.float32)
-
-    def _check(self, result: Any, what: str) -> None:
-        checked(result, what, hint=self._last_error)
-
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Waits for what is queued, then gives everything back; a second call does nothing."""
+        stream, self._stream, self._context = self._stream, None, None
+        if stream is not None:
+            self._cuda.release("cudaStreamSynchronize", stream)
         for buffer in self._buffers.values():
             buffer.free()
-        self._cuda.call("cudaStreamDestroy", self._stream)
+        if stream is not None:
+            self._cuda.release("cudaStreamDestroy", stream)
+
+    def _bind_output(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        found = tuple(self._context.get_tensor_shape(name))
+        if found != shape:
+            raise EngineError(f"{PLAN} gives {name} as {found}, expected {shape}; rebuild it")
+        buffer = self._buffers[name]
+        buffer.reserve(int(np.prod(shape)) * np.dtype(np.float32).itemsize)
+        self._ask(f"binding {name}", "set_tensor_address", name, buffer.device)
+        return buffer.array(shape, np.float32)
+
+    def _ask(self, what: str, method: str, *arguments: Any) -> Any:
+        return ask(self._logger, what, getattr(self._context, method), *arguments)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def open_plan(bundle: Bundle, index: int) -> TrtBackend:

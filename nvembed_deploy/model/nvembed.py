@@ -27,6 +27,11 @@ LAYER_NORM_EPS = 1e-5
 NORM_FLOOR = 1e-12
 """As in `torch.nn.functional.normalize`. Below FP16's smallest number, which is one reason for pooling in FP32."""
 
+# Where MKL's first cos of a process is asked for by two threads at once, one may compute before the library has chosen
+# its code, and is off by 1e-4: 2 of 70 fresh processes on a busy machine, 0 of 150 after one call alone (torch 2.13.0).
+for _function in (torch.cos, torch.sin):
+    _function(torch.zeros(1))
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in FP32: the square of a value above 255.9 is no FP16 number.

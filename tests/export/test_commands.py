@@ -1,0 +1,204 @@
+"""The export commands as a user types them, with the usual mistakes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export import check, options, pipeline, source, to_onnx, trt
+from export.forecast import Forecast, forecast, require_room
+from nvembed_deploy import Encoder, ExportError, MissingExtra
+from nvembed_deploy.bundle import PLAN, Bundle
+from nvembed_deploy.config import ModelConfig, Precision, Shape, ShapeProfile
+from tests.conftest import ROOT, needs_rtx
+from tests.tiny import make_checkpoint
+
+
+def arguments(checkpoint: Path, out: Path, *more: str) -> list[str]:
+    return ["--model", str(checkpoint), "--out", str(out), *more]
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_bundle(bundles: dict[str, Path], precision: str) -> None:
+    manifest = Bundle.open(bundles[precision]).manifest
+    assert manifest.precision == precision
+    assert manifest.plan is not None
+    assert manifest.plan.runtime == "tensorrt_rtx"
+    assert manifest.files[PLAN].bytes > 100_000
+    assert (bundles[precision] / PLAN).read_bytes()[1:4] == b"trt"
+    assert str(manifest.profile) == "1x1 .. 8x64 .. 32x128"
+    assert [report.passed for report in manifest.parity] == [True]
+    assert manifest.source.files.keys() >= {"config.json", "tokenizer.json", "model-00001-of-00002.safetensors"}
+    assert str(ROOT) not in (bundles[precision] / "manifest.json").read_text()
+
+
+def test_last_line_is_the_bundle(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bundle"
+    assert to_onnx.main(arguments(checkpoint, out, "--precision", "fp32")) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}\n"
+    assert captured.err.splitlines()[-1].startswith("done: fp32 bundle without a plan, parity passed")
+    assert "peak memory" in captured.err
+    Encoder(out / "model.onnx", device="cpu").encode("water")
+
+
+def test_failed_gate_leaves_the_old_bundle(
+    checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+
+    def spoil(*args: object, **options: object) -> int:
+        state = dict(args[1])  # type: ignore[call-overload]
+        name = "embedding_model.layers.0.self_attn.v_proj.weight"
+        state[name] = state[name] * 1.05
+        return write(args[0], state, *args[2:], **options)
+
+    write = pipeline.write
+    monkeypatch.setattr(pipeline, "write", spoil)
+    assert trt.main(arguments(checkpoint, bundle, "--precision", "fp16")) == 1
+    assert "error: onnxruntime" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
+def test_skipped_gate_is_said(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert to_onnx.main(arguments(checkpoint, tmp_path / "b", "--precision", "fp32", "--no-parity", "--no-fold")) == 0
+    assert "parity NOT checked" in capsys.readouterr().err
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert manifest.parity == ()
+    assert not manifest.folded
+
+
+def test_without_the_targets_tensorrt(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A platform without wheels: the ONNX bundle is written, and what is missing for a plan is said."""
+
+    def missing(runtime: str) -> None:
+        raise MissingExtra(f"{runtime} is not installed here; pip install 'nvembed-deploy[rtx]'")
+
+    monkeypatch.setattr(pipeline, "load_bindings", missing)
+    assert trt.main(arguments(checkpoint, tmp_path / "b", "--target", "rtx")) == 0
+    captured = capsys.readouterr().err
+    assert "no engine.plan was built: tensorrt_rtx is not installed here; pip install" in captured
+    assert Bundle.open(tmp_path / "b").manifest.plan is None
+    with pytest.warns(UserWarning, match=r"engine\.plan is not used: the bundle has none"):
+        Encoder(tmp_path / "b")
+
+
+def test_target_of_another_machine(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trt.main(arguments(checkpoint, tmp_path / "b", "--target", "jetson-orin", "--no-parity")) == 0
+    assert "--target jetson-orin is built on the device itself" in capsys.readouterr().err
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert (manifest.dialect, manifest.opset, manifest.plan) == ("portable", 20, None)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "error: --model /nowhere/at/all is not a folder"),
+        (["--max", "1x1", "--min", "2x2"], "error: --opt"),
+        (["--min", "4x4", "--opt", "2x8"], "error: --opt 2x8 is smaller than 4x4"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert trt.main(arguments(checkpoint, tmp_path / "b", *more)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(message)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("more", [["--precision", "int3"], ["--max", "8by64"], ["--target", "toaster"], ["--what"]])
+def test_wrong_usage_exits_2(more: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        trt.main(more)
+    assert exit_.value.code == 2
+
+
+def test_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "export.trt", "--model", "nvidia/NV-Embed-v2"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: --model nvidia/NV-Embed-v2 is no folder here, and as a hub name it could not" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_fast_and_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom export import trt, to_onnx, check\n"
+        "for main in (trt.main, to_onnx.main, check.main):\n"
+        "    try:\n        main(['--help'])\n    except SystemExit as exit_:\n        assert exit_.code == 0\n"
+        "assert not {'torch', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--precision {fp32,fp16,bf16}" in done.stdout
+
+
+def test_check_judges_a_bundle(
+    bundles: dict[str, Path], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--device", "cpu", "--model"]
+    assert check.main([str(bundles["fp16"]), *flags, str(checkpoint)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["failures"] == []
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    assert check.main([str(bundles["fp16"]), *flags, str(other)]) == 1
+    assert "error: onnxruntime" in capsys.readouterr().err
+
+
+def test_profile_follows_max() -> None:
+    flags = ["--max", "4x32", "--model", "anything"]
+    parser = options.argparse.ArgumentParser()
+    options.add_flags(parser)
+    profile = options.from_flags(parser.parse_args(flags)).profile
+    assert profile == ShapeProfile(
+        min=Shape(batch=1, tokens=1), opt=Shape(batch=4, tokens=32), max=Shape(batch=4, tokens=32)
+    )
+
+
+def test_tokenizer_that_lost_its_bos(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "c"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert trt.main(arguments(folder, tmp_path / "b")) == 1
+    assert "NV-Embed needs the BOS in front" in capsys.readouterr().err
+
+
+def test_tokenizer_beyond_the_embedding_table(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "c"))
+    config = ModelConfig.from_checkpoint(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["zz"] = 99_999
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(Exception, match="has id 99999, the embedding table"):
+        source.text_contract(folder, config)
+
+
+def test_forecast_refuses_what_cannot_fit(checkpoint: Path, tmp_path: Path) -> None:
+    config = ModelConfig.from_checkpoint(checkpoint)
+    needed = forecast(config, Precision.FP16, fold=True, plan=True, parity=True)
+    require_room(needed, tmp_path / "b", force=False)
+    huge = Forecast(weights=1, memory=1, disk=2**60)
+    with pytest.raises(ExportError, match=r"needs about 1073741824\.0 GiB of disk and .* GiB are free"):
+        require_room(huge, tmp_path / "b", force=False)
+    require_room(huge, tmp_path / "b", force=True)
+
+
+def test_rounding_of_the_plan_is_the_graphs(bundles: dict[str, Path]) -> None:
+    """FP16 differs from FP32, so the precision asked for is the one that was written."""
+    vectors = {name: Encoder(path, device="cpu").encode("the water") for name, path in bundles.items()}
+    assert np.abs(vectors["fp16"] - vectors["fp32"]).max() > 1e-5
+    assert np.abs(vectors["bf16"] - vectors["fp32"]).max() > 1e-4

@@ -1,0 +1,175 @@
+"""`Encoder` on ONNX Runtime: the same checks in every precision, its device rules, its start."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed_deploy import BundleError, ConfigError, DeviceMismatchError, Encoder, NumericsError
+from nvembed_deploy.backends import Output
+from nvembed_deploy.text import TokenBatch
+from tests import numpy_reference
+from tests.conformance import TEXTS, check_encoder
+from tests.conftest import needs_rtx
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("fp16", 2e-3), ("bf16", 2e-2)])
+def test_conformance(bundles: dict[str, Path], precision: str, tolerance: float) -> None:
+    check_encoder(Encoder(bundles[precision], device="cpu"), tolerance=tolerance)
+
+
+def test_equals_independent_program(encoder: Encoder, checkpoint: Path) -> None:
+    rows = encoder._text.tokenize(TEXTS, prompt="find the passage: ", max_length=128)
+    expected = [numpy_reference.embed(checkpoint, row.ids, row.prompt_tokens) for row in rows]
+    assert np.abs(encoder.encode(TEXTS, prompt="find the passage: ") - np.stack(expected)).max() <= 5e-6
+
+
+@needs_rtx
+def test_without_a_gpu_it_says_so_once(bundles: dict[str, Path]) -> None:
+    with pytest.warns(UserWarning, match=r"engine\.plan is not used: .*runs on onnxruntime") as caught:
+        encoder = Encoder(bundles["fp16"] / "engine.plan")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert encoder.backend.startswith("onnxruntime")
+
+
+@needs_rtx
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_cuda_is_not_replaced_silently(bundles: dict[str, Path], device: str) -> None:
+    with pytest.raises(DeviceMismatchError, match=r"no NVIDIA driver|no CUDA device"):
+        Encoder(bundles["fp16"], device=device)
+
+
+@pytest.mark.parametrize("name", ["", "model.onnx"])
+def test_what_was_asked_for_needs_no_warning(bundles: dict[str, Path], name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Encoder(bundles["fp16"] / name, device="auto" if name else "cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:", "CUDA", "", "cpu:0", None])
+def test_unknown_device(bundles: dict[str, Path], device: str) -> None:
+    with pytest.raises(ConfigError, match="pass 'auto', 'cpu', 'cuda' or 'cuda:N'"):
+        Encoder(bundles["fp16"], device=device)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "max_length is 0; pass a whole number of at least 1"),
+        ({"max_length": 10_000}, "max_length is 10000; this engine takes at most 2048"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"batch_tokens": 2.5}, r"batch_tokens is 2\.5"),
+        ({"instruction": "a", "prompt": "b"}, "both given"),
+    ],
+)
+def test_bad_options(encoder: Encoder, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        encoder.encode(["a"], **options)
+
+
+def test_unknown_option_is_not_swallowed(encoder: Encoder) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        encoder.encode(["a"], instuction="typo")
+
+
+def test_bad_text_deep_in_a_generator(encoder: Encoder) -> None:
+    def texts() -> Iterator[str | None]:
+        yield from (f"text number {index}" for index in range(5000))
+        yield None
+
+    with pytest.raises(TypeError, match="text 5000 is a NoneType"):
+        encoder.encode(texts())  # type: ignore[arg-type]
+
+
+def test_truncation_is_reported(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    encoder.encode(TEXTS, max_length=8)
+    assert "4 of 6 texts were longer than max_length=8 tokens and were cut" in caplog.text
+
+
+def test_default_length_is_the_plans(encoder: Encoder) -> None:
+    assert encoder.max_length == 128
+    long = "over the water " * 200
+    np.testing.assert_array_equal(encoder.encode(long), encoder.encode(long, max_length=128))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 0.5])
+def test_no_bad_vector_leaves(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    encoder = Encoder(bundles["fp32"], device="cpu")
+    before = encoder.encode(TEXTS)
+    good = encoder._backend.run
+
+    def bad(batch: TokenBatch) -> Output:
+        output = good(batch)
+        lengths = batch.attention_mask.sum(axis=1)
+        output.embeddings[lengths == 3] = value
+        return output
+
+    monkeypatch.setattr(encoder._backend, "run", bad)
+    with pytest.raises(NumericsError, match=r"text 1: onnxruntime .* gave a vector of length"):
+        encoder.encode(TEXTS)
+    monkeypatch.undo()
+    np.testing.assert_allclose(encoder.encode(TEXTS), before, atol=1e-6)
+
+
+def test_threads_give_what_one_gives(encoder: Encoder) -> None:
+    expected = encoder.encode(TEXTS)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: encoder.encode(TEXTS), range(100)):
+            np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_generator_is_read_as_needed(encoder: Encoder) -> None:
+    """A window at a time: texts are made when the ones before them are done."""
+    from nvembed_deploy import encoder as module
+
+    made: list[int] = []
+    done: list[int] = []
+    run = encoder._run
+
+    def counting(rows: list, indices: list[int], start: int, normalize: bool) -> np.ndarray:
+        done.append(len(made))
+        return run(rows, indices, start, normalize)
+
+    def texts() -> Iterator[str]:
+        for index in range(3 * module.WINDOW_TEXTS):
+            made.append(index)
+            yield "a"
+
+    encoder._run = counting  # type: ignore[method-assign]
+    try:
+        assert len(encoder.encode(texts(), batch_tokens=100_000)) == 3 * module.WINDOW_TEXTS
+    finally:
+        del encoder._run
+    assert done[0] == module.WINDOW_TEXTS
+
+
+def test_paths(bundles: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"does not exist; make a bundle: python -m export\.trt"):
+        Encoder(tmp_path / "nothing" / "engine.plan")
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    with pytest.raises(BundleError, match=r"has no manifest\.json"):
+        Encoder(tmp_path / "engine.plan")
+    with pytest.raises(BundleError, match="is not a bundle; pass its folder"):
+        Encoder(bundles["fp16"] / "tokenizer.json")
+    assert "fp16" in repr(Encoder(str(bundles["fp16"]), device="cpu"))
+
+
+def test_start_is_light(bundles: dict[str, Path]) -> None:
+    """Import to first vector without torch, transformers or onnx; the time is measured by hand, it varies too much."""
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        "from nvembed_deploy import Encoder\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'tensorrt', 'tensorrt_rtx', 'tensorrt_rtx_bindings', 'scipy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        f"print(Encoder({str(bundles['fp16'])!r}).encode('water').shape)\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "(32,)\n"), done.stderr

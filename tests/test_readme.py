@@ -1,0 +1,73 @@
+"""The README is a promise: its generated parts are what the commands print, and its commands run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, needs_rtx
+from tools.readme import render
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall(README) if kind == language]
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help differently in other versions")
+def test_generated_parts_are_up_to_date() -> None:
+    assert render(README) == README, "run: python -m tools.readme"
+
+
+def test_links_point_at_files() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@needs_rtx
+def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
+    """Every `python -m` line and every Python block, as they stand, in an empty folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    steps = []
+    for kind, body in BLOCK.findall(README):
+        if kind == "bash":
+            body = body.replace("\\\n", " ")
+            lines = [line.split("#")[0].strip() for line in body.splitlines()]
+            steps += [line.split()[1:] for line in lines if line.startswith("python -m ") and "<" not in line]
+        elif kind == "python":
+            steps.append(["-c", body])
+    assert len(steps) >= 3
+    for arguments in steps:
+        done = subprocess.run(
+            [sys.executable, *(argument.strip('"') for argument in arguments)],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (arguments, done.stderr)
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for body in blocks("bash"):
+        for target in re.findall(r"^make (\w+)", body, re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_nothing_of_a_machine_is_in_the_repository() -> None:
+    """No file tells where it was written, and none has a size that does not belong there."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")  # fmt: skip
+    total = 0
+    for name in filter(None, names):
+        path = ROOT / name
+        if name.startswith("models/"):
+            total += path.stat().st_size
+        assert name.startswith("models/") or path.stat().st_size < 500_000, name
+    assert total <= 40_000_000

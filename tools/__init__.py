@@ -1,0 +1,1 @@
+"""Developers' commands: what the README says is measured and written by these."""

@@ -1,0 +1,73 @@
+"""`python -m tools.readme`: writes the README's generated parts: help texts, and tables from committed JSON.
+
+A part stands between `<!-- made: NAME -->` and `<!-- end -->`. A test checks that the README is what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from nvembed_deploy.cli import say
+
+ROOT = Path(__file__).resolve().parent.parent
+PART = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def help_text(module: str) -> str:
+    """What `python -m MODULE --help` prints, at a fixed width."""
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return f"```text\n{done.stdout.rstrip()}\n```\n"
+
+
+def precision_table() -> str:
+    """The record of `tools.precisions`."""
+    record = json.loads((ROOT / "docs" / "precisions.json").read_text(encoding="utf-8"))
+    lines = [
+        "| precision | plan | ONNX | lowest cosine to PyTorch fp32 | largest difference | import to first vector |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        plan = f"{row['plan_bytes'] / 1e6:.1f} MB" if row["plan_bytes"] else "-"
+        lines.append(
+            f"| {row['precision']} | {plan} | {row['graph_bytes'] / 1e6:.1f} MB | {row['min_cosine']:.7f} | "
+            f"{row['max_difference']:.1e} | {row['first_vector_s']:.2f} s |"
+        )
+    versions = record["rows"][0]["versions"]
+    lines += [
+        "",
+        f"Made by `{record['command']}` on {record['date']}: {record['machine']}; "
+        + ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "tensorrt_rtx") if name in versions)
+        + ". Cosine and difference are those of the gate's texts, on ONNX Runtime; the first vector is the median of "
+        "seven fresh processes.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render(readme: str) -> str:
+    """The README with its generated parts made anew."""
+
+    def make(match: re.Match[str]) -> str:
+        kind, _, name = match[2].partition(":")
+        return match[1] + (help_text(name) if kind == "help" else precision_table()) + match[3]
+
+    return PART.sub(make, readme)
+
+
+def main() -> int:
+    """Runs the command."""
+    path = ROOT / "README.md"
+    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    say(f"done: {path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
