@@ -6,6 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Where pip finds torch 2.13.0; empty for pip's default, see the README for CPU-only and CUDA builds.
 TORCH_INDEX ?=
 PRECISION ?= fp16
+# What to install; `make test EXTRAS=export,cpu,rtx,dev,train` runs the tests of the training as well.
+EXTRAS ?= export,cpu,rtx,dev
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -33,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) with $(PYTHON): about 1.5 GB, a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[export,cpu,rtx,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 clean:

@@ -7,6 +7,7 @@ and None that TensorRT returns is checked and named. Source: NVIDIA TensorRT doc
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nvembed_deploy.backends.bindings import TENSORRT_RTX, make_logger, this_platform
+from nvembed_deploy.backends.bindings import TENSORRT_RTX, ask, make_logger, this_platform
 from nvembed_deploy.backends.ort import INPUTS
 from nvembed_deploy.bundle import PlanInfo
 from nvembed_deploy.config import ShapeProfile
@@ -25,7 +26,7 @@ from nvembed_deploy.targets import Target
 
 def build_plan(
     graph: Path, target: Target, *, profile: ShapeProfile, bindings: Any, capability: str | None
-) -> tuple[bytes, PlanInfo]:
+) -> tuple[memoryview, PlanInfo]:
     """Builds a plan from a graph.
 
     Args:
@@ -36,45 +37,37 @@ def build_plan(
         capability: This machine's GPU, for targets that build for it.
 
     Returns:
-        The plan's bytes, and what it needs to run.
+        The plan's bytes, in TensorRT's own memory, and what it needs to run.
 
     Raises:
         EngineError: TensorRT cannot parse the graph or cannot build the plan; its own words are in the message.
         KeyboardInterrupt: Ctrl-C or SIGTERM, once TensorRT has let go.
     """
     logger = make_logger(bindings)
-
-    def check(result: Any, what: str) -> Any:
-        if result is False or result is None:
-            words = f": {logger.errors[-1]}" if logger.errors else ""
-            raise EngineError(f"{bindings.__name__} {bindings.__version__} failed at {what}{words}")
-        return result
-
-    builder = check(bindings.Builder(logger), "creating the builder")
-    network = check(builder.create_network(_network_flags(bindings)), "creating the network")
+    builder = ask(logger, "creating the builder", bindings.Builder, logger)
+    network = ask(logger, "creating the network", builder.create_network, _network_flags(bindings))
     _parse(graph, network, bindings=bindings, logger=logger)
     _let_attention_decompose(network, bindings)
-    config = check(builder.create_builder_config(), "creating the configuration")
-    shapes = check(builder.create_optimization_profile(), "creating the optimization profile")
-    sizes = [(shape.batch, shape.tokens) for shape in (profile.min, profile.opt, profile.max)]
-    for name in INPUTS:
-        shapes.set_shape(name, *sizes)  # returns nothing; a wrong shape shows when the profile is added
-    if config.add_optimization_profile(shapes) < 0:
-        raise EngineError(f"{bindings.__name__} refuses the shape profile {profile}: {logger.errors[-1:]}")
+    config = ask(logger, "creating the configuration", builder.create_builder_config)
+    # On by default: FP32 products with 10 bits of mantissa, in an FP32 plan and in every plan's pooling.
+    config.clear_flag(bindings.BuilderFlag.TF32)
+    _add_profile(builder, config, profile, logger=logger)
     capabilities = _set_capabilities(config, target, bindings=bindings, capability=capability)
     with _progress(bindings) as (monitor, was_cancelled):
         config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, config)
-    if was_cancelled():
-        raise KeyboardInterrupt
-    check(plan, "building the plan")
+        try:
+            plan = ask(logger, "building the plan", builder.build_serialized_network, network, config)
+        except EngineError:
+            if was_cancelled():
+                raise KeyboardInterrupt from None
+            raise
     info = PlanInfo(
         runtime=target.runtime,
         version=bindings.__version__,
         platform=this_platform(),
         compute_capabilities=capabilities,
     )
-    return bytes(memoryview(plan)), info
+    return memoryview(plan).cast("B"), info
 
 
 def _network_flags(bindings: Any) -> int:
@@ -91,6 +84,17 @@ def _parse(graph: Path, network: Any, *, bindings: Any, logger: Any) -> None:
         f"{bindings.__name__} {bindings.__version__} cannot parse {graph.name} ({'; '.join(errors)}); try --dialect "
         "portable"
     )
+
+
+def _add_profile(builder: Any, config: Any, profile: ShapeProfile, *, logger: Any) -> None:
+    shapes = ask(logger, "creating the optimization profile", builder.create_optimization_profile)
+    sizes = [(shape.batch, shape.tokens) for shape in (profile.min, profile.opt, profile.max)]
+    for name in INPUTS:
+        shapes.set_shape(name, *sizes)  # returns nothing; a wrong shape shows when the profile is added
+    before = logger.errors_seen
+    if config.add_optimization_profile(shapes) < 0:
+        words = "; ".join(logger.errors[-(logger.errors_seen - before) :] if logger.errors_seen > before else ())
+        raise EngineError(f"TensorRT: the shape profile {profile} is refused{': ' if words else ''}{words}")
 
 
 def _let_attention_decompose(network: Any, bindings: Any) -> None:
@@ -139,14 +143,15 @@ def _progress(bindings: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
             bar.set_postfix_str(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self.left[phase_name] -= 1
+            self.left[phase_name] = self.left.get(phase_name, 0) - 1  # phases of one name may run at once
             bar.update()
             return not cancelled
 
         def phase_finish(self, phase_name: str) -> None:
             bar.update(max(self.left.pop(phase_name, 0), 0))
 
-    previous = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, cancel) for number in numbers}
     try:
         yield Monitor(), lambda: cancelled
     finally:

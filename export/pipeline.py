@@ -150,7 +150,7 @@ def _gate(reference: Backend, candidate: Backend, text: TextEncoder, options: Ex
 
 
 def _gate_plan(
-    plan: bytes, info: PlanInfo, reference: ReferenceBackend, text: TextEncoder, options: ExportOptions
+    plan: memoryview, info: PlanInfo, reference: ReferenceBackend, text: TextEncoder, options: ExportOptions
 ) -> list[ParityReport]:
     """Runs the plan where there is a GPU for it; elsewhere the graph's gate is all that can be done, and it says so."""
     try:

@@ -196,6 +196,7 @@ def _refuse_unknown_variants(text: dict[str, Any], config: dict[str, Any], laten
             )
 
 
+MAX_ELEMENTS = 2**31 - 1
 _SHAPE = re.compile(r"^\s*(\d+)\s*[xX×]\s*(\d+)\s*$")
 
 
@@ -209,6 +210,8 @@ class Shape:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.tokens < 1:
             raise ConfigError(f"shape {self.batch}x{self.tokens}: batch and tokens must be at least 1")
+        if self.batch * self.tokens > MAX_ELEMENTS:
+            raise ConfigError(f"shape {self.batch}x{self.tokens} has more than {MAX_ELEMENTS} ids, TensorRT's limit")
 
     @classmethod
     def parse(cls, text: str) -> Shape:

@@ -103,6 +103,8 @@ def ask(logger: Any, what: str, call: Callable[..., Any], *arguments: Any) -> An
         result = call(*arguments)
     except (TypeError, RuntimeError) as err:  # a constructor's null pointer, shapes that cannot be inferred
         raise _failure(logger, what, before, str(err)) from err
+    finally:
+        del call  # else an error's traceback keeps an execution context alive, and its memory
     if result is False or result is None:
         raise _failure(logger, what, before)
     return result

@@ -46,7 +46,9 @@ class TrtBackend:
         EngineError: TensorRT refuses the plan, or there is not enough memory.
     """
 
-    def __init__(self, plan: bytes, info: PlanInfo, *, dimension: int, device: CudaDevice, cuda: CudaRuntime) -> None:
+    def __init__(
+        self, plan: bytes | memoryview, info: PlanInfo, *, dimension: int, device: CudaDevice, cuda: CudaRuntime
+    ) -> None:
         bindings = load_bindings(info.runtime)
         check_fit(info, version=bindings.__version__, device=device)
         cuda.call("cudaSetDevice", device.index)
