@@ -10,6 +10,7 @@ PRECISION ?= fp16
 EXTRAS ?= export,cpu,rtx,dev
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 BUNDLE := bundles/nv-embed-mini-$(PRECISION)
 
@@ -32,10 +33,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 $(READY): pyproject.toml constraints.txt
-	@echo "setting up $(VENV) with $(PYTHON): about 1.5 GB, a minute or two"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@echo "1/3 making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c "import sys; sys.exit('error: Python 3.10 or newer is needed, 3.11 is tested; pass PYTHON=...' * (sys.version_info < (3, 10)))"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2/3 installing torch 2.13.0 (CPU-only: 0.9 GB; with CUDA: several GB)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "3/3 installing $(EXTRAS) in the versions of constraints.txt (about 1 GB)"
+	@$(PIP) --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 clean:

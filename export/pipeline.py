@@ -16,26 +16,17 @@ import torch
 from nvembed_deploy.backends import Backend
 from nvembed_deploy.backends.bindings import load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
-from nvembed_deploy.backends.ort import OrtBackend
+from nvembed_deploy.backends.ort import ROUNDED, OrtBackend
 from nvembed_deploy.backends.reference import ReferenceBackend
 from nvembed_deploy.backends.trt import TrtBackend
-from nvembed_deploy.bundle import (
-    CPU_GRAPH,
-    FORMAT_VERSION,
-    GRAPH,
-    PLAN,
-    TOKENIZER,
-    Manifest,
-    PlanInfo,
-    commit,
-    new_bundle,
-)
+from nvembed_deploy.bundle import CPU_GRAPH, FORMAT_VERSION, GRAPH, PLAN, TOKENIZER, Manifest, PlanInfo
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import ModelConfig, Precision
 from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.nvembed import LatentAttentionModel
 from nvembed_deploy.parity import ParityReport, compare, require
+from nvembed_deploy.publish import commit, new_bundle
 from nvembed_deploy.targets import local_compute_capability
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.version import __version__
@@ -80,9 +71,8 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
             _write_graphs(options, config, reference, staging)
         reports: list[ParityReport] = []
         if options.parity:
-            graph = CPU_GRAPH if options.precision is Precision.BF16 else GRAPH
-            note = " (BF16 rounding in FP32 arithmetic)" if graph == CPU_GRAPH else ""
-            candidate = OrtBackend(staging / graph, note=note)
+            rounded = options.precision is Precision.BF16
+            candidate = OrtBackend(staging / (CPU_GRAPH if rounded else GRAPH), note=ROUNDED if rounded else "")
             with _step("comparing ONNX with PyTorch"):
                 reports.append(_gate(reference, candidate, TextEncoder(tokenizer, contract), options))
             del candidate

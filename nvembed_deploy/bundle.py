@@ -1,4 +1,4 @@
-"""The artefact directory: what is in it, that it is whole, and how it is replaced.
+"""The artefact directory: what is in it, and that it is whole. How it is written and replaced is in `publish.py`.
 
 A bundle holds `engine.plan` (where one was built), `model.onnx` and `model.onnx.data`, `tokenizer.json` and
 `manifest.json`, which names every other file with its size and SHA-256 and carries its own. Nothing in it is executed
@@ -12,15 +12,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nvembed_deploy.atomic import staged_folder, switch_in
 from nvembed_deploy.config import Dialect, ModelConfig, Precision, ShapeProfile
-from nvembed_deploy.errors import BundleError, ConfigError
+from nvembed_deploy.errors import BundleError
 from nvembed_deploy.parity import ParityReport
 from nvembed_deploy.records import from_json, to_json
 from nvembed_deploy.text import TextContract
@@ -193,7 +190,10 @@ class Bundle:
         stamps = {MANIFEST: _stamp(folder / MANIFEST)}
         if stamps[MANIFEST][_SIZE] > MANIFEST_MAX_BYTES:
             raise BundleError(f"{folder / MANIFEST} is too large to be a manifest; make the bundle again")
-        manifest = Manifest.from_bytes(_read(folder / MANIFEST))
+        try:
+            manifest = Manifest.from_bytes(_read(folder / MANIFEST))
+        except BundleError as err:
+            raise BundleError(f"{folder}: {err}") from err
         present = _names(folder)
         expected = {MANIFEST, *manifest.files}
         if missing := sorted(expected - present):
@@ -228,60 +228,6 @@ class Bundle:
         if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
             raise _damaged(self.folder / name, "its SHA-256 does not fit the manifest")
         return content
-
-
-@contextmanager
-def new_bundle(destination: Path) -> Iterator[Path]:
-    """A folder to put the files of a bundle in; `commit` makes it the destination.
-
-    Raises:
-        ConfigError: The destination holds something that is not a bundle's, which would be lost.
-    """
-    destination = Path(os.path.realpath(destination))
-    refuse_foreign_files(destination)
-    with staged_folder(destination) as folder:
-        yield folder
-
-
-def commit(folder: Path, destination: Path, manifest: Manifest) -> Manifest:
-    """Hashes the files, writes the manifest, and switches the folder in whole.
-
-    Args:
-        folder: What `new_bundle` gave, filled.
-        destination: Where the bundle shall be.
-        manifest: Its `files` and `manifest_sha256` are filled in here.
-
-    Returns:
-        The manifest as written.
-    """
-    destination = Path(os.path.realpath(destination))
-    files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-    content = replace(manifest, files=files).to_bytes()
-    written = Manifest.from_bytes(content)
-    (folder / MANIFEST).write_bytes(content)
-    refuse_foreign_files(destination)
-    switch_in(folder, destination)
-    return written
-
-
-def refuse_foreign_files(destination: Path) -> None:
-    """Refuses to replace a folder that holds more than a bundle.
-
-    Raises:
-        ConfigError: With the name of the first foreign file.
-    """
-    if not os.path.lexists(destination):
-        return
-    if not destination.is_dir():
-        raise ConfigError(f"--out {destination} is a file; name a folder")
-    ours = PAYLOAD | {MANIFEST}
-    foreign = sorted(
-        entry.name for entry in os.scandir(destination) if entry.name not in ours or entry.is_dir(follow_symlinks=False)
-    )
-    if foreign:
-        raise ConfigError(
-            f"--out {destination} holds {foreign[0]!r}, which is not a bundle's and would be lost; name another folder"
-        )
 
 
 def bundle_folder(path: str | Path) -> Path:

@@ -11,6 +11,7 @@ from types import FrameType
 
 from nvembed_deploy.errors import DeployError
 
+WHOLE = "what stands at the destination is whole, as it was or as it shall be"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,16 +28,17 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
     except DeployError as err:
         return _fail(str(err))
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was changed, run the same command to start again")
+        return _fail(f"interrupted; {WHOLE}. Run the same command to start again")
     except BrokenPipeError:
         return _fail("the reader of the output went away")
     except OSError as err:
-        if err.errno not in DISK_FULL:
+        if err.errno in DISK_FULL:
+            return _fail(
+                f"the disk is full or the file would be too large ({err}); {WHOLE}. Free space or choose another --out"
+            )
+        if err.filename is None:
             raise
-        return _fail(
-            f"the disk is full or the file would be too large ({err}); what stood at the destination is unchanged, "
-            "free space or choose another --out"
-        )
+        return _fail(f"{err.filename}: {err.strerror}; check the path and its permissions")
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0

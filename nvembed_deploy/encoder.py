@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nvembed_deploy.backends import Backend, Output
 from nvembed_deploy.backends.cuda import CudaRuntime
-from nvembed_deploy.backends.ort import CPU, GPU, OrtBackend, available_providers
+from nvembed_deploy.backends.ort import CPU, GPU, ROUNDED, OrtBackend, available_providers
 from nvembed_deploy.backends.trt import open_plan
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.bundle import CPU_GRAPH, GRAPH, OPEN_ATTEMPTS, PLAN, TOKENIZER, Bundle, Manifest
@@ -278,13 +278,16 @@ def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
         )
     CudaRuntime.load().device(index)
     ordered = tuple((provider, {"device_id": index}) for provider in installed)
-    return OrtBackend(bundle.folder / GRAPH, providers=(*ordered, CPU))
+    return OrtBackend(bundle.folder / GRAPH, providers=(*ordered, CPU), dimension=bundle.manifest.dimension)
 
 
 def _ort_on_cpu(bundle: Bundle) -> Backend:
-    if CPU_GRAPH in bundle.manifest.files:
-        return OrtBackend(bundle.folder / CPU_GRAPH, note=" (BF16 rounding in FP32 arithmetic)")
-    return OrtBackend(bundle.folder / GRAPH)
+    rounded = CPU_GRAPH in bundle.manifest.files
+    return OrtBackend(
+        bundle.folder / (CPU_GRAPH if rounded else GRAPH),
+        note=ROUNDED if rounded else "",
+        dimension=bundle.manifest.dimension,
+    )
 
 
 def _check_vectors(output: Output, indices: list[int], backend: str) -> None:

@@ -126,7 +126,7 @@ class TextEncoder:
                 "template) or prompt (the prefix verbatim)"
             )
         if instruction:
-            return self.contract.instruction_template.format(instruction=instruction)
+            return self.contract.instruction_template.replace("{instruction}", instruction)
         return prompt or ""
 
     def tokenize(self, texts: Sequence[str], *, prompt: str = "", max_length: int) -> list[TokenRow]:
@@ -196,7 +196,9 @@ def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
     """
     try:
         tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
-    except Exception as err:  # tokenizers raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as err:  # tokenizers raises bare Exception, and its Rust panics are not even that
         raise BundleError(f"tokenizer.json is damaged or of a newer kind ({err}); make the bundle again") from err
     tokenizer.no_padding()
     tokenizer.no_truncation()

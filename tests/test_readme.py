@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,13 +39,13 @@ def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
         if kind == "bash":
             body = body.replace("\\\n", " ")
             lines = [line.split("#")[0].strip() for line in body.splitlines()]
-            steps += [line.split()[1:] for line in lines if line.startswith("python -m ") and "<" not in line]
+            steps += [shlex.split(line)[1:] for line in lines if line.startswith("python -m ")]
         elif kind == "python":
             steps.append(["-c", body])
     assert len(steps) >= 3
     for arguments in steps:
         done = subprocess.run(
-            [sys.executable, *(argument.strip('"') for argument in arguments)],
+            [sys.executable, *arguments],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, (arguments, done.stderr)

@@ -11,9 +11,12 @@ from nvembed_deploy.text import TokenBatch
 
 OUTPUTS = ("sentence_embedding", "sentence_norm")
 INPUTS = ("input_ids", "attention_mask", "pool_mask")
+ROUNDED = " (BF16 rounding in FP32 arithmetic)"
+"""Note on the name of a backend that runs `model.cpu.onnx`."""
 CPU = "CPUExecutionProvider"
 GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
-ERROR_SEVERITY = 3
+FATAL_SEVERITY = 4
+"""Its errors are raised; logged as well they would stand on stderr twice."""
 
 
 def available_providers() -> list[str]:
@@ -33,6 +36,7 @@ class OrtBackend:
         graph: Path of the graph; its weights lie beside it.
         providers: Execution providers in order of preference, each a name or a name with its options.
         note: Added to the name.
+        dimension: D that the bundle promises; None takes what comes.
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.
@@ -42,11 +46,16 @@ class OrtBackend:
     profile = None
 
     def __init__(
-        self, graph: Path, *, providers: tuple[str | tuple[str, dict[str, Any]], ...] = (CPU,), note: str = ""
+        self,
+        graph: Path,
+        *,
+        providers: tuple[str | tuple[str, dict[str, Any]], ...] = (CPU,),
+        note: str = "",
+        dimension: int | None = None,
     ) -> None:
         ort = _onnxruntime()
         options = ort.SessionOptions()
-        options.log_severity_level = ERROR_SEVERITY
+        options.log_severity_level = FATAL_SEVERITY
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=list(providers))
         except Exception as err:  # ONNX Runtime raises bare and private exceptions
@@ -61,9 +70,12 @@ class OrtBackend:
                 f"ONNX Runtime {ort.__version__} could not start {wanted} and offers {self.provider}; check the CUDA "
                 "and cuDNN versions that it asks for, or pass device='cpu'"
             )
-        found = tuple(item.name for item in self._session.get_inputs())
-        if sorted(found) != sorted(INPUTS):
-            raise EngineError(f"{graph} has inputs {found}, not {INPUTS}; it is not a graph made by this toolkit")
+        found = {item.name for item in (*self._session.get_inputs(), *self._session.get_outputs())}
+        if found != {*INPUTS, *OUTPUTS}:
+            raise EngineError(
+                f"{graph} has tensors {sorted(found)}, not {INPUTS + OUTPUTS}; it was not made by this toolkit"
+            )
+        self._dimension = dimension
         self.name = f"onnxruntime {ort.__version__} {self.provider}{note}"
 
     def run(self, batch: TokenBatch) -> Output:
@@ -79,6 +91,12 @@ class OrtBackend:
                 f"ONNX Runtime failed on a batch of {batch.input_ids.shape[0]}x{batch.input_ids.shape[1]} tokens "
                 f"({_first_line(err)}); try a smaller batch_size or max_length"
             ) from err
+        rows = batch.input_ids.shape[0]
+        if self._dimension is not None and embeddings.shape != (rows, self._dimension):
+            raise EngineError(
+                f"the graph gave vectors of shape {embeddings.shape}, its bundle says {(rows, self._dimension)}; make "
+                "the bundle again"
+            )
         return Output(embeddings, norms)
 
 
