@@ -6,6 +6,7 @@ import errno
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from types import FrameType
 
@@ -24,7 +25,9 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        command()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command()
     except DeployError as err:
         return _fail(str(err))
     except KeyboardInterrupt:
@@ -48,6 +51,11 @@ def say(message: str) -> None:
     """Tells the person at the terminal what happens; stdout is kept for results."""
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    """In words alone: the line of code that warned says nothing to who typed a command."""
+    say(f"note: {message}")
 
 
 def _fail(message: str) -> int:

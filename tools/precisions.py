@@ -9,10 +9,12 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,11 @@ def measure(precision: Precision, folder: Path) -> dict[str, Any]:
     """
     out = folder / precision.value
     command = [sys.executable, "-m", "export.trt", "--precision", precision.value, "--out", str(out)]
+    started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    last = done.stderr.strip().splitlines()[-1]
+    seconds = time.monotonic() - started
+    told = re.search(r"peak memory ([\d.]+) GiB", done.stderr)
+    assert told is not None
     manifest = Bundle.open(out).manifest
     report = manifest.parity[0]
     starts = [
@@ -54,7 +59,8 @@ def measure(precision: Precision, folder: Path) -> dict[str, Any]:
     ]
     return {
         "precision": precision.value,
-        "summary": last,
+        "export_s": seconds,
+        "export_peak_gib": float(told[1]),
         "plan_bytes": manifest.files[PLAN].bytes if manifest.plan else None,
         "graph_bytes": manifest.files[GRAPH].bytes + manifest.files[WEIGHTS].bytes,
         "min_cosine": report.min_cosine,

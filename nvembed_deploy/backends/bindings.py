@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import platform
@@ -54,8 +55,13 @@ def this_platform() -> str:
     return f"{sys.platform}_{platform.machine().lower()}"
 
 
+@functools.cache
 def make_logger(bindings: Any) -> Any:
-    """A TensorRT logger that hands messages to `logging` and remembers errors in `errors`."""
+    """The TensorRT logger of a process: it hands messages to `logging` and remembers errors in `errors`.
+
+    One for all and for ever: TensorRT keeps the first that it is given, ignores every later one, and would go on
+    calling it after Python has freed it.
+    """
     severities = bindings.ILogger.Severity
     levels = {
         severities.INTERNAL_ERROR: logging.ERROR,

@@ -1,0 +1,1 @@
+"""The two-stage contrastive recipe. Needs the extra `train`."""
