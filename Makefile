@@ -34,7 +34,7 @@ format: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@echo "1/3 making $(VENV) with $(PYTHON)"
-	@$(PYTHON) -c "import sys; sys.exit('error: Python 3.10 or newer is needed, 3.11 is tested; pass PYTHON=...' * (sys.version_info < (3, 10)))"
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('error: Python 3.10 or newer is needed, 3.11 is tested; pass PYTHON=...')"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2/3 installing torch 2.13.0 (CPU-only: 0.9 GB; with CUDA: several GB)"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
