@@ -82,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, what in (("min", "smallest"), ("opt", "most usual"), ("max", "largest")):
         parser.add_argument(
             f"--{name}",
-            type=Shape.parse,
+            type=_shape,
             default=None,
             metavar="BxT",
             help=f"{what} batch, texts x tokens (default: {getattr(TARGETS['rtx'].profile, name)})",
@@ -93,6 +93,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="go on where the forecast says that it will not fit")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what TensorRT and the exporter log")
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return Shape.parse(text)
+    except ConfigError as err:  # argparse shows the words of its own error only
+        raise argparse.ArgumentTypeError(str(err)) from err
 
 
 def from_flags(flags: argparse.Namespace) -> ExportOptions:

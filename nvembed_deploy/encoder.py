@@ -249,7 +249,7 @@ def _choose_backend(bundle: Bundle, name: str, device: str, index: int | None) -
             backend = attempt()
         except (DeviceMismatchError, MissingExtra) as err:
             if device != "auto":
-                raise
+                raise type(err)(f"device={device!r} was asked for: {err}; mend that, or pass device='auto'") from err
             reasons.append(str(err))
             continue
         if reasons:

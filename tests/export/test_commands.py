@@ -115,11 +115,22 @@ def test_mistakes_end_in_one_line(
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("more", [["--precision", "int3"], ["--max", "8by64"], ["--target", "toaster"], ["--what"]])
-def test_wrong_usage_exits_2(more: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--precision", "int3"], "invalid choice: 'int3'"),
+        (["--max", "8by64"], "shape '8by64' is not BATCHxTOKENS; write 8x64"),
+        (["--max", "0x64"], "batch and tokens must be at least 1"),
+        (["--max", "99999x99999"], "TensorRT's limit"),
+        (["--target", "toaster"], "invalid choice: 'toaster'"),
+        (["--what"], "unrecognized arguments: --what"),
+    ],
+)
+def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str], more: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         trt.main(more)
     assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
