@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise MissingExtra(f"this needs PyTorch ({err}); pip install 'nvembed-deploy[export,cpu]'") from err
         bundle, text, backend = open_parts(flags.bundle, flags.device)
         folder, _ = source.resolve(flags.model or str(default_model()), flags.revision)
-        report = compare(ReferenceBackend(folder), backend, text, precision=bundle.manifest.precision)
+        manifest = bundle.manifest
+        report = compare(
+            ReferenceBackend(folder), backend, text, precision=manifest.precision, largest=manifest.profile.max
+        )
         say(report.summary())
         sys.stdout.write(json.dumps(to_json(report)) + "\n")
         require(report)

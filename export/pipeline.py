@@ -63,7 +63,8 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
     with new_bundle(options.out) as staging:
         require_room(needed, options.out, force=options.force)
         with _step("checking the checkpoint"):
-            origin = source.describe(folder, Path(options.model).name, revision, config)
+            name = options.model if revision else Path(options.model).resolve().name
+            origin = source.describe(folder, name, revision, config)
             reference = ReferenceBackend(folder)
             tokenizer = (folder / "tokenizer.json").read_bytes()
             (staging / TOKENIZER).write_bytes(tokenizer)
@@ -134,7 +135,7 @@ def _write_graphs(options: ExportOptions, config: ModelConfig, reference: Refere
 
 
 def _gate(reference: Backend, candidate: Backend, text: TextEncoder, options: ExportOptions) -> ParityReport:
-    report = compare(reference, candidate, text, precision=options.precision)
+    report = compare(reference, candidate, text, precision=options.precision, largest=options.profile.max)
     say(f"  {report.summary()}")
     return require(report)
 

@@ -49,8 +49,8 @@ LONG_TEXT = (
     "the coastline for nearly nine hundred miles, resting on estuaries. def parse(line): return line.split(',') "
 )
 """Repeated until it fills the longest input."""
-LONGEST_TOKENS = 512
-"""Of a probe, where the candidate has no limit of its own."""
+LONGEST_TOKENS = 4096
+"""Most tokens of a probe: attention's cost grows with the square. A report says how long its longest was."""
 BATCH = 9
 """Rows of a padded batch: no multiple of what kernels like."""
 
@@ -115,7 +115,7 @@ class ParityReport:
 
 
 def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRow]]:
-    """The probes as tokens, the longest inputs first, so that the first batch is padded the most.
+    """The probes as tokens, the longest inputs first.
 
     Args:
         text: The model's text encoder.
@@ -135,26 +135,28 @@ def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRo
     return names, rows
 
 
-def compare(reference: Backend, candidate: Backend, text: TextEncoder, *, precision: Precision) -> ParityReport:
+def compare(
+    reference: Backend, candidate: Backend, text: TextEncoder, *, precision: Precision, largest: Shape
+) -> ParityReport:
     """Embeds the probes with both, and measures the differences.
 
     The reference takes each text alone; the candidate takes it alone, and in a padded batch.
 
     Args:
         reference: What is taken for the truth.
-        candidate: What is judged; its profile limits the shapes.
+        candidate: What is judged.
         text: The model's text encoder.
         precision: Picks the row of `TOLERANCES`.
+        largest: The largest batch that the engine is for: the longest probes fill it, up to `LONGEST_TOKENS`.
 
     Raises:
         ParityError: The candidate's outputs are of another shape than the reference's.
     """
-    largest = candidate.profile.max if candidate.profile else Shape(batch=BATCH, tokens=LONGEST_TOKENS)
-    longest = min(largest.tokens, text.contract.max_tokens)
-    names, rows = probe_rows(text, longest)
-    truth = _embed(reference, text, rows, 1)
-    batched = _embed(candidate, text, rows, min(BATCH, largest.batch))
-    alone = _embed(candidate, text, rows, 1)
+    names, rows = probe_rows(text, min(largest.tokens, text.contract.max_tokens, LONGEST_TOKENS))
+    singles = [[index] for index in range(len(rows))]
+    truth = _embed(reference, text, rows, singles)
+    batched = _embed(candidate, text, rows, _mixed_batches(len(rows), min(BATCH, largest.batch)))
+    alone = _embed(candidate, text, rows, singles)
     if batched.shape != truth.shape or alone.shape != truth.shape:
         raise ParityError(
             f"{candidate.name} gives vectors of width {batched.shape[1]}, {reference.name} of {truth.shape[1]}; the "
@@ -218,10 +220,21 @@ def require(report: ParityReport) -> ParityReport:
     return report
 
 
-def _embed(backend: Backend, text: TextEncoder, rows: list[TokenRow], batch: int) -> NDArray[np.float64]:
-    """Runs rows in the order given, so that short ones are padded to long ones."""
-    parts = [backend.run(text.pad(rows[start : start + batch])).embeddings for start in range(0, len(rows), batch)]
-    return np.concatenate(parts).astype(np.float64)
+def _mixed_batches(rows: int, most: int) -> list[list[int]]:
+    """Each of the two longest rows, which stand first, beside a short one; the others as they come."""
+    if most == 1:
+        return [[index] for index in range(rows)]
+    batches = [[0, rows - 1], [1, rows - 2]]
+    return batches + [list(range(start, min(start + most, rows - 2))) for start in range(2, rows - 2, most)]
+
+
+def _embed(backend: Backend, text: TextEncoder, rows: list[TokenRow], batches: list[list[int]]) -> NDArray[np.float64]:
+    """Runs the batches and puts the vectors back into the order of the rows."""
+    parts = [backend.run(text.pad([rows[index] for index in batch])).embeddings for batch in batches]
+    vectors = np.empty((len(rows), parts[0].shape[1]))
+    for batch, part in zip(batches, parts, strict=True):
+        vectors[batch] = part
+    return vectors
 
 
 def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -49,7 +49,7 @@ def bundle(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytes
     precision, dialect = request.param
     out = tmp_path_factory.mktemp("golden") / "bundle"
     arguments = ["--model", str(golden / "checkpoint"), "--precision", precision, "--dialect", dialect]
-    assert main([*arguments, "--out", str(out), "--max", "32x8192"]) == 0
+    assert main([*arguments, "--out", str(out)]) == 0
     yield out
     shutil.rmtree(out)
 

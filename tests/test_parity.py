@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from nvembed_deploy.backends import Backend, Output
-from nvembed_deploy.config import Precision, ShapeProfile
+from nvembed_deploy.config import Precision, Shape, ShapeProfile
 from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.errors import ParityError
 from nvembed_deploy.parity import TOLERANCES, compare, probe_rows, require
 from nvembed_deploy.text import TextEncoder, TokenBatch
+
+LARGEST = Shape(batch=32, tokens=512)
 
 
 class Faulty:
@@ -83,7 +85,7 @@ def batch_one_is_another_path(backend: Backend, batch: TokenBatch) -> Output:
 @pytest.mark.parametrize("precision", list(Precision))
 def test_faults_are_found(sound: tuple[TextEncoder, Backend], fault: object, precision: Precision) -> None:
     text, backend = sound
-    report = compare(backend, Faulty(backend, fault), text, precision=precision)
+    report = compare(backend, Faulty(backend, fault), text, precision=precision, largest=LARGEST)
     assert not report.passed
     with pytest.raises(ParityError, match="faulty differs from onnxruntime"):
         require(report)
@@ -104,19 +106,26 @@ def test_table(sound: tuple[TextEncoder, Backend], precision: Precision) -> None
 
         return run
 
-    outside = compare(backend, Faulty(backend, fault(limit * 1.2)), text, precision=precision)
+    outside = compare(backend, Faulty(backend, fault(limit * 1.2)), text, precision=precision, largest=LARGEST)
     assert any("cosine" in failure for failure in outside.failures)
     if precision is not Precision.FP32:  # in FP32 the element-wise bound is the stricter one
-        inside = compare(backend, Faulty(backend, fault(limit * 0.5)), text, precision=precision)
+        inside = compare(backend, Faulty(backend, fault(limit * 0.5)), text, precision=precision, largest=LARGEST)
         assert not any(failure.startswith("cosine") for failure in inside.failures)
 
 
 def test_same_backend_passes(sound: tuple[TextEncoder, Backend]) -> None:
     text, backend = sound
-    report = require(compare(backend, backend, text, precision=Precision.FP32))
+    report = require(compare(backend, backend, text, precision=Precision.FP32, largest=LARGEST))
     assert report.longest_tokens == 512
     assert report.texts > 20
     assert "passed" in report.summary()
+
+
+def test_longest_probe_fills_the_profile(sound: tuple[TextEncoder, Backend]) -> None:
+    text, backend = sound
+    for largest, tokens in ((Shape(batch=1, tokens=40), 40), (Shape(batch=2, tokens=900), 900)):
+        report = compare(backend, backend, text, precision=Precision.FP32, largest=largest)
+        assert (report.longest_tokens, report.passed) == (tokens, True)
 
 
 def test_other_width_is_named(sound: tuple[TextEncoder, Backend]) -> None:
@@ -127,7 +136,7 @@ def test_other_width_is_named(sound: tuple[TextEncoder, Backend]) -> None:
         return Output(output.embeddings[:, :7], output.norms)
 
     with pytest.raises(ParityError, match="gives vectors of width 7"):
-        compare(backend, Faulty(backend, narrow), text, precision=Precision.FP32)
+        compare(backend, Faulty(backend, narrow), text, precision=Precision.FP32, largest=LARGEST)
 
 
 def test_probes_have_every_shape_that_hurts(sound: tuple[TextEncoder, Backend]) -> None:

@@ -51,7 +51,14 @@ def test_it_is_the_plan_that_runs(encoder: Encoder) -> None:
 def test_plan_against_onnx_runtime(encoder: Encoder) -> None:
     folder = encoder._bundle.folder
     graph = CPU_GRAPH if (folder / CPU_GRAPH).exists() else GRAPH
-    report = compare(OrtBackend(folder / graph), encoder._backend, encoder._text, precision=encoder.manifest.precision)
+    manifest = encoder.manifest
+    report = compare(
+        OrtBackend(folder / graph),
+        encoder._backend,
+        encoder._text,
+        precision=manifest.precision,
+        largest=manifest.profile.max,
+    )
     print(report.summary())  # noqa: T201
     require(report)
 
