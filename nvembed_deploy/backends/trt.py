@@ -21,7 +21,7 @@ from nvembed_deploy.backends.bindings import ask, load_bindings, make_logger, th
 from nvembed_deploy.backends.cuda import Buffer, CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.bundle import PLAN, Bundle, PlanInfo
-from nvembed_deploy.config import Shape, ShapeProfile
+from nvembed_deploy.config import Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError
 from nvembed_deploy.text import TokenBatch
 
@@ -216,12 +216,19 @@ def open_plan(bundle: Bundle, index: int) -> TrtBackend:
         raise EngineError(f"{bundle.folder} has no {PLAN}; build one: python -m export.trt --precision fp16")
     cuda = CudaRuntime.load()
     device = cuda.device(index)
-    check_fit(info, version=load_bindings(info.runtime).__version__, device=device)
+    version = load_bindings(info.runtime).__version__
+    check_fit(info, version=version, device=device, precision=bundle.manifest.precision)
     return TrtBackend(bundle.read(PLAN), info, dimension=bundle.manifest.dimension, device=device, cuda=cuda)
 
 
-def check_fit(info: PlanInfo, *, version: str, device: CudaDevice) -> None:
+def check_fit(info: PlanInfo, *, version: str, device: CudaDevice, precision: Precision = Precision.FP16) -> None:
     """Compares what the plan was built for with what is here, before any native code sees it.
+
+    Args:
+        info: What the plan was built for.
+        version: Of the runtime that is installed.
+        device: The GPU.
+        precision: The plan's, for the command that rebuilds it.
 
     Raises:
         DeviceMismatchError: With both values and the command that rebuilds it.
@@ -239,7 +246,7 @@ def check_fit(info: PlanInfo, *, version: str, device: CudaDevice) -> None:
         if not fits:
             raise DeviceMismatchError(
                 f"{PLAN} was built for {what} {built_for}; this machine has {here}. Rebuild it here: "
-                "python -m export.trt --precision fp16"
+                f"python -m export.trt --precision {precision.value}"
             )
 
 
