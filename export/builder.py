@@ -58,9 +58,10 @@ def build_plan(
         try:
             plan = ask(logger, "building the plan", builder.build_serialized_network, network, config)
         except EngineError:
-            if was_cancelled():
-                raise KeyboardInterrupt from None
-            raise
+            if not was_cancelled():
+                raise
+    if was_cancelled():  # also where TensorRT was done before it asked again: the user's word counts
+        raise KeyboardInterrupt
     info = PlanInfo(
         runtime=target.runtime,
         version=bindings.__version__,

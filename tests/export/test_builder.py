@@ -187,6 +187,22 @@ class FakeTensorRT:
         return b"ptrt" * 9 if found is self else found
 
 
+def test_a_signal_in_the_last_moment_still_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: list
+) -> None:
+    """TensorRT hands out a plan, and the user wanted none."""
+    fake = FakeTensorRT()
+
+    def finish(network: object, config: object) -> bytes:
+        os.kill(os.getpid(), signal.SIGINT)
+        return b"ptrt" * 9
+
+    monkeypatch.setattr(fake, "build_serialized_network", finish)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / GRAPH, target=TARGETS["datacenter"], bindings=fake, capability="9.0")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 @pytest.mark.parametrize(("name", "capability"), [("datacenter", "9.0"), ("jetson-orin", "8.7")])
 def test_what_tensorrt_is_asked_for(tmp_path: Path, name: str, capability: str) -> None:
     """Strong types and no precision flag: precision is what the graph says, on TensorRT 10 and 11 alike."""
