@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -21,6 +19,7 @@ from typing import Any
 from nvembed_deploy.bundle import GRAPH, PLAN, WEIGHTS, Bundle
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
+from nvembed_deploy.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "precisions.json"
@@ -80,20 +79,12 @@ def main() -> int:
     record = {
         "command": "python -m tools.precisions",
         "date": datetime.date.today().isoformat(),
-        "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores, no GPU",
+        "machine": f"{describe_machine()}, no GPU",
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     say(f"done: {RESULTS.relative_to(ROOT)}; now python -m tools.readme")
     return 0
-
-
-def processor() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

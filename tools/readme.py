@@ -1,6 +1,6 @@
-"""`python -m tools.readme`: writes the README's generated parts: help texts, and tables from committed JSON.
+"""`python -m tools.readme`: writes the generated parts of the README and of docs/: help texts, and tables from JSON.
 
-A part stands between `<!-- made: NAME -->` and `<!-- end -->`. A test checks that the README is what this writes.
+A part stands between `<!-- made: NAME -->` and `<!-- end -->`. A test checks that the files are what this writes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 from nvembed_deploy.cli import say
+from nvembed_deploy.training import ablation
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = ("README.md", "docs/training.md")
 PART = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,21 +54,39 @@ def precision_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def render(readme: str) -> str:
-    """The README with its generated parts made anew."""
+def ablation_table() -> str:
+    """The record of `python -m nvembed_deploy.training ablate`."""
+    record = json.loads((ROOT / "docs" / "ablation" / "ablation.json").read_text(encoding="utf-8"))
+    settings = record["settings"]
+    return ablation.as_table(record) + (
+        f"\nMade by `python -m nvembed_deploy.training ablate` on {record['date']}: {record['machine']}, "
+        f"{record['minutes']:.0f} minutes in all. Each run: {settings['steps']} steps of at most "
+        f"{settings['batch_tokens']} tokens, learning rate {settings['learning_rate']}, temperature "
+        f"{settings['temperature']}, {settings['negatives']} negatives a query, contrastive loss alone. The paper's "
+        "column is its mean over 56 tasks of a 7 B model: compare the order, not the height.\n"
+    )
+
+
+TABLES = {"precisions": precision_table, "ablation": ablation_table}
+
+
+def render(text: str) -> str:
+    """A file with its generated parts made anew."""
 
     def make(match: re.Match[str]) -> str:
         kind, _, name = match[2].partition(":")
-        return match[1] + (help_text(name) if kind == "help" else precision_table()) + match[3]
+        made = help_text(name) if kind == "help" else TABLES[name]()
+        return match[1] + made + match[3]
 
-    return PART.sub(make, readme)
+    return PART.sub(make, text)
 
 
 def main() -> int:
     """Runs the command."""
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
-    say(f"done: {path.name}")
+    for name in FILES:
+        path = ROOT / name
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+        say(f"done: {name}")
     return 0
 
 

@@ -30,6 +30,7 @@ WORDINGS: dict[Kind, tuple[str, ...]] = {
         "Given a financial question, retrieve relevant passages that answer the query",
         "Given a question about a medical topic, retrieve documents that best answer the question",
         "Given a query on a technical topic, retrieve documents that answer the query",
+        "Given a word or a term, retrieve its definition",
         "Given a title, retrieve the article that it belongs to",
         "Given the name of an entity, retrieve its description",
         "Given a programming question, retrieve documentation that answers it",

@@ -1,10 +1,11 @@
 """The training loop: Hugging Face `Trainer` with our loss, resumed from its last checkpoint by itself.
 
-One machine and many devices are the same command: start it with `accelerate launch`.
+One device, many devices and many machines are the same command: start it with `accelerate launch`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from contextlib import AbstractContextManager, nullcontext
@@ -12,15 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
+from nvembed_deploy.model.nvembed import masked_mean
 from nvembed_deploy.training.batches import Collator
-from nvembed_deploy.training.losses import distillation, false_negatives, find_positives, match_targets
-from nvembed_deploy.training.options import LoopOptions, LossWeights
+from nvembed_deploy.training.length_parts import length_parts
+from nvembed_deploy.training.losses import (
+    distillation,
+    find_positives,
+    in_batch_blocked,
+    match_targets,
+    own_only_blocked,
+    token_distillation,
+)
+from nvembed_deploy.training.optimizer import MuonWithAdamW
+from nvembed_deploy.training.options import StageOptions
+from nvembed_deploy.training.teacher import Teacher
 
 PLAIN_ATTENTION_TOKENS = 96
 STATE_NAME = "trainer_state.json"
@@ -30,25 +44,64 @@ log = logging.getLogger(__name__)
 
 
 class Trainable(nn.Module):
-    """The encoder without its frozen `config`, a name into which `Trainer` writes where it finds one."""
+    """The encoder with its token outputs, computed in parts of like length.
+
+    Args:
+        encoder: An `NVEmbed`, or a variant of it from `variants.py`.
+    """
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
+        self._computes_again = False
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
-        """Unit vectors [B, D]; see `NVEmbed.forward`."""
-        vectors, _ = self.encoder(input_ids, attention_mask, pool_mask)
-        out: Tensor = vectors
-        return out
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors float32 [R, D], and the pooler's token outputs [R, T, D].
+
+        Args:
+            input_ids: int64 [R, T].
+            attention_mask: int64 [R, T].
+            pool_mask: int64 [R, T].
+        """
+        vectors, states = [], []
+        parts = length_parts(attention_mask.sum(dim=1).tolist())
+        for part in parts:
+            ids, mask, pooled = (part.take(rows) for rows in (input_ids, attention_mask, pool_mask))
+            with nullcontext() if self._computes_again else _quick_attention(ids):
+                hidden = self.encoder.embedding_model(ids, mask)
+                hidden = self.encoder.latent_attention_model(hidden)
+            found = F.normalize(masked_mean(hidden, self._pooled(mask, pooled)), dim=-1)
+            vectors.append(found[: len(part.rows)])
+            tokens = hidden[: len(part.rows), : input_ids.shape[1]]
+            states.append(F.pad(tokens, (0, 0, 0, input_ids.shape[1] - tokens.shape[1])))
+        back = torch.tensor([row for part in parts for row in part.rows]).argsort()
+        return torch.cat(vectors)[back], torch.cat(states)[back]
+
+    def _pooled(self, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
+        if getattr(self.encoder, "pools_last", False):
+            last = attention_mask.sum(dim=1, keepdim=True) - 1
+            pool_mask = torch.zeros_like(pool_mask).scatter_(1, last, 1)
+        return pool_mask
+
+    def activation_checkpointing_enable(self, **_: Any) -> None:
+        """Called by `Trainer`: each decoder layer's activations are computed again on the way back."""
+        self._computes_again = True  # which knows nothing of a kernel chosen around the first time
+        for layer in self.encoder.embedding_model.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    """The same, as transformers 5 calls it."""
 
 
 class EmbeddingTrainer(Trainer):
-    """`Trainer` for a model that returns unit vectors."""
+    """`Trainer` for a model that returns unit vectors and token states."""
 
-    def __init__(self, *, weights: LossWeights, **settings: Any) -> None:
+    def __init__(self, *, stage: StageOptions, teacher: Teacher | None, **settings: Any) -> None:
         super().__init__(**settings)
-        self.weights = weights
+        self.stage = stage
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.model.to(self.args.device)
 
     def compute_loss(
         self,
@@ -58,10 +111,33 @@ class EmbeddingTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of the losses of one batch."""
-        with _quick_attention(inputs["input_ids"]):
-            vectors = model(inputs["input_ids"], inputs["attention_mask"], inputs["pool_mask"])
-        loss = batch_loss(vectors, inputs, weights=self.weights)
+        vectors, states = model(inputs["input_ids"], inputs["attention_mask"], inputs["pool_mask"])
+        loss = batch_loss(vectors, states, inputs, stage=self.stage, teacher=self.teacher)
         return (loss, {"vectors": vectors}) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss on the held-out batches, and the share of queries whose positive comes first in its batch."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.model.eval()
+        losses, right, asked = [], 0, 0
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for entry in data:
+                inputs = self._prepare_inputs(self.data_collator([entry]))
+                loss, found = self.compute_loss(self.model, inputs, return_outputs=True)
+                losses.append(float(loss))
+                queries, positives = inputs["queries"], inputs["positives"]
+                scores = found["vectors"][queries] @ found["vectors"].T
+                scores[torch.arange(len(queries)), queries] = float("-inf")
+                right += int((scores.argmax(dim=1) == positives).sum())
+                asked += len(queries)
+        self.model.train()
+        metrics = {f"{metric_key_prefix}_loss": sum(losses) / max(1, len(losses))}
+        if asked:
+            metrics[f"{metric_key_prefix}_accuracy"] = right / asked
+        self.log(metrics)
+        return metrics
 
 
 def _quick_attention(input_ids: Tensor) -> AbstractContextManager[Any]:
@@ -72,24 +148,43 @@ def _quick_attention(input_ids: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def batch_loss(vectors: Tensor, inputs: dict[str, Tensor], *, weights: LossWeights) -> Tensor:
+def batch_loss(
+    vectors: Tensor, states: Tensor, inputs: dict[str, Tensor], *, stage: StageOptions, teacher: Teacher | None
+) -> Tensor:
     """Loss of a batch as made by `Collator`.
 
     Args:
-        vectors: [R, D], the student's unit vectors.
+        vectors: float32 [R, D], the student's unit vectors.
+        states: [R, T, D], its token outputs.
         inputs: The batch.
-        weights: Of the parts; a part of weight 0 is not computed.
+        stage: Weights of the parts (a part of weight 0 is not computed), and which rows compete.
+        teacher: Needed where a part compares with it.
     """
-    targets, queries, positives = inputs["targets"], inputs["queries"], inputs["positives"]
+    weights, queries, positives = stage.weights, inputs["queries"], inputs["positives"]
     loss = vectors.sum() * 0.0
-    if weights.distillation:
-        loss = loss + weights.distillation * distillation(vectors, targets)
-    if weights.match:
-        loss = loss + weights.match * match_targets(vectors, targets, inputs["numbers"])
-    if weights.pairs:
-        blocked = false_negatives(targets, queries=queries, positives=positives, hard=inputs["hard"])
-        found = find_positives(vectors, queries=queries, positives=positives, blocked=blocked)
-        loss = loss + weights.pairs * found * (len(queries) / max(len(vectors), 1))
+    targets: Tensor | None = None
+    if teacher is not None:
+        targets, tokens = teacher.forward(inputs["teacher_ids"], inputs["teacher_mask"])
+        if weights.distillation:
+            loss = loss + weights.distillation * distillation(vectors, targets)
+        if weights.tokens:
+            laid = torch.bmm(inputs["overlaps"], tokens.float())
+            known = inputs["known"] & inputs["attention_mask"].bool()
+            loss = loss + weights.tokens * token_distillation(states, laid, known)
+        if weights.match:
+            matched = match_targets(vectors, targets, inputs["numbers"], temperature=stage.temperature)
+            loss = loss + weights.match * matched
+    if weights.pairs and len(queries):
+        if stage.in_batch:
+            blocked = in_batch_blocked(
+                inputs["owner"], inputs["numbers"], queries=queries, positives=positives, targets=targets
+            )
+        else:
+            blocked = own_only_blocked(inputs["owner"], queries=queries, positives=positives)
+        found = find_positives(
+            vectors, queries=queries, positives=positives, blocked=blocked, temperature=stage.temperature
+        )
+        loss = loss + weights.pairs * found
     return loss
 
 
@@ -99,35 +194,47 @@ def train(
     collator: Collator,
     *,
     folder: Path,
-    options: LoopOptions,
-    weights: LossWeights,
-    max_steps: int = -1,
+    stage: StageOptions,
+    teacher: Teacher | None = None,
+    held_out: Dataset | None = None,
 ) -> list[dict[str, float]]:
     """Trains in place, from the last checkpoint in `folder` where there is one.
 
     Args:
-        model: As from `new_student`.
+        model: The encoder.
         dataset: One entry per batch, in the order of training.
         collator: Makes a batch of an entry.
         folder: Where checkpoints lie.
-        options: Of optimizer and checkpoints.
-        weights: Of the losses.
-        max_steps: Stops there instead of at the end of the data.
+        stage: Losses, optimizer and checkpoints.
+        teacher: Where the stage's losses need one.
+        held_out: Batches for evaluation at every save.
 
     Returns:
-        The logged steps: `step`, `loss`, `grad_norm` and `learning_rate`.
+        The logged steps: `step`, `loss`, `grad_norm`, `learning_rate`, or `step`, `eval_loss`, `eval_accuracy`.
     """
     last = last_checkpoint(folder)
+    trainable = Trainable(model)
+    optimizer = None
+    if stage.muon_learning_rate:
+        optimizer = MuonWithAdamW(
+            trainable,
+            muon_learning_rate=stage.muon_learning_rate,
+            learning_rate=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+        )
     trainer = EmbeddingTrainer(
-        model=Trainable(model),
-        args=_arguments(folder, options, max_steps),
+        model=trainable,
+        args=arguments(folder, stage, evaluated=held_out is not None),
         train_dataset=dataset,
+        eval_dataset=held_out,
         data_collator=collator,
-        weights=weights,
+        optimizers=(optimizer, None),
+        stage=stage,
+        teacher=teacher,
     )
     log.info("training on %s, %d batches, from %s", trainer.args.device, len(dataset), last or "the start")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 
 def is_main_process() -> bool:
@@ -148,26 +255,32 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _arguments(folder: Path, options: LoopOptions, max_steps: int) -> TrainingArguments:
+def arguments(folder: Path, stage: StageOptions, *, rows: int = 1, evaluated: bool = False) -> TrainingArguments:
+    """`Trainer`'s settings: one pass over a data set in its order, `rows` entries of it a step and device."""
+    again = {"gradient_checkpointing": True} if stage.gradient_checkpointing else {}
     return TrainingArguments(
+        **again,
         output_dir=str(folder),
-        per_device_train_batch_size=1,  # an entry is a whole batch
+        per_device_train_batch_size=rows,
         num_train_epochs=1,
-        max_steps=max_steps,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        warmup_steps=options.warmup_steps,
-        lr_scheduler_type=options.schedule,
+        max_steps=stage.max_steps,
+        learning_rate=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        warmup_steps=stage.warmup_steps,
+        lr_scheduler_type=stage.schedule,
         optim="adamw_torch",
-        bf16=options.bf16,
+        bf16=stage.bf16,
         use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        save_steps=options.save_steps,
-        save_total_limit=options.keep,
-        logging_steps=options.log_steps,
+        eval_strategy="steps" if evaluated else "no",
+        eval_steps=stage.save_steps,
+        save_steps=stage.save_steps,
+        save_total_limit=stage.keep,
+        logging_steps=stage.log_steps,
+        logging_first_step=True,
         report_to="none",
-        seed=options.seed,
+        seed=stage.seed,
         label_names=[],
     )

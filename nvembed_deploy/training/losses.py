@@ -1,4 +1,4 @@
-"""What training minimises. All inputs are unit rows; all arithmetic is FP32 whatever autocast does around it."""
+"""What training minimises. Vectors are unit rows; all arithmetic is FP32 whatever autocast does around it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TEMPERATURE = 0.05
-NEGATIVE_MARGIN = 0.95
-"""A candidate is a negative only below this share of the positive's score by the teacher.
-
-Source: NV-Embed's positive-aware mining of hard negatives (TopKPercPos, 95 %), arXiv 2407.15831."""
+from nvembed_deploy.training.options import NEGATIVE_MARGIN
 
 
 def distillation(vectors: Tensor, targets: Tensor) -> Tensor:
@@ -23,7 +19,26 @@ def distillation(vectors: Tensor, targets: Tensor) -> Tensor:
     return 1 - (vectors.float() * targets.float()).sum(dim=-1).mean()
 
 
-def match_targets(vectors: Tensor, targets: Tensor, numbers: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
+def token_distillation(states: Tensor, targets: Tensor, known: Tensor) -> Tensor:
+    """Squared error of the pooler's token outputs, as a share of the teacher's own mean square.
+
+    A text gives one vector but many tokens: the same texts teach several times as much.
+
+    Args:
+        states: [R, T, D], the student's token outputs before the mean.
+        targets: [R, T, D], the teacher's token states, laid over the student's tokens.
+        known: bool [R, T], where there is a target.
+
+    Returns:
+        A scalar, 0 without any known token.
+    """
+    if not known.any():
+        return states.sum() * 0.0
+    wanted = targets.float()[known]
+    return (states.float()[known] - wanted).square().sum() / wanted.square().sum()
+
+
+def match_targets(vectors: Tensor, targets: Tensor, numbers: Tensor, *, temperature: float) -> Tensor:
     """Cross-entropy of finding one's own target among those of the batch.
 
     Args:
@@ -39,20 +54,15 @@ def match_targets(vectors: Tensor, targets: Tensor, numbers: Tensor, *, temperat
 
 
 def find_positives(
-    vectors: Tensor,
-    *,
-    queries: Tensor,
-    positives: Tensor,
-    blocked: Tensor,
-    temperature: float = TEMPERATURE,
+    vectors: Tensor, *, queries: Tensor, positives: Tensor, blocked: Tensor, temperature: float
 ) -> Tensor:
     """InfoNCE: cross-entropy of finding each query's positive among all rows of the batch that are not blocked.
 
     Args:
-        vectors: [R, D]; queries, positives, hard negatives and unrelated texts alike.
+        vectors: [R, D]; queries, positives, negatives and unrelated texts alike.
         queries: int64 [P], rows of the queries.
         positives: int64 [P], rows of their positives.
-        blocked: bool [P, R], candidates that are no negatives; see `false_negatives`.
+        blocked: bool [P, R], candidates that are no negatives: `in_batch_blocked` or `own_only_blocked`.
         temperature: Divides the cosines.
 
     Returns:
@@ -65,28 +75,58 @@ def find_positives(
     return F.cross_entropy(scores.masked_fill(blocked, float("-inf")), positives)
 
 
-def false_negatives(
-    targets: Tensor, *, queries: Tensor, positives: Tensor, hard: Tensor, margin: float = NEGATIVE_MARGIN
-) -> Tensor:
-    """Which rows may not count as negatives: the query itself, and what the teacher scores close to the positive.
+def own_only_blocked(owner: Tensor, *, queries: Tensor, positives: Tensor) -> Tensor:
+    """Stage two, in-batch negatives off: a query competes with its own negatives alone.
 
     Args:
-        targets: [R, D], the teacher's vectors.
+        owner: int64 [R], group of each row.
         queries: int64 [P], rows of the queries.
         positives: int64 [P], rows of their positives.
-        hard: int64 [P], row of each query's labelled negative, -1 without one: labelled ones always count.
-        margin: Share of the positive's score from which a candidate is left out.
 
     Returns:
         bool [P, R], True where a row is left out; never at the positive.
     """
-    wide = targets.float()
-    scores = wide[queries] @ wide.T
-    places = torch.arange(len(queries), device=targets.device)
-    limit = (scores[places, positives] * margin)[:, None]
-    blocked = scores > limit
-    labelled = hard >= 0
-    blocked[places[labelled], hard[labelled]] = False
+    blocked = owner[queries][:, None] != owner[None, :]
+    places = torch.arange(len(queries), device=owner.device)
+    blocked[places, queries] = True
+    blocked[places, positives] = False
+    return blocked
+
+
+def in_batch_blocked(
+    owner: Tensor,
+    numbers: Tensor,
+    *,
+    queries: Tensor,
+    positives: Tensor,
+    targets: Tensor | None = None,
+    margin: float = NEGATIVE_MARGIN,
+) -> Tensor:
+    """Stage one, in-batch negatives on: every row competes, but for those that may well be right answers.
+
+    Left out are the query, rows of the same text as the query or its positive, and, where there is a teacher, rows that
+    it scores at or above `margin` of the positive. A query's own negatives always compete: they were mined by that
+    rule or are labelled.
+
+    Args:
+        owner: int64 [R], group of each row.
+        numbers: int64 [R], the texts' numbers.
+        queries: int64 [P], rows of the queries.
+        positives: int64 [P], rows of their positives.
+        targets: [R, D], the teacher's vectors, or None.
+        margin: Share of the positive's score from which another group's row is left out.
+
+    Returns:
+        bool [P, R], True where a row is left out; never at the positive.
+    """
+    same_text = (numbers[queries][:, None] == numbers[None, :]) | (numbers[positives][:, None] == numbers[None, :])
+    others = owner[queries][:, None] != owner[None, :]
+    places = torch.arange(len(queries), device=owner.device)
+    blocked = same_text
+    if targets is not None:
+        scores = targets.float()[queries] @ targets.float().T
+        near = scores >= scores[places, positives][:, None] * margin
+        blocked = blocked | (near & others)
     blocked[places, queries] = True
     blocked[places, positives] = False
     return blocked

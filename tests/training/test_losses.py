@@ -4,7 +4,16 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
 
-from nvembed_deploy.training.losses import distillation, false_negatives, find_positives, match_targets  # noqa: E402
+from nvembed_deploy.training.losses import (  # noqa: E402
+    distillation,
+    find_positives,
+    in_batch_blocked,
+    match_targets,
+    own_only_blocked,
+    token_distillation,
+)
+
+TEMPERATURE = 0.05
 
 
 def unit_rows(rows: int, width: int = 6, *, seed: int = 0):
@@ -18,26 +27,38 @@ def test_distillation_is_zero_at_the_teacher_and_two_opposite_it():
     assert distillation(-targets, targets).item() == pytest.approx(2.0, abs=1e-6)
 
 
+def test_token_distillation_counts_known_tokens_only():
+    generator = torch.Generator().manual_seed(3)
+    states, targets = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    known = torch.tensor([[True, True, False], [False, True, False]])
+    wrong = sum(float((states[r, t] - targets[r, t]).square().sum()) for r, t in ((0, 0), (0, 1), (1, 1)))
+    size = sum(float(targets[r, t].square().sum()) for r, t in ((0, 0), (0, 1), (1, 1)))
+    assert token_distillation(states, targets, known).item() == pytest.approx(wrong / size, rel=1e-5)
+    assert token_distillation(states, states, known).item() == 0.0
+    assert token_distillation(states, targets, torch.zeros_like(known)).item() == 0.0
+
+
 def test_match_targets_equals_its_definition():
     vectors, targets = unit_rows(4, seed=1), unit_rows(4, seed=2)
     expected = 0.0
     for row in range(4):
-        scores = [float(vectors[row] @ targets[other]) / 0.05 for other in range(4)]
+        scores = [float(vectors[row] @ targets[other]) / TEMPERATURE for other in range(4)]
         expected += float(torch.logsumexp(torch.tensor(scores, dtype=torch.float64), 0)) - scores[row]
-    assert match_targets(vectors, targets, torch.arange(4)).item() == pytest.approx(expected / 4, rel=1e-5)
+    loss = match_targets(vectors, targets, torch.arange(4), temperature=TEMPERATURE)
+    assert loss.item() == pytest.approx(expected / 4, rel=1e-5)
 
 
 def test_the_same_text_twice_is_no_wrong_answer():
     vectors, targets = unit_rows(3, seed=1), unit_rows(3, seed=2)
     vectors, targets = torch.cat((vectors, vectors[:1])), torch.cat((targets, targets[:1]))
-    scores = vectors @ targets.T / 0.05
+    scores = vectors @ targets.T / TEMPERATURE
     open_columns = [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3]]
     expected = sum(
         torch.logsumexp(scores[row, columns], 0) - scores[row, row] for row, columns in enumerate(open_columns)
     )
-    loss = match_targets(vectors, targets, torch.tensor([0, 1, 2, 0]))
+    loss = match_targets(vectors, targets, torch.tensor([0, 1, 2, 0]), temperature=TEMPERATURE)
     assert loss.item() == pytest.approx(float(expected) / 4, rel=1e-5)
-    assert match_targets(vectors, targets, torch.arange(4)).item() > loss.item() + 0.1
+    assert match_targets(vectors, targets, torch.arange(4), temperature=TEMPERATURE).item() > loss.item() + 0.1
 
 
 def test_find_positives_equals_its_definition():
@@ -45,30 +66,50 @@ def test_find_positives_equals_its_definition():
     queries, positives = torch.tensor([0, 2]), torch.tensor([1, 3])
     blocked = torch.zeros(2, 5, dtype=torch.bool)
     blocked[0, 0] = blocked[1, 2] = blocked[1, 4] = True
-    loss = find_positives(vectors, queries=queries, positives=positives, blocked=blocked)
+    loss = find_positives(vectors, queries=queries, positives=positives, blocked=blocked, temperature=TEMPERATURE)
     expected = 0.0
     for place, (query, positive) in enumerate(((0, 1), (2, 3))):
         open_rows = [row for row in range(5) if not blocked[place, row]]
-        scores = torch.stack([vectors[query] @ vectors[row] / 0.05 for row in open_rows])
-        expected += float(torch.logsumexp(scores, 0) - vectors[query] @ vectors[positive] / 0.05)
+        scores = torch.stack([vectors[query] @ vectors[row] / TEMPERATURE for row in open_rows])
+        expected += float(torch.logsumexp(scores, 0) - vectors[query] @ vectors[positive] / TEMPERATURE)
     assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
 
 
 def test_find_positives_without_pairs_is_zero_and_has_a_gradient():
     vectors = unit_rows(3).requires_grad_()
     none = torch.zeros(0, dtype=torch.int64)
-    loss = find_positives(vectors, queries=none, positives=none, blocked=torch.zeros(0, 3, dtype=torch.bool))
+    blocked = torch.zeros(0, 3, dtype=torch.bool)
+    loss = find_positives(vectors, queries=none, positives=none, blocked=blocked, temperature=TEMPERATURE)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(vectors.grad, torch.zeros_like(vectors))
 
 
+# Two groups of a batch: query, positive, negative; and a text alone.
+OWNER = torch.tensor([0, 0, 0, 1, 1, 1, 2])
+QUERIES, POSITIVES = torch.tensor([0, 3]), torch.tensor([1, 4])
+
+
+def test_stage_two_lets_a_querys_own_rows_compete():
+    blocked = own_only_blocked(OWNER, queries=QUERIES, positives=POSITIVES)
+    assert (~blocked).nonzero().tolist() == [[0, 1], [0, 2], [1, 4], [1, 5]]
+
+
+def test_stage_one_lets_the_whole_batch_compete():
+    blocked = in_batch_blocked(OWNER, torch.arange(7), queries=QUERIES, positives=POSITIVES)
+    assert blocked.nonzero().tolist() == [[0, 0], [1, 3]]
+
+
+def test_the_same_text_in_another_group_is_left_out():
+    numbers = torch.tensor([0, 1, 2, 3, 4, 1, 0])  # the first query's text and its positive stand elsewhere too
+    blocked = in_batch_blocked(OWNER, numbers, queries=QUERIES, positives=POSITIVES)
+    assert blocked.nonzero().tolist() == [[0, 0], [0, 5], [0, 6], [1, 3]]
+
+
 def test_false_negatives_follow_the_95_percent_rule():
-    # The teacher scores the query's candidates: itself 1, positive 0.8, then 0.78 (above 0.76), 0.75 and 0.
-    scores = torch.tensor([1.0, 0.8, 0.78, 0.75, 0.0])
+    # The teacher scores the query's candidates: itself 1, positive 0.8, its own negative 0.79, then 0.78, 0.76 and 0.
+    scores = torch.tensor([1.0, 0.8, 0.79, 0.78, 0.7599, 0.0])
     targets = torch.stack((scores, (1 - scores**2).sqrt()), dim=1)
-    one = torch.tensor([0])
-    blocked = false_negatives(targets, queries=one, positives=torch.tensor([1]), hard=torch.tensor([-1]))
-    assert blocked.tolist() == [[True, False, True, False, False]]
-    labelled = false_negatives(targets, queries=one, positives=torch.tensor([1]), hard=torch.tensor([2]))
-    assert labelled.tolist() == [[True, False, False, False, False]]
+    owner, one = torch.tensor([0, 0, 0, 1, 2, 3]), torch.tensor([0])
+    blocked = in_batch_blocked(owner, torch.arange(6), queries=one, positives=torch.tensor([1]), targets=targets)
+    assert blocked.tolist() == [[True, False, False, True, False, False]]

@@ -29,7 +29,7 @@ def test_low_ids_are_mistrals(tokenizer):
 def test_parts_are_mistrals(tokenizer):
     parts = json.loads(tokenizer.to_str())
     assert parts["pre_tokenizer"] is None
-    assert [step["type"] for step in parts["normalizer"]["normalizers"]] == ["Prepend", "Replace"]
+    assert [step["type"] for step in parts["normalizer"]["normalizers"]] == ["Lowercase", "Prepend", "Replace"]
     assert parts["model"]["byte_fallback"] is True
     assert parts["model"]["fuse_unk"] is True
     assert parts["post_processor"]["single"][0]["SpecialToken"]["id"] == "<s>"
@@ -40,7 +40,7 @@ def test_every_text_comes_back(tokenizer, text: str):
     ids = tokenizer.encode(text).ids
     assert ids[0] == 1
     assert ids[-1] != 2
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == text.lower()
 
 
 def test_tokens_stay_inside_words_and_short(tokenizer):
@@ -67,5 +67,5 @@ def test_too_small_a_vocabulary_and_too_little_text_are_refused():
 
 def test_rare_characters_are_chosen_the_same_way_every_time():
     rare = "".join(chr(code) for code in range(0x4E00, 0x4E00 + 900))
-    first, second = (train_tokenizer([*TEXTS, rare], vocab_size=1100).to_str() for _ in range(2))
+    first, second = (train_tokenizer([*TEXTS, rare], vocab_size=900).to_str() for _ in range(2))
     assert first == second

@@ -1,0 +1,69 @@
+"""The variants of the recipe that an ablation compares, the paper's figures for them, and the result as a table.
+
+No torch here: the documentation's table is made of a committed record.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from nvembed_deploy.training.options import Pooling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of the table."""
+
+    name: str
+    pooling: Pooling = Pooling.LATENT
+    causal: bool = False
+    stages: tuple[str, ...] = ("first", "second")
+    """Which examples are trained on, in order; `both` is one stage over all of them."""
+    in_batch: tuple[bool, ...] = (True, False)
+    mined: bool = True
+    paper: float | None = None
+    """Mean over MTEB's 56 tasks. Source: NV-Embed, arXiv 2405.17428v3, tables 2 (v2 data) and 4."""
+
+
+_PAPER_SHAPES = {
+    ("eos", False): 71.63,
+    ("eos", True): 70.85,
+    ("mean", False): 71.71,
+    ("mean", True): 71.38,
+    ("latent", False): 72.31,
+    ("latent", True): 71.61,
+}
+VARIANTS = (
+    *(
+        Variant(
+            name=f"{pooling.value}, {'causal' if causal else 'bidirectional'}",
+            pooling=pooling,
+            causal=causal,
+            paper=_PAPER_SHAPES[pooling.value, causal],
+        )
+        for pooling, causal in product(Pooling, (False, True))
+    ),
+    Variant(name="one stage, in-batch on", stages=("both",), in_batch=(True,), paper=70.83),
+    Variant(name="one stage, in-batch off", stages=("both",), in_batch=(False,), paper=71.94),
+    Variant(name="no mined negatives", mined=False),
+)
+"""The first six are two stages with mined negatives; `latent, bidirectional` is the full recipe."""
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    sets = list(next(iter(result["variants"][0]["seeds"].values())))
+    lines = [
+        f"| variant | {' | '.join(sets)} | mean (each seed) | paper, MTEB 56 |",
+        "| --- |" + " --- |" * (len(sets) + 2),
+    ]
+    for row in result["variants"]:
+        by_set = [statistics.fmean(scores[name] for scores in row["seeds"].values()) for name in sets]
+        each = ", ".join(f"{mean:.4f}" for mean in row["means"])
+        paper = "-" if row["paper"] is None else f"{row['paper']:.2f}"
+        cells = [*(f"{score:.4f}" for score in by_set), f"**{row['mean']:.4f}** ({each})", paper]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

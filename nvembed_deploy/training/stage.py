@@ -1,0 +1,174 @@
+"""One contrastive stage: a base and an examples file in, a checkpoint in NVIDIA's layout out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from nvembed_deploy.config import LatentAttention
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.text import TextEncoder
+from nvembed_deploy.training import blend, loop
+from nvembed_deploy.training.batches import Collator, batch_dataset
+from nvembed_deploy.training.checkpoint_folder import write_checkpoint
+from nvembed_deploy.training.curve import plot_history
+from nvembed_deploy.training.examples import Example
+from nvembed_deploy.training.options import Lora, Pooling, StageOptions
+from nvembed_deploy.training.student import Student, read_base
+from nvembed_deploy.training.teacher import Teacher
+from nvembed_deploy.training.variants import shape_model
+
+log = logging.getLogger(__name__)
+
+SETTINGS_NAME = "settings.json"
+HISTORY_NAME = "history.json"
+CURVE_NAME = "loss.png"
+
+
+def run_stage(
+    base: Path,
+    examples: list[Example],
+    out: Path,
+    *,
+    work: Path,
+    stage: StageOptions,
+    teacher: Teacher | None = None,
+    lora: Lora | None = None,
+    latent: LatentAttention | None = None,
+    card: str = "",
+) -> Path:
+    """Trains a base on examples and writes the checkpoint; resumed from `work` where it was killed.
+
+    Args:
+        base: See `student.read_base`.
+        examples: In any order; the seed shuffles them.
+        out: Checkpoint folder to make or to replace.
+        work: Training states, settings, history and loss curve.
+        stage: Losses, optimizer and batches.
+        teacher: Needed where the losses compare with one.
+        lora: Adapters instead of full fine-tuning.
+        latent: Sizes of a fresh pooler.
+        card: Content of the checkpoint's `README.md`; without it the one that is there stays.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: The work folder belongs to a run with other settings, or a teacher is missing or of another width.
+    """
+    student = read_base(base, latent=latent, seed=stage.seed)
+    _check_teacher(student, stage, teacher)
+    if loop.is_main_process():
+        settings = {"stage": asdict(stage), "lora": asdict(lora) if lora else None, "examples": digest(examples)}
+        claim(work, settings)
+    history = train_student(student, examples, work=work, stage=stage, teacher=teacher, lora=lora)
+    if not loop.is_main_process():
+        return out
+    write_history(work, history)
+    return write_checkpoint(
+        out,
+        student.model,
+        config=student.config,
+        tokenizer_json=student.tokenizer_json,
+        max_length=stage.max_length,
+        card=card,
+    )
+
+
+def train_student(
+    student: Student,
+    examples: list[Example],
+    *,
+    work: Path,
+    stage: StageOptions,
+    teacher: Teacher | None = None,
+    lora: Lora | None = None,
+    pooling: Pooling = Pooling.LATENT,
+    causal: bool = False,
+) -> list[dict[str, float]]:
+    """Trains the student in place; see `run_stage`.
+
+    Returns:
+        The logged steps.
+    """
+    encoder = TextEncoder(student.tokenizer_json.encode(), student.contract)
+    held_out, kept = examples[: stage.held_out], examples[stage.held_out :]
+    if not kept:
+        raise ConfigError(f"{len(examples)} examples are all held out; lower the number held out or add examples")
+    shape_model(student.model, pooling=pooling, causal=causal)
+    adapted = None
+    if lora is not None:
+        from nvembed_deploy.training import adapters
+
+        adapted = adapters.add_adapters(student.model, lora, bf16=stage.bf16)
+    history = loop.train(
+        student.model,
+        _batches(kept, encoder, stage, stage.epochs),
+        Collator(encoder, max_length=stage.max_length, teacher=teacher),
+        folder=work / "training",
+        stage=stage,
+        teacher=teacher,
+        held_out=_batches(held_out, encoder, stage, 1) if held_out else None,
+    )
+    if adapted is not None:
+        adapters.merge(adapted)
+    return history
+
+
+def _batches(examples: list[Example], encoder: TextEncoder, stage: StageOptions, epochs: int) -> Dataset:
+    template = encoder.contract.instruction_template
+    return batch_dataset(
+        [
+            list(blend.groups(examples, template=template, negatives=stage.negatives, seed=stage.seed + number))
+            for number in range(epochs)
+        ],
+        encoder,
+        max_rows=stage.batch_rows,
+        max_tokens=stage.batch_tokens,
+        max_length=stage.max_length,
+        seed=stage.seed,
+    )
+
+
+def write_history(work: Path, history: list[dict[str, float]]) -> None:
+    """Keeps the logged steps as JSON and as a picture."""
+    (work / HISTORY_NAME).write_text(json.dumps(history, indent=1), encoding="utf-8")
+    plot_history(history, work / CURVE_NAME)
+
+
+def _check_teacher(student: Student, stage: StageOptions, teacher: Teacher | None) -> None:
+    if stage.weights.need_teacher and teacher is None:
+        raise ConfigError("the losses compare with a teacher and none is given; pass --teacher, or weights of 0")
+    width = student.config["hidden_size"]
+    if teacher is not None and stage.weights.need_teacher and teacher.width != width:
+        raise ConfigError(f"the teacher's vectors have {teacher.width} numbers, the base's {width}; they must be equal")
+
+
+def digest(examples: list[Example]) -> str:
+    """SHA-256 of the examples, in their order."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(json.dumps(asdict(example), sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def claim(work: Path, settings: dict[str, Any]) -> None:
+    """Marks a work folder as a run's own.
+
+    Raises:
+        ConfigError: It holds a run with other settings: going on would end at weights that no settings describe.
+    """
+    path = work / SETTINGS_NAME
+    text = json.dumps(settings, indent=1, sort_keys=True)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(f"{work} holds a run with other settings or examples; delete it or pass another --work")
+    work.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

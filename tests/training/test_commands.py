@@ -1,0 +1,123 @@
+"""The command line: help without torch, what a wrong call says, and the whole way on a few examples."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.training.__main__ import _parser, main, stage_options
+from nvembed_deploy.training.options import STAGE_1, STAGE_2
+
+COMMANDS = ("data", "mine", "train", "mini", "ablate")
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
+        "from nvembed_deploy.training.__main__ import main\n"
+        f"for command in {COMMANDS}:\n"
+        "    try: main([command, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(f"nvembed_deploy.training {command}" in done.stdout for command in COMMANDS)
+    assert done.stdout.count("--teacher") >= 4
+
+
+def options(*flags: str):
+    return _parser().parse_args(["train", "--base", "b", "--examples", "e", "--out", "o", *flags])
+
+
+def test_a_stage_sets_the_papers_numbers_and_flags_change_them():
+    assert stage_options(options("--stage", "1")) == STAGE_1
+    assert stage_options(options("--stage", "2")) == STAGE_2
+    changed = stage_options(options("--stage", "2", "--temperature", "0.1", "--negatives", "3", "--no-bf16"))
+    assert (changed.temperature, changed.negatives, changed.bf16, changed.in_batch) == (0.1, 3, False, False)
+    assert (STAGE_1.negatives, STAGE_1.in_batch, STAGE_2.in_batch) == (7, True, False)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--temperature", "0"), ("--max-length", "0"), ("--negatives", "-1")])
+def test_a_number_out_of_range_names_its_flag(flag, value):
+    with pytest.raises(ConfigError, match=f"{flag} is"):
+        stage_options(options("--stage", "1", flag, value))
+
+
+@pytest.mark.parametrize("argv", [[], ["train", "--stage", "3"], ["trian"]])
+def test_a_wrong_call_is_refused(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert "usage: python -m nvembed_deploy.training" in capsys.readouterr().err
+
+
+def last_error(capsys) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_missing_folder_or_file_is_one_line(tmp_path, capsys):
+    pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
+    for library in ("transformers", "accelerate", "datasets", "matplotlib", "sentence_transformers"):
+        pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
+    none, out = str(tmp_path / "none"), str(tmp_path / "out")
+    assert main(["data", "--data", none, "--out", out]) == 1
+    assert last_error(capsys).startswith("error: --data")
+    assert main(["mine", "--examples", none, "--out", out]) == 1
+    assert "does not exist" in last_error(capsys)
+    assert main(["mine", "--examples", none, "--out", out, "--margin", "1.5"]) == 1
+    assert "--margin above 0" in last_error(capsys)
+    assert main(["train", "--base", none, "--examples", none, "--out", out, "--stage", "1"]) == 1
+    assert "config.json does not exist" in last_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkeypatch):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
+    for library in ("transformers", "accelerate", "datasets", "peft", "matplotlib", "sentence_transformers"):
+        pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
+    from nvembed_deploy.model.checkpoint import load_checkpoint
+    from nvembed_deploy.training import ablation_run, teacher
+    from nvembed_deploy.training.ablation import VARIANTS
+    from tests.training.test_stage import pretrain
+    from tests.training.tiny_training import TinyTeacher, some_examples
+
+    monkeypatch.setattr("nvembed_deploy.training.corpora.docstring_pairs", lambda: [])
+    monkeypatch.setattr("nvembed_deploy.training.corpora.topic_pairs", lambda: [])
+    monkeypatch.setattr(teacher, "Teacher", lambda folder: TinyTeacher())
+    pretrain(tmp_path)
+    pairs = [example for example in some_examples(120) if example.positive]
+    (tmp_path / "data" / "pairs").mkdir(parents=True)
+    rows = [json.dumps({"a": example.query, "b": example.positive}) for example in pairs]
+    (tmp_path / "data" / "pairs" / "pairs.jsonl").write_text("\n".join(rows))
+    held_out = tmp_path / "eval" / "sts"
+    held_out.mkdir(parents=True)
+    (held_out / "test.jsonl").write_text(
+        "\n".join(json.dumps({"a": row.query, "b": row.positive, "score": n % 5}) for n, row in enumerate(pairs[:9]))
+    )
+    found, mined, out = (str(tmp_path / name) for name in ("found.jsonl", "mined.jsonl", "out"))
+    base = str(tmp_path / "base")
+    data = ["--data", str(tmp_path / "data"), "--exclude", str(tmp_path / "eval")]
+    assert main(["data", *data, "--out", found]) == 0
+    assert 20 < len((tmp_path / "found.jsonl").read_text().splitlines()) <= len(pairs) - 9
+    assert main(["mine", "--examples", found, "--out", mined, "--negatives", "2"]) == 0
+    assert all(json.loads(line)["negatives"] for line in (tmp_path / "mined.jsonl").read_text().splitlines())
+    short = ["--max-steps", "3", "--latents", "4", "--batch-rows", "24", "--max-length", "64", "--warmup-steps", "1"]
+    assert main(["train", "--base", base, "--examples", mined, "--stage", "1", "--out", out, *short]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == out
+    assert load_checkpoint(out).config.hidden_size == 16
+    assert (tmp_path / "out-work" / "loss.png").is_file()
+
+    table = ["ablate", "--base", base, "--first", mined, "--second", mined, "--eval", str(tmp_path / "eval")]
+    table += ["--out", str(tmp_path / "table"), "--steps", "4", "--batch-tokens", "300", "--latents", "4"]
+    monkeypatch.setattr(ablation_run.run, "__kwdefaults__", {"variants": VARIANTS[3:]})
+    assert main(table) == 0
+    result = json.loads((tmp_path / "table" / "ablation.json").read_text())
+    assert [row["name"] for row in result["variants"]] == [variant.name for variant in VARIANTS[3:]]
+    assert all(len(row["means"]) == 2 for row in result["variants"])
+    assert "| latent, bidirectional |" in (tmp_path / "table" / "ablation.md").read_text()
+    assert (tmp_path / "table" / "ablation.png").is_file()
+    monkeypatch.setattr(ablation_run, "train_student", None)  # nothing is trained again
+    assert main(table) == 0
+    assert torch.is_tensor(load_checkpoint(out).embedding_model.norm.weight)

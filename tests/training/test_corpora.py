@@ -1,0 +1,84 @@
+"""Layouts of data sets, Python's documentation and WordNet."""
+
+import pytest
+
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.training.corpora import plain_text, read_data
+from nvembed_deploy.training.examples import Example
+from nvembed_deploy.training.instructions import Kind
+from nvembed_deploy.training.wordnet import definitions
+
+NOUNS = """  1 This software and database is being provided to you
+00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which is perceived to have its own distinct existence
+00002684 03 n 02 object 0 physical_object 0 039 @ 00001930 n 0000 | a tangible and visible entity; "it was full"
+"""
+
+
+@pytest.fixture
+def wordnet(tmp_path):
+    folder = tmp_path / "wordnet"
+    folder.mkdir()
+    for part in ("noun", "verb", "adj", "adv"):
+        (folder / f"data.{part}").write_text(NOUNS if part == "noun" else "  1 licence\n")
+    return folder
+
+
+def test_definitions_are_read_from_the_database(wordnet):
+    assert list(definitions(wordnet)) == [
+        ("entity", "that which is perceived to have its own distinct existence"),
+        ("object, physical object", 'a tangible and visible entity; "it was full"'),
+    ]
+    (wordnet / "data.adv").unlink()
+    with pytest.raises(ConfigError, match=r"lacks data.adv; install Debian's wordnet-base"):
+        list(definitions(wordnet))
+
+
+def test_data_layouts_are_read(tmp_path, monkeypatch, wordnet):
+    monkeypatch.setattr("nvembed_deploy.training.corpora.docstring_pairs", lambda: [("summary", "body")])
+    data = tmp_path / "data"
+    for name in ("pairs", "faq", "labels", "articles", "triplets", "nli", "own"):
+        (data / name).mkdir(parents=True)
+    (data / "pairs" / "pairs.jsonl").write_text('{"a": "Rome", "b": "Rome is a city."}\n{"a": "x", "b": "y"}\n')
+    (data / "faq" / "corpus.jsonl").write_text('{"id": "d", "title": "Title", "text": "Answer"}\n')
+    (data / "faq" / "queries.jsonl").write_text('{"id": "q", "text": "Question?"}\n{"id": "r", "text": "Ask?"}\n')
+    (data / "faq" / "qrels.tsv").write_text("query\tdocument\tscore\nq\td\t1\nr\td\t1\n")
+    (data / "labels" / "train.jsonl").write_text('{"text": "play a song", "label": "music"}\n')
+    (data / "triplets" / "triplets.jsonl").write_text('{"query": "qqq", "positive": "ppp", "negative": "nnn"}\n')
+    (data / "nli" / "test.jsonl").write_text(
+        '{"premise": "premise", "hypothesis": "follows", "label": "entailment"}\n'
+        '{"premise": "premise", "hypothesis": "does not", "label": "neutral"}\n'
+    )
+    (data / "own" / "examples.jsonl").write_text('{"query": "own", "kind": "text", "source": "mine"}\n')
+    (data / "articles" / "a.txt").write_text("Title\n" + "A sentence that is here. " * 20 + "\n\n")
+    found = {}
+    for example in read_data(data, wordnet=wordnet):
+        found.setdefault(example.source, []).append(example)
+    assert found["pairs"] == [Example(query="Rome", positive="Rome is a city.", kind=Kind.RETRIEVAL, source="pairs")]
+    assert [(example.query, example.positive, example.kind) for example in found["faq"]] == [
+        ("Question?", "Title Answer", Kind.RETRIEVAL),
+        ("Ask?", "Title Answer", Kind.RETRIEVAL),
+        ("Question?", "Ask?", Kind.SIMILARITY),
+    ]
+    assert (found["labels"][0].kind, found["labels"][0].label) == (Kind.LABEL, "music")
+    assert (found["triplets"][0].positive, found["triplets"][0].negatives) == ("ppp", ("nnn",))
+    assert [(example.query, example.positive, example.kind) for example in found["nli"]] == [
+        ("follows", "premise", Kind.SIMILARITY),
+        ("does not", "", Kind.TEXT),
+    ]
+    assert found["mine"] == [Example(query="own", kind=Kind.TEXT, source="mine")]
+    assert len(found["articles_halves"]) == 1
+    assert found["python_docstrings"][0].texts == ("summary", "body")
+    assert found["wordnet"][1].query == "object, physical object"
+    assert found["wordnet_entries"][0].query.startswith("entity: that which")
+    assert len(list(plain_text(data, seed=1))) == 1
+
+
+def test_a_missing_folder_and_a_damaged_line_name_themselves(tmp_path):
+    with pytest.raises(ConfigError, match=r"--data .* is not a folder"):
+        list(read_data(tmp_path / "none"))
+    (tmp_path / "set").mkdir()
+    with pytest.raises(ConfigError, match="holds no data set in a known layout"):
+        list(read_data(tmp_path))
+    (tmp_path / "set" / "pairs.jsonl").write_text('{"a": "x"\n')
+    with pytest.raises(ConfigError, match="line 1: not JSON"):
+        list(read_data(tmp_path))

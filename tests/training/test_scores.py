@@ -1,0 +1,45 @@
+"""The ablation's measures against numbers worked out by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.training.scores import ndcg, score_folder, spearman
+
+
+def test_ndcg_is_the_definition():
+    assert ndcg([1.0, 0.0, 2.0], {"a": 1.0, "b": 2.0}) == pytest.approx((1 + 2 / 2) / (2 + 1 / math.log2(3)))
+    assert ndcg([0.0], {"a": 1.0}) == 0.0
+
+
+def test_spearman_counts_ranks_only():
+    assert spearman(np.array([0.1, 0.2, 0.9]), np.array([1.0, 5.0, 50.0])) == pytest.approx(1.0)
+    assert spearman(np.array([3.0, 2.0, 1.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(-1.0)
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5
+    assert spearman(np.array([0, 7, 7, 9]), np.array([1, 2, 3, 4])) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+
+
+def test_a_folder_of_sets(tmp_path):
+    (tmp_path / "sts").mkdir()
+    rows = [{"a": "x", "b": "x", "score": 4}, {"a": "x", "b": "y", "score": 1}, {"a": "y", "b": "y", "score": 5}]
+    (tmp_path / "sts" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = tmp_path / "search"
+    found.mkdir()
+    (found / "corpus.jsonl").write_text('{"id": "1", "title": null, "text": "x"}\n{"id": "2", "text": "y"}\n')
+    (found / "queries.jsonl").write_text('{"id": "q", "text": "x"}\n{"id": "r", "text": "x"}\n')
+    (found / "qrels.tsv").write_text("query\tdocument\tscore\nq\t1\t1\nr\t2\t1\nr\t1\t0\n")
+    asked = []
+
+    def embed(texts, instruction):
+        asked.append(instruction)
+        return np.array([[1.0, 0.0] if text == "x" else [0.1, 1.0] for text in texts], dtype=np.float32)
+
+    scores = score_folder(tmp_path, embed)
+    assert scores["search"] == pytest.approx((1 + 1 / math.log2(3)) / 2)
+    assert scores["sts"] == pytest.approx(1.0)
+    assert asked.count("") == 1
+    with pytest.raises(ConfigError, match="holds no set of scored pairs"):
+        score_folder(found, embed)

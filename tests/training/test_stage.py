@@ -1,0 +1,305 @@
+"""Masks, batches, whole stages, and runs that are cut and taken up again, on a model of a few thousand weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
+for library in ("transformers", "accelerate", "datasets", "peft", "matplotlib"):
+    pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
+
+from nvembed_deploy.errors import CheckpointError, ConfigError  # noqa: E402
+from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
+from nvembed_deploy.text import TextEncoder  # noqa: E402
+from nvembed_deploy.training import base, blend, loop, stage  # noqa: E402
+from nvembed_deploy.training.batches import Collator, batch_dataset, pair_rows  # noqa: E402
+from nvembed_deploy.training.options import STAGE_1, STAGE_2, Lora, LossWeights, Pooling  # noqa: E402
+from nvembed_deploy.training.student import read_base  # noqa: E402
+from nvembed_deploy.training.variants import shape_model  # noqa: E402
+from tests.tiny import make_tokenizer  # noqa: E402
+from tests.training.tiny_training import LATENT, WIDTH, TinyTeacher, sizes, some_examples, some_text  # noqa: E402
+
+PROMPT = "Instruct: question\nQuery: "
+TINY = replace(
+    STAGE_1,
+    negatives=2,
+    learning_rate=5e-3,
+    schedule="constant_with_warmup",
+    warmup_steps=3,
+    batch_rows=16,
+    batch_tokens=600,
+    max_length=64,
+    save_steps=4,
+    log_steps=1,
+    bf16=False,
+)
+PRETRAINING = replace(TINY, batch_tokens=256, max_length=32)
+
+
+def texts(count: int = 900):
+    import random
+
+    rng = random.Random(1)
+    return [some_text(rng) for _ in range(count)]
+
+
+def pretrain(folder: Path, **changes):
+    return base.pretrain(
+        folder / "base",
+        texts(),
+        config=sizes(),
+        tokenizer_json=make_tokenizer().to_str(),
+        folder=folder / "base-work",
+        options=replace(PRETRAINING, **changes),
+        tokens=3000,
+    )
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    history = pretrain(folder)
+    assert history[-1]["loss"] < history[0]["loss"]
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def encoder(base_folder) -> TextEncoder:
+    student = read_base(base_folder, latent=LATENT)
+    return TextEncoder(student.tokenizer_json.encode(), student.contract)
+
+
+def weights(folder: Path) -> dict:
+    return load_checkpoint(folder).state_dict()
+
+
+def equal(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_epoch_holds_every_row_once(encoder):
+    examples = some_examples()
+    epochs = [list(blend.groups(examples, template="{instruction}", negatives=2, seed=seed)) for seed in (1, 2)]
+    dataset = batch_dataset(epochs, encoder, max_rows=8, max_tokens=400, max_length=64, seed=1)
+    rows = [text for entry in dataset for text in entry["text"]]
+    once = [row.text for group in epochs[0] for row in group]
+    assert sorted(rows[: len(once)]) == sorted(once)
+    assert sorted(rows[len(once) :]) == sorted(row.text for group in epochs[1] for row in group)
+
+
+def test_instructions_attend_and_are_not_pooled(encoder):
+    collator = Collator(encoder, max_length=64)
+    entry = {"text": ["the water", "over", "in"], "prompt": [PROMPT, "", ""], "group": [0, 0, 1]}
+    batch = collator([entry])
+    skipped = encoder.tokenize(["x"], prompt=PROMPT, max_length=64)[0].prompt_tokens
+    lengths = [
+        len(encoder.tokenize([text], prompt=prompt, max_length=64)[0])
+        for text, prompt in zip(entry["text"], entry["prompt"], strict=True)
+    ]
+    width = batch["input_ids"].shape[1]
+    for row, (length, hidden) in enumerate(zip(lengths, (skipped, 0, 0), strict=True)):
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (width - length)
+        assert batch["pool_mask"][row].tolist() == [0] * hidden + [1] * (length - hidden) + [0] * (width - length)
+
+
+def test_a_prompt_that_fills_the_row_is_dropped(encoder):
+    batch = Collator(encoder, max_length=8)([{"text": ["water"], "prompt": [PROMPT], "group": [0]}])
+    assert torch.equal(batch["pool_mask"], batch["attention_mask"])
+
+
+def test_pairs_are_found_also_over_joined_batches(encoder):
+    queries, positives = pair_rows([0, 1, 1, 2, 2, 2, 3])
+    assert (queries.tolist(), positives.tolist()) == ([1, 3], [2, 4])
+    collator = Collator(encoder, max_length=64)
+    entry = {"text": ["a", "b", "c"], "prompt": [""] * 3, "group": [0, 0, 1]}
+    joined = collator([entry, entry])
+    assert joined["queries"].tolist() == [0, 3]
+    assert joined["owner"].tolist() == [0, 0, 1, 2, 2, 3]
+    assert joined["numbers"].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_parts_of_like_length_change_nothing(base_folder, encoder):
+    model = read_base(base_folder, latent=LATENT).model.eval()
+    rows = [" ".join(["the water"] * (index % 9 + 1)) for index in range(50)]
+    batch = Collator(encoder, max_length=64)([{"text": rows, "prompt": [PROMPT, ""] * 25, "group": list(range(50))}])
+    inputs = [batch[name] for name in ("input_ids", "attention_mask", "pool_mask")]
+    with torch.no_grad():
+        found, states = loop.Trainable(model)(*inputs)
+        expected, _ = model(*inputs)
+        hidden = model.latent_attention_model(model.embedding_model(*inputs[:2]))
+    assert torch.allclose(found, expected, atol=1e-6)
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(states[real], hidden[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("weights_", [LossWeights(), LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)])
+def test_a_cut_run_ends_at_the_same_weights_and_learns(tmp_path, base_folder, weights_):
+    options = replace(TINY, weights=weights_, held_out=6, epochs=2, muon_learning_rate=2e-3 if weights_.tokens else 0)
+    teacher = TinyTeacher() if weights_.need_teacher else None
+
+    def run(name: str, numbers):
+        torch.manual_seed(99 if numbers.max_steps > 0 else 7)  # what stands outside the run's seed must not matter
+        student = read_base(base_folder, latent=LATENT, seed=3)
+        history = stage.train_student(student, some_examples(), work=tmp_path / name, stage=numbers, teacher=teacher)
+        return student.model.state_dict(), [entry for entry in history if "loss" in entry]
+
+    whole, history = run("whole", options)
+    run("cut", replace(options, max_steps=7))
+    saved = loop.last_checkpoint(tmp_path / "cut" / "training")
+    assert saved.name in ("checkpoint-4", "checkpoint-7")
+    resumed, resumed_history = run("cut", options)
+    assert [entry["loss"] for entry in resumed_history] == [entry["loss"] for entry in history]
+    assert equal(whole, resumed)
+    losses = [entry["loss"] for entry in history]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_two_stages_make_a_checkpoint_that_loads(tmp_path, base_folder):
+    first, second = tmp_path / "one", tmp_path / "two"
+    stage.run_stage(
+        base_folder, some_examples(), first, work=tmp_path / "w1", stage=TINY, latent=LATENT, card="# one\n"
+    )
+    numbers = replace(TINY, in_batch=False, held_out=8, gradient_checkpointing=True, bf16=True)
+    stage.run_stage(first, some_examples(), second, work=tmp_path / "w2", stage=numbers)
+    assert not equal(weights(first), weights(second))
+    assert weights(first).keys() == weights(second).keys()
+    assert (first / "README.md").read_text() == "# one\n"
+    stated = json.loads((second / "config.json").read_text())
+    assert stated["latent_attention_config"]["num_latents_value"] == 4
+    history = json.loads((tmp_path / "w2" / "history.json").read_text())
+    assert {"eval_loss", "eval_accuracy"} <= history[-1].keys()
+    assert (tmp_path / "w2" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in second.rglob("*") if path.is_file())
+    from transformers import AutoTokenizer
+
+    for text in ("the Water over", "</s> in", "  2 ü"):
+        assert AutoTokenizer.from_pretrained(second)(text).input_ids == make_tokenizer().encode(text).ids
+
+
+def test_adapters_leave_the_embeddings_and_are_merged(tmp_path, base_folder):
+    start = read_base(base_folder, latent=LATENT, seed=1).model.state_dict()
+    stage.run_stage(
+        base_folder,
+        some_examples(),
+        tmp_path / "out",
+        work=tmp_path / "w",
+        stage=TINY,
+        latent=LATENT,
+        lora=Lora(rank=2),
+    )
+    found = weights(tmp_path / "out")
+    assert found.keys() == start.keys()
+    changed = {name for name in found if not torch.equal(found[name], start[name].half().float())}
+    projections = {name for name in found if "_proj.weight" in name}
+    assert projections <= changed
+    assert changed - projections == {name for name in changed if name.startswith("latent_attention_model.")}
+    assert "latent_attention_model.latents" in changed
+
+
+def test_a_base_cut_in_training_ends_the_same(tmp_path):
+    pretrain(tmp_path / "whole")
+    pretrain(tmp_path / "cut", max_steps=6)
+    pretrain(tmp_path / "cut")
+    first, second = (read_base(tmp_path / name / "base", latent=LATENT).model.state_dict() for name in ("whole", "cut"))
+    assert equal(first, second)
+
+
+def test_token_vectors_start_centred_and_leave_silent_tokens_random():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    start = base.token_start(torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [2.0, 2.0]]), ["", "a", "b", "c"])
+    expected = torch.tensor([[0.0, 0.0], [0.0, -1.0], [-1.0, 0.0], [1.0, 1.0]]) * 1.5**0.5  # mean square 4/6 before
+    assert torch.allclose(start, expected)
+    model = MistralForCausalLM(MistralConfig(**sizes()))
+    table = torch.zeros(sizes()["vocab_size"], WIDTH)
+    table[5] = 0.5
+    base.start_embeddings(model, table)
+    assert torch.equal(model.get_input_embeddings().weight[5], table[5])
+    assert model.get_input_embeddings().weight[4].abs().sum() > 0
+    with pytest.raises(ConfigError, match="token vectors are"):
+        base.start_embeddings(model, table[:-1])
+
+
+def test_shapes_of_the_ablation_compute_what_they_say(base_folder, encoder):
+    collator = Collator(encoder, max_length=64)
+    batch = collator([{"text": ["the water over", "in"], "prompt": ["", ""], "group": [0, 1]}])
+    inputs = [batch[name] for name in ("input_ids", "attention_mask", "pool_mask")]
+    changed = inputs[0].clone()
+    changed[0, 3] = 300  # a token in the middle of the first row
+    states = {}
+    for pooling, causal in ((Pooling.LATENT, False), (Pooling.MEAN, True), (Pooling.EOS, True)):
+        model = shape_model(read_base(base_folder, latent=LATENT).model.eval(), pooling=pooling, causal=causal)
+        with torch.no_grad():
+            vectors, before = loop.Trainable(model)(*inputs)
+            _, after = loop.Trainable(model)(changed, *inputs[1:])
+            hidden = model.embedding_model(*inputs[:2])
+        assert torch.equal(before[0, 0], after[0, 0]) == causal
+        assert not torch.equal(before[0, 4], after[0, 4])
+        states[pooling] = (vectors, before, hidden)
+    vectors, before, hidden = states[Pooling.EOS]
+    last = int(batch["attention_mask"][1].sum()) - 1
+    assert torch.allclose(vectors[1], torch.nn.functional.normalize(hidden[1, last], dim=-1), atol=1e-6)
+    vectors, before, hidden = states[Pooling.MEAN]
+    assert torch.allclose(before[0], hidden[0], atol=1e-6)
+
+
+def test_wrong_stages_say_what_is_wrong(tmp_path, base_folder):
+    examples = some_examples()
+    needing = replace(TINY, weights=LossWeights(distillation=1.0))
+    with pytest.raises(ConfigError, match="pass --teacher"):
+        stage.run_stage(base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=needing, latent=LATENT)
+    teacher = TinyTeacher()
+    teacher.width = 17
+    with pytest.raises(ConfigError, match="17 numbers, the base's 16"):
+        stage.run_stage(
+            base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=needing, latent=LATENT, teacher=teacher
+        )
+    with pytest.raises(ConfigError, match="are all held out"):
+        stage.run_stage(
+            base_folder,
+            examples[:4],
+            tmp_path / "o",
+            work=tmp_path / "w",
+            stage=replace(TINY, held_out=9),
+            latent=LATENT,
+        )
+    with pytest.raises(ConfigError, match="other settings or examples"):
+        stage.run_stage(base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=STAGE_2, latent=LATENT)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "a base needs it"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "a base is a Mistral"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "is damaged"),
+        (
+            lambda folder: (folder / "config.json").write_text(json.dumps({**sizes(), "num_hidden_layers": 3})),
+            "lacks embedding_model.layers.2",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text(json.dumps({**sizes(), "intermediate_size": 25})),
+            "not what config.json asks for",
+        ),
+    ],
+)
+def test_a_damaged_base_says_what_is_wrong(tmp_path, base_folder, change, message):
+    import shutil
+
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder, folder)
+    change(folder)
+    with pytest.raises(CheckpointError, match=message):
+        read_base(folder, latent=LATENT)
+
+
+def test_a_checkpoint_cut_in_writing_is_passed_over(tmp_path):
+    assert loop.last_checkpoint(tmp_path) is None
+    for step, content in ((5, "{}"), (20, "{}"), (100, '{"global_st'), (110, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if content is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    assert loop.last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"

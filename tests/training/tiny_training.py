@@ -1,0 +1,88 @@
+"""A model of a few thousand weights, examples of a few words, and a teacher without weights."""
+
+import random
+
+import torch
+
+from nvembed_deploy.config import LatentAttention
+from nvembed_deploy.training.examples import Example
+from nvembed_deploy.training.instructions import Kind
+from nvembed_deploy.training.mini import SIZES
+from tests.tiny import make_tokenizer
+
+LATENT = LatentAttention(latents=4, heads=2, head_dim=8)
+WIDTH = 16
+WORDS = ("the", "water", "question", "over", "passage", "in", "and", "a long phrase of words")
+
+
+def sizes() -> dict:
+    return {
+        **SIZES,
+        "hidden_size": WIDTH,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": make_tokenizer().get_vocab_size(),
+    }
+
+
+def some_text(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(2, 7)))
+
+
+def some_examples(count: int = 60, *, seed: int = 0) -> list[Example]:
+    """Examples of every kind in turn; each query begins with its own number."""
+    rng = random.Random(seed)
+    found = []
+    for index in range(count):
+        kind = list(Kind)[index % len(Kind)]
+        paired = kind in (Kind.RETRIEVAL, Kind.SIMILARITY)
+        found.append(
+            Example(
+                query=f"{index} {some_text(rng)}",
+                positive=f"{index} answer {some_text(rng)}" if paired else "",
+                negatives=tuple(f"{index} wrong {some_text(rng)}" for _ in range(3)) if paired else (),
+                kind=kind,
+                source=f"set{index % 3}" if paired else f"{kind.value}s",
+                label=str(index // 4 % 3) if kind is Kind.LABEL else "",
+            )
+        )
+    return found
+
+
+class TinyTeacher:
+    """Stands in for `Teacher`: a word is a token, and its vector follows from its letters."""
+
+    width = WIDTH
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Identity()
+        self.table = torch.nn.functional.normalize(
+            torch.randn(997, WIDTH, generator=torch.Generator().manual_seed(4)), dim=-1
+        )
+
+    def tokenize(self, texts):
+        rows, spans = [], []
+        for text in texts:
+            row, marks, place = [], [], 0
+            for word in text.split():
+                start = text.index(word, place)
+                place = start + len(word)
+                row.append(1 + sum(map(ord, word)) % 996)
+                marks.append((start, place))
+            rows.append(row)
+            spans.append(marks)
+        width = max(map(len, rows))
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows]), mask, spans
+
+    def forward(self, input_ids, attention_mask):
+        states = self.table[input_ids]
+        pooled = (states * attention_mask[..., None]).sum(dim=1)
+        return torch.nn.functional.normalize(pooled, dim=-1), states
+
+    def embed(self, texts, *, description: str = ""):
+        ids, mask, _ = self.tokenize(list(texts))
+        return self.forward(ids, mask)[0].to(torch.bfloat16)
