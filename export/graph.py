@@ -28,14 +28,23 @@ from nvembed_deploy.errors import ExportError
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.nvembed import BidirectionalMistral, LatentAttentionModel, NVEmbed
 
+from .ranges import widen
+
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+STORED = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
 TRACE_SHAPE = (3, 7)
 """Both above 1, or the tracer takes them for constants."""
 PAGE_BYTES = 4096
 """Tensors start on pages, so that a runtime can map the file into memory."""
 
 
-def trace(config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: bool) -> ir.Model:
+def trace(
+    config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: bool, wide: frozenset[str] = frozenset()
+) -> ir.Model:
     """Traces the model of a configuration; its weights are names without values.
 
     Args:
@@ -43,6 +52,7 @@ def trace(config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: 
         precision: Type of weights and activations.
         dialect: Operators to use.
         fold: Fold the latent attention.
+        wide: Modules that compute in FP32; see `ranges.py`.
 
     Returns:
         A model with inputs int64 [batch, tokens] x 3 and outputs float32 [batch, D] and [batch].
@@ -51,6 +61,7 @@ def trace(config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: 
         model = NVEmbed(config).requires_grad_(False).eval()
         if fold and isinstance(model.latent_attention_model, LatentAttentionModel):
             model.latent_attention_model = FoldedLatentAttention(model.latent_attention_model)
+        widen(model, wide)
         if dialect is Dialect.FUSED:
             _use_rotary_operator(model.embedding_model)
         # Three tensors: one given twice would be merged into one input.
@@ -82,7 +93,7 @@ def trace(config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: 
     return program.model
 
 
-def write(model: ir.Model, state: dict[str, Tensor], folder: Path, *, name: str, precision: Precision) -> int:
+def write(model: ir.Model, state: dict[str, Tensor], folder: Path, *, name: str) -> int:
     """Writes the weights, then the graph that refers to them.
 
     Args:
@@ -90,7 +101,6 @@ def write(model: ir.Model, state: dict[str, Tensor], folder: Path, *, name: str,
         state: The reference's parameters in FP32, folded if the graph is.
         folder: Where to write.
         name: File name of the graph.
-        precision: Type of the stored weights.
 
     Returns:
         Bytes of the weights.
@@ -98,14 +108,13 @@ def write(model: ir.Model, state: dict[str, Tensor], folder: Path, *, name: str,
     Raises:
         ExportError: A weight is missing, is of another shape, or does not fit into FP16.
     """
-    dtype = DTYPES[precision]
     path = folder / WEIGHTS
     graph = model.graph
     with path.open("xb") as file:
         names = [name for name, value in graph.initializers.items() if value.const_value is None]
         for weight in tqdm(names, desc="writing weights", unit="tensor", disable=None, leave=False):
             value = graph.initializers[weight]
-            tensor = _stored(value, state, dtype)
+            tensor = _stored(value, state)
             file.write(b"\0" * (-file.tell() % PAGE_BYTES))
             offset = file.tell()
             file.write(tensor.view(torch.uint8).numpy().data)
@@ -143,11 +152,12 @@ def check(path: Path) -> None:
             )
 
 
-def _stored(value: ir.Value, state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _stored(value: ir.Value, state: dict[str, Tensor]) -> Tensor:
     """The tensor as the graph takes it: converted, and turned where every use would turn it."""
     tensor = state.get(str(value.name))
     if tensor is None or value.shape is None or list(tensor.shape) != [int(size) for size in value.shape]:
         raise ExportError(f"the graph's weight {value.name} {value.shape} is not one of the checkpoint's")
+    dtype = STORED[value.dtype or ir.DataType.FLOAT]
     converted = tensor.to(dtype)
     if not torch.isfinite(converted).all():
         largest = float(tensor.abs().max())

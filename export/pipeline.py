@@ -25,7 +25,7 @@ from nvembed_deploy.config import ModelConfig, Precision
 from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.nvembed import LatentAttentionModel
-from nvembed_deploy.parity import ParityReport, compare, require
+from nvembed_deploy.parity import ParityReport, compare, longest_probe, require
 from nvembed_deploy.publish import commit, new_bundle
 from nvembed_deploy.targets import local_compute_capability
 from nvembed_deploy.text import TextEncoder
@@ -37,6 +37,7 @@ from .cpu_graph import write_cpu_graph
 from .forecast import GIB, forecast, peak_memory_bytes, require_room
 from .graph import check, trace, write
 from .options import ExportOptions
+from .ranges import FP16_MAX, probe, wide_modules
 
 POOLING = "latent attention, masked mean, L2"
 RECORDED = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
@@ -68,8 +69,12 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
             reference = ReferenceBackend(folder)
             tokenizer = (folder / "tokenizer.json").read_bytes()
             (staging / TOKENIZER).write_bytes(tokenizer)
+        wide: frozenset[str] = frozenset()
+        if options.precision is Precision.FP16:
+            with _step("probing for values near FP16's limit"):
+                wide = _probe(reference, TextEncoder(tokenizer, contract), options)
         with _step(f"tracing to ONNX ({options.dialect.value}, opset {options.dialect.opset})"):
-            _write_graphs(options, config, reference, staging)
+            _write_graphs(options, config, reference, staging, wide)
         reports: list[ParityReport] = []
         if options.parity:
             rounded = options.precision is Precision.BF16
@@ -105,6 +110,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                 opset=options.dialect.opset,
                 pooling=POOLING,
                 folded=options.fold,
+                fp32_modules=tuple(sorted(wide)),
                 dimension=config.hidden_size,
                 text=contract,
                 profile=options.profile,
@@ -118,8 +124,22 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
     return manifest
 
 
-def _write_graphs(options: ExportOptions, config: ModelConfig, reference: ReferenceBackend, staging: Path) -> None:
-    traced = trace(config, precision=options.precision, dialect=options.dialect, fold=options.fold)
+def _probe(reference: ReferenceBackend, text: TextEncoder, options: ExportOptions) -> frozenset[str]:
+    """The modules that must stay in FP32, said with the reason."""
+    found = probe(reference.model, text, longest=longest_probe(text, options.profile.max))
+    wide = wide_modules(reference.model, found)
+    worst = max(found.largest, key=lambda name: found.largest[name])
+    say(f"  largest value {found.largest[worst]:.4g} at {worst}; FP16 ends at {FP16_MAX:.0f}")
+    if wide:
+        near = ", ".join(f"{name} {value:.3g}" for name, value in sorted(found.near.items()))
+        say(f"  near the limit: {near}; kept in FP32: {', '.join(sorted(wide))}")
+    return wide
+
+
+def _write_graphs(
+    options: ExportOptions, config: ModelConfig, reference: ReferenceBackend, staging: Path, wide: frozenset[str]
+) -> None:
+    traced = trace(config, precision=options.precision, dialect=options.dialect, fold=options.fold, wide=wide)
     model = reference.model
     state = model.state_dict()
     if options.fold and isinstance(model.latent_attention_model, LatentAttentionModel):
@@ -127,7 +147,7 @@ def _write_graphs(options: ExportOptions, config: ModelConfig, reference: Refere
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
         folded = FoldedLatentAttention(model.latent_attention_model)
         state |= {prefix + name: tensor for name, tensor in folded.state_dict().items()}
-    write(traced, state, staging, name=GRAPH, precision=options.precision)
+    write(traced, state, staging, name=GRAPH)
     check(staging / GRAPH)
     if options.precision is Precision.BF16:
         write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)

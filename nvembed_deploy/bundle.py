@@ -89,6 +89,8 @@ class Manifest:
     opset: int
     pooling: str
     folded: bool
+    fp32_modules: tuple[str, ...]
+    """Modules that compute in FP32 although the rest does not: their values come near FP16's limit."""
     dimension: int
     text: TextContract
     profile: ShapeProfile

@@ -135,6 +135,11 @@ def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRo
     return names, rows
 
 
+def longest_probe(text: TextEncoder, largest: Shape) -> int:
+    """Tokens of the longest probe for an engine that takes batches up to `largest`."""
+    return min(largest.tokens, text.contract.max_tokens, LONGEST_TOKENS)
+
+
 def compare(
     reference: Backend, candidate: Backend, text: TextEncoder, *, precision: Precision, largest: Shape
 ) -> ParityReport:
@@ -152,7 +157,7 @@ def compare(
     Raises:
         ParityError: The candidate's outputs are of another shape than the reference's.
     """
-    names, rows = probe_rows(text, min(largest.tokens, text.contract.max_tokens, LONGEST_TOKENS))
+    names, rows = probe_rows(text, longest_probe(text, largest))
     singles = [[index] for index in range(len(rows))]
     truth = _embed(reference, text, rows, singles)
     batched = _embed(candidate, text, rows, _mixed_batches(len(rows), min(BATCH, largest.batch)))

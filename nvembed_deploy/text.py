@@ -55,6 +55,9 @@ class TokenRow:
     prompt_tokens: int
     """Leading positions that are not pooled."""
     truncated: bool
+    spans: list[tuple[int, int]] | None = None
+    """First character of the text that each id covers, and the one behind its last: only where asked for. Empty at
+    special tokens and the prompt."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -129,13 +132,16 @@ class TextEncoder:
             return self.contract.instruction_template.replace("{instruction}", instruction)
         return prompt or ""
 
-    def tokenize(self, texts: Sequence[str], *, prompt: str = "", max_length: int) -> list[TokenRow]:
+    def tokenize(
+        self, texts: Sequence[str], *, prompt: str = "", max_length: int, with_spans: bool = False
+    ) -> list[TokenRow]:
         """Ids of each text behind the prompt.
 
         Args:
             texts: Any strings; `check_texts` says which of them `Encoder` takes.
             prompt: Prefix verbatim; special-token strings in it are control tokens, as in NVIDIA's code.
             max_length: Most ids a row may have, special tokens and prompt included; the rest is cut off on the right.
+            with_spans: Fill in `TokenRow.spans`, which takes longer.
 
         Raises:
             ConfigError: `max_length` is below 1 or above the model's positions.
@@ -157,13 +163,19 @@ class TextEncoder:
             limit = max_length * self._longest_token_chars + CUT_MARGIN_CHARS
         bodies = [tail + text[:limit] for text in texts]
         rows = []
-        for encoding in self._literal.encode_batch_fast(bodies, add_special_tokens=False):
+        encode = self._literal.encode_batch if with_spans else self._literal.encode_batch_fast
+        for encoding in encode(bodies, add_special_tokens=False):
             ids = [*start, *encoding.ids, *self.contract.suffix_ids]
+            spans = None
+            if with_spans:
+                behind = [(max(0, first - len(tail)), max(0, end - len(tail))) for first, end in encoding.offsets]
+                spans = [*[(0, 0)] * len(start), *behind, *[(0, 0)] * len(self.contract.suffix_ids)][:max_length]
             rows.append(
                 TokenRow(
                     ids=ids[:max_length],
                     prompt_tokens=prompt_tokens if self.contract.mask_prompt else 0,
                     truncated=len(ids) > max_length,
+                    spans=spans,
                 )
             )
         return rows
@@ -260,7 +272,8 @@ def lone_surrogate(text: str) -> int | None:
 def _cut_is_safe(tokenizer: dict[str, Any]) -> bool:
     """True if no token spans more characters than its own string, so that a long text may be cut before tokenizing.
 
-    That holds for BPE with byte fallback (no fused unknowns) behind replacements of a character by one character.
+    That holds for BPE with byte fallback (no fused unknowns) behind replacements of a character by one character, and
+    behind lower case, which never makes fewer characters of more.
     """
     if not tokenizer.get("model", {}).get("byte_fallback") or tokenizer.get("pre_tokenizer"):
         return False
@@ -268,6 +281,6 @@ def _cut_is_safe(tokenizer: dict[str, Any]) -> bool:
     for step in normalizer.get("normalizers", [normalizer] if normalizer else []):
         pattern = step.get("pattern", {}).get("String", "")
         same_length = step.get("type") == "Replace" and len(pattern) == len(step.get("content", "")) == 1
-        if not same_length and step.get("type") != "Prepend":
+        if not same_length and step.get("type") not in ("Prepend", "Lowercase"):
             return False
     return True

@@ -56,6 +56,7 @@ def make_manifest(**changes) -> Manifest:
         opset=23,
         pooling="mean",
         folded=True,
+        fp32_modules=(),
         dimension=32,
         text=TextContract(prefix_ids=(1,), suffix_ids=(2,), pad_id=2, mask_prompt=True, max_tokens=2048),
         profile=ShapeProfile(min=Shape(batch=1, tokens=1), opt=Shape(batch=2, tokens=8), max=Shape(batch=4, tokens=16)),

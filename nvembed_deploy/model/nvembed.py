@@ -94,6 +94,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # [B, H, T, h]
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, h]
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # where the residual is FP32 and the heads are not
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
@@ -154,11 +155,16 @@ class BidirectionalMistral(nn.Module):
         x = self.embed_tokens(input_ids)  # [B, T, D]
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        B, T = input_ids.shape
-        mask = attention_mask.bool()[:, None, None, :].expand(B, 1, T, T)  # which keys (last) a query sees
+        mask = self.visible(attention_mask)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         return self.norm(x)
+
+    @staticmethod
+    def visible(attention_mask: Tensor) -> Tensor:
+        """Which keys (last) a query sees, bool [B, 1, T, T]: all real tokens."""
+        B, T = attention_mask.shape
+        return attention_mask.bool()[:, None, None, :].expand(B, 1, T, T)
 
 
 class CrossAttention(nn.Module):

@@ -52,7 +52,7 @@ def written(
         folded = FoldedLatentAttention(model.latent_attention_model).state_dict()
         state |= {f"latent_attention_model.{name}": value for name, value in folded.items()}
     graph = trace(model.config, precision=precision, dialect=dialect, fold=fold)
-    write(graph, state, folder, name="model.onnx", precision=precision)
+    write(graph, state, folder, name="model.onnx")
     check(folder / "model.onnx")
     return folder / "model.onnx"
 
