@@ -21,7 +21,14 @@ RUNTIME_BYTES_A_PARAMETER = 8
 PLAN_FACTOR = 1.2
 """Size of a plan over its weights; the mini's, which has kernels beside few weights, is up to 2 x."""
 PLAN_BASE_BYTES = 16 * 2**20
-BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
+BITS = {
+    Precision.FP32: 32,
+    Precision.FP16: 16,
+    Precision.BF16: 16,
+    Precision.INT8: 8,
+    Precision.FP8: 8,
+    Precision.INT4: 4.125,  # a scale of 16 bits for 128 weights
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,13 @@ def count_parameters(config: ModelConfig, *, fold: bool) -> int:
     return decoder + feed_forward + (folded if fold else unfolded)
 
 
+def count_linear_weights(config: ModelConfig) -> int:
+    """Of the parameters, those that a quantized precision stores in its own format."""
+    D, heads = config.hidden_size, config.head_dim
+    attention = D * heads * (2 * config.heads + 2 * config.kv_heads)
+    return config.layers * (attention + 3 * D * config.intermediate_size) + 3 * config.latent.feed_forward_mult * D * D
+
+
 def forecast(config: ModelConfig, precision: Precision, *, fold: bool, plan: bool, parity: bool) -> Forecast:
     """What an export needs.
 
@@ -64,7 +78,10 @@ def forecast(config: ModelConfig, precision: Precision, *, fold: bool, plan: boo
     """
     parameters = count_parameters(config, fold=fold)
     reference = 4 * count_parameters(config, fold=False)
-    weights = parameters * BYTES[precision]
+    linear = count_linear_weights(config)
+    weights = int(linear * BITS[precision] + (parameters - linear) * BITS[precision.base]) // 8
+    # Smoothing works on a copy in FP32.
+    reference += 4 * parameters if precision.quantized else 0
     while_comparing = RUNTIME_BYTES_A_PARAMETER * parameters if parity else 0
     while_building = int(BUILD_FACTOR * weights) if plan else 0
     return Forecast(

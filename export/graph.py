@@ -35,6 +35,9 @@ STORED = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    ir.DataType.INT4: torch.int8,  # two to a byte once they are written
 }
 TRACE_SHAPE = (3, 7)
 """Both above 1, or the tracer takes them for constants."""
@@ -57,7 +60,7 @@ def trace(
     Returns:
         A model with inputs int64 [batch, tokens] x 3 and outputs float32 [batch, D] and [batch].
     """
-    with FakeTensorMode(), _default_dtype(DTYPES[precision]):
+    with FakeTensorMode(), _default_dtype(DTYPES[precision.base]):
         model = NVEmbed(config).requires_grad_(False).eval()
         if fold and isinstance(model.latent_attention_model, LatentAttentionModel):
             model.latent_attention_model = FoldedLatentAttention(model.latent_attention_model)
@@ -98,7 +101,7 @@ def write(model: ir.Model, state: dict[str, Tensor], folder: Path, *, name: str)
 
     Args:
         model: What `trace` gave.
-        state: The reference's parameters in FP32, folded if the graph is.
+        state: The reference's parameters in FP32, folded if the graph is; codes and scales of quantized layers.
         folder: Where to write.
         name: File name of the graph.
 
@@ -117,7 +120,8 @@ def write(model: ir.Model, state: dict[str, Tensor], folder: Path, *, name: str)
             tensor = _stored(value, state)
             file.write(b"\0" * (-file.tell() % PAGE_BYTES))
             offset = file.tell()
-            file.write(tensor.view(torch.uint8).numpy().data)
+            content = _packed(tensor) if value.dtype == ir.DataType.INT4 else tensor.view(torch.uint8)
+            file.write(content.numpy().data)
             value.const_value = ir.ExternalTensor(
                 WEIGHTS,
                 offset,
@@ -158,6 +162,8 @@ def _stored(value: ir.Value, state: dict[str, Tensor]) -> Tensor:
     if tensor is None or value.shape is None or list(tensor.shape) != [int(size) for size in value.shape]:
         raise ExportError(f"the graph's weight {value.name} {value.shape} is not one of the checkpoint's")
     dtype = STORED[value.dtype or ir.DataType.FLOAT]
+    if tensor.dtype == dtype and dtype in (torch.int8, torch.float8_e4m3fn):
+        return tensor.contiguous()  # codes, as MatMul takes them
     converted = tensor.to(dtype)
     if not torch.isfinite(converted).all():
         largest = float(tensor.abs().max())
@@ -175,6 +181,12 @@ def _stored(value: ir.Value, state: dict[str, Tensor]) -> Tensor:
         converted = converted.T
         value.shape = ir.Shape(converted.shape)
     return converted.contiguous()
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """4-bit codes, two to a byte, the first in the lower half, as ONNX stores them."""
+    pairs = codes.reshape(-1, 2).to(torch.uint8) & 0xF  # an even number: blocks are
+    return pairs[:, 0] | (pairs[:, 1] << 4)
 
 
 def _is_turn(node: ir.Node) -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.targets import TARGETS, Target, choose
+from nvembed_deploy.targets import TARGETS, Target, capable, choose
 
 DEFAULT_MODEL = Path("models") / "nv-embed-mini"
 """The embedded checkpoint, from the root of the repository."""
+TOKENS = 16_384
+"""Tokens that calibration takes: ranges of the embedded model change by less than 2 % beyond half of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,11 @@ class ExportOptions:
     profile: ShapeProfile
     fold: bool
     parity: bool
+    calibration: Path | None
+    """JSONL of texts to calibrate on; None: the built-in mixture."""
+    calibration_tokens: int
+    reuse: Path | None
+    """An earlier bundle or its `quantization.json`, in place of calibrating."""
     force: bool
 
 
@@ -46,7 +54,12 @@ def default_model() -> Path:
     return folder
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    precisions: Sequence[Precision] = tuple(Precision),
+    default: Precision = Precision.FP16,
+) -> None:
     """Adds the flags of `ExportOptions`."""
     parser.add_argument(
         "--model",
@@ -58,9 +71,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
     parser.add_argument(
         "--precision",
-        choices=[item.value for item in Precision],
-        default=Precision.FP16.value,
-        help="number format of weights and activations (default: fp16)",
+        choices=[item.value for item in precisions],
+        default=default.value,
+        help="number format of weights and activations; int8 and fp8 quantize the linear layers and their inputs, int4 "
+        f"their weights, the rest stays fp16 (default: {default.value})",
     )
     parser.add_argument(
         "--target",
@@ -91,8 +105,36 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-parity", action="store_true", help="skip the comparison with PyTorch, which the manifest then says"
     )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        default=None,
+        metavar="FILE.jsonl",
+        help='texts that quantization is fitted to, one {"text": ...} a line, "instruction" beside it for queries: '
+        "use what will be embedded (default: a built-in mixture of queries, passages, code and other languages)",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=_positive,
+        default=TOKENS,
+        metavar="N",
+        help="tokens of them to take (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        default=None,
+        metavar="BUNDLE",
+        help="take ranges, smoothing and kept layers from an earlier quantized bundle of the same checkpoint",
+    )
     parser.add_argument("--force", action="store_true", help="go on where the forecast says that it will not fit")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what TensorRT and the exporter log")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _shape(text: str) -> Shape:
@@ -115,17 +157,25 @@ def from_flags(flags: argparse.Namespace) -> ExportOptions:
         shapes["opt"] = Shape(
             batch=min(max(opt.batch, low.batch), high.batch), tokens=min(max(opt.tokens, low.tokens), high.tokens)
         )
+    precision = Precision(flags.precision)
+    for name in ("calibration", "reuse"):
+        if getattr(flags, name) is not None and not precision.quantized:
+            raise ConfigError(f"--{name} is for quantized precisions, and --precision is {precision.value}; pass int8")
+    target = replace(target, compute_capabilities=capable(target, precision))
     model = flags.model or str(default_model())
     name = Path(model).name or "model"
     return ExportOptions(
         model=model,
         revision=flags.revision,
         out=flags.out or Path("bundles") / f"{name}-{flags.precision}",
-        precision=Precision(flags.precision),
+        precision=precision,
         dialect=Dialect(flags.dialect) if flags.dialect else target.dialect,
         target=target,
         profile=ShapeProfile(**shapes),
         fold=not flags.no_fold,
         parity=not flags.no_parity,
+        calibration=flags.calibration,
+        calibration_tokens=flags.calibration_tokens,
+        reuse=flags.reuse,
         force=flags.force,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import hashlib
 import importlib.metadata
+import json
 import platform
 import time
 from collections.abc import Iterator
@@ -16,15 +19,27 @@ import torch
 from nvembed_deploy.backends import Backend
 from nvembed_deploy.backends.bindings import load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
-from nvembed_deploy.backends.ort import ROUNDED, OrtBackend
+from nvembed_deploy.backends.ort import CPU_NOTES, OrtBackend
 from nvembed_deploy.backends.reference import ReferenceBackend
 from nvembed_deploy.backends.trt import TrtBackend
-from nvembed_deploy.bundle import CPU_GRAPH, FORMAT_VERSION, GRAPH, PLAN, TOKENIZER, Manifest, PlanInfo
+from nvembed_deploy.bundle import (
+    CPU_GRAPH,
+    FORMAT_VERSION,
+    GRAPH,
+    PLAN,
+    QUANTIZATION,
+    QUANTIZATION_PICTURE,
+    TOKENIZER,
+    WEIGHTS,
+    Manifest,
+    PlanInfo,
+    Source,
+)
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import ModelConfig, Precision
-from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
+from nvembed_deploy.errors import DeviceMismatchError, MissingExtra, ParityError
 from nvembed_deploy.model.fold import FoldedLatentAttention
-from nvembed_deploy.model.nvembed import LatentAttentionModel
+from nvembed_deploy.model.nvembed import LatentAttentionModel, NVEmbed
 from nvembed_deploy.parity import ParityReport, compare, longest_probe, require
 from nvembed_deploy.publish import commit, new_bundle
 from nvembed_deploy.targets import local_compute_capability
@@ -33,10 +48,23 @@ from nvembed_deploy.version import __version__
 
 from . import source
 from .builder import build_plan
+from .calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from .cpu_graph import write_cpu_graph
 from .forecast import GIB, forecast, peak_memory_bytes, require_room
+from .formats import FORMATS
 from .graph import check, trace, write
 from .options import ExportOptions
+from .qdq import CODES, SCALE, insert
+from .quantization import (
+    QuantizationRecord,
+    apply_record,
+    keep_next,
+    keep_wide,
+    quantize,
+    quantized_linears,
+    read_record,
+    write_record,
+)
 from .ranges import FP16_MAX, probe, wide_modules
 
 POOLING = "latent attention, masked mean, L2"
@@ -69,19 +97,29 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
             reference = ReferenceBackend(folder)
             tokenizer = (folder / "tokenizer.json").read_bytes()
             (staging / TOKENIZER).write_bytes(tokenizer)
+        text = TextEncoder(tokenizer, contract)
+        model = exported_form(reference.model, fold=options.fold, own_weights=options.precision.quantized)
+        record = _quantize(model, text, origin, options) if options.precision.quantized else None
         wide: frozenset[str] = frozenset()
-        if options.precision is Precision.FP16:
+        if options.precision.base is Precision.FP16:
             with _step("probing for values near FP16's limit"):
-                wide = _probe(reference, TextEncoder(tokenizer, contract), options)
-        with _step(f"tracing to ONNX ({options.dialect.value}, opset {options.dialect.opset})"):
-            _write_graphs(options, config, reference, staging, wide)
-        reports: list[ParityReport] = []
-        if options.parity:
-            rounded = options.precision is Precision.BF16
-            candidate = OrtBackend(staging / (CPU_GRAPH if rounded else GRAPH), note=ROUNDED if rounded else "")
-            with _step("comparing ONNX with PyTorch"):
-                reports.append(_gate(reference, candidate, TextEncoder(tokenizer, contract), options))
-            del candidate
+                wide = _probe(model, text, options)
+        record = record and keep_wide(record, wide)
+        while True:
+            with _step(f"tracing to ONNX ({options.dialect.value})"):
+                opset = _write_graphs(options, model, record, staging, wide)
+            try:
+                reports = _gate_graphs(reference, staging, text, options) if options.parity else []
+                break
+            except ParityError as err:
+                record = record and keep_next(record, "the gate did not pass without it")
+                if record is None:
+                    raise
+                say(f"  {err}; keeping the next costliest layers in {options.precision.base.value}")
+        if record is not None:
+            write_record(record, staging / QUANTIZATION)
+            _draw(record, staging / QUANTIZATION_PICTURE)
+        del model
         info: PlanInfo | None = None
         if bindings is not None:
             say(f"  building for {options.target.summary}")
@@ -95,7 +133,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                 )
                 (staging / PLAN).write_bytes(content)
             if options.parity:
-                reports += _gate_plan(content, info, reference, TextEncoder(tokenizer, contract), options)
+                reports += _gate_plan(content, info, reference, text, options)
         manifest = commit(
             staging,
             options.out,
@@ -107,7 +145,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                 source=origin,
                 precision=options.precision,
                 dialect=options.dialect,
-                opset=options.dialect.opset,
+                opset=opset,
                 pooling=POOLING,
                 folded=options.fold,
                 fp32_modules=tuple(sorted(wide)),
@@ -124,10 +162,63 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
     return manifest
 
 
-def _probe(reference: ReferenceBackend, text: TextEncoder, options: ExportOptions) -> frozenset[str]:
+def exported_form(model: NVEmbed, *, fold: bool, own_weights: bool) -> NVEmbed:
+    """The reference as it will be traced.
+
+    Args:
+        model: The reference.
+        fold: Whether to fold the pooler.
+        own_weights: Whether its weights may be changed; otherwise they are the reference's.
+    """
+    if own_weights:
+        form = copy.deepcopy(model)
+    else:
+        form = copy.copy(model)
+        form._modules = dict(model._modules)
+    if fold and isinstance(form.latent_attention_model, LatentAttentionModel):
+        form.latent_attention_model = FoldedLatentAttention(form.latent_attention_model)
+    return form
+
+
+def _quantize(model: NVEmbed, text: TextEncoder, origin: Source, options: ExportOptions) -> QuantizationRecord:
+    """Ranges, smoothing and kept layers, found or read again; the model is smoothed in place."""
+    weights = {name: entry.sha256 for name, entry in origin.files.items() if name.endswith(".safetensors")}
+    model_sha256 = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+    rows = None
+    if options.calibration is not None or options.reuse is None:
+        texts = read_texts(options.calibration) if options.calibration else built_in_texts()
+        rows = tokenize(texts, text, tokens=options.calibration_tokens)
+    if options.reuse is not None:
+        record = read_record(
+            options.reuse,
+            precision=options.precision,
+            model_sha256=model_sha256,
+            texts=texts_sha256(rows) if rows is not None else None,
+        )
+        with _step(f"smoothing as {options.reuse} says"):
+            apply_record(model, record)
+        return record
+    assert rows is not None
+    with _step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
+        longest = longest_probe(text, options.profile.max)
+        record = quantize(model, text, rows, options.precision, model_sha256=model_sha256, longest=longest)
+    kept = [item.name for item in record.groups if item.kept]
+    say(
+        f"  {len(record.groups) - len(kept)} of {len(record.groups)} groups of layers quantized; kept: {kept or 'none'}"
+    )
+    return record
+
+
+def _draw(record: QuantizationRecord, path: Path) -> None:
+    from .quantization_picture import draw_ranking  # matplotlib takes a second to load
+
+    draw_ranking(record, path)
+
+
+def _probe(model: NVEmbed, text: TextEncoder, options: ExportOptions) -> frozenset[str]:
     """The modules that must stay in FP32, said with the reason."""
-    found = probe(reference.model, text, longest=longest_probe(text, options.profile.max))
-    wide = wide_modules(reference.model, found)
+    found = probe(model, text, longest=longest_probe(text, options.profile.max))
+    wide = wide_modules(model, found)
     worst = max(found.largest, key=lambda name: found.largest[name])
     say(f"  largest value {found.largest[worst]:.4g} at {worst}; FP16 ends at {FP16_MAX:.0f}")
     if wide:
@@ -137,21 +228,44 @@ def _probe(reference: ReferenceBackend, text: TextEncoder, options: ExportOption
 
 
 def _write_graphs(
-    options: ExportOptions, config: ModelConfig, reference: ReferenceBackend, staging: Path, wide: frozenset[str]
-) -> None:
-    traced = trace(config, precision=options.precision, dialect=options.dialect, fold=options.fold, wide=wide)
-    model = reference.model
+    options: ExportOptions,
+    model: NVEmbed,
+    record: QuantizationRecord | None,
+    staging: Path,
+    wide: frozenset[str],
+) -> int:
+    """Writes what the engine is built from, and what CPUs run where that is not for them. Returns the opset."""
+    traced = trace(model.config, precision=options.precision, dialect=options.dialect, fold=options.fold, wide=wide)
     state = model.state_dict()
-    if options.fold and isinstance(model.latent_attention_model, LatentAttentionModel):
-        prefix = "latent_attention_model."
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-        folded = FoldedLatentAttention(model.latent_attention_model)
-        state |= {prefix + name: tensor for name, tensor in folded.state_dict().items()}
+    if record is not None:
+        layers = dict(quantized_linears(model, record))
+        insert(traced, {name: layer.input_scale for name, layer in layers.items()}, FORMATS[options.precision])
+        for name, layer in layers.items():
+            state |= {f"{name}.weight{CODES}": layer.codes, f"{name}.weight{SCALE}": layer.scale}
+    for name in (GRAPH, CPU_GRAPH, WEIGHTS):  # of an attempt that did not pass
+        (staging / name).unlink(missing_ok=True)
     write(traced, state, staging, name=GRAPH)
     check(staging / GRAPH)
-    if options.precision is Precision.BF16:
+    if options.precision.has_cpu_graph:
         write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)
         check(staging / CPU_GRAPH)
+    return traced.opset_imports[""]
+
+
+def _gate_graphs(
+    reference: ReferenceBackend, staging: Path, text: TextEncoder, options: ExportOptions
+) -> list[ParityReport]:
+    """Compares the graphs that ONNX Runtime can run: the engine's own, node by node, and the CPU's."""
+    reports = []
+    if options.precision is not Precision.BF16:
+        exact = options.precision.quantized
+        with _step("comparing ONNX with PyTorch"):
+            reports.append(_gate(reference, OrtBackend(staging / GRAPH, as_written=exact), text, options))
+    if options.precision.has_cpu_graph:
+        with _step("comparing the CPU's graph with PyTorch"):
+            candidate = OrtBackend(staging / CPU_GRAPH, note=CPU_NOTES[options.precision.base])
+            reports.append(_gate(reference, candidate, text, options))
+    return reports
 
 
 def _gate(reference: Backend, candidate: Backend, text: TextEncoder, options: ExportOptions) -> ParityReport:

@@ -6,7 +6,7 @@ import functools
 
 from . import trt
 
-main = functools.partial(trt.main, plan=False)
+main = functools.partial(trt.main, name="to_onnx", plan=False)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -7,25 +7,33 @@ import sys
 from collections.abc import Sequence
 
 from nvembed_deploy.cli import run
+from nvembed_deploy.config import Precision
 
 from .options import add_flags, from_flags
 
 
-def main(argv: Sequence[str] | None = None, *, plan: bool = True) -> int:
-    """Runs the command; its last line on stdout is the bundle's path.
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    name: str = "trt",
+    plan: bool = True,
+    precisions: Sequence[Precision] = tuple(Precision),
+    default: Precision = Precision.FP16,
+) -> int:
+    """Runs the command, or one of its siblings; its last line on stdout is the bundle's path.
 
     Returns:
         0, or 1 after an error that is told in one line.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m export.trt" if plan else "python -m export.to_onnx",
+        prog=f"python -m export.{name}",
         description=(
             "Exports an NV-Embed checkpoint to a bundle: an ONNX graph"
             + (" and a TensorRT plan" if plan else "")
             + ", its tokenizer and a manifest, compared with PyTorch on real text. Works without a GPU."
         ),
     )
-    add_flags(parser)
+    add_flags(parser, precisions=precisions, default=default)
     flags = parser.parse_args(argv)
 
     def command() -> None:

@@ -27,10 +27,13 @@ MANIFEST = "manifest.json"
 PLAN = "engine.plan"
 GRAPH = "model.onnx"
 CPU_GRAPH = "model.cpu.onnx"
-"""Only beside a BF16 graph: ONNX Runtime has no BF16 kernels for CPUs, so this one computes in FP32 and rounds."""
+"""Beside a graph in BF16 or a quantized one: the same weights, with the arithmetic that CPUs have."""
 WEIGHTS = "model.onnx.data"
 TOKENIZER = "tokenizer.json"
-PAYLOAD = frozenset((PLAN, GRAPH, CPU_GRAPH, WEIGHTS, TOKENIZER))
+QUANTIZATION = "quantization.json"
+"""In a quantized bundle: what was calibrated on what, each layer's cost, and what was left in the base precision."""
+QUANTIZATION_PICTURE = "quantization.png"
+PAYLOAD = frozenset((PLAN, GRAPH, CPU_GRAPH, WEIGHTS, TOKENIZER, QUANTIZATION, QUANTIZATION_PICTURE))
 REQUIRED = frozenset((GRAPH, WEIGHTS, TOKENIZER))
 
 MANIFEST_MAX_BYTES = 16 * 2**20
@@ -139,8 +142,13 @@ class Manifest:
             raise BundleError(f"{MANIFEST} does not list {missing[0]}; make the bundle again")
         if unknown := sorted(names - PAYLOAD):
             raise BundleError(f"{MANIFEST} lists {unknown[0]!r}, which is no file of a bundle; make the bundle again")
-        if (PLAN in names) != (self.plan is not None):
-            raise BundleError(f"{MANIFEST} is of two minds about {PLAN}; make the bundle again")
+        for name, expected in (
+            (PLAN, self.plan is not None),
+            (CPU_GRAPH, self.precision.has_cpu_graph),
+            (QUANTIZATION, self.precision.quantized),
+        ):
+            if (name in names) != expected:
+                raise BundleError(f"{MANIFEST} is of two minds about {name}; make the bundle again")
 
     def _check_model(self) -> None:
         model = self.source.architecture

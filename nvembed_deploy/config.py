@@ -18,11 +18,32 @@ NVEMBED_MODEL_TYPE = "nvembed"
 
 
 class Precision(str, Enum):
-    """Number format of the engine's weights and activations; pooling and L2 stay in FP32 in all of them."""
+    """Number format of the engine's weights and activations; norms, pooling and L2 stay in FP32 in all of them."""
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    """Linear layers in INT8, weights and inputs, and all else in FP16."""
+    FP8 = "fp8"
+    """The same in FP8 (E4M3)."""
+    INT4 = "int4"
+    """Weights of the linear layers in INT4, in blocks, and all else in FP16."""
+
+    @property
+    def quantized(self) -> bool:
+        """True where linear layers have another format than all else."""
+        return self in (Precision.INT8, Precision.FP8, Precision.INT4)
+
+    @property
+    def has_cpu_graph(self) -> bool:
+        """True where CPUs run another graph than the engine's: they have neither BF16 nor FP16 arithmetic."""
+        return self is Precision.BF16 or self.quantized
+
+    @property
+    def base(self) -> Precision:
+        """The format of what is not quantized."""
+        return Precision.FP16 if self.quantized else self
 
 
 class Dialect(str, Enum):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nvembed_deploy.backends import Backend, Output
 from nvembed_deploy.backends.cuda import CudaRuntime
-from nvembed_deploy.backends.ort import CPU, GPU, ROUNDED, OrtBackend, available_providers
+from nvembed_deploy.backends.ort import CPU, CPU_NOTES, GPU, OrtBackend, available_providers
 from nvembed_deploy.backends.trt import open_plan
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.bundle import CPU_GRAPH, GRAPH, OPEN_ATTEMPTS, PLAN, TOKENIZER, Bundle, Manifest
@@ -105,7 +105,8 @@ class Encoder:
         """Embeds one text or many.
 
         Args:
-            texts: One str, or any iterable of them; a generator is read as needed.
+            texts: One str, or any iterable of them; a generator is read as needed. An empty text gets a vector, that of
+                `<s></s>` as in NVIDIA's code, since real corpora hold some; the log says how many there were.
             instruction: The task in words, such as "Given a question, retrieve passages that answer it". The model's
                 template makes a prompt of it. For queries; passages take none.
             prompt: The prefix verbatim, instead of `instruction`.
@@ -122,7 +123,7 @@ class Encoder:
 
         Raises:
             InputTypeError: A text is not a str; the message has its index.
-            InputError: A text is empty, holds half a surrogate pair, is longer than `max_length` with
+            InputError: A text holds half a surrogate pair, is longer than `max_length` with
                 `truncate=False`, or the instruction leaves nothing to pool.
             ConfigError: An option does not fit.
             NumericsError: The engine gave a vector that is not finite or not of unit length.
@@ -148,10 +149,11 @@ class Encoder:
         rows_limit = self._limit("batch_size", batch_size, most_rows, most_rows if self._backend.profile else None)
         tokens_limit = self._limit("batch_tokens", batch_tokens, DEFAULT_BATCH_TOKENS, None)
         parts: list[NDArray[np.float32]] = []
-        cut = start = 0
+        cut = blank = start = 0
         with _progress(show_progress, texts) as bar:
             for window in _windows(texts):
                 checked = check_texts(window, first_index=start)
+                blank += sum(not text or text.isspace() for text in checked)
                 rows = self._text.tokenize(checked, prompt=prefix, max_length=limit)
                 cut += self._check_rows(rows, start, limit, truncate)
                 part = np.empty((len(rows), self.dimension), dtype=np.float32)
@@ -161,6 +163,8 @@ class Encoder:
                         bar.update(len(indices))
                 parts.append(part)
                 start += len(rows)
+        if blank:
+            _log.warning("%d of %d texts were empty or only white space; their vectors mean nothing", blank, start)
         if cut:
             _log.warning("%d of %d texts were longer than max_length=%d tokens and were cut", cut, start, limit)
         return np.concatenate(parts) if parts else np.empty((0, self.dimension), dtype=np.float32)
@@ -278,14 +282,19 @@ def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
         )
     CudaRuntime.load().device(index)
     ordered = tuple((provider, {"device_id": index}) for provider in installed)
-    return OrtBackend(bundle.folder / GRAPH, providers=(*ordered, CPU), dimension=bundle.manifest.dimension)
+    return OrtBackend(
+        bundle.folder / GRAPH,
+        providers=(*ordered, CPU),
+        as_written=bundle.manifest.precision.quantized,  # its full optimisation refuses signed pairs (1.27 to 1.32)
+        dimension=bundle.manifest.dimension,
+    )
 
 
 def _ort_on_cpu(bundle: Bundle) -> Backend:
-    rounded = CPU_GRAPH in bundle.manifest.files
+    has_own = CPU_GRAPH in bundle.manifest.files
     return OrtBackend(
-        bundle.folder / (CPU_GRAPH if rounded else GRAPH),
-        note=ROUNDED if rounded else "",
+        bundle.folder / (CPU_GRAPH if has_own else GRAPH),
+        note=CPU_NOTES[bundle.manifest.precision.base] if has_own else "",
         dimension=bundle.manifest.dimension,
     )
 

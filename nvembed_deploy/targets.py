@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nvembed_deploy.backends.bindings import TENSORRT, TENSORRT_RTX, load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
-from nvembed_deploy.config import Dialect, Shape, ShapeProfile
+from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, MissingExtra
 
 DEFAULT_PROFILE = ShapeProfile(
@@ -25,7 +25,7 @@ class Target:
     runtime: str
     dialect: Dialect
     compute_capabilities: tuple[str, ...]
-    """GPUs that the plan is built for; empty where it is built for the GPU that builds it."""
+    """GPUs of this kind. A plan is built for all of them, or, on the device, for the one that builds it."""
     on_device: bool
     """True where only the device itself can build the plan."""
     profile: ShapeProfile = DEFAULT_PROFILE
@@ -48,7 +48,7 @@ TARGETS: dict[str, Target] = {
             summary="H100, H200, A100, L4, L40S, B200 and others through TensorRT 11; built on the GPU itself",
             runtime=TENSORRT,
             dialect=Dialect.FUSED,  # TensorRT 11 parses opset 25; 10.x stops at 20
-            compute_capabilities=(),
+            compute_capabilities=("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"),
             on_device=True,
         ),
         Target(
@@ -56,11 +56,37 @@ TARGETS: dict[str, Target] = {
             summary="Jetson Orin with JetPack 6 or 7 through TensorRT 10; built on the Jetson itself",
             runtime=TENSORRT,
             dialect=Dialect.PORTABLE,  # TensorRT 10.3 has neither Attention nor RMSNormalization
-            compute_capabilities=(),
+            compute_capabilities=("8.7",),
             on_device=True,
         ),
     )
 }
+
+
+NEEDS: dict[Precision, str] = {Precision.BF16: "8.0", Precision.FP8: "8.9"}
+"""Oldest compute capability that computes in a format. Source: NVIDIA TensorRT documentation, "Support matrix"."""
+
+
+def capable(target: Target, precision: Precision) -> tuple[str, ...]:
+    """Those of a target's GPUs that a precision runs on; on the device, its own GPU has the last word.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    here = local_compute_capability() if target.on_device else None
+    gpus = target.compute_capabilities if here is None else (here,)
+    needed = NEEDS.get(precision, "0.0")
+    found = tuple(item for item in gpus if _number(item) >= _number(needed))
+    if not found:
+        raise ConfigError(
+            f"--precision {precision.value} needs a GPU of compute capability {needed} or newer, and --target "
+            f"{target.name} is {', '.join(gpus)}; take int8 or fp16 there"
+        )
+    return found
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
 
 
 def choose(name: str) -> Target:

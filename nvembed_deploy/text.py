@@ -229,14 +229,11 @@ def check_texts(texts: Sequence[object], *, first_index: int = 0) -> list[str]:
 
     Raises:
         InputTypeError: A text is not a str.
-        InputError: A text is empty or only white space, or holds half a surrogate pair.
+        InputError: A text holds half a surrogate pair.
     """
     for index, text in enumerate(texts, first_index):
         if not isinstance(text, str):
             raise InputTypeError(f"text {index} is a {type(text).__name__}, not a str; pass texts as str")
-        if not text or text.isspace():
-            kind = "empty" if not text else "only white space"
-            raise InputError(f"text {index} is {kind}, so there is nothing to embed; leave it out")
         if (place := lone_surrogate(text)) is not None:
             raise InputError(
                 f"text {index} holds half a surrogate pair (U+{ord(text[place]):04X}) at character {place}, which no "

@@ -26,7 +26,7 @@ def bundles(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     from export.trt import main
 
     folder = tmp_path_factory.mktemp("bundles")
-    for precision in ("fp32", "fp16", "bf16"):
+    for precision in ("fp32", "fp16", "bf16", "int8"):
         out = folder / precision
         assert main(["--model", str(checkpoint), "--precision", precision, "--out", str(out), "--max", "32x128"]) == 0
     return {path.name: path for path in folder.iterdir()}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nvembed_deploy.bundle import FORMAT_VERSION, REQUIRED, FileEntry, Manifest
+from nvembed_deploy.bundle import CPU_GRAPH, FORMAT_VERSION, QUANTIZATION, REQUIRED, FileEntry, Manifest
 from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.parity import TOLERANCES, ParityReport
@@ -40,6 +40,8 @@ def full_manifest() -> Manifest:
         texts=26,
         longest_tokens=128,
         min_cosine=0.99999,
+        mean_cosine=0.999995,
+        overlap=0.99,
         worst_text="'a' (3 tokens)",
         max_difference=1e-4,
         max_scaled_difference=6e-4,
@@ -71,7 +73,9 @@ def put(record: dict, path: str, value: object) -> None:
         ("hint", "of a newer version", "top level: unknown field 'hint'"),
         ("text/hint", 1, "text: unknown field 'hint'"),
         ("plan", None, "two minds about engine.plan"),
-        ("precision", "int4", "precision: expected one of fp32, fp16, bf16, found 'int4'"),
+        ("precision", "bf16", "two minds about model.cpu.onnx"),
+        ("precision", "int8", "two minds about model.cpu.onnx"),
+        ("precision", "int2", "precision: expected one of fp32, fp16, bf16, int8, fp8, int4, found 'int2'"),
         ("dimension", "32", "dimension: expected int, found '32'"),
         ("dimension", 31, "gives the vectors 31 dimensions and the model 32"),
         ("text/pad_id", 10**30, "has token id 10+, the embedding table 415 rows"),
@@ -240,7 +244,10 @@ def test_changed_fields_behind_a_hash_that_fits_are_refused_or_sound(changes: li
 def test_what_is_written_is_what_is_read(epsilon: float, **changes) -> None:
     source = full_manifest().source
     source = replace(source, architecture=replace(source.architecture, rms_norm_eps=epsilon))
-    manifest = replace(full_manifest(), source=source, **changes)
+    precision = changes["precision"]
+    own = [CPU_GRAPH] * precision.has_cpu_graph + [QUANTIZATION] * precision.quantized
+    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, *own)}
+    manifest = replace(full_manifest(), source=source, files=files, **changes)
     assert from_json(Manifest, json.loads(json.dumps(to_json(manifest)))) == manifest
     content = manifest.to_bytes()
     read = Manifest.from_bytes(content)

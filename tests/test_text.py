@@ -145,8 +145,6 @@ def test_prompt_that_fills_the_row(text: TextEncoder) -> None:
         (3, InputTypeError, "text 7 is a int"),
         (b"bytes", InputTypeError, "text 7 is a bytes"),
         (["nested"], InputTypeError, "text 7 is a list"),
-        ("", InputError, "text 7 is empty"),
-        (" \n\t", InputError, "text 7 is only white space"),
         ("ab\ud83d", InputError, r"text 7 holds half a surrogate pair \(U\+D83D\) at character 2"),
     ],
 )

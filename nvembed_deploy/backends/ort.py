@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.backends import Output
+from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import EngineError, MissingExtra
 from nvembed_deploy.text import TokenBatch
 
 OUTPUTS = ("sentence_embedding", "sentence_norm")
 INPUTS = ("input_ids", "attention_mask", "pool_mask")
-ROUNDED = " (BF16 rounding in FP32 arithmetic)"
-"""Note on the name of a backend that runs `model.cpu.onnx`."""
+CPU_NOTES = {
+    Precision.BF16: " (BF16 rounding in FP32 arithmetic)",
+    Precision.FP16: " (the CPU's graph: unsigned codes, FP32 for FP16)",
+}
+"""Note on the name of a backend that runs `model.cpu.onnx`, by the precision of what is not quantized."""
 CPU = "CPUExecutionProvider"
 GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 FATAL_SEVERITY = 4
@@ -36,6 +40,7 @@ class OrtBackend:
         graph: Path of the graph; its weights lie beside it.
         providers: Execution providers in order of preference, each a name or a name with its options.
         note: Added to the name.
+        as_written: Whether nodes run one by one, so that Q/DQ pairs round as the engine does.
         dimension: D that the bundle promises; None takes what comes.
 
     Raises:
@@ -51,11 +56,14 @@ class OrtBackend:
         *,
         providers: tuple[str | tuple[str, dict[str, Any]], ...] = (CPU,),
         note: str = "",
+        as_written: bool = False,
         dimension: int | None = None,
     ) -> None:
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_SEVERITY
+        if as_written:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=list(providers))
         except Exception as err:  # ONNX Runtime raises bare and private exceptions

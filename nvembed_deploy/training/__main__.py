@@ -73,6 +73,9 @@ def _sources(parser: argparse.ArgumentParser) -> None:
         "--exclude", type=Path, help="folder of evaluation sets: equal texts and near-duplicates are not trained on"
     )
     parser.add_argument("--wordnet", type=Path, help="WordNet's files, such as /usr/share/wordnet; definitions join in")
+    parser.add_argument(
+        "--packages", type=Path, help="what apt-cache dumpavail prints; descriptions of Debian's packages join in"
+    )
 
 
 def _teacher_flag(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +93,7 @@ def _run_data(options: argparse.Namespace) -> Path:
     from nvembed_deploy.training import corpora
     from nvembed_deploy.training.examples import read_exclusion, write_examples
 
-    examples = corpora.read_data(options.data, wordnet=options.wordnet)
+    examples = corpora.read_data(options.data, wordnet=options.wordnet, packages=options.packages)
     if options.exclude:
         examples = read_exclusion(options.exclude).keep(examples)
     count = write_examples(options.out, examples)
@@ -221,7 +224,7 @@ def _run_train(options: argparse.Namespace) -> Path:
 
 
 def _mini(parser: argparse.ArgumentParser) -> None:
-    """Makes the embedded mini checkpoint, all steps, on a CPU in about two hours."""
+    """Makes the embedded mini checkpoint, all steps, on a CPU in about three hours."""
     _sources(parser)
     _path(parser, "--out", "checkpoint folder to make or to replace; its README.md stays")
     parser.add_argument("--work", type=Path, default=Path("build/nv-embed-mini"), help="what each step keeps")
@@ -232,14 +235,14 @@ def _mini(parser: argparse.ArgumentParser) -> None:
 def _run_mini(options: argparse.Namespace) -> Path:
     from nvembed_deploy.training import mini
 
-    return mini.make(
-        options.data,
-        options.out,
-        work=options.work,
+    sources = mini.Sources(
+        data=options.data,
         exclude=options.exclude,
         wordnet=options.wordnet,
-        teacher_folder=options.teacher,
+        packages=options.packages,
+        teacher=options.teacher,
     )
+    return mini.make(options.out, work=options.work, sources=sources)
 
 
 def _ablate(parser: argparse.ArgumentParser) -> None:

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.training.examples import Example, read_examples, read_rows
+from nvembed_deploy.jsonl import read_rows
+from nvembed_deploy.pydocs import docstring_pairs, topic_pairs
+from nvembed_deploy.training.debian import package_descriptions
+from nvembed_deploy.training.examples import Example, read_examples
 from nvembed_deploy.training.instructions import Kind
-from nvembed_deploy.training.pydocs import docstring_pairs, topic_pairs
 from nvembed_deploy.training.wordnet import definitions
 
 SHORTEST_CHARS = 3
@@ -37,12 +39,13 @@ WORDNET = "wordnet"
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])")
 
 
-def read_data(folder: Path, *, wordnet: Path | None = None) -> Iterator[Example]:
-    """Yields every data set of a folder, Python's documentation and WordNet, in a fixed order.
+def read_data(folder: Path, *, wordnet: Path | None = None, packages: Path | None = None) -> Iterator[Example]:
+    """Yields every data set of a folder, Python's documentation, WordNet and package descriptions, in a fixed order.
 
     Args:
         folder: Holds a folder for each data set.
         wordnet: WordNet's database files (`data.noun` and others), such as those of Debian's package wordnet-base.
+        packages: What `apt-cache dumpavail` prints; their descriptions join in as texts.
 
     Raises:
         ConfigError: The folder does not exist or holds no data set of a known layout.
@@ -59,6 +62,11 @@ def read_data(folder: Path, *, wordnet: Path | None = None) -> Iterator[Example]
         raise ConfigError(
             f"--data {folder} holds no data set in a known layout; see nvembed_deploy/training/corpora.py"
         )
+    yield from _carried(wordnet, packages)
+
+
+def _carried(wordnet: Path | None, packages: Path | None) -> Iterator[Example]:
+    """What Python and Debian carry."""
     pairs = [("python_docstrings", docstring_pairs()), ("python_topics", topic_pairs())]
     if wordnet is not None:
         pairs.append((WORDNET, definitions(wordnet)))
@@ -67,6 +75,8 @@ def read_data(folder: Path, *, wordnet: Path | None = None) -> Iterator[Example]
             yield from _tidy(Example(query=query, positive=positive, kind=Kind.RETRIEVAL, source=source))
             if source == WORDNET:
                 yield from _tidy(Example(query=f"{query}: {positive}", kind=Kind.TEXT, source=f"{source}_entries"))
+    for _, description in () if packages is None else package_descriptions(packages):
+        yield from _tidy(Example(query=description, kind=Kind.TEXT, source="debian_packages"))
 
 
 def _tidy(example: Example) -> Iterator[Example]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.jsonl import read_rows
 from nvembed_deploy.training.instructions import Kind
 
 
@@ -89,25 +90,6 @@ def _example(row: dict[str, Any], where: str) -> Example:
     except ValueError as err:
         raise ConfigError(f"{where}: kind is {row['kind']!r}; use {', '.join(kind.value for kind in Kind)}") from err
     return Example(**{**row, "kind": kind, "negatives": tuple(negatives)})
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSON lines file.
-
-    Raises:
-        ConfigError: A line is not a JSON object.
-    """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as err:
-                raise ConfigError(f"{path}, line {number}: not JSON ({err})") from err
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path}, line {number}: not a JSON object")
-            yield row
 
 
 class Exclusion:

@@ -6,7 +6,9 @@ Every step keeps what it made in the work folder, so that the same command takes
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,33 @@ STAGE_1_MIX = {
     "rte": 2500,
 }
 """Most examples of a source. Sources of stage two are in it as texts: their labels and pairs are not used yet."""
+WORD_LISTS = "word_lists"
+LISTS, LIST_WORDS = 40_000, (2, 8)
+STAGE_1_WORDS_MIX = {
+    WORD_LISTS: LISTS,
+    "debian_packages": 45_000,
+    "wordnet_entries": 30_000,
+    "wordnet": 6_000,
+    "python_docstrings": 5_000,
+    "python_topics": 800,
+    "text_wikipedia_en": 45_000,
+    "text_wikipedia_en_runs": 15_000,
+    "text_wikipedia_en_halves": 6_000,
+    "text_wikipedia_en_whole": 4_000,
+    "text_books_speeches": 6_000,
+    "wiki_title_intro": 10_000,
+    "covidfaq": 1_400,
+    "stackfaq": 1_200,
+    "snli": 9_000,
+    "clinc150": 8_000,
+    "hwu64": 5_000,
+    "snips": 2_000,
+    "sst2": 4_000,
+    "trec_questions": 4_000,
+    "rte": 2_500,
+}
+"""The second round of stage one: short texts with many different words. After the first, words that our text seldom has
+were understood worse than before any training; lists of the teacher's own vocabulary hold them all."""
 STAGE_1 = StageOptions(
     in_batch=True,
     negatives=2,
@@ -103,6 +132,16 @@ STAGE_1 = StageOptions(
     held_out=400,
     save_steps=200,
     seed=1,
+)
+
+STAGE_1_WORDS = replace(
+    STAGE_1,
+    learning_rate=8e-4,
+    muon_learning_rate=1.5e-3,
+    warmup_steps=40,
+    max_steps=1200,
+    batch_rows=192,
+    seed=3,
 )
 
 STAGE_2_MIX = {
@@ -142,18 +181,44 @@ STAGE_2 = StageOptions(
 PAIR_KINDS = (Kind.RETRIEVAL, Kind.TEXT)
 
 
-def make(
-    data: Path, out: Path, *, work: Path, exclude: Path | None, wordnet: Path | None, teacher_folder: str | None
-) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the mini's data come from."""
+
+    data: Path
+    """Folder of data sets; see `corpora.read_data`."""
+    exclude: Path | None
+    """Folder of evaluation sets whose texts and near-duplicates are left out."""
+    wordnet: Path | None
+    packages: Path | None
+    teacher: str | None
+    """See `Teacher`."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One training of the same model, from where the round before ended."""
+
+    name: str
+    mix: dict[str, int]
+    options: StageOptions
+
+
+ROUNDS = (
+    Round("stage-1", STAGE_1_MIX, STAGE_1),
+    Round("stage-1-words", STAGE_1_WORDS_MIX, STAGE_1_WORDS),
+    Round("stage-2", STAGE_2_MIX, STAGE_2),
+)
+"""Stage one in two rounds, then stage two."""
+
+
+def make(out: Path, *, work: Path, sources: Sources) -> Path:
     """Runs every step that the work folder does not hold yet.
 
     Args:
-        data: Folder of data sets; see `corpora.read_data`.
         out: Checkpoint folder to make or to replace; its README.md stays.
         work: What each step keeps.
-        exclude: Folder of evaluation sets whose texts and near-duplicates are left out.
-        wordnet: See `corpora.read_data`.
-        teacher_folder: See `Teacher`.
+        sources: The data, and what to leave out of it.
 
     Returns:
         `out`.
@@ -162,53 +227,62 @@ def make(
         MissingExtra: The teacher is not installed.
         ConfigError: An option does not fit.
     """
-    given = {"data": data, "exclude": exclude, "wordnet": wordnet, "teacher": teacher_folder}
-    stage.claim(work, {name: str(value) for name, value in given.items()})
-    teacher = Teacher(teacher_folder)
-    first, second = work / "examples-1.jsonl", work / "examples-2.jsonl"
-    if not (first.is_file() and second.is_file()):
-        prepare_examples(data, first, second, exclude=exclude, wordnet=wordnet, teacher=teacher)
-    tokenizer_json = _tokenizer(data, work, wordnet, teacher)
-    _base(data, work, tokenizer_json, teacher)
-    if not (work / "stage-1" / "checkpoint" / "config.json").is_file():
-        stage.run_stage(
-            work / "base",
-            read_examples(first),
-            work / "stage-1" / "checkpoint",
-            work=work / "stage-1",
-            stage=STAGE_1,
-            teacher=teacher,
-            latent=LATENT,
-        )
-    return stage.run_stage(
-        work / "stage-1" / "checkpoint",
-        read_examples(second),
-        out,
-        work=work / "stage-2",
-        stage=STAGE_2,
-        teacher=teacher,
-    )
+    stage.claim(work, {name: str(value) for name, value in vars(sources).items()})
+    teacher = Teacher(sources.teacher)
+    prepare_examples(work, sources, teacher)
+    tokenizer_json = _tokenizer(work, sources, teacher)
+    _base(work, sources, tokenizer_json, teacher)
+    start = work / "base"
+    for item in ROUNDS:
+        folder = work / item.name
+        checkpoint = out if item is ROUNDS[-1] else folder / "checkpoint"
+        if item is ROUNDS[-1] or not (checkpoint / "config.json").is_file():
+            stage.run_stage(
+                start,
+                read_examples(_examples_file(work, item)),
+                checkpoint,
+                work=folder,
+                stage=item.options,
+                teacher=teacher,
+                latent=LATENT if start == work / "base" else None,
+            )
+        start = checkpoint
+    return out
 
 
-def prepare_examples(
-    data: Path, first: Path, second: Path, *, exclude: Path | None, wordnet: Path | None, teacher: Teacher
-) -> None:
-    """Selects each stage's examples and mines their hard negatives."""
-    examples = list(corpora.read_data(data, wordnet=wordnet))
-    excluded = read_exclusion(exclude) if exclude is not None else None
-    for path, mix, seed in ((first, STAGE_1_MIX, STAGE_1.seed), (second, STAGE_2_MIX, STAGE_2.seed)):
-        chosen = blend.select(examples, mix=mix, seed=seed)
+def _examples_file(work: Path, item: Round) -> Path:
+    return work / f"examples-{item.name}.jsonl"
+
+
+def prepare_examples(work: Path, sources: Sources, teacher: Teacher) -> None:
+    """Selects each round's examples and mines their hard negatives, where the work folder lacks them."""
+    missing = [item for item in ROUNDS if not _examples_file(work, item).is_file()]
+    if not missing:
+        return
+    examples = list(corpora.read_data(sources.data, wordnet=sources.wordnet, packages=sources.packages))
+    examples += word_lists(teacher, seed=STAGE_1_WORDS.seed)
+    excluded = read_exclusion(sources.exclude) if sources.exclude is not None else None
+    for item in missing:
+        chosen = blend.select(examples, mix=item.mix, seed=item.options.seed)
         if excluded is not None:
             bar = tqdm(chosen, desc="leaving out evaluation texts", unit="example", disable=None)
             chosen = list(excluded.keep(bar))
-        if path == first:
+        if item.options.in_batch:
             chosen = [_text_only(example) if example.kind not in PAIR_KINDS else example for example in chosen]
         paired = [example for example in chosen if example.positive]
         table = blend.text_table(paired)
-        vectors = teacher.embed(list(table), description=f"teacher, {path.stem}")
+        vectors = teacher.embed(list(table), description=f"teacher, {item.name}")
         chosen = mining.mine(chosen, vectors, table)
-        write_examples(path, chosen)
-        log.info("%s: %d examples", path, len(chosen))
+        write_examples(_examples_file(work, item), chosen)
+        log.info("%s: %d examples", item.name, len(chosen))
+
+
+def word_lists(teacher: Teacher, *, seed: int) -> list[Example]:
+    """Texts of a few words each, drawn from the teacher's vocabulary."""
+    rng = random.Random(seed)
+    words = _vocabulary(teacher)
+    lists = (" ".join(rng.sample(words, rng.randint(*LIST_WORDS))) for _ in range(LISTS))
+    return [Example(query=text, kind=Kind.TEXT, source=WORD_LISTS) for text in lists]
 
 
 def _text_only(example: Example) -> Example:
@@ -221,33 +295,38 @@ def teacher_words(teacher: Teacher) -> Iterator[str]:
     They make room for words that our text seldom has, such as those of science. For a WordPiece vocabulary, whose ids
     run from frequent to rare.
     """
-    vocabulary = teacher.tokenizer.get_vocab()
-    words = [word for word in sorted(vocabulary, key=vocabulary.__getitem__) if word.isascii() and word.isalpha()]
-    for rank, word in enumerate((word for word in words if len(word) > 1), 1):
+    for rank, word in enumerate(_vocabulary(teacher), 1):
         yield " ".join([word] * max(FEWEST_OF_A_WORD, MOST_OF_A_WORD // rank))
 
 
-def _tokenizer(data: Path, work: Path, wordnet: Path | None, teacher: Teacher) -> str:
+def _vocabulary(teacher: Teacher) -> list[str]:
+    """The teacher's whole words, by their ids."""
+    vocabulary = teacher.tokenizer.get_vocab()
+    words = sorted(vocabulary, key=vocabulary.__getitem__)
+    return [word for word in words if word.isascii() and word.isalpha() and len(word) > 1]
+
+
+def _tokenizer(work: Path, sources: Sources, teacher: Teacher) -> str:
     path = work / "tokenizer.json"
     if not path.is_file():
         log.info("tokenizer: learning %d tokens", VOCAB_SIZE)
-        texts = chain(corpora.tokenizer_text(data, wordnet=wordnet), teacher_words(teacher))
+        texts = chain(corpora.tokenizer_text(sources.data, wordnet=sources.wordnet), teacher_words(teacher))
         content = train_tokenizer(texts, vocab_size=VOCAB_SIZE)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
-        temporary.write_text(content.to_str(pretty=True), encoding="utf-8")
+        temporary.write_text(content.to_str(), encoding="utf-8")
         temporary.replace(path)
     return path.read_text(encoding="utf-8")
 
 
-def _base(data: Path, work: Path, tokenizer_json: str, teacher: Teacher) -> None:
+def _base(work: Path, sources: Sources, tokenizer_json: str, teacher: Teacher) -> None:
     if (work / "base" / "config.json").is_file():
         return
     strings = token_strings(Tokenizer.from_str(tokenizer_json))
     vectors = teacher.embed(strings, description="teacher, token strings")
     history = base.pretrain(
         work / "base",
-        corpora.plain_text(data, seed=BASE.seed),
+        corpora.plain_text(sources.data, seed=BASE.seed),
         config=SIZES,
         tokenizer_json=tokenizer_json,
         folder=work / "base-training",

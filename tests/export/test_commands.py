@@ -155,7 +155,7 @@ def test_help_is_fast_and_needs_no_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "--precision {fp32,fp16,bf16}" in done.stdout
+    assert "--precision {fp32,fp16,bf16,int8,fp8,int4}" in done.stdout
 
 
 def test_check_judges_a_bundle(

@@ -11,9 +11,10 @@ if not SHARED.is_dir():
     pytest.skip("the data sets do not lie beside this checkout", allow_module_level=True)
 text_features = pytest.importorskip("sklearn.feature_extraction.text", reason="needs pip install nvembed-deploy[train]")
 
+from nvembed_deploy.jsonl import read_rows  # noqa: E402
 from nvembed_deploy.training.blend import select  # noqa: E402
 from nvembed_deploy.training.corpora import read_data  # noqa: E402
-from nvembed_deploy.training.examples import read_exclusion, read_rows  # noqa: E402
+from nvembed_deploy.training.examples import read_exclusion  # noqa: E402
 from nvembed_deploy.training.mini import STAGE_2_MIX  # noqa: E402
 
 SAMPLE = 1500

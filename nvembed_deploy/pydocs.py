@@ -6,10 +6,11 @@ What comes out depends on the Python version that runs; the model card names it.
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,22 +21,37 @@ LONGEST_BODY = 1600
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def docstring_pairs(library: Path | None = None) -> Iterator[tuple[str, str]]:
+def docstring_pairs(library: Path | None = None, *, under: Collection[str] = ()) -> Iterator[tuple[str, str]]:
     """Yields (summary, body) of docstrings, and (summary, signature in code) where there is a signature.
 
     Args:
         library: Folder of Python files; by default the running Python's own library.
+        under: Only these packages and modules of it; all where empty.
     """
     root = library or Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if any(part in SKIPPED_FOLDERS for part in path.relative_to(root).parts):
-            continue
+    for path in library_files(root, under=under):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError):  # templates and files in other encodings
             continue
         module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         yield from _tree_pairs(tree, module)
+
+
+def library_files(library: Path | None = None, *, under: Collection[str] = ()) -> list[Path]:
+    """Python files of a library, by default the running Python's own, without its tests and what is installed in it."""
+    root = library or Path(sysconfig.get_paths()["stdlib"])
+    parts = {path: path.relative_to(root).with_suffix("").parts for path in root.rglob("*.py")}
+    return sorted(
+        path
+        for path, names in parts.items()
+        if not any(name in SKIPPED_FOLDERS for name in names) and (not under or names[0] in under)
+    )
+
+
+def in_mixed_order(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Pairs in an order that is not the alphabet's, the same every time: by their hashes."""
+    return sorted(pairs, key=lambda pair: hashlib.sha256("\0".join(pair).encode()).digest())
 
 
 def _tree_pairs(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:

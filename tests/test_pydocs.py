@@ -1,6 +1,6 @@
 """Pairs out of docstrings."""
 
-from nvembed_deploy.training.pydocs import docstring_pairs, topic_pairs
+from nvembed_deploy.pydocs import docstring_pairs, topic_pairs
 
 SOURCE = '''"""Tools for lists of things."""
 

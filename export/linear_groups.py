@@ -1,0 +1,120 @@
+"""Linear layers that read the same tensor, and what makes that tensor: the units of calibration and of quantization.
+
+SmoothQuant (arXiv 2211.10438) divides a tensor's channels by factors and multiplies the readers' columns by them, which
+changes nothing in exact arithmetic. The division is folded into what makes the tensor: a norm's weight, or rows of the
+layer before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nvembed_deploy.model.fold import FoldedLatentAttention
+from nvembed_deploy.model.nvembed import DecoderLayer, GatedFeedForward, NVEmbed, PreNorm
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Layers that read one tensor [.., K]."""
+
+    name: str
+    linears: tuple[str, ...]
+    """Their module names."""
+    tie: Callable[[Tensor], Tensor]
+    """Makes factors [K] equal where one channel of the maker feeds several of the tensor's."""
+    divide: Callable[[Tensor], None]
+    """Divides the tensor's channels by tied factors, in the weights of what makes it."""
+
+
+def linear_groups(model: NVEmbed) -> tuple[LinearGroup, ...]:
+    """Every group of a model, in the order of the data.
+
+    The pooler's products with its latents are attention, and no linear layers.
+    """
+    groups: list[LinearGroup] = []
+    for index, layer in enumerate(model.embedding_model.layers):
+        groups += _decoder_groups(f"embedding_model.layers.{index}", layer)
+    pooler = model.latent_attention_model
+    if isinstance(pooler, FoldedLatentAttention):
+        groups += _pooler_groups("latent_attention_model.feed_forward", pooler.feed_forward)
+    else:
+        groups += _pooler_groups("latent_attention_model.cross_attend_blocks.1", pooler.cross_attend_blocks[1])
+    return tuple(groups)
+
+
+def _decoder_groups(name: str, layer: DecoderLayer) -> list[LinearGroup]:
+    attention, mlp = layer.self_attn, layer.mlp
+    shared, width = attention.heads // attention.kv_heads, attention.head_dim
+
+    def tie_heads(factors: Tensor) -> Tensor:  # query heads that share a value head
+        together = factors.view(attention.kv_heads, shared, width).amax(dim=1, keepdim=True)
+        return together.expand(-1, shared, -1).reshape(-1)
+
+    def divide_values(factors: Tensor) -> None:
+        one_of_each = factors.view(attention.kv_heads, shared, width)[:, 0].reshape(-1)
+        attention.v_proj.weight /= one_of_each[:, None]
+
+    def divide_product(factors: Tensor) -> None:
+        mlp.up_proj.weight /= factors[:, None]
+
+    return [
+        LinearGroup(
+            f"{name}.self_attn.qkv",
+            tuple(f"{name}.self_attn.{part}_proj" for part in "qkv"),
+            _untied,
+            _divide_norm(layer.input_layernorm),
+        ),
+        LinearGroup(f"{name}.self_attn.o", (f"{name}.self_attn.o_proj",), tie_heads, divide_values),
+        LinearGroup(
+            f"{name}.mlp.gate_up",
+            (f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
+            _untied,
+            _divide_norm(layer.post_attention_layernorm),
+        ),
+        LinearGroup(f"{name}.mlp.down", (f"{name}.mlp.down_proj",), _untied, divide_product),
+    ]
+
+
+def _pooler_groups(name: str, block: PreNorm) -> list[LinearGroup]:
+    feed_forward = block.fn
+    assert isinstance(feed_forward, GatedFeedForward)
+    first = feed_forward.net[0]
+
+    def divide_value(factors: Tensor) -> None:  # the first half of the rows is the value, the second gates it
+        half = len(factors)
+        first.weight[:half] /= factors[:, None]
+        first.bias[:half] /= factors
+
+    return [
+        LinearGroup(f"{name}.first", (f"{name}.fn.net.0",), _untied, _divide_norm(block.norm)),
+        LinearGroup(f"{name}.second", (f"{name}.fn.net.2",), _untied, divide_value),
+    ]
+
+
+def _untied(factors: Tensor) -> Tensor:
+    return factors
+
+
+def _divide_norm(norm: nn.Module) -> Callable[[Tensor], None]:
+    def divide(factors: Tensor) -> None:
+        for parameter in norm.parameters():  # LayerNorm has a bias as well
+            parameter /= factors
+
+    return divide
+
+
+@torch.no_grad()
+def smooth(model: NVEmbed, group: LinearGroup, factors: Tensor) -> None:
+    """Divides a group's tensor by factors [K] and multiplies its readers' columns by them, in place."""
+    group.divide(factors)
+    for name in group.linears:
+        weight_of(model, name).mul_(factors)
+
+
+def weight_of(model: NVEmbed, name: str) -> Tensor:
+    """Weight [out, in] of a linear layer."""
+    return model.get_parameter(f"{name}.weight")

@@ -1,0 +1,343 @@
+"""From an FP32 model and real text to quantized linear layers: smoothing, scales, ranking, and what stays as it is.
+
+Per group of layers that read one tensor: SmoothQuant's exponent and the share of the range that the input's scale
+covers are searched for the smallest error of the layers' outputs. Then every group alone is quantized in the model and
+ranked by what that costs, in cosine on real text; the worst stay in the base precision until the gate's bound holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from nvembed_deploy.config import Precision
+from nvembed_deploy.errors import ConfigError, ParityError
+from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.parity import TOLERANCES, probe_rows
+from nvembed_deploy.records import from_json, to_json
+from nvembed_deploy.text import TextEncoder, TokenRow
+
+from .calibration import Inputs, collect, pack, texts_sha256, unpack
+from .formats import FORMATS, Format
+from .linear_groups import LinearGroup, linear_groups, smooth, weight_of
+
+EXPONENTS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""SmoothQuant's alpha; 0 stands for no smoothing at all."""
+SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+RANKING_TOKENS = 1024
+"""Tokens of calibration text that rank the groups, beside the gate's shorter probes."""
+RANKING_LONGEST = 128
+MARGIN = 0.25
+"""Part of the gate's allowance that is kept for what differs between this simulation and the engine."""
+FLOOR = 1e-5
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRecord:
+    """What was found out about one group."""
+
+    name: str
+    linears: tuple[str, ...]
+    exponent: float
+    """SmoothQuant's alpha, 0 where the tensor is not smoothed."""
+    share: float
+    """Part of the largest value that the input's scale covers."""
+    input_scale: float
+    """0 where inputs are not quantized."""
+    error: float
+    """Mean squared error of the layers' outputs over their mean square, on sampled inputs."""
+    cost: float
+    """1 - mean cosine of the vectors when this group alone is quantized."""
+    kept: bool
+    """True where it stays in the base precision."""
+    reason: str
+    """Why it is kept; empty where it is quantized."""
+    channel_ranges: str
+    """float32 [K], base64: each input channel's largest value before smoothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationRecord:
+    """`quantization.json`: enough to quantize the same model again without calibrating."""
+
+    version: int
+    precision: Precision
+    model_sha256: str
+    """Over the checkpoint's weight files."""
+    texts_sha256: str
+    """Over the token ids of the calibration's texts."""
+    texts: int
+    tokens: int
+    groups: tuple[GroupRecord, ...]
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A linear layer as the graph stores it."""
+
+    codes: Tensor
+    """[in, out]."""
+    scale: Tensor
+    """float32 [out], or [in / block, out]."""
+    input_scale: float
+
+
+def quantize(
+    model: NVEmbed,
+    text: TextEncoder,
+    rows: Sequence[TokenRow],
+    precision: Precision,
+    *,
+    model_sha256: str,
+    longest: int,
+) -> QuantizationRecord:
+    """Calibrates, smooths the model in place, ranks its groups and chooses what to quantize.
+
+    Args:
+        model: FP32, the pooler folded or not.
+        text: The model's text encoder.
+        rows: The calibration's texts.
+        precision: A quantized one.
+        model_sha256: Of the checkpoint.
+        longest: Tokens of the gate's longest probe.
+
+    Raises:
+        ParityError: The gate's bound does not hold even with every group kept.
+    """
+    number = FORMATS[precision]
+    groups = linear_groups(model)
+    inputs = collect(model, groups, text, rows)
+    ranking, probes = _ranking_rows(text, rows, longest), probe_rows(text, longest)[1]
+    before = embed(model, text, probes)
+    records = []
+    for group in tqdm(groups, desc="searching scales", unit="group", disable=None, leave=False):
+        record = _search(model, group, inputs.pop(group.name), number)
+        records.append(record)
+        smooth(model, group, _factors(model, group, unpack(record.channel_ranges), record.exponent))
+    candidates = [group for group, record in zip(groups, records, strict=True) if not record.kept]
+    costs = _rank(model, text, ranking, candidates, {record.name: record for record in records}, number)
+    records = [replace(record, cost=costs.get(record.name, 0.0)) for record in records]
+    records = _keep_until_it_holds(model, text, probes, before, records, number)
+    return QuantizationRecord(
+        version=RECORD_VERSION,
+        precision=precision,
+        model_sha256=model_sha256,
+        texts_sha256=texts_sha256(rows),
+        texts=len(rows),
+        tokens=sum(map(len, rows)),
+        groups=tuple(records),
+    )
+
+
+def apply_record(model: NVEmbed, record: QuantizationRecord) -> None:
+    """Smooths a model in place as a record says.
+
+    Raises:
+        ConfigError: The record is of a model with other layers.
+    """
+    groups = {group.name: group for group in linear_groups(model)}
+    if groups.keys() != {item.name for item in record.groups}:
+        raise ConfigError("the quantization record is of a model with other layers; quantize again without --reuse")
+    for item in record.groups:
+        group = groups[item.name]
+        smooth(model, group, _factors(model, group, unpack(item.channel_ranges), item.exponent))
+
+
+def quantized_linears(model: NVEmbed, record: QuantizationRecord) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Each quantized layer of a smoothed model: its name and what is stored."""
+    number = FORMATS[record.precision]
+    for item in record.groups:
+        for name in () if item.kept else item.linears:
+            codes, scale = number.encode_weight(weight_of(model, name))
+            yield name, QuantizedLinear(codes, scale, item.input_scale)
+
+
+def keep_next(record: QuantizationRecord, reason: str) -> QuantizationRecord | None:
+    """The record with the costliest quantized group kept as well; None where none is left."""
+    open_groups = [item for item in record.groups if not item.kept]
+    if not open_groups:
+        return None
+    worst = max(open_groups, key=lambda item: item.cost)
+    groups = tuple(replace(item, kept=True, reason=reason) if item is worst else item for item in record.groups)
+    return replace(record, groups=groups)
+
+
+def keep_wide(record: QuantizationRecord, wide: Set[str]) -> QuantizationRecord:
+    """The record with the groups kept whose layers compute in FP32."""
+    groups = tuple(
+        replace(item, kept=True, reason="near FP16's limit") if wide & set(item.linears) else item
+        for item in record.groups
+    )
+    return replace(record, groups=groups)
+
+
+def write_record(record: QuantizationRecord, path: Path) -> None:
+    """Writes `quantization.json`."""
+    path.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(path: Path, *, precision: Precision, model_sha256: str, texts: str | None) -> QuantizationRecord:
+    """Reads a record, and refuses one that is stale.
+
+    Args:
+        path: `quantization.json`, or the bundle's folder.
+        precision: What is asked for.
+        model_sha256: The checkpoint at hand.
+        texts: Hash of the calibration texts at hand; None where the user names none.
+
+    Raises:
+        ConfigError: It cannot be read, or is of another model, other texts or another precision.
+    """
+    path = path / "quantization.json" if path.is_dir() else path
+    try:
+        record = from_json(QuantizationRecord, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"--reuse {path} cannot be used ({err}); quantize without it") from err
+    for what, found, wanted in (
+        ("version", record.version, RECORD_VERSION),
+        ("precision", record.precision.value, precision.value),
+        ("model", record.model_sha256, model_sha256),
+        ("calibration texts", record.texts_sha256, texts or record.texts_sha256),
+    ):
+        if found != wanted:
+            raise ConfigError(
+                f"--reuse {path} is stale: its {what} is {str(found)[:12]}, not {str(wanted)[:12]}; quantize without it"
+            )
+    return record
+
+
+def _search(model: NVEmbed, group: LinearGroup, seen: Inputs, number: Format) -> GroupRecord:
+    """The exponent and the share with the smallest error; a group that does not fit the format is kept."""
+    weights = [weight_of(model, name) for name in group.linears]
+    unsmoothed = GroupRecord(
+        name=group.name,
+        linears=group.linears,
+        exponent=0.0,
+        share=1.0,
+        input_scale=0.0,
+        error=0.0,
+        cost=0.0,
+        kept=True,
+        reason="does not divide into blocks",
+        channel_ranges=pack(seen.largest),
+    )
+    if not all(number.fits(weight) for weight in weights):
+        return unsmoothed
+    truth = [F.linear(seen.rows, weight) for weight in weights]
+    best = replace(unsmoothed, error=torch.inf, kept=False, reason="")
+    for exponent in EXPONENTS:
+        factors = _factors(model, group, seen.largest, exponent)
+        rows, largest = seen.rows / factors, float((seen.largest / factors).max())
+        stored = [number.decode_weight(*number.encode_weight(weight * factors)) for weight in weights]
+        for share in SHARES if number.inputs else (1.0,):
+            scale = number.input_scale(largest * share) if number.inputs else 0.0
+            given = number.round_trip(rows, scale) if number.inputs else rows
+            errors = [
+                _relative_error(F.linear(given, part), wanted) for part, wanted in zip(stored, truth, strict=True)
+            ]
+            error = float(torch.stack(errors).mean())
+            if error < best.error:
+                best = replace(best, exponent=exponent, share=share, input_scale=scale, error=error)
+    return best
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Each row counts the same, however large it is."""
+    return ((found - wanted).square().sum(dim=1) / wanted.square().sum(dim=1).clamp_min(1e-20)).mean()
+
+
+def _factors(model: NVEmbed, group: LinearGroup, largest: Tensor, exponent: float) -> Tensor:
+    """SmoothQuant's factors [K]: the input's range to the exponent over the weights' to what is left, about 1."""
+    if exponent == 0:
+        return torch.ones_like(largest)
+    columns = torch.stack([weight_of(model, name).abs().amax(dim=0) for name in group.linears]).amax(dim=0)
+    factors = largest.clamp_min(FLOOR) ** exponent / columns.clamp_min(FLOOR) ** (1 - exponent)
+    factors = group.tie(factors)
+    return factors / factors.log().mean().exp()
+
+
+def embed(model: NVEmbed, text: TextEncoder, rows: Sequence[TokenRow]) -> Tensor:
+    """float32 [N, D] of rows, each alone."""
+    with torch.inference_mode():
+        return torch.cat([model(*(torch.from_numpy(part) for part in text.pad([row])))[0] for row in rows])
+
+
+@contextmanager
+def simulated(model: NVEmbed, records: Sequence[GroupRecord], number: Format) -> Iterator[None]:
+    """The model with the layers of some groups computing on what their codes stand for."""
+    with ExitStack() as undo, torch.no_grad():
+        for record in records:
+            for name in record.linears:
+                linear = model.get_submodule(name)
+                undo.callback(setattr, linear, "weight", linear.weight)
+                stored = number.decode_weight(*number.encode_weight(weight_of(model, name)))
+                linear.weight = nn.Parameter(stored, requires_grad=False)
+                if number.inputs:
+                    undo.callback(linear.register_forward_pre_hook(_rounding(record.input_scale, number)).remove)
+        yield
+
+
+def _rounding(scale: float, number: Format) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda _, args: (number.round_trip(args[0], scale),)
+
+
+def _ranking_rows(text: TextEncoder, rows: Sequence[TokenRow], longest: int) -> list[TokenRow]:
+    chosen = [row for row in probe_rows(text, longest)[1] if len(row) <= RANKING_LONGEST]
+    tokens = 0
+    for row in rows:
+        if len(row) <= RANKING_LONGEST and tokens < RANKING_TOKENS:
+            chosen.append(row)
+            tokens += len(row)
+    return chosen
+
+
+def _rank(
+    model: NVEmbed,
+    text: TextEncoder,
+    rows: Sequence[TokenRow],
+    groups: Sequence[LinearGroup],
+    records: dict[str, GroupRecord],
+    number: Format,
+) -> dict[str, float]:
+    """What quantizing each group alone costs."""
+    truth = embed(model, text, rows)
+    costs = {}
+    for group in tqdm(groups, desc="ranking groups", unit="group", disable=None, leave=False):
+        with simulated(model, [records[group.name]], number):
+            costs[group.name] = 1 - float((truth * embed(model, text, rows)).sum(dim=1).mean())
+    return costs
+
+
+def _keep_until_it_holds(
+    model: NVEmbed,
+    text: TextEncoder,
+    probes: Sequence[TokenRow],
+    truth: Tensor,
+    records: list[GroupRecord],
+    number: Format,
+) -> list[GroupRecord]:
+    tolerance = TOLERANCES[number.precision]
+    worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.cost)
+    for kept in range(len(worst_first) + 1):
+        names = {item.name for item in worst_first[:kept]}
+        taken = [item for item in worst_first if item.name not in names]
+        with simulated(model, taken, number):
+            cosines = (truth * embed(model, text, probes)).sum(dim=1)
+        if all(
+            1 - float(found) <= (1 - bound) * (1 - MARGIN)
+            for found, bound in ((cosines.min(), tolerance.min_cosine), (cosines.mean(), tolerance.min_mean_cosine))
+        ):
+            return [
+                replace(item, kept=True, reason="among the costliest") if item.name in names else item
+                for item in records
+            ]
+    raise ParityError(f"{number.precision.value} is outside its bound even where no layer is quantized; this is a bug")

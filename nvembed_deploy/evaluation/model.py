@@ -1,0 +1,95 @@
+"""A bundle, or the PyTorch checkpoint that it was made from, as a model that mteb 2 can score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import PromptType
+from numpy.typing import NDArray
+
+from nvembed_deploy.backends.reference import ReferenceBackend
+from nvembed_deploy.bundle import PLAN, hash_file
+from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.evaluation.instructions import instruction_for
+
+HASH_DIGITS = 16
+
+
+class ReferenceEncoder(Encoder):
+    """The checkpoint in PyTorch, FP32, given exactly the tokens that a bundle's engine is given.
+
+    Args:
+        checkpoint: A local folder in Hugging Face layout.
+        like: The bundle's encoder.
+
+    Raises:
+        ConfigError: The bundle was made from other weights.
+        CheckpointError: The folder cannot be read.
+    """
+
+    def __init__(self, checkpoint: Path, like: Encoder) -> None:
+        for name, entry in like.manifest.source.files.items():
+            path = checkpoint / name
+            if path.suffix == ".safetensors" and (not path.is_file() or hash_file(path) != entry):
+                raise ConfigError(
+                    f"{name} of {checkpoint} is not what the bundle was made from; pass its own checkpoint as "
+                    "--reference, or export it again"
+                )
+        self._bundle, self._text = like._bundle, like._text
+        self._backend = ReferenceBackend(checkpoint)
+
+
+class MtebModel(AbsEncoder):
+    """An encoder behind mteb's protocol. Queries are instructed, documents are not, both sides of symmetric tasks are.
+
+    Args:
+        encoder: Of a bundle, or the reference.
+
+    The revision is a hash of what computes: mteb caches scores by name and revision, and a score must never be compared
+    with itself.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={
+                "name": f"nvembed-deploy/{encoder.manifest.source.name.rpartition('/')[2]}",
+                "revision": revision(encoder),
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "max_tokens": encoder.max_length,
+                "embed_dim": encoder.dimension,
+                "use_instructions": True,
+            }
+        )
+
+    def encode(
+        self,
+        inputs: Iterable[dict[str, Any]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **_: Any,
+    ) -> NDArray[np.float32]:
+        """Embeds the texts of mteb's batches; float32 [N, D]."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        is_document = prompt_type == PromptType.document
+        own = "" if is_document else self.get_instruction(task_metadata, prompt_type)
+        instruction = instruction_for(task_metadata.name, task_metadata.type, is_document=is_document, own=own)
+        return self.encoder.encode(texts, instruction=instruction or None)
+
+
+def revision(encoder: Encoder) -> str:
+    """Names what computes the vectors: the engine's or the graph's hash, and the backend."""
+    manifest = encoder.manifest
+    if isinstance(encoder, ReferenceEncoder):
+        return f"{manifest.manifest_sha256[:HASH_DIGITS]}-reference"
+    on_plan = "tensorrt" in encoder.backend.lower() and PLAN in manifest.files
+    return f"{manifest.manifest_sha256[:HASH_DIGITS]}-{'plan' if on_plan else 'graph'}"

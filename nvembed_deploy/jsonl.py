@@ -1,0 +1,32 @@
+"""JSON lines files, read strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nvembed_deploy.errors import ConfigError
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a JSON lines file.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line is not a JSON object; its number is in the message.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as err:
+                    raise ConfigError(f"{path}, line {number}: not JSON ({err})") from err
+                if not isinstance(row, dict):
+                    raise ConfigError(f"{path}, line {number}: not a JSON object")
+                yield row
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path} cannot be read ({err}); check the path") from err

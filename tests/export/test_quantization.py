@@ -1,0 +1,389 @@
+"""Quantization: formats, smoothing, what is chosen, what stands in the graph, and that records are not used stale."""
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from export import source
+from export.calibration import CalibrationText, built_in_texts, collect, pack, read_texts, tokenize, unpack
+from export.cpu_graph import write_cpu_graph
+from export.formats import FORMATS, rounded_scale
+from export.graph import check, trace, write
+from export.linear_groups import linear_groups, smooth
+from export.pipeline import exported_form
+from export.qdq import CODES, SCALE, insert
+from export.quantization import (
+    GroupRecord,
+    QuantizationRecord,
+    apply_record,
+    embed,
+    keep_next,
+    keep_wide,
+    quantize,
+    quantized_linears,
+    read_record,
+    simulated,
+    write_record,
+)
+from export.quantize import main as quantize_command
+from export.trt import main
+from nvembed_deploy import Encoder
+from nvembed_deploy.bundle import QUANTIZATION, QUANTIZATION_PICTURE, Bundle
+from nvembed_deploy.config import Dialect, ModelConfig, Precision
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.model.checkpoint import load_checkpoint
+from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.parity import probe_rows
+from nvembed_deploy.targets import TARGETS, capable
+from nvembed_deploy.text import TextEncoder
+from tests.export.test_graph import BEYOND_TENSORRT_10
+
+QUANTIZED = [precision for precision in Precision if precision.quantized]
+LONGEST = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """The tiny model's layers are narrower than a block of 128."""
+    as_built = FORMATS[Precision.INT4]
+    FORMATS[Precision.INT4] = replace(as_built, block=16)
+    yield
+    FORMATS[Precision.INT4] = as_built
+
+
+@pytest.fixture(scope="module")
+def text(checkpoint: Path) -> TextEncoder:
+    contract = source.text_contract(checkpoint, ModelConfig.from_checkpoint(checkpoint))
+    return TextEncoder((checkpoint / "tokenizer.json").read_bytes(), contract)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: Path) -> NVEmbed:
+    return exported_form(load_checkpoint(checkpoint), fold=True, own_weights=True)
+
+
+Made = tuple[NVEmbed, QuantizationRecord]
+
+
+@pytest.fixture(scope="module")
+def made(plain: NVEmbed, text: TextEncoder) -> Callable[[Precision], Made]:
+    """The smoothed model and the record of each precision, each made once."""
+    rows = tokenize(built_in_texts(), text, tokens=1500)
+
+    @functools.cache
+    def make(precision: Precision) -> Made:
+        model = copy.deepcopy(plain)
+        return model, quantize(model, text, rows, precision, model_sha256="0" * 64, longest=LONGEST)
+
+    return make
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_codes_come_back_close(precision: Precision) -> None:
+    number = FORMATS[precision]
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    codes, scale = number.encode_weight(weight)
+    back = number.decode_weight(codes, scale)
+    assert codes.shape == (256, 24)
+    assert torch.equal(scale, scale.half().float())  # as the graph holds them
+    assert torch.equal(back[3], weight[3])
+    # Half a step; FP8 has steps of 32 at its end, and 4 bits may be clipped.
+    steps = {Precision.INT8: 0.5, Precision.FP8: 16.0, Precision.INT4: 2.7}
+    limit = steps[precision] * (scale if number.block is None else scale.repeat_interleave(number.block, 0).T)
+    assert ((back - weight).abs() <= (limit[:, None] if number.block is None else limit) * 1.01 + 1e-6).all()
+    assert codes.float().abs().max() <= number.largest
+
+
+def test_scales_reach_the_largest_value() -> None:
+    largest = torch.tensor([1e-3, 0.3, 7.0, 500.0])
+    assert torch.allclose(rounded_scale(largest, 127.0) * 127, largest, rtol=1e-3)
+    assert rounded_scale(torch.zeros(1), 127.0) > 0
+
+
+def test_every_linear_layer_is_in_one_group(plain: NVEmbed) -> None:
+    names = [name for group in linear_groups(plain) for name in group.linears]
+    linears = {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert len(names) == len(set(names))
+    assert set(names) == linears
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_smoothing_changes_nothing(checkpoint: Path, text: TextEncoder, fold: bool) -> None:
+    model = exported_form(load_checkpoint(checkpoint), fold=fold, own_weights=True)
+    rows = probe_rows(text, LONGEST)[1]
+    before = embed(model, text, rows)
+    generator = torch.Generator().manual_seed(1)
+    for group in linear_groups(model):
+        width = model.get_parameter(f"{group.linears[0]}.weight").shape[1]
+        weight = model.get_parameter(f"{group.linears[0]}.weight").clone()
+        smooth(model, group, group.tie(torch.rand(width, generator=generator) * 3 + 0.3))
+        assert not torch.equal(weight, model.get_parameter(f"{group.linears[0]}.weight"))
+    assert (embed(model, text, rows) - before).abs().max() < 2e-6
+
+
+def test_ranges_are_over_every_token(plain: NVEmbed, text: TextEncoder) -> None:
+    """Padding is not looked at, whatever stands in it."""
+    rows = tokenize(built_in_texts(), text, tokens=400)
+    groups = linear_groups(plain)
+    together = collect(plain, groups, text, rows)
+    alone = [collect(plain, groups, text, [row]) for row in rows]
+    for group in groups:
+        largest = torch.stack([found[group.name].largest for found in alone]).amax(dim=0)
+        assert torch.allclose(together[group.name].largest, largest, atol=1e-5)
+
+
+def test_an_exported_form_leaves_the_reference_alone(checkpoint: Path) -> None:
+    model = load_checkpoint(checkpoint)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for own_weights in (False, True):
+        form = exported_form(model, fold=True, own_weights=own_weights)
+        assert type(form.latent_attention_model) is not type(model.latent_attention_model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_the_graph_computes_what_was_simulated(
+    made: Callable[[Precision], Made], text: TextEncoder, tmp_path: Path, precision: Precision, dialect: Dialect
+) -> None:
+    model, record = made(precision)
+    number = FORMATS[precision]
+    graph = trace(model.config, precision=precision, dialect=dialect, fold=True)
+    layers = dict(quantized_linears(model, record))
+    insert(graph, {name: layer.input_scale for name, layer in layers.items()}, number)
+    state = model.state_dict()
+    for name, layer in layers.items():
+        state |= {f"{name}.weight{CODES}": layer.codes, f"{name}.weight{SCALE}": layer.scale}
+    write(graph, state, tmp_path, name="model.onnx")
+    write_cpu_graph(tmp_path / "model.onnx", tmp_path / "model.cpu.onnx")
+    rows = probe_rows(text, LONGEST)[1]
+    with simulated(model, [item for item in record.groups if not item.kept], number):
+        wanted = embed(model, text, rows).numpy()
+    assert layers
+    for name, level in (("model.onnx", "ORT_ENABLE_BASIC"), ("model.cpu.onnx", "ORT_ENABLE_ALL")):
+        check(tmp_path / name)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        session = onnxruntime.InferenceSession(tmp_path / name, options)
+        for row, vector in zip(rows, wanted, strict=True):
+            feed = dict(zip(("input_ids", "attention_mask", "pool_mask"), text.pad([row]), strict=True))
+            found = session.run(["sentence_embedding"], feed)[0][0]
+            # FP16 turns codes over that are near a tie, and FP8's last steps are 16 times those of INT8.
+            assert found @ vector > (0.998 if precision is Precision.FP8 else 0.9995), name
+    written = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    kinds = {tensor.name: tensor.data_type for tensor in written.graph.initializer}
+    assert not {f"{name}.weight" for name in layers} & kinds.keys()
+    wanted_type = {"int8": "INT8", "fp8": "FLOAT8E4M3FN", "int4": "INT4"}[precision.value]
+    assert all(kinds[f"{name}.weight{CODES}"] == getattr(onnx.TensorProto, wanted_type) for name in layers)
+    pairs = sum(node.op_type == "QuantizeLinear" for node in written.graph.node)
+    assert pairs == (0 if precision is Precision.INT4 else len({item.name for item in record.groups if not item.kept}))
+    if dialect is Dialect.PORTABLE:
+        assert not {node.op_type for node in written.graph.node} & BEYOND_TENSORRT_10
+        assert written.opset_import[0].version == (21 if precision is Precision.INT4 else 20)
+
+
+def test_zero_points_are_zero(made: Callable[[Precision], Made]) -> None:
+    """TensorRT takes no others."""
+    model, record = made(Precision.INT8)
+    graph = trace(model.config, precision=Precision.INT8, dialect=Dialect.PORTABLE, fold=True)
+    insert(graph, {name: 0.5 for name, _ in quantized_linears(model, record)}, FORMATS[Precision.INT8])
+    zeros = [node.inputs[2] for node in graph.graph if node.op_type == "QuantizeLinear"]
+    assert zeros
+    assert all(zero.const_value.numpy() == 0 and zero.const_value.dtype.name == "INT8" for zero in zeros)
+
+
+def test_the_worst_groups_are_kept(plain: NVEmbed, text: TextEncoder, made: Callable[[Precision], Made]) -> None:
+    """One layer spoilt so that 8 bits cannot hold it: it is the one that stays."""
+    model = copy.deepcopy(plain)
+    spoilt = "embedding_model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        weight = model.get_parameter(f"{spoilt}.weight")
+        weight[:, 0] = weight[:, 0] + 300 * weight.abs().max()  # one column eats up every row's scale
+        model.get_parameter("embedding_model.layers.1.mlp.up_proj.weight")[0] /= 300
+    rows = tokenize(built_in_texts(), text, tokens=800)
+    number = FORMATS[Precision.INT8]
+    found = quantize(model, text, rows, Precision.INT8, model_sha256="", longest=LONGEST)
+    assert all(item.cost <= kept.cost for kept in found.groups if kept.kept for item in found.groups if not item.kept)
+    clean = [item for item in made(Precision.INT8)[1].groups if not item.kept]
+    assert clean
+    truth = embed(model, text, probe_rows(text, LONGEST)[1])
+    with simulated(model, [item for item in found.groups if not item.kept], number):
+        assert (truth * embed(model, text, probe_rows(text, LONGEST)[1])).sum(dim=1).min() >= 0.99
+
+
+def test_keeping_more(made: Callable[[Precision], Made]) -> None:
+    record: QuantizationRecord | None = made(Precision.INT8)[1]
+    assert record is not None
+    left = sum(not item.kept for item in record.groups)
+    costliest = max((item for item in record.groups if not item.kept), key=lambda item: item.cost)
+    record = keep_next(record, "because")
+    assert record is not None
+    now = next(item for item in record.groups if item.name == costliest.name)
+    assert (now.kept, now.reason) == (True, "because")
+    for _ in range(left - 1):
+        assert record is not None
+        record = keep_next(record, "because")
+    assert record is not None
+    assert keep_next(record, "because") is None
+    wide = keep_wide(made(Precision.INT8)[1], {"embedding_model.layers.0.mlp.up_proj"})
+    reasons = {item.name: item.reason for item in wide.groups}
+    assert reasons["embedding_model.layers.0.mlp.gate_up"] == "near FP16's limit"
+
+
+def test_a_record_makes_the_same_again(plain: NVEmbed, made: Callable[[Precision], Made], tmp_path: Path) -> None:
+    model, record = made(Precision.INT8)
+    write_record(record, tmp_path / QUANTIZATION)
+    read = read_record(tmp_path, precision=Precision.INT8, model_sha256="0" * 64, texts=record.texts_sha256)
+    assert read == record
+    again = copy.deepcopy(plain)
+    apply_record(again, read)
+    state, wanted = again.state_dict(), model.state_dict()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"precision": Precision.FP8}, "precision is int8, not fp8"),
+        ({"model_sha256": "1" * 64}, "model is 0000"),
+        ({"texts": "f" * 64}, "calibration texts is"),
+    ],
+)
+def test_a_stale_record_is_refused(
+    made: Callable[[Precision], Made], tmp_path: Path, given: dict[str, object], what: str
+) -> None:
+    write_record(made(Precision.INT8)[1], tmp_path / QUANTIZATION)
+    wanted = {"precision": Precision.INT8, "model_sha256": "0" * 64, "texts": None} | given
+    with pytest.raises(ConfigError, match=f"stale: its {what}"):
+        read_record(tmp_path, **wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 1}', '{"version": "x"}'])
+def test_a_broken_record_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / QUANTIZATION).write_text(content)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        read_record(tmp_path, precision=Precision.INT8, model_sha256="", texts=None)
+
+
+def test_a_record_of_other_layers_is_refused(plain: NVEmbed, made: Callable[[Precision], Made]) -> None:
+    record = made(Precision.INT8)[1]
+    with pytest.raises(ConfigError, match="of a model with other layers"):
+        apply_record(copy.deepcopy(plain), replace(record, groups=record.groups[1:]))
+
+
+def test_ranges_survive_the_file() -> None:
+    values = torch.tensor([0.0, 1.5, 3e-8, 65504.0])
+    assert torch.equal(unpack(pack(values)), values)
+
+
+def test_tokens_are_counted_not_texts(text: TextEncoder) -> None:
+    short, long = CalibrationText(text="a"), CalibrationText(text="word " * 200)
+    assert len(tokenize([short] * 100, text, tokens=30)) == 10  # <s>, one token, </s>
+    assert len(tokenize([long] * 100, text, tokens=30)) == 1
+    kinds = built_in_texts()[:10]
+    assert any(item.instruction for item in kinds)
+    assert any(not item.text.isascii() for item in kinds)
+    assert any("def " in item.text for item in kinds)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"text": "a"}\nnonsense', "line 2: not JSON"),
+        ('{"text": "a"}\n{"txt": "b"}', "text 2 is no text"),
+        ('{"text": "a", "instruction": 3}', "text 1 is no text"),
+        ("[1]", "line 1: not a JSON object"),
+    ],
+)
+def test_calibration_files_are_read_strictly(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_texts(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precision", "fp8", "--target", "jetson-orin"], "needs a GPU of compute capability 8.9 or newer"),
+        (["--precision", "fp16", "--calibration", "x.jsonl"], "--calibration is for quantized precisions"),
+        (["--precision", "int8", "--calibration", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--precision", "int8", "--reuse", "nowhere"], "--reuse nowhere cannot be used"),
+    ],
+)
+def test_wrong_flags(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["--model", str(checkpoint), "--out", str(out), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_fp8_plans_leave_out_older_gpus() -> None:
+    assert capable(TARGETS["rtx"], Precision.FP8) == ("8.9", "12.0")
+    assert capable(TARGETS["rtx"], Precision.INT8) == TARGETS["rtx"].compute_capabilities
+
+
+def test_an_int8_bundle_tells_how_it_was_made(bundles: dict[str, Path]) -> None:
+    bundle = Bundle.open(bundles["int8"])
+    assert {QUANTIZATION, QUANTIZATION_PICTURE, "model.cpu.onnx"} <= bundle.manifest.files.keys()
+    record = json.loads(bundle.read(QUANTIZATION))
+    assert record["tokens"] > 1000
+    assert len(record["model_sha256"]) == len(record["texts_sha256"]) == 64
+    assert {report.candidate.partition("(")[2][:7] for report in bundle.manifest.parity} == {"", "the CPU"}
+    for report in bundle.manifest.parity:
+        assert report.overlap is not None
+        assert report.overlap >= 0.95
+        assert report.mean_cosine >= 0.998
+    encoder = Encoder(bundles["int8"], device="cpu")
+    assert "unsigned codes" in encoder.backend
+
+
+def test_the_command_alone_and_its_record_used_again(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "\n".join(json.dumps({"text": f"water {n} over the question", "instruction": "Find it"}) for n in range(9))
+    )
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = ["--model", str(checkpoint), "--max", "4x48"]
+    assert quantize_command([*common, "--calibration", str(texts), "--out", str(first)]) == 0
+    assert Bundle.open(first).manifest.plan is None
+    assert "quantizing to int8 on 9 texts" in capsys.readouterr().err
+    again = [*common, "--dialect", "portable", "--reuse", str(first), "--out", str(second)]
+    assert quantize_command(again) == 0
+    assert "smoothing as" in capsys.readouterr().err
+    records = [json.loads((folder / QUANTIZATION).read_text()) for folder in (first, second)]
+    assert records[0] == records[1]
+    assert quantize_command([*again, "--calibration-tokens", "10", "--calibration", str(texts)]) == 1
+    assert "stale: its calibration texts" in capsys.readouterr().err
+
+
+def test_a_vector_does_not_depend_on_its_neighbours(bundles: dict[str, Path]) -> None:
+    """Scales are fixed: unlike dynamic quantization, a batch of other texts does not move a vector."""
+    encoder = Encoder(bundles["int8"], device="cpu")
+    alone = encoder.encode("rain on the roof")
+    beside = encoder.encode(["rain on the roof", "!!!! ???? " * 20, "def f(x): return x"])[0]
+    assert np.abs(alone - beside).max() < 1e-5
+
+
+def test_kept_groups_say_why(made: Callable[[Precision], Made]) -> None:
+    def check_group(item: GroupRecord) -> bool:
+        return bool(item.reason) == item.kept and item.error >= 0 and (item.input_scale > 0)
+
+    assert all(check_group(item) for item in made(Precision.INT8)[1].groups)
