@@ -6,8 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Where pip finds torch 2.13.0; empty for pip's default, see the README for CPU-only and CUDA builds.
 TORCH_INDEX ?=
 PRECISION ?= fp16
-# What to install; `make test EXTRAS=export,cpu,rtx,dev,train` runs the tests of the training as well.
-EXTRAS ?= export,cpu,rtx,dev
+# What to install; EXTRAS=export,cpu,rtx is enough for `make engine`, and without train or evaluation their tests skip.
+EXTRAS ?= export,cpu,rtx,train,evaluation,dev
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2/3 installing torch 2.13.0 (CPU-only: 0.9 GB; with CUDA: several GB)"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	@echo "3/3 installing $(EXTRAS) in the versions of constraints.txt (about 1 GB)"
+	@echo "3/3 installing $(EXTRAS) in the versions of constraints.txt (about 2 GB)"
 	@$(PIP) --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 

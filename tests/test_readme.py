@@ -25,9 +25,11 @@ def test_generated_parts_are_up_to_date() -> None:
     assert render(README) == README, "run: python -m tools.readme"
 
 
-def test_links_point_at_files() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("name", ["README.md", "docs/training.md"])
+def test_links_point_at_files(name: str) -> None:
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
 
 
 @needs_rtx

@@ -1,10 +1,12 @@
 """`python -m tools.precisions`: exports the embedded model in every precision and records what came out.
 
-Writes `docs/precisions.json`, from which `tools.readme` makes the README's table.
+Sizes, the gate's cosines, times, and MTEB's scores against PyTorch on local data sets. Writes `docs/precisions.json`,
+from which `tools.readme` makes the README's tables.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import re
@@ -16,9 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.bundle import GRAPH, PLAN, WEIGHTS, Bundle
+from export.options import default_model
+from nvembed_deploy.bundle import GRAPH, PLAN, QUANTIZATION, WEIGHTS, Bundle
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
+from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.evaluation.compare import compare
+from nvembed_deploy.evaluation.model import ReferenceEncoder
+from nvembed_deploy.evaluation.tasks import LocalTask, folder_tasks
 from nvembed_deploy.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,31 +63,77 @@ def measure(precision: Precision, folder: Path) -> dict[str, Any]:
         )
         for _ in range(STARTS)
     ]
+    kept = []
+    if precision.quantized:
+        groups = json.loads((out / QUANTIZATION).read_text(encoding="utf-8"))["groups"]
+        kept = [group["name"] for group in groups if group["kept"]]
     return {
         "precision": precision.value,
         "export_s": seconds,
         "export_peak_gib": float(told[1]),
         "plan_bytes": manifest.files[PLAN].bytes if manifest.plan else None,
         "graph_bytes": manifest.files[GRAPH].bytes + manifest.files[WEIGHTS].bytes,
+        "kept_groups": kept,
         "min_cosine": report.min_cosine,
+        "mean_cosine": report.mean_cosine,
+        "overlap": report.overlap,
         "max_difference": report.max_difference,
         "first_vector_s": statistics.median(starts),
         "versions": manifest.versions,
     }
 
 
+def score(folder: Path, tasks: list[LocalTask]) -> dict[str, list[dict[str, Any]]]:
+    """MTEB's scores of every precision's bundle against PyTorch.
+
+    Args:
+        folder: Holds a bundle for each precision.
+        tasks: What to run.
+
+    Returns:
+        Precision to its tasks: name, type, size, both scores and the tolerance, in points.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    wanted: dict[str, float] | None = None
+    for precision in Precision:
+        say(f"scoring {precision.value}")
+        encoder = Encoder(folder / precision.value, device="cpu")
+        result = compare(encoder, ReferenceEncoder(default_model(), like=encoder), tasks, wanted=wanted)
+        wanted = {item.task: item.reference for item in result.results}
+        found[precision.value] = [
+            {
+                "task": item.task,
+                "type": item.kind,
+                "size": item.size,
+                "reference": item.reference,
+                "engine": item.engine,
+                "tolerance": item.tolerance,
+            }
+            for item in result.results
+        ]
+    return found
+
+
 def main() -> int:
     """Runs the command."""
+    parser = argparse.ArgumentParser(prog="python -m tools.precisions", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of evaluation sets")
+    parser.add_argument("--max-documents", type=int, default=None, metavar="N", help="cut the corpora, judged first")
+    flags = parser.parse_args()
+    tasks = folder_tasks(flags.data, max_documents=flags.max_documents)
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for precision in Precision:
             say(f"measuring {precision.value}")
             rows.append(measure(precision, Path(folder)))
+        scores = score(Path(folder), tasks)
+    cut = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
     record = {
-        "command": "python -m tools.precisions",
+        "command": f"python -m tools.precisions --data {flags.data}{cut}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe_machine()}, no GPU",
         "rows": rows,
+        "scores": scores,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     say(f"done: {RESULTS.relative_to(ROOT)}; now python -m tools.readme")

@@ -1,6 +1,6 @@
-"""`python -m tools.readme`: writes the generated parts of the README and of docs/: help texts, and tables from JSON.
+"""`python -m tools.readme`: writes the README's generated parts: help texts, and tables from JSON.
 
-A part stands between `<!-- made: NAME -->` and `<!-- end -->`. A test checks that the files are what this writes.
+A part stands between `<!-- made: NAME -->` and `<!-- end -->`. A test checks that the file is what this writes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from nvembed_deploy.cli import say
-from nvembed_deploy.training import ablation
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/training.md")
+README = ROOT / "README.md"
 PART = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -30,17 +30,18 @@ def help_text(module: str) -> str:
 
 
 def precision_table() -> str:
-    """The record of `tools.precisions`."""
+    """The record of `tools.precisions`: sizes, the gate, times."""
     record = json.loads((ROOT / "docs" / "precisions.json").read_text(encoding="utf-8"))
     lines = [
-        "| precision | plan | ONNX | lowest cosine to PyTorch fp32 | largest difference | export | to first vector |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| precision | plan | ONNX | lowest cosine | mean cosine | top-10 overlap | export | to first vector |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
         plan = f"{row['plan_bytes'] / 1e6:.1f} MB" if row["plan_bytes"] else "-"
+        overlap = "-" if row["overlap"] is None else f"{row['overlap']:.1%}"
         lines.append(
             f"| {row['precision']} | {plan} | {row['graph_bytes'] / 1e6:.1f} MB | {row['min_cosine']:.7f} | "
-            f"{row['max_difference']:.1e} | {row['export_s']:.0f} s, {row['export_peak_gib']} GiB | "
+            f"{row['mean_cosine']:.7f} | {overlap} | {row['export_s']:.0f} s, {row['export_peak_gib']} GiB | "
             f"{row['first_vector_s']:.2f} s |"
         )
     versions = record["rows"][0]["versions"]
@@ -48,30 +49,42 @@ def precision_table() -> str:
         "",
         f"Made by `{record['command']}` on {record['date']}: {record['machine']}; "
         + ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "tensorrt_rtx") if name in versions)
-        + ". Cosine and difference are those of the gate's texts, on ONNX Runtime; the first vector is the median of "
-        "seven fresh processes.",
+        + ". Every plan is a real TensorRT-RTX build; cosines and overlap are those of the gate's texts against "
+        "PyTorch FP32, of the plan's graph on ONNX Runtime; the first vector is the median of seven fresh processes.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def ablation_table() -> str:
-    """The record of `python -m nvembed_deploy.training ablate`."""
-    record = json.loads((ROOT / "docs" / "ablation" / "ablation.json").read_text(encoding="utf-8"))
-    settings = record["settings"]
-    return ablation.as_table(record) + (
-        f"\nMade by `python -m nvembed_deploy.training ablate` on {record['date']}: {record['machine']}, "
-        f"{record['minutes']:.0f} minutes in all. Each run: {settings['steps']} steps of at most "
-        f"{settings['batch_tokens']} tokens, learning rate {settings['learning_rate']}, temperature "
-        f"{settings['temperature']}, {settings['negatives']} negatives a query, contrastive loss alone. The paper's "
-        "column is its mean over 56 tasks of a 7 B model: compare the order, not the height.\n"
-    )
+def mteb_table() -> str:
+    """The record of `tools.precisions`: differences to PyTorch by type of task."""
+    record = json.loads((ROOT / "docs" / "precisions.json").read_text(encoding="utf-8"))
+    scores = record["scores"]
+    kinds = list(dict.fromkeys(item["type"] for item in scores["fp32"]))
+    lines = [f"| precision | {' | '.join(kinds)} | largest of a task |", "| --- |" + " --- |" * (len(kinds) + 1)]
+    reference = [_mean(item["reference"] for item in scores["fp32"] if item["type"] == kind) for kind in kinds]
+    lines.append(f"| PyTorch fp32, points | {' | '.join(f'{value:.2f}' for value in reference)} | |")
+    for precision, items in scores.items():
+        by_kind = [
+            _mean(item["engine"] - item["reference"] for item in items if item["type"] == kind) for kind in kinds
+        ]
+        worst = max(items, key=lambda item: abs(item["engine"] - item["reference"]))
+        lines.append(
+            f"| {precision} | {' | '.join(f'{value:+.3f}' for value in by_kind)} | "
+            f"{worst['engine'] - worst['reference']:+.3f} ({worst['task']}) |"
+        )
+    return "\n".join(lines) + "\n"
 
 
-TABLES = {"precisions": precision_table, "ablation": ablation_table}
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+TABLES = {"precisions": precision_table, "mteb": mteb_table}
 
 
 def render(text: str) -> str:
-    """A file with its generated parts made anew."""
+    """The README with its generated parts made anew."""
 
     def make(match: re.Match[str]) -> str:
         kind, _, name = match[2].partition(":")
@@ -83,10 +96,8 @@ def render(text: str) -> str:
 
 def main() -> int:
     """Runs the command."""
-    for name in FILES:
-        path = ROOT / name
-        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
-        say(f"done: {name}")
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    say("done: README.md")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from nvembed_deploy.evaluation.tasks import (
     LocalTask,
+    Rows,
     class_data,
     cluster_data,
     make_task,
@@ -70,7 +71,7 @@ def _candidates(asked: Pairs) -> list[dict[str, Any]]:
 
 def _sts(asked: Pairs) -> LocalTask:
     """A text beside another one of which a growing part is its own."""
-    rows = []
+    rows: Rows = []
     for number, (query, body) in enumerate(asked):
         words, others = body.split()[:40], asked[(number + 1) % len(asked)][1].split()[:40]
         score = number % 6
@@ -86,7 +87,7 @@ def _sts(asked: Pairs) -> LocalTask:
 
 def _pairs(asked: Pairs, rng: random.Random) -> LocalTask:
     """Summary and body of one text, or of two."""
-    rows = []
+    rows: Rows = []
     for number, (query, body) in enumerate(asked):
         is_pair = rng.random() < 0.5
         rows.append({"a": query, "b": body if is_pair else asked[(number + 7) % len(asked)][1], "label": int(is_pair)})
@@ -96,7 +97,7 @@ def _pairs(asked: Pairs, rng: random.Random) -> LocalTask:
 
 def _classes(by_package: dict[str, Pairs]) -> list[LocalTask]:
     """Which package a text is of: learned from some, and found without."""
-    rows = [
+    rows: Rows = [
         {"text": f"{query} {body}"[:300], "label": package, "place": place}
         for package, pairs in by_package.items()
         for place, (query, body) in enumerate(pairs[:CLASS_TEXTS])

@@ -1,6 +1,6 @@
 """The task in words, for each task and each side of it.
 
-Source: NVIDIA's `instructions.json` beside NV-Embed-v2, revision c50d55f, for the tasks that it lists; for the others the
+Source: NVIDIA's `instructions.json` beside NV-Embed-v2, revision c50d55f, for the tasks it lists; for the others the
 prompt that mteb's own metadata carry, which are e5-mistral's, as NV-Embed's are.
 """
 

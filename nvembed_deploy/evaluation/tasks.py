@@ -59,10 +59,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class LocalTask:
-    """An mteb task, and how many queries, pairs or texts its score is a mean over."""
+    """An mteb task, and how many queries, pairs or texts its score is a mean over; None if unknown."""
 
     task: Any
-    size: int
+    size: int | None
 
 
 def make_task(name: str, kind: str, load: Callable[[], Any], *, size: int) -> LocalTask:
@@ -76,7 +76,7 @@ def make_task(name: str, kind: str, load: Callable[[], Any], *, size: int) -> Lo
     """
     chosen = KINDS[kind]
 
-    class Local(chosen.base):  # type: ignore[name-defined,misc]
+    class Local(chosen.base):  # type: ignore[name-defined]
         metadata = TaskMetadata(
             name=name,
             type=chosen.name,

@@ -65,8 +65,6 @@ WORDINGS: dict[Kind, tuple[str, ...]] = {
     ),
     Kind.TEXT: (
         "Retrieve semantically similar text.",
-        "Given a web search query, retrieve relevant passages that answer the query",
-        "Given a question, retrieve passages that answer the question",
         "Identify the topic or theme of the given text",
         "Identify the topic or theme of the given news articles",
         "Identify the main category of the given abstract based on its title",

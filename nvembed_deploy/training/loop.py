@@ -28,9 +28,11 @@ from nvembed_deploy.training.losses import (
     distillation,
     find_positives,
     in_batch_blocked,
+    instructed_alone,
     match_targets,
     own_only_blocked,
     token_distillation,
+    towards_passages,
 )
 from nvembed_deploy.training.optimizer import MuonWithAdamW
 from nvembed_deploy.training.options import StageOptions
@@ -165,14 +167,21 @@ def batch_loss(
     targets: Tensor | None = None
     if teacher is not None:
         targets, tokens = teacher.forward(inputs["teacher_ids"], inputs["teacher_mask"])
+        known = inputs["known"] & inputs["attention_mask"].bool()
+        wanted = targets
+        if weights.passages and len(queries):
+            asked, answers = instructed_alone(
+                inputs["attention_mask"], inputs["pool_mask"], queries=queries, positives=positives
+            )
+            wanted = towards_passages(targets, queries=asked, positives=answers, share=weights.passages)
+            known[asked] = False  # their tokens are to mean something else than the teacher's
         if weights.distillation:
-            loss = loss + weights.distillation * distillation(vectors, targets)
+            loss = loss + weights.distillation * distillation(vectors, wanted)
         if weights.tokens:
             laid = torch.bmm(inputs["overlaps"], tokens.float())
-            known = inputs["known"] & inputs["attention_mask"].bool()
             loss = loss + weights.tokens * token_distillation(states, laid, known)
         if weights.match:
-            matched = match_targets(vectors, targets, inputs["numbers"], temperature=stage.temperature)
+            matched = match_targets(vectors, wanted, inputs["numbers"], temperature=stage.temperature)
             loss = loss + weights.match * matched
     if weights.pairs and len(queries):
         if stage.in_batch:

@@ -53,6 +53,32 @@ def match_targets(vectors: Tensor, targets: Tensor, numbers: Tensor, *, temperat
     return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(scores), device=scores.device))
 
 
+def instructed_alone(
+    attention_mask: Tensor, pool_mask: Tensor, *, queries: Tensor, positives: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The pairs whose query has an instruction and whose positive has none: retrieval, not likeness.
+
+    Args:
+        attention_mask: int64 [R, T].
+        pool_mask: int64 [R, T], 0 at instructions.
+        queries: int64 [P], rows of the queries.
+        positives: int64 [P], rows of their positives.
+
+    Returns:
+        int64 [Q] each, rows of their queries and positives.
+    """
+    instructed = (pool_mask < attention_mask).any(dim=1)
+    alone = instructed[queries] & ~instructed[positives]
+    return queries[alone], positives[alone]
+
+
+def towards_passages(targets: Tensor, *, queries: Tensor, positives: Tensor, share: float) -> Tensor:
+    """The teacher's vectors [R, D], those of some queries turned towards their passages'."""
+    moved = targets.float().clone()
+    moved[queries] = F.normalize(moved[queries] + share * moved[positives], dim=-1)
+    return moved
+
+
 def find_positives(
     vectors: Tensor, *, queries: Tensor, positives: Tensor, blocked: Tensor, temperature: float
 ) -> Tensor:

@@ -1,8 +1,11 @@
 """The command line: help without torch, what a wrong call says, and the whole way on a few examples."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.training.__main__ import _parser, main, stage_options
 from nvembed_deploy.training.options import STAGE_1, STAGE_2
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("data", "mine", "train", "mini", "ablate")
 
 
@@ -25,6 +29,17 @@ def test_help_needs_no_torch():
     assert done.returncode == 0, done.stderr
     assert all(f"nvembed_deploy.training {command}" in done.stdout for command in COMMANDS)
     assert done.stdout.count("--teacher") >= 4
+
+
+def test_the_documentations_commands_are_understood():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    calls = [line.partition("nvembed_deploy.training ")[2] for line in lines]
+    assert len(calls) >= 7
+    assert all(calls)
+    for call in calls:
+        _parser().parse_args(shlex.split(call))
 
 
 def options(*flags: str):

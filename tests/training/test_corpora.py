@@ -4,6 +4,7 @@ import pytest
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.training.corpora import plain_text, read_data
+from nvembed_deploy.training.debian import package_descriptions
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.instructions import Kind
 from nvembed_deploy.training.wordnet import definitions
@@ -82,3 +83,20 @@ def test_a_missing_folder_and_a_damaged_line_name_themselves(tmp_path):
     (tmp_path / "set" / "pairs.jsonl").write_text('{"a": "x"\n')
     with pytest.raises(ConfigError, match="line 1: not JSON"):
         list(read_data(tmp_path))
+
+
+def test_package_descriptions(tmp_path):
+    control = tmp_path / "packages"
+    control.write_text(
+        "Package: hello\nDescription: example package\n long text\n\n"
+        "Package: hello-doc\nDescription: example package\n\n"
+        "Package: bash\nDescription-en: GNU shell\n"
+    )
+    assert list(package_descriptions(control)) == [("hello", "example package"), ("bash", "GNU shell")]
+
+
+def test_a_file_without_packages_is_named(tmp_path):
+    (tmp_path / "none").write_text("nothing")
+    for name, message in (("none", "describes no package"), ("missing", "cannot be read")):
+        with pytest.raises(ConfigError, match=message):
+            list(package_descriptions(tmp_path / name))

@@ -8,9 +8,11 @@ from nvembed_deploy.training.losses import (  # noqa: E402
     distillation,
     find_positives,
     in_batch_blocked,
+    instructed_alone,
     match_targets,
     own_only_blocked,
     token_distillation,
+    towards_passages,
 )
 
 TEMPERATURE = 0.05
@@ -113,3 +115,18 @@ def test_false_negatives_follow_the_95_percent_rule():
     owner, one = torch.tensor([0, 0, 0, 1, 2, 3]), torch.tensor([0])
     blocked = in_batch_blocked(owner, torch.arange(6), queries=one, positives=torch.tensor([1]), targets=targets)
     assert blocked.tolist() == [[True, False, False, True, False, False]]
+
+
+def test_only_queries_that_alone_are_instructed_move():
+    attention = torch.ones(6, 4, dtype=torch.int64)
+    pooled = attention.clone()
+    pooled[[0, 2, 3], :2] = 0  # row 0 alone; rows 2 and 3 both; row 4 none
+    queries, positives = torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5])
+    asked, answers = instructed_alone(attention, pooled, queries=queries, positives=positives)
+    assert (asked.tolist(), answers.tolist()) == ([0], [1])
+    targets = unit_rows(6).float()
+    moved = towards_passages(targets, queries=asked, positives=answers, share=1.0)
+    half_way = torch.nn.functional.normalize(targets[0] + targets[1], dim=0)
+    assert torch.allclose(moved[0], half_way, atol=1e-6)
+    assert torch.equal(moved[1:], targets[1:])
+    assert torch.equal(towards_passages(targets, queries=asked, positives=answers, share=0.0)[1:], targets[1:])
