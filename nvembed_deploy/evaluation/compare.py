@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import platform
 from collections.abc import Sequence
@@ -86,7 +87,8 @@ def tolerance_of(precision: Precision, size: int | None) -> float:
 
 def scores(encoder: Encoder, tasks: Sequence[Any]) -> dict[str, float]:
     """Main score of each mteb task, in points. Nothing is read from mteb's cache, and nothing written to it."""
-    found = mteb.evaluate(MtebModel(encoder), list(tasks), cache=None, co2_tracker=False, show_progress_bar=False)
+    fresh = copy.deepcopy(list(tasks))  # a task keeps its random state: the second run would draw other samples
+    found = mteb.evaluate(MtebModel(encoder), fresh, cache=None, co2_tracker=False, show_progress_bar=False)
     return {result.task_name: 100 * float(result.get_score()) for result in found.task_results}
 
 
