@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,11 +21,26 @@ from nvembed_deploy.backends.ort import INPUTS
 from nvembed_deploy.bundle import PlanInfo
 from nvembed_deploy.config import ShapeProfile
 from nvembed_deploy.errors import EngineError
-from nvembed_deploy.targets import Target
+from nvembed_deploy.targets import BuildOption, Target
+
+from .timing_cache import TimingCache
+
+FLAGS = {
+    BuildOption.WEIGHT_STREAMING: ("WEIGHT_STREAMING",),
+    # Identical: what is put in is what was taken out, so kernels may be chosen for these very weights.
+    BuildOption.STRIP_WEIGHTS: ("STRIP_PLAN", "REFIT_IDENTICAL"),
+}
+"""Names of TensorRT's builder flags."""
 
 
 def build_plan(
-    graph: Path, target: Target, *, profile: ShapeProfile, bindings: Any, capability: str | None
+    graph: Path,
+    target: Target,
+    *,
+    profile: ShapeProfile,
+    bindings: Any,
+    capability: str | None,
+    asked: Set[BuildOption] = frozenset(),
 ) -> tuple[memoryview, PlanInfo]:
     """Builds a plan from a graph.
 
@@ -35,6 +50,7 @@ def build_plan(
         profile: Shapes to accept.
         bindings: The module of TensorRT or TensorRT-RTX.
         capability: This machine's GPU, for targets that build for it.
+        asked: Options beside those that the target's recipe always takes.
 
     Returns:
         The plan's bytes, in TensorRT's own memory, and what it needs to run.
@@ -53,6 +69,13 @@ def build_plan(
     config.clear_flag(bindings.BuilderFlag.TF32)
     _add_profile(builder, config, profile, logger=logger)
     capabilities = _set_capabilities(config, target, bindings=bindings, capability=capability)
+    for option in sorted(asked):
+        for flag in FLAGS[option]:
+            _set_flag(config, flag, bindings)
+    timings = None
+    if BuildOption.TIMING_CACHE in target.offers:
+        timings = TimingCache.of(bindings, capabilities[0])
+        timings.load(config, logger)
     with _progress(bindings) as (monitor, was_cancelled):
         config.progress_monitor = monitor
         try:
@@ -62,13 +85,24 @@ def build_plan(
                 raise
     if was_cancelled():  # also where TensorRT was done before it asked again: the user's word counts
         raise KeyboardInterrupt
+    if timings is not None:
+        timings.store(config)
     info = PlanInfo(
         runtime=target.runtime,
         version=bindings.__version__,
         platform=this_platform(),
         compute_capabilities=capabilities,
+        stripped=BuildOption.STRIP_WEIGHTS in asked,
+        weight_streaming=BuildOption.WEIGHT_STREAMING in asked,
     )
     return memoryview(plan).cast("B"), info
+
+
+def _set_flag(config: Any, name: str, bindings: Any) -> None:
+    flag = getattr(bindings.BuilderFlag, name, None)
+    if flag is None:
+        raise EngineError(f"{bindings.__name__} {bindings.__version__} has no builder flag {name}; take a newer one")
+    config.set_flag(flag)
 
 
 def _network_flags(bindings: Any) -> int:

@@ -10,24 +10,24 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.jsonl import read_rows
-from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.parity import INSTRUCTION
 from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order, library_files, topic_pairs
 from nvembed_deploy.text import TextEncoder, TokenRow, check_texts
 
 from .linear_groups import LinearGroup
+from .parts import Parts
 
 LONGEST_TOKENS = 256
 BATCH_TOKENS = 2048
@@ -148,7 +148,7 @@ def tokenize(texts: Sequence[CalibrationText], text: TextEncoder, *, tokens: int
     total = 0
     longest = min(LONGEST_TOKENS, text.contract.max_tokens)
     for item in texts:
-        prompt = text.prompt(item.instruction or None, None)
+        prompt = text.query_prompt(item.instruction) if item.instruction else text.prompt(None, None)
         row = text.tokenize(check_texts([item.text]), prompt=prompt, max_length=longest)[0]
         if len(row) > row.prompt_tokens:
             rows.append(row)
@@ -166,41 +166,51 @@ def texts_sha256(rows: Sequence[TokenRow]) -> str:
     return digest.hexdigest()
 
 
-@torch.inference_mode()
-def collect(
-    model: NVEmbed, groups: Sequence[LinearGroup], text: TextEncoder, rows: Sequence[TokenRow]
-) -> dict[str, Inputs]:
-    """Runs rows through the FP32 model and keeps the ranges and some rows of what each group reads.
+class Collector:
+    """Keeps the ranges and some rows of what groups of layers read, while a model runs over batches of rows.
 
-    Returns:
-        Name of each group to what was seen.
+    Args:
+        parts: The FP32 model.
+        rows: The calibration's texts.
+        text: The model's text encoder.
     """
-    batches = list(plan_batches([len(row) for row in rows], max_rows=64, max_tokens=BATCH_TOKENS))
-    total = sum(map(len, rows))
-    chosen = torch.zeros(total, dtype=torch.bool)
-    generator = np.random.default_rng(SEED)
-    chosen[torch.from_numpy(generator.choice(total, size=min(SAMPLED_ROWS, total), replace=False))] = True
-    keepers = {group.name: _Keeper() for group in groups}
-    here: dict[str, Tensor] = {}
 
-    def watch(keeper: _Keeper) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: keeper.see(args[0][here["real"]], here["chosen"])
+    def __init__(self, parts: Parts, text: TextEncoder, rows: Sequence[TokenRow]) -> None:
+        self.parts = parts
+        order = list(plan_batches([len(row) for row in rows], max_rows=64, max_tokens=BATCH_TOKENS))
+        self.batches = [text.pad([rows[index] for index in indices]) for indices in order]
+        total = sum(map(len, rows))
+        chosen = torch.zeros(total, dtype=torch.bool)
+        generator = np.random.default_rng(SEED)
+        chosen[torch.from_numpy(generator.choice(total, size=min(SAMPLED_ROWS, total), replace=False))] = True
+        counts = [int(batch.attention_mask.sum()) for batch in self.batches]
+        self._chosen = torch.split(chosen, counts)
 
-    hooks = [
-        model.get_submodule(group.linears[0]).register_forward_pre_hook(watch(keepers[group.name])) for group in groups
-    ]
-    seen = 0
-    try:
-        for indices in tqdm(batches, desc="calibrating", unit="batch", disable=None, leave=False):
-            ids, mask, pooled = (torch.from_numpy(part) for part in text.pad([rows[index] for index in indices]))
-            count = int(mask.sum())
-            here.update(real=mask.bool(), chosen=chosen[seen : seen + count])
-            model(ids, mask, pooled)
-            seen += count
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: keeper.result() for name, keeper in keepers.items()}
+    @contextmanager
+    def watching(self, groups: Sequence[LinearGroup]) -> Iterator[dict[str, Inputs]]:
+        """What the groups read goes into the dictionary, by their names, when the context ends."""
+        keepers = {group.name: _Keeper() for group in groups}
+
+        def watch(keeper: _Keeper) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                number = self.parts.batch
+                real = torch.from_numpy(self.batches[number].attention_mask).bool()
+                keeper.see(args[0][real], self._chosen[number])
+
+            return hook
+
+        model = self.parts.model
+        hooks = [
+            model.get_submodule(group.linears[0]).register_forward_pre_hook(watch(keepers[group.name]))
+            for group in groups
+        ]
+        seen: dict[str, Inputs] = {}
+        try:
+            yield seen
+            seen |= {name: keeper.result() for name, keeper in keepers.items()}
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class _Keeper:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         try:
             from nvembed_deploy.backends.reference import ReferenceBackend
-            from nvembed_deploy.parity import compare, require
+            from nvembed_deploy.parity import compare, require, require_mask
 
             from . import source
         except ImportError as err:
@@ -46,8 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         bundle, text, backend = open_parts(flags.bundle, flags.device)
         folder, _ = source.resolve(flags.model or str(default_model()), flags.revision)
         manifest = bundle.manifest
+        architecture = manifest.source.architecture
+        require_mask(backend, text, architecture.mask)
+        layers = architecture.layers if architecture.sliced else None
         report = compare(
-            ReferenceBackend(folder), backend, text, precision=manifest.precision, largest=manifest.profile.max
+            ReferenceBackend(folder, layers=layers),
+            backend,
+            text,
+            precision=manifest.precision,
+            largest=manifest.profile.max,
         )
         say(report.summary())
         sys.stdout.write(json.dumps(to_json(report)) + "\n")

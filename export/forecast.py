@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed_deploy.config import ModelConfig, Precision
+from nvembed_deploy.architecture import ModelConfig
+from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import ExportError
+from nvembed_deploy.model.weights import StoredWeights
+
+from .calibration import BATCH_TOKENS, SAMPLED_ROWS
+from .graph import BLOCK_BYTES, DTYPES
+from .options import ExportOptions
+from .parts import part_of
 
 GIB = 2**30
-BASE_BYTES = int(0.8 * GIB)
-"""Python with torch, onnx and TensorRT loaded."""
+BASE_BYTES = int(0.5 * GIB)
+"""Python with torch, onnx and the traced graph."""
+BUILD_BASE_BYTES = int(0.35 * GIB)
+"""TensorRT itself."""
+HEAD_BYTES = 20
+"""Bytes for each entry of a head's matrices while the pooler is folded: four of them in 16 bits, and FP32 copies."""
+PROBE_TOKENS = 2048
+"""Of the probes, but for a longest one."""
+SMALL_FILES_BYTES = 16 * 2**20
+"""Graph, tokenizer and manifest."""
 BUILD_FACTOR = 2.8
 """Peak of TensorRT-RTX's ahead-of-time build over the weights, measured at 1.3 B parameters."""
 RUNTIME_BYTES_A_PARAMETER = 8
@@ -51,7 +67,11 @@ def count_parameters(config: ModelConfig, *, fold: bool) -> int:
     D, heads = config.hidden_size, config.head_dim
     attention = D * heads * (2 * config.heads + 2 * config.kv_heads)
     decoder = config.layers * (attention + 3 * D * config.intermediate_size + 2 * D) + D + config.vocab_size * D
+    decoder += config.layers * (config.qkv_bias * heads * (config.heads + 2 * config.kv_heads))
+    decoder += config.layers * config.qk_norm * 2 * heads
     latent = config.latent
+    if latent is None:
+        return decoder
     inner, wide = latent.heads * latent.head_dim, latent.feed_forward_mult * D
     feed_forward = 2 * wide * (D + 1) + D * (wide + 1) + 2 * D
     folded = 2 * D * latent.heads * latent.latents + 2 * D
@@ -63,32 +83,75 @@ def count_linear_weights(config: ModelConfig) -> int:
     """Of the parameters, those that a quantized precision stores in its own format."""
     D, heads = config.hidden_size, config.head_dim
     attention = D * heads * (2 * config.heads + 2 * config.kv_heads)
-    return config.layers * (attention + 3 * D * config.intermediate_size) + 3 * config.latent.feed_forward_mult * D * D
+    pooler = 0 if config.latent is None else 3 * config.latent.feed_forward_mult * D * D
+    return config.layers * (attention + 3 * D * config.intermediate_size) + pooler
 
 
-def forecast(config: ModelConfig, precision: Precision, *, fold: bool, plan: bool, parity: bool) -> Forecast:
+def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> Forecast:
     """What an export needs.
 
     Args:
-        config: The architecture.
-        precision: Type of the weights.
-        fold: Whether the latent attention is folded.
+        weights: The checkpoint's.
+        options: The export's.
         plan: Whether a plan is built.
-        parity: Whether ONNX Runtime runs the graph; the FP32 reference is loaded in any case.
     """
+    config, precision, fold = weights.config, options.precision, options.fold
     parameters = count_parameters(config, fold=fold)
-    reference = 4 * count_parameters(config, fold=False)
     linear = count_linear_weights(config)
-    weights = int(linear * BITS[precision] + (parameters - linear) * BITS[precision.base]) // 8
-    # Smoothing works on a copy in FP32.
-    reference += 4 * parameters if precision.quantized else 0
-    while_comparing = RUNTIME_BYTES_A_PARAMETER * parameters if parity else 0
-    while_building = int(BUILD_FACTOR * weights) if plan else 0
+    size = int(linear * BITS[precision] + (parameters - linear) * BITS[precision.base]) // 8
+    streaming = _streaming_bytes(weights, fold=fold)
+    in_memory = while_comparing = 0
+    if options.parity:
+        in_memory = 4 * count_parameters(config, fold=False)
+        # Smoothing works on a copy in FP32.
+        in_memory += 4 * parameters if precision.quantized else 0
+        while_comparing = RUNTIME_BYTES_A_PARAMETER * parameters
+    elif options.runs_model:
+        streaming = max(streaming, _part_bytes(weights, options))
+    while_building = int(BUILD_FACTOR * size) + BUILD_BASE_BYTES if plan else 0
+    written = _written_bytes(weights, options, size)
     return Forecast(
-        weights=weights,
-        memory=BASE_BYTES + reference + max(while_comparing, while_building),
-        disk=int(weights * (1 + (PLAN_FACTOR if plan else 0))) + PLAN_BASE_BYTES,
+        weights=size,
+        memory=BASE_BYTES + in_memory + max(streaming, while_comparing, while_building),
+        disk=int(written + (size * PLAN_FACTOR + PLAN_BASE_BYTES if plan else 0)) + SMALL_FILES_BYTES,
     )
+
+
+def _streaming_bytes(weights: StoredWeights, *, fold: bool) -> int:
+    """Most that is in memory while weights are written: a matrix that is turned, or a head of the pooler."""
+    matrices = [
+        item.bytes for name, item in weights.tensors.items() if len(item.shape) == 2 and "embed_tokens" not in name
+    ]
+    latent = weights.config.latent
+    head = 0
+    if fold and latent is not None:
+        D = weights.config.hidden_size
+        head = HEAD_BYTES * latent.head_dim * D + 16 * D * latent.heads * latent.latents
+    return max(max(matrices, default=0) + 4 * BLOCK_BYTES, head)
+
+
+def _part_bytes(weights: StoredWeights, options: ExportOptions) -> int:
+    """Most that is in memory while a model runs part by part: the largest part in FP32, and states of its tokens."""
+    config = weights.config
+    sizes: dict[str, int] = {}
+    for name, item in weights.tensors.items():
+        if not (options.fold and ".cross_attend_blocks.0." in name):
+            part = part_of(name)
+            sizes[part] = sizes.get(part, 0) + 4 * math.prod(item.shape)
+    tokens = max(options.calibration_tokens if options.precision.quantized else 0, PROBE_TOKENS)
+    widest = max(config.hidden_size * 2, config.intermediate_size)
+    sampled = (
+        SAMPLED_ROWS * (2 * config.hidden_size + config.intermediate_size) * 8 if options.precision.quantized else 0
+    )
+    return max(sizes.values()) * 5 // 4 + 4 * tokens * config.hidden_size + 12 * BATCH_TOKENS * widest + sampled
+
+
+def _written_bytes(weights: StoredWeights, options: ExportOptions, size: int) -> int:
+    if not options.reference:
+        return size
+    wanted = DTYPES[options.precision.base]
+    as_they_lie = sum(item.bytes for item in weights.tensors.values() if item.dtype == wanted)
+    return max(0, size - as_they_lie)
 
 
 def require_room(needed: Forecast, out: Path, *, force: bool) -> None:

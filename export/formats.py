@@ -79,6 +79,10 @@ class Format:
         blocks = codes.float().reshape(-1, self.block, codes.shape[1])
         return (blocks * scale[:, None]).reshape(codes.shape).T
 
+    def scale_shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
+        """Shape of the scales of a weight [out, in]."""
+        return (outputs,) if self.block is None else (inputs // self.block, outputs)
+
     def fits(self, weight: Tensor) -> bool:
         """Whether a weight [out, in] can be stored so."""
         return self.block is None or weight.shape[1] % self.block == 0

@@ -7,6 +7,8 @@ in FP32. Linear weights are stored the way MatMul takes them, so that no runtime
 from __future__ import annotations
 
 import logging
+import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +23,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+from nvembed_deploy.architecture import ModelConfig
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
-from nvembed_deploy.bundle import WEIGHTS
-from nvembed_deploy.config import Dialect, ModelConfig, Precision
-from nvembed_deploy.errors import ExportError
+from nvembed_deploy.bundle import WEIGHTS, FileEntry, HashedFile
+from nvembed_deploy.config import Dialect, Precision
+from nvembed_deploy.errors import ConfigError, ExportError
+from nvembed_deploy.model.decoder import Decoder
 from nvembed_deploy.model.fold import FoldedLatentAttention
-from nvembed_deploy.model.nvembed import BidirectionalMistral, LatentAttentionModel, NVEmbed
+from nvembed_deploy.model.latent_attention import LatentAttentionModel
+from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.model.weights import StoredTensor
 
 from .ranges import widen
+from .state import State
 
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 STORED = {
@@ -41,6 +48,9 @@ STORED = {
 }
 TRACE_SHAPE = (3, 7)
 """Both above 1, or the tracer takes them for constants."""
+CODES_DTYPES = (torch.int8, torch.float8_e4m3fn)
+BLOCK_BYTES = 8 * 2**20
+"""Written at a time."""
 PAGE_BYTES = 4096
 """Tensors start on pages, so that a runtime can map the file into memory."""
 
@@ -96,54 +106,101 @@ def trace(
     return program.model
 
 
-def write(model: ir.Model, state: dict[str, Tensor], folder: Path, *, name: str) -> int:
-    """Writes the weights, then the graph that refers to them.
+def write(model: ir.Model, state: State, folder: Path, *, name: str, reference: bool = False) -> dict[str, FileEntry]:
+    """Writes the weights block by block, then the graph that refers to them.
 
     Args:
         model: What `trace` gave.
-        state: The reference's parameters in FP32, folded if the graph is; codes and scales of quantized layers.
+        state: The weights, folded if the graph is; codes and scales of quantized layers.
         folder: Where to write.
         name: File name of the graph.
+        reference: Leave weights where they lie if their bytes are what the graph takes: the graph then refers to the
+            checkpoint's files, which are linked into the folder, and turns matrices itself.
 
     Returns:
-        Bytes of the weights.
+        Size and hash of the weights' file, and of none but it.
 
     Raises:
         ExportError: A weight is missing, is of another shape, or does not fit into FP16.
+        ConfigError: The checkpoint's files cannot be linked, since they lie on another disk.
     """
-    path = folder / WEIGHTS
     graph = model.graph
-    with path.open("xb") as file:
-        names = [name for name, value in graph.initializers.items() if value.const_value is None]
-        for weight in tqdm(names, desc="writing weights", unit="tensor", disable=None, leave=False):
-            value = graph.initializers[weight]
-            tensor = _stored(value, state)
-            file.write(b"\0" * (-file.tell() % PAGE_BYTES))
-            offset = file.tell()
-            content = _packed(tensor) if value.dtype == ir.DataType.INT4 else tensor.view(torch.uint8)
-            file.write(content.numpy().data)
-            value.const_value = ir.ExternalTensor(
-                WEIGHTS,
-                offset,
-                file.tell() - offset,
-                value.dtype or ir.DataType.FLOAT,
-                shape=ir.Shape(tensor.shape),
-                name=weight,
-                base_dir=folder,
-            )
-        size_bytes = file.tell()
+    values = [value for value in graph.initializers.values() if value.const_value is None]
+    for value in values:
+        shape = state.shape(str(value.name))
+        if shape is None or value.shape is None or list(shape) != [int(size) for size in value.shape]:
+            raise ExportError(f"the graph's weight {value.name} {value.shape} is not one of the checkpoint's")
+    linked = {value: place for value in values if reference and (place := _as_it_lies(value, state)) is not None}
+    for value, place in linked.items():
+        if not (folder / place.path.name).exists():
+            link_into(place.path, folder)
+        _refer(value, place.path.name, place.offset, place.bytes, folder)
+    written = [value for value in values if value not in linked]
+    # In the order of the checkpoint, so that its files are read from end to end.
+    written.sort(key=lambda value: _order(state.place(str(value.name))))
+    total = sum(_stored_bytes(value, state) for value in written)
+    with (
+        HashedFile(folder / WEIGHTS) as file,
+        tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        for value in written:
+            file.write(b"\0" * (-file.size % PAGE_BYTES))
+            offset = file.size
+            for block in _blocks(value, state):
+                file.write(block)
+                bar.update(len(block))
+            _refer(value, WEIGHTS, offset, file.size - offset, folder)
     ir.save(model, folder / name)
-    return size_bytes
+    return {WEIGHTS: file.entry()}
 
 
-def check(path: Path) -> None:
+def link_into(path: Path, folder: Path) -> None:
+    """Makes a file stand in a folder as well, without copying it.
+
+    Raises:
+        ConfigError: The folder is on another disk, or one that knows no links.
+    """
+    try:
+        os.link(os.path.realpath(path), folder / path.name)
+    except OSError as err:
+        raise ConfigError(
+            f"--weights reference cannot link {path.name} into the bundle ({err.strerror}); put --out on the "
+            "checkpoint's disk, or pass --weights copy"
+        ) from err
+
+
+def _as_it_lies(value: ir.Value, state: State) -> StoredTensor | None:
+    place = state.place(str(value.name))
+    return place if place is not None and place.dtype == STORED[value.dtype or ir.DataType.FLOAT] else None
+
+
+def _order(place: StoredTensor | None) -> tuple[str, int]:
+    return ("", 0) if place is None else (place.path.name, place.offset)
+
+
+def _stored_bytes(value: ir.Value, state: State) -> int:
+    shape = state.shape(str(value.name)) or ()
+    return math.prod(shape) * STORED[value.dtype or ir.DataType.FLOAT].itemsize
+
+
+def _refer(value: ir.Value, file: str, offset: int, size: int, folder: Path) -> None:
+    shape = value.shape or ir.Shape(())
+    dtype = value.dtype or ir.DataType.FLOAT
+    value.const_value = ir.ExternalTensor(file, offset, size, dtype, shape=shape, name=str(value.name), base_dir=folder)
+
+
+def check(path: Path, *, linked: bool = False) -> None:
     """Checks a written graph with onnx.checker, and for FP16 constants that are infinite.
+
+    Args:
+        path: The graph.
+        linked: True where files of the checkpoint are linked in, which onnx.checker refuses to look at.
 
     Raises:
         ExportError: With what is wrong.
     """
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(_without_weights(path) if linked else str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         raise ExportError(f"{path.name} is not valid ONNX ({err}); this is a bug, please report it") from err
     for value in ir.load(path).graph.initializers.values():
@@ -156,31 +213,64 @@ def check(path: Path) -> None:
             )
 
 
-def _stored(value: ir.Value, state: dict[str, Tensor]) -> Tensor:
-    """The tensor as the graph takes it: converted, and turned where every use would turn it."""
-    tensor = state.get(str(value.name))
-    if tensor is None or value.shape is None or list(tensor.shape) != [int(size) for size in value.shape]:
-        raise ExportError(f"the graph's weight {value.name} {value.shape} is not one of the checkpoint's")
-    dtype = STORED[value.dtype or ir.DataType.FLOAT]
-    if tensor.dtype == dtype and dtype in (torch.int8, torch.float8_e4m3fn):
-        return tensor.contiguous()  # codes, as MatMul takes them
+def _without_weights(path: Path) -> onnx.ModelProto:
+    """The graph with its weights as inputs."""
+    model = onnx.load(path, load_external_data=False)
+    weights = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    for tensor in weights:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        model.graph.initializer.remove(tensor)
+    return model
+
+
+def _blocks(value: ir.Value, state: State) -> Iterator[memoryview]:
+    """The bytes of a weight as the graph takes it: converted, and turned where every use would turn it."""
+    name, dtype = str(value.name), STORED[value.dtype or ir.DataType.FLOAT]
+    shape = state.shape(name) or ()
+    if dtype in CODES_DTYPES and value.dtype == ir.DataType.INT4:
+        yield _bytes(_packed(state.read(name)))
+        return
+    if _take_turns(value):
+        whole = state.read(name)
+        step = max(1, BLOCK_BYTES // (shape[0] * dtype.itemsize))
+        for first in range(0, shape[1], step):
+            block = whole[:, first : first + step].contiguous()  # torch turns whole matrices fast, and parts slowly
+            yield _bytes(_converted(block, dtype, name).T.contiguous())
+        return
+    step = max(1, BLOCK_BYTES * shape[0] // max(1, math.prod(shape) * dtype.itemsize)) if shape else 1
+    for first in range(0, shape[0] if shape else 1, step):
+        rows = (first, min(first + step, shape[0])) if shape else None
+        yield _bytes(_converted(state.read(name, rows=rows), dtype, name).contiguous())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if dtype in CODES_DTYPES:
+        return tensor  # codes, as MatMul takes them
     converted = tensor.to(dtype)
-    if not torch.isfinite(converted).all():
-        largest = float(tensor.abs().max())
+    if not math.isfinite(float(converted.abs().max())):  # NaN wins a maximum
         raise ExportError(
-            f"weight {value.name} reaches {largest:.3g}, which {str(dtype).removeprefix('torch.')} cannot hold; export "
-            "with --precision bf16 or fp32"
+            f"weight {name} reaches {float(tensor.abs().max()):.3g}, which {str(dtype).removeprefix('torch.')} cannot "
+            "hold; export with --precision bf16 or fp32"
         )
+    return converted
+
+
+def _take_turns(value: ir.Value) -> bool:
+    """Takes away the transpositions of a weight if all its uses are such; True if it is to be stored turned."""
     turns = [node for node, _ in value.uses()]
-    if turns and all(_is_turn(node) for node in turns):
-        for node in turns:
-            ir.convenience.replace_all_uses_with(node.outputs[0], value)
-            graph = node.graph
-            if graph is not None:
-                graph.remove(node, safe=True)
-        converted = converted.T
-        value.shape = ir.Shape(converted.shape)
-    return converted.contiguous()
+    if not turns or not all(_is_turn(node) for node in turns):
+        return False
+    for node in turns:
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        if node.graph is not None:
+            node.graph.remove(node, safe=True)
+    assert value.shape is not None
+    value.shape = ir.Shape(list(value.shape)[::-1])
+    return True
 
 
 def _packed(codes: Tensor) -> Tensor:
@@ -194,7 +284,7 @@ def _is_turn(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and permutation is not None and list(permutation.as_ints()) == [1, 0]
 
 
-def _use_rotary_operator(backbone: BidirectionalMistral) -> None:
+def _use_rotary_operator(backbone: Decoder) -> None:
     """Puts ONNX's RotaryEmbedding in place of the five operators that it stands for."""
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nvembed_deploy.model.decoder import DecoderLayer
 from nvembed_deploy.model.fold import FoldedLatentAttention
-from nvembed_deploy.model.nvembed import DecoderLayer, GatedFeedForward, NVEmbed, PreNorm
+from nvembed_deploy.model.latent_attention import GatedFeedForward, LatentAttentionModel, PreNorm
+from nvembed_deploy.model.nvembed import NVEmbed
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def linear_groups(model: NVEmbed) -> tuple[LinearGroup, ...]:
     pooler = model.latent_attention_model
     if isinstance(pooler, FoldedLatentAttention):
         groups += _pooler_groups("latent_attention_model.feed_forward", pooler.feed_forward)
-    else:
+    elif isinstance(pooler, LatentAttentionModel):
         groups += _pooler_groups("latent_attention_model.cross_attend_blocks.1", pooler.cross_attend_blocks[1])
     return tuple(groups)
 
@@ -57,6 +59,8 @@ def _decoder_groups(name: str, layer: DecoderLayer) -> list[LinearGroup]:
     def divide_values(factors: Tensor) -> None:
         one_of_each = factors.view(attention.kv_heads, shared, width)[:, 0].reshape(-1)
         attention.v_proj.weight /= one_of_each[:, None]
+        if attention.v_proj.bias is not None:
+            attention.v_proj.bias /= one_of_each
 
     def divide_product(factors: Tensor) -> None:
         mlp.up_proj.weight /= factors[:, None]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.targets import TARGETS, Target, capable, choose
+from nvembed_deploy.targets import TARGETS, BuildOption, Target, capable, choose, require_option
 
 DEFAULT_MODEL = Path("models") / "nv-embed-mini"
 """The embedded checkpoint, from the root of the repository."""
+WEIGHTS_WAYS = ("copy", "reference")
 TOKENS = 16_384
 """Tokens that calibration takes: ranges of the embedded model change by less than 2 % beyond half of them."""
 
@@ -24,19 +25,32 @@ class ExportOptions:
     model: str
     """A local folder in Hugging Face layout, or a hub name."""
     revision: str | None
+    layers: int | None
+    """Take this many of the decoder's layers; None for all."""
     out: Path
     precision: Precision
     dialect: Dialect
     target: Target
     profile: ShapeProfile
     fold: bool
+    reference: bool
+    """Leave weights where they lie, and link the checkpoint's files into the bundle."""
     parity: bool
+    probe_ranges: bool
+    """Search for values near FP16's limit also where nothing is compared."""
+    asked: frozenset[BuildOption]
+    """What TensorRT shall do for a large engine."""
     calibration: Path | None
     """JSONL of texts to calibrate on; None: the built-in mixture."""
     calibration_tokens: int
     reuse: Path | None
     """An earlier bundle or its `quantization.json`, in place of calibrating."""
     force: bool
+
+    @property
+    def runs_model(self) -> bool:
+        """True where PyTorch computes something: with the whole model in memory where it is compared, else by parts."""
+        return self.parity or self.probe_ranges or self.precision.quantized
 
 
 def default_model() -> Path:
@@ -70,6 +84,13 @@ def add_flags(
     )
     parser.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
     parser.add_argument(
+        "--layers",
+        type=_positive,
+        default=None,
+        metavar="N",
+        help="take the first N layers only: a smaller model of true width, to try a large one on a small machine",
+    )
+    parser.add_argument(
         "--precision",
         choices=[item.value for item in precisions],
         default=default.value,
@@ -101,10 +122,31 @@ def add_flags(
             metavar="BxT",
             help=f"{what} batch, texts x tokens (default: {getattr(TARGETS['rtx'].profile, name)})",
         )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS_WAYS,
+        default="copy",
+        help="copy: the bundle holds the weights, turned as runtimes take them; reference: weights whose type stays "
+        "are not written again, the checkpoint's own files are linked into the bundle (default: %(default)s)",
+    )
     parser.add_argument("--no-fold", action="store_true", help="keep the latent attention unfolded, to compare")
     parser.add_argument(
-        "--no-parity", action="store_true", help="skip the comparison with PyTorch, which the manifest then says"
+        "--no-parity",
+        action="store_true",
+        help="skip the comparison with PyTorch, which holds the whole model in memory; the manifest then says so. "
+        "Values near FP16's limit are not searched either, unless --probe-ranges asks for it",
     )
+    parser.add_argument(
+        "--probe-ranges",
+        action="store_true",
+        help="with --no-parity: search for values near FP16's limit all the same, one layer in memory at a time",
+    )
+    for option, what in (
+        (BuildOption.WEIGHT_STREAMING, "let weights that do not fit the GPU's memory stay in the host's"),
+        (BuildOption.STRIP_WEIGHTS, "build a plan without weights, which are put in from the graph's file at load"),
+    ):
+        having = ", ".join(target.name for target in TARGETS.values() if option in target.offers)
+        parser.add_argument(f"--{option.value}", action="store_true", help=f"{what} (targets: {having})")
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -161,19 +203,28 @@ def from_flags(flags: argparse.Namespace) -> ExportOptions:
     for name in ("calibration", "reuse"):
         if getattr(flags, name) is not None and not precision.quantized:
             raise ConfigError(f"--{name} is for quantized precisions, and --precision is {precision.value}; pass int8")
+    asked = {option for option in BuildOption if getattr(flags, option.value.replace("-", "_"), False)}
+    for option in sorted(asked):
+        require_option(target, option)
+    if flags.weights == "reference" and precision.quantized:
+        raise ConfigError(f"--weights reference is for weights that stay as they are; {precision.value} writes others")
     target = replace(target, compute_capabilities=capable(target, precision))
     model = flags.model or str(default_model())
-    name = Path(model).name or "model"
+    name = (Path(model).name or "model") + (f"-{flags.layers}-layers" if flags.layers else "")
     return ExportOptions(
         model=model,
         revision=flags.revision,
+        layers=flags.layers,
         out=flags.out or Path("bundles") / f"{name}-{flags.precision}",
         precision=precision,
         dialect=Dialect(flags.dialect) if flags.dialect else target.dialect,
         target=target,
         profile=ShapeProfile(**shapes),
         fold=not flags.no_fold,
+        reference=flags.weights == "reference",
         parity=not flags.no_parity,
+        probe_ranges=flags.probe_ranges,
+        asked=frozenset(asked),
         calibration=flags.calibration,
         calibration_tokens=flags.calibration_tokens,
         reuse=flags.reuse,

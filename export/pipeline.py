@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nvembed_deploy.architecture import Pooling
 from nvembed_deploy.backends import Backend
 from nvembed_deploy.backends.bindings import load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
@@ -31,22 +32,25 @@ from nvembed_deploy.bundle import (
     QUANTIZATION_PICTURE,
     TOKENIZER,
     WEIGHTS,
+    FileEntry,
     Manifest,
     PlanInfo,
     Source,
 )
 from nvembed_deploy.cli import say
-from nvembed_deploy.config import ModelConfig, Precision
+from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import DeviceMismatchError, MissingExtra, ParityError
-from nvembed_deploy.model.fold import FoldedLatentAttention
-from nvembed_deploy.model.nvembed import LatentAttentionModel, NVEmbed
-from nvembed_deploy.parity import ParityReport, compare, longest_probe, require
+from nvembed_deploy.family import read_checkpoint_architecture
+from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.model.weights import StoredWeights
+from nvembed_deploy.parity import ParityReport, compare, longest_probe, require, require_mask
 from nvembed_deploy.publish import commit, new_bundle
 from nvembed_deploy.targets import local_compute_capability
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.version import __version__
 
 from . import source
+from .background import InBackground
 from .builder import build_plan
 from .calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from .cpu_graph import write_cpu_graph
@@ -54,20 +58,26 @@ from .forecast import GIB, forecast, peak_memory_bytes, require_room
 from .formats import FORMATS
 from .graph import check, trace, write
 from .options import ExportOptions
-from .qdq import CODES, SCALE, insert
+from .parts import Parts, folded_form
+from .qdq import insert
 from .quantization import (
     QuantizationRecord,
+    QuantizedState,
     apply_record,
     keep_next,
     keep_wide,
     quantize,
-    quantized_linears,
     read_record,
     write_record,
 )
 from .ranges import FP16_MAX, probe, wide_modules
+from .state import State, StoredState
 
-POOLING = "latent attention, masked mean, L2"
+POOLING = {
+    Pooling.LATENT: "latent attention, masked mean, L2",
+    Pooling.MEAN: "masked mean, L2",
+    Pooling.LAST: "last token, L2",
+}
 RECORDED = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
 
 
@@ -84,32 +94,36 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
     """
     started = time.monotonic()
     folder, revision = source.resolve(options.model, options.revision)
-    config = ModelConfig.from_checkpoint(folder)
+    config = read_checkpoint_architecture(folder).slice(options.layers)
     contract = source.text_contract(folder, config)
+    weights = StoredWeights(folder, config)
     bindings, missing = _bindings(options) if plan else (None, "")
-    needed = forecast(config, options.precision, fold=options.fold, plan=bindings is not None, parity=options.parity)
+    needed = forecast(weights, options, plan=bindings is not None)
     say(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needed}")
     with new_bundle(options.out) as staging:
         require_room(needed, options.out, force=options.force)
-        with _step("checking the checkpoint"):
-            name = options.model if revision else Path(options.model).resolve().name
-            origin = source.describe(folder, name, revision, config)
-            reference = ReferenceBackend(folder)
-            tokenizer = (folder / "tokenizer.json").read_bytes()
-            (staging / TOKENIZER).write_bytes(tokenizer)
+        name = options.model if revision else Path(options.model).resolve().name
+        hashing = InBackground(lambda: source.describe(folder, name, revision, config))
+        tokenizer = (folder / "tokenizer.json").read_bytes()
+        (staging / TOKENIZER).write_bytes(tokenizer)
         text = TextEncoder(tokenizer, contract)
-        model = exported_form(reference.model, fold=options.fold, own_weights=options.precision.quantized)
-        record = _quantize(model, text, origin, options) if options.precision.quantized else None
+        reference = parts = None
+        if options.parity:
+            with _step("reading the checkpoint"):
+                reference = ReferenceBackend(folder, layers=options.layers)
+            parts = Parts(exported_form(reference.model, fold=options.fold, own_weights=options.precision.quantized))
+        elif options.runs_model:
+            parts = Parts.of_checkpoint(weights, fold=options.fold)
+        record = _quantize(parts, text, hashing.result(), options) if parts and options.precision.quantized else None
         wide: frozenset[str] = frozenset()
-        if options.precision.base is Precision.FP16:
+        if parts is not None and options.precision.base is Precision.FP16:
             with _step("probing for values near FP16's limit"):
-                wide = _probe(model, text, options)
+                wide = _probe(parts, text, options)
         record = record and keep_wide(record, wide)
         while True:
-            with _step(f"tracing to ONNX ({options.dialect.value})"):
-                opset = _write_graphs(options, model, record, staging, wide)
+            opset, known = _write_graphs(options, weights, parts, record, staging, wide)
             try:
-                reports = _gate_graphs(reference, staging, text, options) if options.parity else []
+                reports = _gate_graphs(reference, staging, text, options) if reference is not None else []
                 break
             except ParityError as err:
                 record = record and keep_next(record, "the gate did not pass without it")
@@ -119,7 +133,11 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
         if record is not None:
             write_record(record, staging / QUANTIZATION)
             _draw(record, staging / QUANTIZATION_PICTURE)
-        del model
+        del parts
+        with _step("hashing the checkpoint"):
+            origin = hashing.result()
+        linked = tuple(sorted(path.name for path in staging.glob("*.safetensors")))
+        known |= {shard: origin.files[shard] for shard in linked}
         info: PlanInfo | None = None
         if bindings is not None:
             say(f"  building for {options.target.summary}")
@@ -130,10 +148,11 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                     profile=options.profile,
                     bindings=bindings,
                     capability=local_compute_capability(),
+                    asked=options.asked,
                 )
                 (staging / PLAN).write_bytes(content)
-            if options.parity:
-                reports += _gate_plan(content, info, reference, text, options)
+            if reference is not None:
+                reports += _gate_plan(content, info, staging / GRAPH, reference, text, options)
         manifest = commit(
             staging,
             options.out,
@@ -146,8 +165,8 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                 precision=options.precision,
                 dialect=options.dialect,
                 opset=opset,
-                pooling=POOLING,
-                folded=options.fold,
+                pooling=POOLING[config.pooling],
+                folded=options.fold and config.latent is not None,
                 fp32_modules=tuple(sorted(wide)),
                 dimension=config.hidden_size,
                 text=contract,
@@ -155,8 +174,10 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                 plan=info,
                 parity=tuple(reports),
                 versions=_versions(info),
+                referenced=linked,
                 files={},
             ),
+            known=known,
         )
     _report(manifest, options.out, missing=missing, seconds=time.monotonic() - started)
     return manifest
@@ -171,16 +192,13 @@ def exported_form(model: NVEmbed, *, fold: bool, own_weights: bool) -> NVEmbed:
         own_weights: Whether its weights may be changed; otherwise they are the reference's.
     """
     if own_weights:
-        form = copy.deepcopy(model)
-    else:
-        form = copy.copy(model)
-        form._modules = dict(model._modules)
-    if fold and isinstance(form.latent_attention_model, LatentAttentionModel):
-        form.latent_attention_model = FoldedLatentAttention(form.latent_attention_model)
-    return form
+        return folded_form(copy.deepcopy(model), fold=fold)
+    form = copy.copy(model)
+    form._modules = dict(model._modules)
+    return folded_form(form, fold=fold)
 
 
-def _quantize(model: NVEmbed, text: TextEncoder, origin: Source, options: ExportOptions) -> QuantizationRecord:
+def _quantize(parts: Parts, text: TextEncoder, origin: Source, options: ExportOptions) -> QuantizationRecord:
     """Ranges, smoothing and kept layers, found or read again; the model is smoothed in place."""
     weights = {name: entry.sha256 for name, entry in origin.files.items() if name.endswith(".safetensors")}
     model_sha256 = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
@@ -196,12 +214,12 @@ def _quantize(model: NVEmbed, text: TextEncoder, origin: Source, options: Export
             texts=texts_sha256(rows) if rows is not None else None,
         )
         with _step(f"smoothing as {options.reuse} says"):
-            apply_record(model, record)
+            apply_record(parts, record)
         return record
     assert rows is not None
     with _step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
         longest = longest_probe(text, options.profile.max)
-        record = quantize(model, text, rows, options.precision, model_sha256=model_sha256, longest=longest)
+        record = quantize(parts, text, rows, options.precision, model_sha256=model_sha256, longest=longest)
     kept = [item.name for item in record.groups if item.kept]
     say(
         f"  {len(record.groups) - len(kept)} of {len(record.groups)} groups of layers quantized; kept: {kept or 'none'}"
@@ -215,10 +233,10 @@ def _draw(record: QuantizationRecord, path: Path) -> None:
     draw_ranking(record, path)
 
 
-def _probe(model: NVEmbed, text: TextEncoder, options: ExportOptions) -> frozenset[str]:
+def _probe(parts: Parts, text: TextEncoder, options: ExportOptions) -> frozenset[str]:
     """The modules that must stay in FP32, said with the reason."""
-    found = probe(model, text, longest=longest_probe(text, options.profile.max))
-    wide = wide_modules(model, found)
+    found = probe(parts, text, longest=longest_probe(text, options.profile.max))
+    wide = wide_modules(parts.model, found)
     worst = max(found.largest, key=lambda name: found.largest[name])
     say(f"  largest value {found.largest[worst]:.4g} at {worst}; FP16 ends at {FP16_MAX:.0f}")
     if wide:
@@ -229,27 +247,38 @@ def _probe(model: NVEmbed, text: TextEncoder, options: ExportOptions) -> frozens
 
 def _write_graphs(
     options: ExportOptions,
-    model: NVEmbed,
+    weights: StoredWeights,
+    parts: Parts | None,
     record: QuantizationRecord | None,
     staging: Path,
     wide: frozenset[str],
-) -> int:
-    """Writes what the engine is built from, and what CPUs run where that is not for them. Returns the opset."""
-    traced = trace(model.config, precision=options.precision, dialect=options.dialect, fold=options.fold, wide=wide)
-    state = model.state_dict()
-    if record is not None:
-        layers = dict(quantized_linears(model, record))
-        insert(traced, {name: layer.input_scale for name, layer in layers.items()}, FORMATS[options.precision])
-        for name, layer in layers.items():
-            state |= {f"{name}.weight{CODES}": layer.codes, f"{name}.weight{SCALE}": layer.scale}
-    for name in (GRAPH, CPU_GRAPH, WEIGHTS):  # of an attempt that did not pass
-        (staging / name).unlink(missing_ok=True)
-    write(traced, state, staging, name=GRAPH)
-    check(staging / GRAPH)
-    if options.precision.has_cpu_graph:
-        write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)
-        check(staging / CPU_GRAPH)
-    return traced.opset_imports[""]
+) -> tuple[int, dict[str, FileEntry]]:
+    """Writes what the engine is built from, and what CPUs run where that is not for them.
+
+    Returns:
+        The opset, and the hash of what was hashed while it was written.
+    """
+    with _step(f"tracing to ONNX ({options.dialect.value})"):
+        traced = trace(
+            weights.config, precision=options.precision, dialect=options.dialect, fold=options.fold, wide=wide
+        )
+    if parts is None or record is None:
+        state: State = StoredState(weights, fold=options.fold)
+    else:
+        state = QuantizedState(parts, record)
+        insert(traced, state.input_scales, FORMATS[options.precision])
+    for path in (staging / name for name in (GRAPH, CPU_GRAPH, WEIGHTS)):  # of an attempt that did not pass
+        path.unlink(missing_ok=True)
+    with _step("writing the weights"):
+        known = write(traced, state, staging, name=GRAPH, reference=options.reference)
+        if isinstance(state, QuantizedState):
+            state.close()
+    with _step("checking the graph"):
+        check(staging / GRAPH, linked=options.reference)
+        if options.precision.has_cpu_graph:
+            write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)
+            check(staging / CPU_GRAPH, linked=options.reference)
+    return traced.opset_imports[""], known
 
 
 def _gate_graphs(
@@ -268,21 +297,27 @@ def _gate_graphs(
     return reports
 
 
-def _gate(reference: Backend, candidate: Backend, text: TextEncoder, options: ExportOptions) -> ParityReport:
+def _gate(reference: ReferenceBackend, candidate: Backend, text: TextEncoder, options: ExportOptions) -> ParityReport:
+    require_mask(candidate, text, reference.model.config.mask)
     report = compare(reference, candidate, text, precision=options.precision, largest=options.profile.max)
     say(f"  {report.summary()}")
     return require(report)
 
 
 def _gate_plan(
-    plan: memoryview, info: PlanInfo, reference: ReferenceBackend, text: TextEncoder, options: ExportOptions
+    plan: memoryview,
+    info: PlanInfo,
+    graph: Path,
+    reference: ReferenceBackend,
+    text: TextEncoder,
+    options: ExportOptions,
 ) -> list[ParityReport]:
     """Runs the plan where there is a GPU for it; elsewhere the graph's gate is all that can be done, and it says so."""
     try:
         cuda = CudaRuntime.load()
         device = cuda.device(0)
         dimension = reference.model.config.hidden_size
-        candidate = TrtBackend(plan, info, dimension=dimension, device=device, cuda=cuda)
+        candidate = TrtBackend(plan, info, dimension=dimension, device=device, cuda=cuda, graph=graph)
     except (DeviceMismatchError, MissingExtra) as err:
         say(f"  the plan itself was not run ({err}); its graph was compared. On its GPU: python -m export.check BUNDLE")
         return []

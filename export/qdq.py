@@ -69,8 +69,7 @@ def _stored_weight(graph: ir.Graph, name: str, weight: ir.Value, number: Format,
     assert weight.dtype is not None
     rows, columns = weight.shape.numpy()  # [out, in]
     codes = _initializer(graph, f"{name}.weight{CODES}", TYPES[number.precision.value], (columns, rows))
-    shape = (rows,) if number.block is None else (columns // number.block, rows)
-    scale = _initializer(graph, f"{name}.weight{SCALE}", weight.dtype, shape)
+    scale = _initializer(graph, f"{name}.weight{SCALE}", weight.dtype, number.scale_shape(rows, columns))
     attributes = {"axis": 1} if number.block is None else {"axis": 0, "block_size": number.block}
     node = ir.node("DequantizeLinear", [codes, scale], attributes)
     _describe(node, f"{name}.weight", weight.dtype, (columns, rows))

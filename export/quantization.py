@@ -3,13 +3,15 @@
 Per group of layers that read one tensor: SmoothQuant's exponent and the share of the range that the input's scale
 covers are searched for the smallest error of the layers' outputs. Then every group alone is quantized in the model and
 ranked by what that costs, in cosine on real text; the worst stay in the base precision until the gate's bound holds.
+
+A model that is streamed is ranked by those errors instead: a run for each group would read it a hundred times.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,9 +27,11 @@ from nvembed_deploy.parity import TOLERANCES, probe_rows
 from nvembed_deploy.records import from_json, to_json
 from nvembed_deploy.text import TextEncoder, TokenRow
 
-from .calibration import Inputs, collect, pack, texts_sha256, unpack
+from .calibration import Collector, Inputs, pack, texts_sha256, unpack
 from .formats import FORMATS, Format
 from .linear_groups import LinearGroup, linear_groups, smooth, weight_of
+from .parts import Parts, part_of
+from .qdq import CODES, SCALE
 
 EXPONENTS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """SmoothQuant's alpha; 0 stands for no smoothing at all."""
@@ -35,6 +39,7 @@ SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 RANKING_TOKENS = 1024
 """Tokens of calibration text that rank the groups, beside the gate's shorter probes."""
 RANKING_LONGEST = 128
+STREAMED_TRIES = 16
 MARGIN = 0.25
 """Part of the gate's allowance that is kept for what differs between this simulation and the engine."""
 FLOOR = 1e-5
@@ -80,19 +85,8 @@ class QuantizationRecord:
     groups: tuple[GroupRecord, ...]
 
 
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """A linear layer as the graph stores it."""
-
-    codes: Tensor
-    """[in, out]."""
-    scale: Tensor
-    """float32 [out], or [in / block, out]."""
-    input_scale: float
-
-
 def quantize(
-    model: NVEmbed,
+    parts: Parts,
     text: TextEncoder,
     rows: Sequence[TokenRow],
     precision: Precision,
@@ -103,7 +97,7 @@ def quantize(
     """Calibrates, smooths the model in place, ranks its groups and chooses what to quantize.
 
     Args:
-        model: FP32, the pooler folded or not.
+        parts: FP32, the pooler folded or not.
         text: The model's text encoder.
         rows: The calibration's texts.
         precision: A quantized one.
@@ -114,19 +108,17 @@ def quantize(
         ParityError: The gate's bound does not hold even with every group kept.
     """
     number = FORMATS[precision]
-    groups = linear_groups(model)
-    inputs = collect(model, groups, text, rows)
+    groups = linear_groups(parts.model)
     ranking, probes = _ranking_rows(text, rows, longest), probe_rows(text, longest)[1]
-    before = embed(model, text, probes)
-    records = []
-    for group in tqdm(groups, desc="searching scales", unit="group", disable=None, leave=False):
-        record = _search(model, group, inputs.pop(group.name), number)
-        records.append(record)
-        smooth(model, group, _factors(model, group, unpack(record.channel_ranges), record.exponent))
-    candidates = [group for group, record in zip(groups, records, strict=True) if not record.kept]
-    costs = _rank(model, text, ranking, candidates, {record.name: record for record in records}, number)
+    before = parts.embed(text, probes)
+    records = _search_all(parts, groups, Collector(parts, text, rows), number)
+    if parts.streamed:
+        costs = {record.name: record.error for record in records if not record.kept}
+    else:
+        candidates = [record for record in records if not record.kept]
+        costs = _rank(parts, text, ranking, candidates, number)
     records = [replace(record, cost=costs.get(record.name, 0.0)) for record in records]
-    records = _keep_until_it_holds(model, text, probes, before, records, number)
+    records = _keep_until_it_holds(parts, text, probes, before, records, number)
     return QuantizationRecord(
         version=RECORD_VERSION,
         precision=precision,
@@ -138,27 +130,99 @@ def quantize(
     )
 
 
-def apply_record(model: NVEmbed, record: QuantizationRecord) -> None:
+def _search_all(parts: Parts, groups: Sequence[LinearGroup], collector: Collector, number: Format) -> list[GroupRecord]:
+    """Every group's record; the model is smoothed as they say. Smoothing changes nothing for the parts behind."""
+    records: dict[str, GroupRecord] = {}
+    bar = tqdm(total=len(groups), desc="searching scales", unit="group", disable=None, leave=False)
+
+    @contextmanager
+    def watch(part: str) -> Iterator[None]:
+        here = [group for group in groups if part_of(group.name) == part]
+        with collector.watching(here) as seen:
+            yield
+        for group in here:
+            record = _search(parts.model, group, seen.pop(group.name), number)
+            records[group.name] = record
+            parts.edit(part, _smoothing(parts.model, group, record))
+            bar.update()
+
+    parts.forward(collector.batches, watch=watch, what="calibrating, layer by layer")
+    bar.close()
+    return [records[group.name] for group in groups]
+
+
+def _smoothing(model: NVEmbed, group: LinearGroup, record: GroupRecord) -> Callable[[], None]:
+    largest = unpack(record.channel_ranges)
+    return lambda: smooth(model, group, _factors(model, group, largest, record.exponent))
+
+
+def apply_record(parts: Parts, record: QuantizationRecord) -> None:
     """Smooths a model in place as a record says.
 
     Raises:
         ConfigError: The record is of a model with other layers.
     """
-    groups = {group.name: group for group in linear_groups(model)}
+    groups = {group.name: group for group in linear_groups(parts.model)}
     if groups.keys() != {item.name for item in record.groups}:
         raise ConfigError("the quantization record is of a model with other layers; quantize again without --reuse")
     for item in record.groups:
-        group = groups[item.name]
-        smooth(model, group, _factors(model, group, unpack(item.channel_ranges), item.exponent))
+        parts.edit(part_of(item.name), _smoothing(parts.model, groups[item.name], item))
 
 
-def quantized_linears(model: NVEmbed, record: QuantizationRecord) -> Iterator[tuple[str, QuantizedLinear]]:
-    """Each quantized layer of a smoothed model: its name and what is stored."""
-    number = FORMATS[record.precision]
-    for item in record.groups:
-        for name in () if item.kept else item.linears:
-            codes, scale = number.encode_weight(weight_of(model, name))
-            yield name, QuantizedLinear(codes, scale, item.input_scale)
+class QuantizedState:
+    """The weights of a smoothed model as a quantized graph takes them; see `state.State`.
+
+    Args:
+        parts: The model.
+        record: Which layers are quantized.
+    """
+
+    def __init__(self, parts: Parts, record: QuantizationRecord) -> None:
+        self._parts = parts
+        self._number = FORMATS[record.precision]
+        self._open = ExitStack()
+        self._part = ""
+        self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
+        self.input_scales = {name: item.input_scale for item in record.groups if not item.kept for name in item.linears}
+
+    def _linear(self, name: str) -> tuple[str, str]:
+        """The quantized layer that a tensor is the codes or the scale of, and which; empty for all others."""
+        for ending in (CODES, SCALE):
+            if name.endswith(f".weight{ending}") and (linear := name.removesuffix(f".weight{ending}")):
+                return (linear, ending) if linear in self.input_scales else ("", "")
+        return "", ""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """See `State`."""
+        linear, which = self._linear(name)
+        if linear:
+            outputs, inputs = weight_of(self._parts.model, linear).shape
+            return (inputs, outputs) if which == CODES else self._number.scale_shape(outputs, inputs)
+        found = dict(self._parts.model.named_parameters()).get(name)
+        return None if found is None else tuple(found.shape)
+
+    def place(self, name: str) -> None:
+        """See `State`: nothing is as it lies in a file."""
+
+    def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
+        """See `State`."""
+        linear, which = self._linear(name)
+        if (part := part_of(linear or name)) != self._part:
+            self._open.close()
+            self._open.enter_context(self._parts.part(part))
+            self._part = part
+        if not linear:
+            found: Tensor = self._parts.model.get_parameter(name)
+        else:
+            if self._last is None or self._last[0] != linear:
+                self._last = linear, self._number.encode_weight(weight_of(self._parts.model, linear))
+            found = self._last[1][(CODES, SCALE).index(which)]
+        return found if rows is None else found[rows[0] : rows[1]]
+
+    def close(self) -> None:
+        """Lets go of the part that is in memory."""
+        self._open.close()
+        self._part, self._last = "", None
 
 
 def keep_next(record: QuantizationRecord, reason: str) -> QuantizationRecord | None:
@@ -265,12 +329,6 @@ def _factors(model: NVEmbed, group: LinearGroup, largest: Tensor, exponent: floa
     return factors / factors.log().mean().exp()
 
 
-def embed(model: NVEmbed, text: TextEncoder, rows: Sequence[TokenRow]) -> Tensor:
-    """float32 [N, D] of rows, each alone."""
-    with torch.inference_mode():
-        return torch.cat([model(*(torch.from_numpy(part) for part in text.pad([row])))[0] for row in rows])
-
-
 @contextmanager
 def simulated(model: NVEmbed, records: Sequence[GroupRecord], number: Format) -> Iterator[None]:
     """The model with the layers of some groups computing on what their codes stand for."""
@@ -300,25 +358,27 @@ def _ranking_rows(text: TextEncoder, rows: Sequence[TokenRow], longest: int) -> 
     return chosen
 
 
+def simulation(
+    model: NVEmbed, records: Sequence[GroupRecord], number: Format
+) -> Callable[[str], AbstractContextManager[None]]:
+    """`simulated` for each part while it is in memory."""
+    return lambda part: simulated(model, [item for item in records if part_of(item.name) == part], number)
+
+
 def _rank(
-    model: NVEmbed,
-    text: TextEncoder,
-    rows: Sequence[TokenRow],
-    groups: Sequence[LinearGroup],
-    records: dict[str, GroupRecord],
-    number: Format,
+    parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], candidates: Sequence[GroupRecord], number: Format
 ) -> dict[str, float]:
     """What quantizing each group alone costs."""
-    truth = embed(model, text, rows)
+    truth = parts.embed(text, rows)
     costs = {}
-    for group in tqdm(groups, desc="ranking groups", unit="group", disable=None, leave=False):
-        with simulated(model, [records[group.name]], number):
-            costs[group.name] = 1 - float((truth * embed(model, text, rows)).sum(dim=1).mean())
+    for record in tqdm(candidates, desc="ranking groups", unit="group", disable=None, leave=False):
+        found = parts.embed(text, rows, watch=simulation(parts.model, [record], number))
+        costs[record.name] = 1 - float((truth * found).sum(dim=1).mean())
     return costs
 
 
 def _keep_until_it_holds(
-    model: NVEmbed,
+    parts: Parts,
     text: TextEncoder,
     probes: Sequence[TokenRow],
     truth: Tensor,
@@ -327,11 +387,12 @@ def _keep_until_it_holds(
 ) -> list[GroupRecord]:
     tolerance = TOLERANCES[number.precision]
     worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.cost)
-    for kept in range(len(worst_first) + 1):
+    # A streamed model is read anew for each try.
+    step = max(1, len(worst_first) // STREAMED_TRIES) if parts.streamed else 1
+    for kept in (*range(0, len(worst_first), step), len(worst_first)):
         names = {item.name for item in worst_first[:kept]}
         taken = [item for item in worst_first if item.name not in names]
-        with simulated(model, taken, number):
-            cosines = (truth * embed(model, text, probes)).sum(dim=1)
+        cosines = (truth * parts.embed(text, probes, watch=simulation(parts.model, taken, number))).sum(dim=1)
         if all(
             1 - float(found) <= (1 - bound) * (1 - MARGIN)
             for found, bound in ((cosines.min(), tolerance.min_cosine), (cosines.mean(), tolerance.min_mean_cosine))

@@ -11,18 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle as Handle
 
-from nvembed_deploy.model.nvembed import Attention, NVEmbed, RMSNorm, SwiGLU
+from nvembed_deploy.model.decoder import Attention, RMSNorm, SwiGLU
+from nvembed_deploy.model.fold import FoldedLatentAttention
+from nvembed_deploy.model.latent_attention import LatentAttentionModel
+from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.parity import probe_rows
 from nvembed_deploy.text import TextEncoder
+
+from .parts import POOLER, Parts
 
 FP16_MAX = 65504.0
 HEADROOM = 4.0
 """Texts that were not probed may reach further: what passes a quarter of the limit counts as near it."""
-POOLER = "latent_attention_model"
 DECODER = "embedding_model"
 
 
@@ -39,12 +42,11 @@ class Ranges:
         return {name: value for name, value in self.largest.items() if not value <= FP16_MAX / HEADROOM}
 
 
-@torch.inference_mode()
-def probe(model: NVEmbed, text: TextEncoder, *, longest: int) -> Ranges:
+def probe(parts: Parts, text: TextEncoder, *, longest: int) -> Ranges:
     """Runs the gate's texts through the FP32 reference and keeps every tensor's largest value.
 
     Args:
-        model: The reference, unfolded.
+        parts: The reference.
         text: The model's text encoder.
         longest: Tokens of the longest probe.
 
@@ -58,10 +60,9 @@ def probe(model: NVEmbed, text: TextEncoder, *, longest: int) -> Ranges:
         value = float(tensor.abs().max())
         largest[name] = value if value != value else max(largest.get(name, 0.0), value)  # NaN stays
 
-    hooks = [handle for name, module in model.named_modules() for handle in _watch(name, module, keep)]
+    hooks = [handle for name, module in parts.model.named_modules() for handle in _watch(name, module, keep)]
     try:
-        for row in probe_rows(text, longest)[1]:
-            model(*(torch.from_numpy(part) for part in text.pad([row])))
+        parts.embed(text, probe_rows(text, longest)[1])
     finally:
         for handle in hooks:
             handle.remove()
@@ -73,6 +74,8 @@ def _watch(name: str, module: nn.Module, keep: Callable[[str, Tensor], None]) ->
         return [module.down_proj.register_forward_pre_hook(lambda _, args: keep(f"{name}.product", args[0]))]
     if isinstance(module, Attention):
         return _watch_scores(name, module, keep)
+    if isinstance(module, RMSNorm) and name.endswith(("q_norm", "k_norm")):
+        return [module.register_forward_hook(lambda _, args, out: keep(name, out))]
     if isinstance(module, RMSNorm):  # what it takes is the residual
         return [
             module.register_forward_pre_hook(lambda _, args: keep(f"{name}.residual", args[0])),
@@ -95,10 +98,8 @@ def _watch_scores(name: str, attention: Attention, keep: Callable[[str, Tensor],
 
         return hook
 
-    return [
-        attention.q_proj.register_forward_hook(measure("query")),
-        attention.k_proj.register_forward_hook(measure("key")),
-    ]
+    query, key = attention.q_norm or attention.q_proj, attention.k_norm or attention.k_proj
+    return [query.register_forward_hook(measure("query")), key.register_forward_hook(measure("key"))]
 
 
 def wide_modules(model: NVEmbed, ranges: Ranges) -> frozenset[str]:
@@ -123,7 +124,7 @@ def wide_modules(model: NVEmbed, ranges: Ranges) -> frozenset[str]:
             wide |= {name, *_takers(parent, what)}
     for name in list(wide):  # the attention takes three tensors of one type
         parent, _, what = name.rpartition(".")
-        if what in ("q_proj", "k_proj", "v_proj"):
+        if what in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"):
             wide |= {f"{parent}.{part}_proj" for part in "qkv"}
     return frozenset(wide)
 
@@ -165,7 +166,9 @@ def widen(model: nn.Module, wide: frozenset[str]) -> None:
                 setattr(part, own, nn.Parameter(weight.float(), requires_grad=False))
     for name, module in model.named_modules():
         inside_pooler = name.startswith(f"{POOLER}.")
-        if name == POOLER or (isinstance(module, nn.Linear) and not inside_pooler):
+        if isinstance(module, LatentAttentionModel | FoldedLatentAttention) or (
+            isinstance(module, nn.Linear) and not inside_pooler
+        ):
             module.register_forward_pre_hook(_cast_inputs)
 
 

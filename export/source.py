@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+from nvembed_deploy.architecture import ModelConfig, Pooling
 from nvembed_deploy.bundle import FileEntry, Source, hash_file
-from nvembed_deploy.config import ModelConfig, read_json
+from nvembed_deploy.config import read_json
 from nvembed_deploy.errors import CheckpointError, MissingExtra
-from nvembed_deploy.model.checkpoint import weight_files
+from nvembed_deploy.family import FAMILY, Relative
+from nvembed_deploy.model.weights import weight_files
 from nvembed_deploy.text import TextContract, parse_tokenizer
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -62,7 +65,7 @@ def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def describe(folder: Path, name: str, revision: str | None, config: ModelConfig) -> Source:
-    """Hashes the checkpoint's files.
+    """Hashes the checkpoint's files, which for a large one takes as long as reading it.
 
     Raises:
         CheckpointError: A shard has the size of a published one and other content.
@@ -76,16 +79,22 @@ def describe(folder: Path, name: str, revision: str | None, config: ModelConfig)
                 f"{path} has the size of NV-Embed-v2's shard and another SHA-256 ({entry.sha256[:12]}..., published "
                 f"{known[:12]}...); download it again"
             )
+    if config.sliced:
+        name = f"{name} (first {config.layers} layers)"
     return Source(name=name, revision=revision, files=files, architecture=config)
 
 
 def text_contract(folder: Path, config: ModelConfig) -> TextContract:
     """What the checkpoint's tokenizer files ask for.
 
+    `tokenizer.json` says which special tokens stand around a text; where it forgets the EOS of a model that ends with
+    one (e5-mistral's does), `config.json` names it.
+
     Raises:
-        CheckpointError: `tokenizer.json` is missing, adds other tokens than NV-Embed's, or has ids beyond the
-            embedding table.
+        CheckpointError: `tokenizer.json` is missing, lacks the BOS, adds what the model does not know, has ids beyond
+            the embedding table, or another file of the folder contradicts the model's pooling.
     """
+    relative = FAMILY[config.relative]
     path = folder / "tokenizer.json"
     try:
         tokenizer = parse_tokenizer(path.read_bytes())
@@ -93,24 +102,66 @@ def text_contract(folder: Path, config: ModelConfig) -> TextContract:
         raise CheckpointError(
             f"{path} cannot be read ({err.strerror}); the checkpoint needs the tokenizer that it was trained with"
         ) from err
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    text_config = read_json(folder / "config.json").get("text_config", {})
-    bos, eos = text_config.get("bos_token_id", 1), text_config.get("eos_token_id", 2)
+    settings = _optional_json(folder / "tokenizer_config.json")
+    stated = read_json(folder / "config.json")
+    stated = stated.get("text_config", stated)
     added = tokenizer.encode("a", add_special_tokens=True).ids
     plain = tokenizer.encode("a", add_special_tokens=False).ids
-    if added != [bos, *plain]:
+    start = next((place for place in range(len(added)) if added[place : place + len(plain)] == plain), len(added))
+    prefix, suffix = added[:start], added[start + len(plain) :]
+    begin = [stated.get("bos_token_id", 1)] if relative.begins else []
+    end = [stated.get("eos_token_id", 2)] if relative.ends else []
+    if prefix != begin or (suffix and not (relative.ends and relative.end_survives)):
         raise CheckpointError(
-            f"{path} makes {added} of 'a', not <s> ({bos}) and {plain}: NV-Embed needs the BOS in front and adds the "
-            "EOS itself. Use the tokenizer.json of the published checkpoint"
+            f"{path} makes {added} of 'a', which is {plain}: {config.relative} needs {begin or 'nothing'} in front"
+            f"{'' if relative.end_survives else ' and adds what follows itself'}. Use the tokenizer.json of the "
+            "published checkpoint"
         )
+    if relative.ends and not suffix:
+        if relative.end_by_tokenizer or not all(isinstance(token, int) for token in end):
+            raise CheckpointError(
+                f"{path} has lost the EOS that {config.relative} pools: it makes {added} of 'a'. Use the published "
+                "checkpoint's tokenizer.json"
+            )
+        suffix = end
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise CheckpointError(f"{path} has id {largest}, the embedding table {config.vocab_size} rows; they do not fit")
-    pad = tokenizer.token_to_id(settings.get("pad_token") or "")
+    _check_pooling(folder, config)
+    pad = settings.get("pad_token")
+    pad_id = tokenizer.token_to_id(str(pad.get("content") if isinstance(pad, dict) else pad or ""))
     return TextContract(
-        prefix_ids=(bos,),
-        suffix_ids=(eos,),
-        pad_id=eos if pad is None else pad,
+        prefix_ids=tuple(prefix),
+        suffix_ids=tuple(suffix),
+        pad_id=(suffix or prefix)[0] if pad_id is None else pad_id,
         mask_prompt=config.mask_instruction,
         max_tokens=config.max_positions,
+        suffix_survives=relative.end_survives,
+        mask_prefix=relative.mask_begin,
+        pool_last=config.pooling is Pooling.LAST,
+        instruction_template=relative.template,
+        default_prompt=relative.default_prompt,
+        prompts=_prompts(folder, relative),
     )
+
+
+def _prompts(folder: Path, relative: Relative) -> dict[str, str]:
+    found = _optional_json(folder / "config_sentence_transformers.json").get("prompts")
+    named = {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+    return named or dict(relative.prompts)
+
+
+def _check_pooling(folder: Path, config: ModelConfig) -> None:
+    """Refuses a folder whose sentence-transformers files pool otherwise than its architecture does."""
+    modes = _optional_json(folder / "1_Pooling" / "config.json")
+    chosen = {name.removeprefix("pooling_mode_") for name, on in modes.items() if name.startswith("pooling_") and on}
+    wanted = "lasttoken" if config.pooling is Pooling.LAST else "mean_tokens"
+    if chosen and wanted not in chosen:
+        raise CheckpointError(
+            f"{folder / '1_Pooling' / 'config.json'} pools {', '.join(sorted(chosen))}, and {config.relative} pools "
+            f"{wanted}: one of the two is wrong, and the vectors would be; correct the file, or remove it"
+        )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}

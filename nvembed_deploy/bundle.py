@@ -12,17 +12,19 @@ import json
 import os
 import re
 import stat
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nvembed_deploy.config import Dialect, ModelConfig, Precision, ShapeProfile
+from nvembed_deploy.architecture import ModelConfig
+from nvembed_deploy.config import Dialect, Precision, ShapeProfile
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.parity import ParityReport
 from nvembed_deploy.records import from_json, to_json
 from nvembed_deploy.text import TextContract
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PLAN = "engine.plan"
 GRAPH = "model.onnx"
@@ -41,6 +43,7 @@ OPEN_ATTEMPTS = 20
 _SELF_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _ZEROS = b"0" * 64
 _CHUNK_BYTES = 2**20
+_BLOCKS_WAITING = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,10 @@ class PlanInfo:
     """Operating system and processor, such as `linux_x86_64`."""
     compute_capabilities: tuple[str, ...]
     """GPUs it runs on, such as `8.9`."""
+    stripped: bool = False
+    """True where the plan holds no weights: they are put in from the graph's file when it is loaded."""
+    weight_streaming: bool = False
+    """True where weights may stay in the host's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,8 @@ class Manifest:
     plan: PlanInfo | None
     parity: tuple[ParityReport, ...]
     versions: dict[str, str]
+    referenced: tuple[str, ...]
+    """Files of the checkpoint that the graph reads its weights from; hard links to them stand in the bundle."""
     files: dict[str, FileEntry]
 
     def to_bytes(self) -> bytes:
@@ -140,7 +149,11 @@ class Manifest:
         names = self.files.keys()
         if missing := sorted(REQUIRED - names):
             raise BundleError(f"{MANIFEST} does not list {missing[0]}; make the bundle again")
-        if unknown := sorted(names - PAYLOAD):
+        if missing := sorted(set(self.referenced) - names):
+            raise BundleError(f"{MANIFEST} does not list {missing[0]}; make the bundle again")
+        if wrong := [name for name in self.referenced if not is_shard_name(name)]:
+            raise BundleError(f"{MANIFEST} refers to {wrong[0]!r}, which is no safetensors file; make the bundle again")
+        if unknown := sorted(names - PAYLOAD - set(self.referenced)):
             raise BundleError(f"{MANIFEST} lists {unknown[0]!r}, which is no file of a bundle; make the bundle again")
         for name, expected in (
             (PLAN, self.plan is not None),
@@ -211,7 +224,7 @@ class Bundle:
         if extra := sorted(present - expected):
             raise BundleError(f"{folder / extra[0]} is not part of the bundle; move it elsewhere")
         for name, entry in manifest.files.items():
-            stamps[name] = _stamp(folder / name)
+            stamps[name] = _stamp(folder / name, linked=name in manifest.referenced)
             if stamps[name][_SIZE] != entry.bytes:
                 raise _damaged(folder / name, f"{stamps[name][_SIZE]} bytes, expected {entry.bytes}")
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
@@ -226,7 +239,10 @@ class Bundle:
 
     def is_current(self) -> bool:
         """True if the files on disk are still the ones that were checked."""
-        return all(_stamp_or_none(self.folder / name) == stamp for name, stamp in self.stamps.items())
+        linked = self.manifest.referenced
+        return all(
+            _stamp_or_none(self.folder / name, linked=name in linked) == stamp for name, stamp in self.stamps.items()
+        )
 
     def read(self, name: str) -> bytes:
         """Content of a file, checked again, so that the bytes used are the bytes that were hashed.
@@ -278,25 +294,69 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(bytes=size, sha256=digest.hexdigest())
 
 
+class HashedFile:
+    """A new file that is hashed while it is written, on a thread of its own.
+
+    Args:
+        path: Must not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> HashedFile:
+        self._file = self.path.open("xb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        self._file.close()
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Appends; the content must stay as it is."""
+        while len(self._waiting) >= _BLOCKS_WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._digest.update, content))
+        rest = memoryview(content)
+        while len(rest):
+            rest = rest[self._file.write(rest) :]
+        self.size += len(content)
+
+    def entry(self) -> FileEntry:
+        """Size and hash, once it is closed."""
+        return FileEntry(bytes=self.size, sha256=self._digest.hexdigest())
+
+
 _SIZE = 2
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Identity of a regular file that nothing else links to."""
+def is_shard_name(name: str) -> bool:
+    """True for the plain name of a safetensors file."""
+    return Path(name).name == name and name.endswith(".safetensors")
+
+
+def _stamp(path: Path, *, linked: bool = False) -> tuple[int, ...]:
+    """Identity of a regular file that nothing else links to, unless it is `linked` on purpose."""
     try:
         status = path.lstat()
     except OSError as err:
         raise BundleError(f"{path} is missing ({err.strerror}); make the bundle again, or copy it whole") from err
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{path} is a link, a folder or a device, not a file; copy the bundle with its files")
-    if status.st_nlink > 1:
+    if status.st_nlink > 1 and not linked:
         raise BundleError(f"{path} is a hard link, so its content can change elsewhere; copy the file instead")
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    # Linking a file once more changes its ctime and nothing else.
+    changed = 0 if linked else status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, changed
 
 
-def _stamp_or_none(path: Path) -> tuple[int, ...] | None:
+def _stamp_or_none(path: Path, *, linked: bool = False) -> tuple[int, ...] | None:
     try:
-        return _stamp(path)
+        return _stamp(path, linked=linked)
     except BundleError:
         return None
 

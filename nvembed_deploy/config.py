@@ -1,7 +1,4 @@
-"""What a model, a precision and a shape are: frozen dataclasses, read from NVIDIA's `config.json` or from a flag.
-
-No torch here, and no reading of weights: `model/checkpoint.py` does that.
-"""
+"""What a precision, a dialect and a shape are, read from flags; and JSON files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.errors import CheckpointError, ConfigError
-
-NVEMBED_MODEL_TYPE = "nvembed"
 
 
 class Precision(str, Enum):
@@ -60,107 +55,6 @@ class Dialect(str, Enum):
         return 23 if self is Dialect.FUSED else 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentAttention:
-    """Sizes of the pooler. Source: `latent_attention_config` and NVIDIA's `configuration_nvembed.py` defaults."""
-
-    latents: int = 512
-    heads: int = 8
-    head_dim: int = 4096
-    """Width of one head: the inner width is `heads * head_dim` (32,768 in NV-Embed), not the hidden size."""
-    feed_forward_mult: int = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Architecture of an NV-Embed checkpoint of any size."""
-
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    rope_theta: float
-    rms_norm_eps: float
-    latent: LatentAttention
-    mask_instruction: bool
-    """True where instruction tokens attend but are not pooled (`is_mask_instruction`)."""
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"config.json: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.heads % self.kv_heads:
-            raise ConfigError(
-                f"config.json: {self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"config.json: head_dim is {self.head_dim}; rotary positions need an even width")
-
-    @classmethod
-    def from_json(cls, config: dict[str, Any], *, source: str = "config.json") -> ModelConfig:
-        """Reads NVIDIA's `config.json`.
-
-        Args:
-            config: The parsed file.
-            source: What to call the file in an error.
-
-        Raises:
-            CheckpointError: The architecture is not NV-Embed's, a field is missing or of another type, or a field asks
-                for something this model does not have (RoPE scaling, another activation, biases).
-        """
-        if config.get("model_type") != NVEMBED_MODEL_TYPE:
-            raise CheckpointError(
-                f"{source}: model_type is {config.get('model_type')!r}, not one this toolkit knows "
-                f"({NVEMBED_MODEL_TYPE!r}); pass the folder of an NV-Embed checkpoint"
-            )
-        text = _section(config, "text_config", source)
-        latent = _section(config, "latent_attention_config", source)
-        _refuse_unknown_variants(text, config, latent, source)
-        hidden = _number(text, "hidden_size", source)
-        heads = _number(text, "num_attention_heads", source)
-        stated = config.get("hidden_size", hidden)  # v1's file has no top-level copy
-        if stated != hidden:
-            raise CheckpointError(f"{source}: hidden_size is {stated} at the top and {hidden} in text_config")
-        defaults = LatentAttention()
-        for name in ("hidden_dim", "latent_dim"):
-            if latent.get(name, 4096) != hidden:
-                raise CheckpointError(
-                    f"{source}: latent_attention_config.{name} is {latent.get(name, 4096)}; it must equal "
-                    f"hidden_size {hidden}"
-                )
-        return cls(
-            hidden_size=hidden,
-            intermediate_size=_number(text, "intermediate_size", source),
-            layers=_number(text, "num_hidden_layers", source),
-            heads=heads,
-            kv_heads=_number(text, "num_key_value_heads", source, heads),
-            head_dim=_number(text, "head_dim", source, hidden // max(heads, 1)),
-            vocab_size=_number(text, "vocab_size", source),
-            max_positions=_number(text, "max_position_embeddings", source, 32768),
-            rope_theta=float(_number(text, "rope_theta", source, 10000.0)),
-            rms_norm_eps=float(_number(text, "rms_norm_eps", source, 1e-5)),
-            latent=LatentAttention(
-                latents=_number(latent, "num_latents_value", source, defaults.latents),
-                heads=_number(latent, "num_cross_heads", source, defaults.heads),
-                head_dim=_number(latent, "cross_dim_head", source, defaults.head_dim),
-            ),
-            mask_instruction=bool(config.get("is_mask_instruction", True)),
-        )
-
-    @classmethod
-    def from_checkpoint(cls, folder: Path) -> ModelConfig:
-        """Reads `folder/config.json`.
-
-        Raises:
-            CheckpointError: The file is missing, is not JSON, or describes another architecture.
-        """
-        return cls.from_json(read_json(folder / "config.json"), source=str(folder / "config.json"))
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object of a checkpoint.
 
@@ -178,43 +72,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; download the file again")
     return value
-
-
-def _section(config: dict[str, Any], name: str, source: str) -> dict[str, Any]:
-    section = config.get(name)
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{source}: {name!r} is missing or not an object; this is not NV-Embed's config.json")
-    return section
-
-
-def _number(config: dict[str, Any], name: str, source: str, default: Any = None) -> Any:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if value is None:
-        raise CheckpointError(f"{source}: {name!r} is missing")
-    kinds = (int, float) if isinstance(default, float) else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise CheckpointError(f"{source}: {name!r} is {value!r}, not a number of the expected kind")
-    return value
-
-
-def _refuse_unknown_variants(text: dict[str, Any], config: dict[str, Any], latent: dict[str, Any], source: str) -> None:
-    """Refuses what would load and then compute something else."""
-    wanted: tuple[tuple[dict[str, Any], str, tuple[Any, ...]], ...] = (
-        (text, "model_type", ("bidir_mistral",)),
-        (text, "hidden_act", ("silu", None)),
-        (text, "rope_scaling", (None,)),
-        (text, "attention_bias", (False, None)),
-        (config, "padding_side", ("right", None)),
-        (latent, "output_normalize", (True, None)),
-    )
-    for section, name, allowed in wanted:
-        if section.get(name) not in allowed:
-            raise CheckpointError(
-                f"{source}: {name} is {section.get(name)!r}; this model computes {allowed[0]!r} only, so its vectors "
-                "would be wrong"
-            )
 
 
 MAX_ELEMENTS = 2**31 - 1

@@ -37,6 +37,7 @@ WINDOW_TEXTS = 4096
 """Texts that are tokenized and ordered together; a generator is never read further ahead."""
 DEFAULT_BATCH_TOKENS = 4096
 UNIT_TOLERANCE = 1e-3
+NORM_FLOOR = 1e-12
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class Encoder:
         *,
         instruction: str | None = None,
         prompt: str | None = None,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
         max_length: int | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
@@ -110,6 +113,9 @@ class Encoder:
             instruction: The task in words, such as "Given a question, retrieve passages that answer it". The model's
                 template makes a prompt of it. For queries; passages take none.
             prompt: The prefix verbatim, instead of `instruction`.
+            prompt_name: The prefix by its name in `manifest.text.prompts`, where the model has such.
+            dimensions: Keep this many numbers of each vector, made unit length again; for models trained for it
+                (`manifest.source.architecture.matryoshka`).
             max_length: Most tokens of a text, special tokens and prompt included. Default: `self.max_length`.
             batch_size: Most texts of a batch.
             batch_tokens: Most padded tokens of a batch. Batches hold texts of similar length.
@@ -119,7 +125,8 @@ class Encoder:
             show_progress: Shows a progress bar on stderr.
 
         Returns:
-            float32 [N, D] in input order, rows of unit length; [D] for a single str; [0, D] for no texts.
+            float32 [N, D] in input order, rows of unit length; [D] for a single str; [0, D] for no texts. D is
+            `dimensions` where given.
 
         Raises:
             InputTypeError: A text is not a str; the message has its index.
@@ -133,6 +140,8 @@ class Encoder:
                 [texts],
                 instruction=instruction,
                 prompt=prompt,
+                prompt_name=prompt_name,
+                dimensions=dimensions,
                 max_length=max_length,
                 batch_size=batch_size,
                 batch_tokens=batch_tokens,
@@ -143,7 +152,8 @@ class Encoder:
             return vector
         if isinstance(texts, (bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
             raise InputTypeError(f"texts is a {type(texts).__name__}; pass a str, a list of str, or a generator of str")
-        prefix = self._text.prompt(instruction, prompt)
+        prefix = self._text.prompt(instruction, prompt, prompt_name)
+        width = self._width(dimensions)
         limit = self._limit("max_length", max_length, self.max_length, self.manifest.text.max_tokens)
         most_rows = self.manifest.profile.max.batch
         rows_limit = self._limit("batch_size", batch_size, most_rows, most_rows if self._backend.profile else None)
@@ -156,9 +166,9 @@ class Encoder:
                 blank += sum(not text or text.isspace() for text in checked)
                 rows = self._text.tokenize(checked, prompt=prefix, max_length=limit)
                 cut += self._check_rows(rows, start, limit, truncate)
-                part = np.empty((len(rows), self.dimension), dtype=np.float32)
+                part = np.empty((len(rows), width), dtype=np.float32)
                 for indices in plan_batches([len(row) for row in rows], max_rows=rows_limit, max_tokens=tokens_limit):
-                    part[indices] = self._run([rows[index] for index in indices], indices, start, normalize)
+                    part[indices] = self._run([rows[index] for index in indices], indices, start, normalize, width)
                     if bar is not None:
                         bar.update(len(indices))
                 parts.append(part)
@@ -167,12 +177,26 @@ class Encoder:
             _log.warning("%d of %d texts were empty or only white space; their vectors mean nothing", blank, start)
         if cut:
             _log.warning("%d of %d texts were longer than max_length=%d tokens and were cut", cut, start, limit)
-        return np.concatenate(parts) if parts else np.empty((0, self.dimension), dtype=np.float32)
+        return np.concatenate(parts) if parts else np.empty((0, width), dtype=np.float32)
 
-    def _run(self, rows: list[TokenRow], indices: list[int], start: int, normalize: bool) -> NDArray[np.float32]:
+    def _run(
+        self, rows: list[TokenRow], indices: list[int], start: int, normalize: bool, width: int
+    ) -> NDArray[np.float32]:
         output = self._backend.run(self._text.pad(rows))
         _check_vectors(output, [start + index for index in indices], self.backend)
-        return output.embeddings if normalize else output.embeddings * output.norms[:, None]
+        if width == self.dimension:
+            return output.embeddings if normalize else output.embeddings * output.norms[:, None]
+        cut = output.embeddings[:, :width]
+        scale = 1 / np.linalg.norm(cut, axis=1).clip(NORM_FLOOR) if normalize else output.norms
+        return cut * scale[:, None].astype(np.float32)
+
+    def _width(self, dimensions: int | None) -> int:
+        width = self._limit("dimensions", dimensions, self.dimension, self.dimension)
+        trained = self.manifest.source.architecture.matryoshka
+        if width != self.dimension and (trained is None or not trained.allows(width, self.dimension)):
+            cure = f"pass one of them: {trained}" if trained else "leave dimensions out"
+            raise ConfigError(f"dimensions is {width}; this model was not trained for vectors cut to that; {cure}")
+        return width
 
     def _check_rows(self, rows: list[TokenRow], start: int, limit: int, truncate: bool) -> int:
         check_pooled(rows, max_length=limit)

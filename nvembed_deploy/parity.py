@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed_deploy.architecture import Mask
 from nvembed_deploy.backends import Backend
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.config import Precision, Shape
 from nvembed_deploy.errors import ParityError
 from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order
-from nvembed_deploy.text import TextEncoder, TokenRow
+from nvembed_deploy.text import TextEncoder, TokenBatch, TokenRow
 
 INSTRUCTION = "Given a question, retrieve passages that answer the question"
 PROBES: tuple[tuple[bool, str], ...] = (
@@ -108,6 +109,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
         min_cosine=0.97, max_difference=0.98, scaled=True, min_batch_cosine=0.999, min_mean_cosine=0.97, min_overlap=0.8
     ),
 }
+MASK_PROBE_TOKENS = 12
 DEPTH = 10
 QUERIES, PASSAGES = 40, 200
 RETRIEVAL_TOKENS = 96
@@ -166,11 +168,11 @@ def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRo
     Returns:
         A name for each row, and the rows.
     """
-    prompt = text.prompt(INSTRUCTION, None)
+    prompt, bare = text.query_prompt(INSTRUCTION), text.prompt(None, None)
     long_text = LONG_TEXT * (1 + longest // 40)
     names, rows = [], []
     for instructed, body in ((False, long_text), (True, long_text), *PROBES):
-        row = text.tokenize([body], prompt=prompt if instructed else "", max_length=longest)[0]
+        row = text.tokenize([body], prompt=prompt if instructed else bare, max_length=longest)[0]
         if len(row) > row.prompt_tokens:  # a tiny --max leaves no room behind the instruction
             rows.append(row)
             names.append(f"{'instructed ' if instructed else ''}{body[:40]!r} ({len(row)} tokens)")
@@ -269,9 +271,10 @@ def top_overlap(reference: Backend, candidate: Backend, text: TextEncoder, *, la
     """
     summaries, bodies = zip(*in_mixed_order(docstring_pairs(under=RETRIEVAL_PACKAGES))[:PASSAGES], strict=True)
     longest = min(RETRIEVAL_TOKENS, longest_probe(text, largest))
-    prompt = text.prompt(INSTRUCTION, None) if longest == RETRIEVAL_TOKENS else ""  # else nothing may be left to pool
+    whole = longest == RETRIEVAL_TOKENS  # else a prompt may leave nothing to pool
+    prompt, bare = (text.query_prompt(INSTRUCTION), text.prompt(None, None)) if whole else ("", "")
     rows = text.tokenize(summaries[:QUERIES], prompt=prompt, max_length=longest)
-    rows += text.tokenize(bodies, max_length=longest)
+    rows += text.tokenize(bodies, prompt=bare, max_length=longest)
     rows_limit = min(BATCH, largest.batch)
     batches = list(plan_batches([len(row) for row in rows], max_rows=rows_limit, max_tokens=rows_limit * longest))
     best = []
@@ -280,6 +283,37 @@ def top_overlap(reference: Backend, candidate: Backend, text: TextEncoder, *, la
         order = np.argsort(-(vectors[:QUERIES] @ vectors[QUERIES:].T), axis=1, kind="stable")
         best.append(order[:, :DEPTH])
     return float(np.mean([len(set(a) & set(b)) / DEPTH for a, b in zip(*best, strict=True)]))
+
+
+def require_mask(candidate: Backend, text: TextEncoder, mask: Mask) -> None:
+    """Looks whether the first token sees those behind it, as the model's mask says: vectors can hide that.
+
+    Args:
+        candidate: What is judged.
+        text: The model's text encoder.
+        mask: The model's.
+
+    Raises:
+        ParityError: The candidate is causal and should not be, or the reverse.
+    """
+    batch = text.pad(text.tokenize([PROBES[0][1]], max_length=min(MASK_PROBE_TOKENS, text.contract.max_tokens)))
+    if batch.input_ids.shape[1] < 2:
+        return
+    first = np.zeros_like(batch.pool_mask)
+    first[:, 0] = 1
+    changed = batch.input_ids.copy()
+    changed[:, -1] = text.contract.pad_id if changed[0, -1] != text.contract.pad_id else changed[0, -2]
+    before, after = (
+        candidate.run(TokenBatch(input_ids=ids, attention_mask=batch.attention_mask, pool_mask=first)).embeddings
+        for ids in (batch.input_ids, changed)
+    )
+    sees = bool(np.abs(before - after).max() > 0)
+    if sees != (mask is Mask.BIDIRECTIONAL):
+        found = "sees the tokens behind it, so the causal mask is lost" if sees else "is blind to those behind it"
+        raise ParityError(
+            f"{candidate.name}: a text's first token {found}, and this model is {mask.value}; its graph was not made "
+            "from this checkpoint, or a mask was lost on the way: export again"
+        )
 
 
 def require(report: ParityReport) -> ParityReport:

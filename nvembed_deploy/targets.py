@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
 
 from nvembed_deploy.backends.bindings import TENSORRT, TENSORRT_RTX, load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
@@ -14,6 +16,17 @@ DEFAULT_PROFILE = ShapeProfile(
     min=Shape(batch=1, tokens=1), opt=Shape(batch=8, tokens=64), max=Shape(batch=32, tokens=512)
 )
 """512 tokens is what NV-Embed was trained and evaluated with (section 4); queries and passages are mostly near 64."""
+
+
+class BuildOption(str, Enum):
+    """What TensorRT can do for large engines; the values are the flags of `export.trt`."""
+
+    WEIGHT_STREAMING = "weight-streaming"
+    """Weights that do not fit the GPU's memory stay in the host's, and are brought over while they are needed."""
+    STRIP_WEIGHTS = "strip-weights"
+    """The plan holds no weights; they are put in from the graph's file when it is loaded."""
+    TIMING_CACHE = "timing-cache"
+    """The times of kernels are kept on disk, by version and GPU, so that the next build need not measure them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +42,14 @@ class Target:
     on_device: bool
     """True where only the device itself can build the plan."""
     profile: ShapeProfile = DEFAULT_PROFILE
+    offers: Mapping[BuildOption, str] = field(default_factory=dict)
+    """Options that it has, each with the reason for it."""
+    lacks: Mapping[BuildOption, str] = field(default_factory=dict)
+    """Options that it has not, each with the reason."""
 
+
+_STRIP = "one file of weights serves the graph and every plan: half the disk for a large model"
+_TIMING = "measuring kernels is most of the time of a build, and repeats for every shape and precision"
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -42,6 +62,12 @@ TARGETS: dict[str, Target] = {
             # What TensorRT-RTX 1.7 builds for by default ahead of time; 7.5 and 12.1 exist on request.
             compute_capabilities=("8.0", "8.6", "8.9", "12.0"),
             on_device=False,
+            lacks={
+                # Tried with 1.7.1: "graph_jit ... CUDA_SUCCESS".
+                BuildOption.STRIP_WEIGHTS: "a plan without weights needs a GPU to be built, and this one needs none",
+                BuildOption.WEIGHT_STREAMING: "its plans are compiled again on the GPU that loads them",
+                BuildOption.TIMING_CACHE: "nothing is timed ahead of time",
+            },
         ),
         Target(
             name="datacenter",
@@ -50,6 +76,11 @@ TARGETS: dict[str, Target] = {
             dialect=Dialect.FUSED,  # TensorRT 11 parses opset 25; 10.x stops at 20
             compute_capabilities=("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"),
             on_device=True,
+            offers={
+                BuildOption.WEIGHT_STREAMING: "14.7 GB of weights leave little of a 16 or 24 GB GPU for batches",
+                BuildOption.STRIP_WEIGHTS: _STRIP,
+                BuildOption.TIMING_CACHE: _TIMING,
+            },
         ),
         Target(
             name="jetson-orin",
@@ -58,6 +89,8 @@ TARGETS: dict[str, Target] = {
             dialect=Dialect.PORTABLE,  # TensorRT 10.3 has neither Attention nor RMSNormalization
             compute_capabilities=("8.7",),
             on_device=True,
+            offers={BuildOption.STRIP_WEIGHTS: _STRIP, BuildOption.TIMING_CACHE: _TIMING},
+            lacks={BuildOption.WEIGHT_STREAMING: "CPU and GPU of a Jetson share one memory, so nothing is gained"},
         ),
     )
 }
@@ -83,6 +116,16 @@ def capable(target: Target, precision: Precision) -> tuple[str, ...]:
             f"{target.name} is {', '.join(gpus)}; take int8 or fp16 there"
         )
     return found
+
+
+def require_option(target: Target, option: BuildOption) -> None:
+    """Refuses an option that a target has not.
+
+    Raises:
+        ConfigError: With the recipe's reason.
+    """
+    if option not in target.offers:
+        raise ConfigError(f"--{option.value} is not for --target {target.name}: {target.lacks[option]}")
 
 
 def _number(capability: str) -> tuple[int, ...]:

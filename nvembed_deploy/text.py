@@ -1,4 +1,4 @@
-"""Text to ids and masks, exactly as NV-Embed's own code makes them: the one place that knows about tokens.
+"""Text to ids and masks, exactly as the models' own code makes them: the one place that knows about tokens.
 
 Shared by every backend and by the PyTorch reference; needs tokenizers and numpy only. Two wanted differences from
 NVIDIA's code: strings such as `</s>` inside a text stay text instead of becoming control tokens, and a prompt that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +19,11 @@ from tokenizers import Tokenizer
 
 from nvembed_deploy.errors import BundleError, ConfigError, InputError, InputTypeError
 
-INSTRUCTION_TEMPLATE = "Instruct: {instruction}\nQuery: "
-"""Source: NV-Embed section 4.3 and the model card; passages get no prompt."""
-
 CUT_MARGIN_CHARS = 64
+WORD_PATTERN = r"▁?[\p{L}\p{M}]+|▁?\p{N}+|▁?[^\p{L}\p{M}\p{N}▁]+|▁+"
+"""How the embedded model's tokenizer splits text: words, numbers, runs of punctuation, runs of spaces."""
+INSIDE_PATTERN = r"(?<=[^\p{L}\p{M}\p{N}▁])(?=[\p{L}\p{N}])"
+"""Where it puts a space mark: between punctuation and the word or number behind it."""
 Ids = NDArray[np.int64]
 
 
@@ -33,17 +34,28 @@ class TextContract:
     prefix_ids: tuple[int, ...]
     """Put before every text: `<s>`."""
     suffix_ids: tuple[int, ...]
-    """Put after every text: `</s>`. It counts as text, so truncation cuts it off, as in NVIDIA's code."""
+    """Put after every text: `</s>`."""
     pad_id: int
-    """Fills rows on the right; the same id as `</s>`, so no mask is ever derived from ids."""
+    """Fills rows on the right; NV-Embed's is the id of `</s>`, so no mask is ever derived from ids."""
     mask_prompt: bool
     """True where the prompt's tokens attend but are not pooled."""
     max_tokens: int
     """Positions that the model knows."""
-    instruction_template: str = INSTRUCTION_TEMPLATE
+    suffix_survives: bool = False
+    """False where the suffix counts as text, so that truncation cuts it off, as in NVIDIA's code."""
+    mask_prefix: bool = False
+    """True where the prefix of a row with a prompt is not pooled either (GritLM)."""
+    pool_last: bool = False
+    """True where the last token alone is pooled."""
+    instruction_template: str = "Instruct: {instruction}\nQuery: "
+    """Empty where the model takes no instructions."""
+    default_prompt: str = ""
+    """Of a text without an instruction."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Prompts that the checkpoint gives a name."""
 
     def __post_init__(self) -> None:
-        if "{instruction}" not in self.instruction_template:
+        if self.instruction_template and "{instruction}" not in self.instruction_template:
             raise ConfigError(f"instruction_template {self.instruction_template!r} has no place {{instruction}}")
 
 
@@ -112,25 +124,41 @@ class TextEncoder:
             return None
         return max(map(len, self._literal.get_vocab()))
 
-    def prompt(self, instruction: str | None, prompt: str | None) -> str:
-        """The prefix of every text: the template filled with the instruction, or the prompt verbatim.
+    def prompt(self, instruction: str | None, prompt: str | None, prompt_name: str | None = None) -> str:
+        """The prefix of every text: the template filled with the instruction, or the prompt verbatim or by its name.
+
+        Without any of them it is the model's default, which for most is none.
 
         Raises:
-            ConfigError: Both are given, or one is not a str.
+            ConfigError: More than one is given, one is not a str, or the model has no such thing.
         """
-        for name, value in (("instruction", instruction), ("prompt", prompt)):
+        given = {"instruction": instruction, "prompt": prompt, "prompt_name": prompt_name}
+        for name, value in given.items():
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name} is a {type(value).__name__}; pass a str")
             if value is not None and (place := lone_surrogate(value)) is not None:
                 raise ConfigError(f"{name} holds half a surrogate pair at character {place}; remove it")
-        if instruction and prompt:
+        if len(found := [name for name, value in given.items() if value]) > 1:
             raise ConfigError(
-                "instruction and prompt are both given; pass instruction (the task in words, put into the model's "
-                "template) or prompt (the prefix verbatim)"
+                f"{' and '.join(found)} are both given; pass instruction (the task in words, put into the model's "
+                "template), prompt (the prefix verbatim) or prompt_name (one of the model's own)"
             )
+        names = ", ".join(map(repr, self.contract.prompts)) or "none"
         if instruction:
+            if not self.contract.instruction_template:
+                raise ConfigError(f"this model takes no instruction; pass prompt_name, which may be {names}")
             return self.contract.instruction_template.replace("{instruction}", instruction)
-        return prompt or ""
+        if prompt_name:
+            if prompt_name not in self.contract.prompts:
+                raise ConfigError(f"prompt_name is {prompt_name!r}; this model's prompts are: {names}")
+            return self.contract.prompts[prompt_name]
+        return self.contract.default_prompt if prompt is None else prompt
+
+    def query_prompt(self, instruction: str) -> str:
+        """The prompt of a query: the instruction's, or the model's own where it takes no instructions."""
+        if self.contract.instruction_template:
+            return self.prompt(instruction, None)
+        return self.contract.prompts.get("query", self.contract.default_prompt)
 
     def tokenize(
         self, texts: Sequence[str], *, prompt: str = "", max_length: int, with_spans: bool = False
@@ -158,21 +186,27 @@ class TextEncoder:
             start, prompt_tokens = start + head_ids, len(head_ids)
         if tail:
             prompt_tokens += len(self._literal.encode(tail, add_special_tokens=False).ids)
+        if prompt and self.contract.mask_prefix:
+            prompt_tokens += len(self.contract.prefix_ids)
         limit = None
         if self._longest_token_chars is not None:
             limit = max_length * self._longest_token_chars + CUT_MARGIN_CHARS
         bodies = [tail + text[:limit] for text in texts]
         rows = []
         encode = self._literal.encode_batch if with_spans else self._literal.encode_batch_fast
+        suffix = list(self.contract.suffix_ids)
+        kept = len(suffix) if self.contract.suffix_survives else 0
         for encoding in encode(bodies, add_special_tokens=False):
-            ids = [*start, *encoding.ids, *self.contract.suffix_ids]
+            ids = [*start, *encoding.ids, *suffix]
+            cut = ids if len(ids) <= max_length else ids[: max(0, max_length - kept)] + suffix[: min(kept, max_length)]
             spans = None
             if with_spans:
                 behind = [(max(0, first - len(tail)), max(0, end - len(tail))) for first, end in encoding.offsets]
-                spans = [*[(0, 0)] * len(start), *behind, *[(0, 0)] * len(self.contract.suffix_ids)][:max_length]
+                spans = [*[(0, 0)] * len(start), *behind, *[(0, 0)] * len(suffix)][: len(cut)]
+                spans[len(cut) - kept :] = [(0, 0)] * kept
             rows.append(
                 TokenRow(
-                    ids=ids[:max_length],
+                    ids=cut,
                     prompt_tokens=prompt_tokens if self.contract.mask_prompt else 0,
                     truncated=len(ids) > max_length,
                     spans=spans,
@@ -190,6 +224,8 @@ class TextEncoder:
         columns = np.arange(width)
         attended = columns < lengths[:, None]
         pooled = attended & (columns >= np.array([row.prompt_tokens for row in rows])[:, None])
+        if self.contract.pool_last:
+            pooled = columns == lengths[:, None] - 1
         return TokenBatch(
             input_ids=input_ids, attention_mask=attended.astype(np.int64), pool_mask=pooled.astype(np.int64)
         )
@@ -269,15 +305,19 @@ def lone_surrogate(text: str) -> int | None:
 def _cut_is_safe(tokenizer: dict[str, Any]) -> bool:
     """True if no token spans more characters than its own string, so that a long text may be cut before tokenizing.
 
-    That holds for BPE with byte fallback (no fused unknowns) behind replacements of a character by one character, and
-    behind lower case, which never makes fewer characters of more.
+    That holds for BPE with byte fallback (no fused unknowns) behind replacements of a character by one character,
+    behind lower case, which never makes fewer characters of more, and behind the embedded model's own splitting, which
+    looks no further than one character.
     """
-    if not tokenizer.get("model", {}).get("byte_fallback") or tokenizer.get("pre_tokenizer"):
+    splits = (tokenizer.get("pre_tokenizer") or {}).get("pattern", {}).get("Regex", WORD_PATTERN)
+    splitter = (tokenizer.get("pre_tokenizer") or {}).get("type", "Split")
+    if not tokenizer.get("model", {}).get("byte_fallback") or (splitter, splits) != ("Split", WORD_PATTERN):
         return False
     normalizer = tokenizer.get("normalizer") or {}
     for step in normalizer.get("normalizers", [normalizer] if normalizer else []):
-        pattern = step.get("pattern", {}).get("String", "")
-        same_length = step.get("type") == "Replace" and len(pattern) == len(step.get("content", "")) == 1
-        if not same_length and step.get("type") not in ("Prepend", "Lowercase"):
+        pattern = step.get("pattern", {})
+        same_length = step.get("type") == "Replace" and len(pattern.get("String", "")) == len(step["content"]) == 1
+        grows = step.get("type") in ("Prepend", "Lowercase") or pattern.get("Regex") == INSIDE_PATTERN
+        if not same_length and not grows:
             return False
     return True

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nvembed_deploy.architecture import LatentAttention, Mask, ModelConfig, Pooling
 from nvembed_deploy.bundle import (
     FORMAT_VERSION,
     MANIFEST,
@@ -20,7 +21,7 @@ from nvembed_deploy.bundle import (
     PlanInfo,
     Source,
 )
-from nvembed_deploy.config import Dialect, LatentAttention, ModelConfig, Precision, Shape, ShapeProfile
+from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.publish import commit, new_bundle
 from nvembed_deploy.text import TextContract
@@ -32,6 +33,9 @@ FILES = ("engine.plan", "model.onnx", "model.onnx.data", "tokenizer.json")
 def make_manifest(**changes) -> Manifest:
     """A manifest that is sound but for its files."""
     architecture = ModelConfig(
+        relative="NV-Embed",
+        mask=Mask.BIDIRECTIONAL,
+        pooling=Pooling.LATENT,
         hidden_size=32,
         intermediate_size=72,
         layers=2,
@@ -63,6 +67,7 @@ def make_manifest(**changes) -> Manifest:
         plan=PlanInfo(runtime="tensorrt_rtx", version="1", platform="linux_x86_64", compute_capabilities=("8.9",)),
         parity=(),
         versions={},
+        referenced=(),
         files={},
     )
     return replace(manifest, **changes)

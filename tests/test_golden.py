@@ -11,8 +11,8 @@ import torch
 from safetensors.numpy import load_file
 
 from nvembed_deploy import Encoder, InputError
-from nvembed_deploy.config import ModelConfig
 from nvembed_deploy.encoder import open_parts
+from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.text import TextEncoder, TokenBatch
 
@@ -38,7 +38,7 @@ def text(golden: Path) -> TextEncoder:
     from export.source import text_contract
 
     folder = golden / "checkpoint"
-    contract = text_contract(folder, ModelConfig.from_checkpoint(folder))
+    contract = text_contract(folder, read_checkpoint_architecture(folder))
     return TextEncoder((folder / "tokenizer.json").read_bytes(), contract)
 
 

@@ -66,10 +66,10 @@ def put(record: dict, path: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format_version", FORMAT_VERSION + 1, "format version 2, this library reads 1; make the bundle again"),
-        ("format_version", 0, "format version 0, this library reads 1"),
+        ("format_version", FORMAT_VERSION + 1, "format version 3, this library reads 2; make the bundle again"),
+        ("format_version", 0, "format version 0, this library reads 2"),
         ("format_version", None, "format version None"),
-        ("format_version", True, "format_version: expected int"),
+        ("format_version", True, "format version True"),
         ("hint", "of a newer version", "top level: unknown field 'hint'"),
         ("text/hint", 1, "text: unknown field 'hint'"),
         ("plan", None, "two minds about engine.plan"),

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nvembed_deploy.cli import say
+from nvembed_deploy.family import FAMILY
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -75,12 +76,61 @@ def mteb_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def family_table() -> str:
+    """The rows of `family.FAMILY`."""
+    lines = [
+        "| checkpoints | mask | pooling | instruction | vectors may be cut to |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for item in FAMILY.values():
+        pooling = {"latent": "latent attention, mean", "mean": "mean", "last": "last token"}[item.pooling.value]
+        pooling += ", instruction not pooled" if item.mask_instruction else ""
+        prompt = item.template or "; ".join(f"{name}: {text}" for name, text in item.prompts.items())
+        shown = prompt.replace("\n", "\\n")
+        cut = str(item.matryoshka) if item.matryoshka else "-"
+        lines.append(f"| {item.published} | {item.mask.value} | {pooling} | `{shown}` | {cut} |")
+    return "\n".join(lines) + "\n"
+
+
+def full_size_table() -> str:
+    """The record of `tools.full_size`."""
+    record = json.loads((ROOT / "docs" / "full_size.json").read_text(encoding="utf-8"))
+    lines = [
+        "| what | time | peak memory | forecast | written |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    names = {"cp": "`cp`", "copy": "`export.to_onnx --weights copy`", "reference": "`... --weights reference`"}
+    for name, row in record["runs"].items():
+        forecast = f"{row['forecast_gib']:.2f} GiB" if "forecast_gib" in row else "-"
+        written = row.get("written_bytes", record["checkpoint_bytes"])
+        taken = f"{row['seconds']:.0f} s | {row['peak_gib']:.2f} GiB"
+        lines.append(f"| {names[name]} | {taken} | {forecast} | {written / 1e9:.2f} GB |")
+    for name, row in record["slices"].items():
+        lines.append(
+            f"| two layers, {name}, compared and built for TensorRT-RTX: lowest cosine {row['min_cosine']:.5f}, plan "
+            f"{row['plan_bytes'] / 1e9:.2f} GB | {row['seconds']:.0f} s | {row['peak_gib']:.1f} GiB | "
+            f"{row['forecast_gib']:.1f} GiB | |"
+        )
+    lines += [
+        "",
+        f"Made by `{record['command']}` on {record['date']}: {record['machine']}; a synthetic checkpoint with "
+        f"NV-Embed-v2's names, shapes and shards, {record['checkpoint_bytes'] / 1e9:.2f} GB, exported in fp16 with "
+        "`--no-parity`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
 
 
-TABLES = {"precisions": precision_table, "mteb": mteb_table}
+TABLES = {
+    "precisions": precision_table,
+    "mteb": mteb_table,
+    "family": family_table,
+    "full_size": full_size_table,
+}
 
 
 def render(text: str) -> str:

@@ -16,6 +16,7 @@ class ReferenceBackend:
 
     Args:
         checkpoint: A local folder in Hugging Face layout.
+        layers: Take this many of the decoder's layers; None for all.
 
     Raises:
         CheckpointError: See `load_checkpoint`.
@@ -23,8 +24,8 @@ class ReferenceBackend:
 
     profile = None
 
-    def __init__(self, checkpoint: str | Path) -> None:
-        self.model = load_checkpoint(checkpoint)
+    def __init__(self, checkpoint: str | Path, *, layers: int | None = None) -> None:
+        self.model = load_checkpoint(checkpoint, layers=layers)
         self.name = f"PyTorch {torch.__version__} fp32 (CPU)"
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from nvembed_deploy.backends import Output
 from nvembed_deploy.backends.bindings import ask, load_bindings, make_logger, this_platform
 from nvembed_deploy.backends.cuda import Buffer, CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
-from nvembed_deploy.bundle import PLAN, Bundle, PlanInfo
+from nvembed_deploy.bundle import GRAPH, PLAN, Bundle, PlanInfo
 from nvembed_deploy.config import Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError
 from nvembed_deploy.text import TokenBatch
@@ -39,6 +40,7 @@ class TrtBackend:
         dimension: D, the width of a vector.
         device: The GPU.
         cuda: The CUDA runtime.
+        graph: The ONNX graph that the plan was built from, whose weights a stripped plan takes.
 
     Raises:
         MissingExtra: The plan's runtime is not installed.
@@ -47,7 +49,14 @@ class TrtBackend:
     """
 
     def __init__(
-        self, plan: bytes | memoryview, info: PlanInfo, *, dimension: int, device: CudaDevice, cuda: CudaRuntime
+        self,
+        plan: bytes | memoryview,
+        info: PlanInfo,
+        *,
+        dimension: int,
+        device: CudaDevice,
+        cuda: CudaRuntime,
+        graph: Path,
     ) -> None:
         bindings = load_bindings(info.runtime)
         check_fit(info, version=bindings.__version__, device=device)
@@ -57,11 +66,23 @@ class TrtBackend:
         # engine_host_code_allowed stays at its default, False: a plan shall bring no code for the host.
         self._runtime = ask(self._logger, "creating the runtime", bindings.Runtime, self._logger)
         self._engine = ask(self._logger, f"loading {PLAN}", self._runtime.deserialize_cuda_engine, plan)
+        if info.stripped:
+            self._put_weights_in(bindings, graph)
+        if info.weight_streaming:  # before the first context, which takes what it needs
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self._check_tensors(bindings)
         self._profiles = self._read_profiles()
         self._slots = threading.BoundedSemaphore(CONTEXTS)
         self._idle: list[_Worker] = []
         self.name = f"{info.runtime} {info.version} on {device.name}"
+
+    def _put_weights_in(self, bindings: Any, graph: Path) -> None:
+        """Source: TensorRT documentation, "Weight-stripped engines"."""
+        logger = self._logger
+        refitter = ask(logger, "creating the refitter", bindings.Refitter, self._engine, logger)
+        parser = ask(logger, "creating the refitter's parser", bindings.OnnxParserRefitter, refitter, logger)
+        ask(logger, f"reading weights from {graph.name}", parser.refit_from_file, str(graph))
+        ask(logger, "putting the weights into the plan", refitter.refit_cuda_engine)
 
     @property
     def profile(self) -> ShapeProfile:
@@ -218,7 +239,14 @@ def open_plan(bundle: Bundle, index: int) -> TrtBackend:
     device = cuda.device(index)
     version = load_bindings(info.runtime).__version__
     check_fit(info, version=version, device=device, precision=bundle.manifest.precision)
-    return TrtBackend(bundle.read(PLAN), info, dimension=bundle.manifest.dimension, device=device, cuda=cuda)
+    return TrtBackend(
+        bundle.read(PLAN),
+        info,
+        dimension=bundle.manifest.dimension,
+        device=device,
+        cuda=cuda,
+        graph=bundle.folder / GRAPH,
+    )
 
 
 def check_fit(info: PlanInfo, *, version: str, device: CudaDevice, precision: Precision = Precision.FP16) -> None:

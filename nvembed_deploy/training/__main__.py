@@ -204,7 +204,8 @@ def stage_options(options: argparse.Namespace) -> StageOptions:
 
 def _run_train(options: argparse.Namespace) -> Path:
     stage_numbers = stage_options(options)
-    from nvembed_deploy.config import LatentAttention, read_json
+    from nvembed_deploy.architecture import LatentAttention
+    from nvembed_deploy.config import read_json
     from nvembed_deploy.training import stage
     from nvembed_deploy.training.examples import read_examples
     from nvembed_deploy.training.teacher import Teacher
@@ -266,7 +267,7 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_ablate(options: argparse.Namespace) -> Path:
-    from nvembed_deploy.config import LatentAttention
+    from nvembed_deploy.architecture import LatentAttention
     from nvembed_deploy.training import ablation, ablation_run
     from nvembed_deploy.training.curve import plot_ablation
     from nvembed_deploy.training.examples import read_examples

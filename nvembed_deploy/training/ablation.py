@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from nvembed_deploy.training.options import Pooling
+from nvembed_deploy.architecture import Pooling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Variant:
 
 
 _PAPER_SHAPES = {
-    ("eos", False): 71.63,
-    ("eos", True): 70.85,
+    ("last", False): 71.63,
+    ("last", True): 70.85,
     ("mean", False): 71.71,
     ("mean", True): 71.38,
     ("latent", False): 72.31,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nvembed_deploy.config import LatentAttention
+from nvembed_deploy.architecture import LatentAttention
 from nvembed_deploy.machine import describe_machine
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.training.ablation import VARIANTS, Variant

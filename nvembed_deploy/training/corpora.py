@@ -104,26 +104,25 @@ def _read_set(folder: Path) -> Iterator[Example]:
             yield from read_examples(path)
             continue
         for row in read_rows(path):
-            if example := _row_example(row, folder.name):
-                yield example
+            yield from _row_examples(row, folder.name)
     for path in sorted(folder.glob("*.txt")):
         yield from _articles(path, folder.name)
 
 
-def _row_example(row: dict[str, Any], source: str) -> Example | None:
+def _row_examples(row: dict[str, Any], source: str) -> Iterator[Example]:
     if "a" in row and "b" in row:
-        return Example(query=row["a"], positive=row["b"], kind=Kind.RETRIEVAL, source=source)
-    if "positive" in row:
+        yield Example(query=row["a"], positive=row["b"], kind=Kind.RETRIEVAL, source=source)
+    elif "positive" in row:
         negatives = (row["negative"],) if row.get("negative") else ()
         kind = Kind.SIMILARITY
-        return Example(query=row["query"], positive=row["positive"], negatives=negatives, kind=kind, source=source)
-    if "premise" in row:
-        entailed = row.get("label") == ENTAILMENT
-        kind = Kind.SIMILARITY if entailed else Kind.TEXT
-        return Example(query=row["hypothesis"], positive=row["premise"] if entailed else "", kind=kind, source=source)
-    if "text" in row:
-        return Example(query=row["text"], kind=Kind.LABEL, source=source, label=str(row.get("label", "")))
-    return None
+        yield Example(query=row["query"], positive=row["positive"], negatives=negatives, kind=kind, source=source)
+    elif "premise" in row and row.get("label") == ENTAILMENT:
+        yield Example(query=row["hypothesis"], positive=row["premise"], kind=Kind.SIMILARITY, source=source)
+    elif "premise" in row:  # a premise stands in several rows; equal texts count once
+        for text in (row["hypothesis"], row["premise"]):
+            yield Example(query=text, kind=Kind.TEXT, source=source)
+    elif "text" in row:
+        yield Example(query=row["text"], kind=Kind.LABEL, source=source, label=str(row.get("label", "")))
 
 
 def _retrieval(folder: Path) -> Iterator[Example]:
@@ -166,7 +165,7 @@ def _articles(path: Path, source: str) -> Iterator[Example]:
             yield Example(query=whole, kind=Kind.TEXT, source=f"{source}_whole")
 
 
-def tokenizer_text(folder: Path, *, wordnet: Path | None = None) -> Iterator[str]:
+def tokenizer_text(folder: Path, *, wordnet: Path | None = None, packages: Path | None = None) -> Iterator[str]:
     """Yields what the tokenizer learns from: text files (every second line of books) and all strings of the data."""
     for path in sorted(folder.glob("*/*.txt")):
         step = 1 if path.name.startswith("wiki_") else 2
@@ -180,6 +179,8 @@ def tokenizer_text(folder: Path, *, wordnet: Path | None = None) -> Iterator[str
             )
     for pair in (*docstring_pairs(), *topic_pairs(), *(definitions(wordnet) if wordnet else ())):
         yield from pair
+    for _, description in () if packages is None else package_descriptions(packages):
+        yield description
 
 
 def plain_text(folder: Path, *, seed: int) -> Iterator[str]:

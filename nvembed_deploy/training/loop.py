@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
+from nvembed_deploy.architecture import Pooling
 from nvembed_deploy.model.nvembed import masked_mean
 from nvembed_deploy.training.batches import Collator
 from nvembed_deploy.training.length_parts import length_parts
@@ -80,7 +81,7 @@ class Trainable(nn.Module):
         return torch.cat(vectors)[back], torch.cat(states)[back]
 
     def _pooled(self, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
-        if getattr(self.encoder, "pools_last", False):
+        if self.encoder.config.pooling is Pooling.LAST:
             last = attention_mask.sum(dim=1, keepdim=True) - 1
             pool_mask = torch.zeros_like(pool_mask).scatter_(1, last, 1)
         return pool_mask

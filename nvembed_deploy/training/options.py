@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 NEGATIVES = 7
 NEGATIVE_MARGIN = 0.95
 """A text is a negative only below this share of the positive's score by the teacher.
 
 Source: NV-Retriever's TopKPercPos, arXiv 2407.15831, as used by NV-Embed."""
-
-
-class Pooling(str, Enum):
-    """What makes one vector of a text's tokens."""
-
-    EOS = "eos"
-    """The last token's state."""
-    MEAN = "mean"
-    """The mean of the tokens' states."""
-    LATENT = "latent"
-    """NV-Embed's own: latent attention, then the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)

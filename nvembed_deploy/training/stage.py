@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from nvembed_deploy.config import LatentAttention
+from nvembed_deploy.architecture import LatentAttention, Pooling
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.training import blend, loop
@@ -19,7 +19,7 @@ from nvembed_deploy.training.batches import Collator, batch_dataset
 from nvembed_deploy.training.checkpoint_folder import write_checkpoint
 from nvembed_deploy.training.curve import plot_history
 from nvembed_deploy.training.examples import Example
-from nvembed_deploy.training.options import Lora, Pooling, StageOptions
+from nvembed_deploy.training.options import Lora, StageOptions
 from nvembed_deploy.training.student import Student, read_base
 from nvembed_deploy.training.teacher import Teacher
 from nvembed_deploy.training.variants import shape_model

@@ -16,10 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nvembed_deploy.config import NVEMBED_MODEL_TYPE, LatentAttention, ModelConfig, read_json
+from nvembed_deploy.architecture import LatentAttention, ModelConfig
+from nvembed_deploy.config import read_json
 from nvembed_deploy.errors import CheckpointError
-from nvembed_deploy.model.checkpoint import load_checkpoint, weight_files
+from nvembed_deploy.family import NVEMBED_MODEL_TYPE, read_architecture
+from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.model.weights import weight_files
 from nvembed_deploy.text import TextContract
 
 INIT_STD = 0.02
@@ -57,14 +60,14 @@ def read_base(folder: Path, *, latent: LatentAttention | None = None, seed: int 
     else:
         width = stated.get("hidden_size", 4096)
         config = nvembed_config(stated, latent or LatentAttention(head_dim=width), source=str(folder / "config.json"))
-        model = _with_pooler(folder, ModelConfig.from_json(config), seed)
+        model = _with_pooler(folder, read_architecture(config), seed)
     tokenizer_path = folder / "tokenizer.json"
     try:
         tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     except OSError as err:
         raise CheckpointError(f"{tokenizer_path} cannot be read ({err.strerror}); a base needs it") from err
     return Student(
-        model=model, config=config, tokenizer_json=tokenizer_json, contract=contract(ModelConfig.from_json(config))
+        model=model, config=config, tokenizer_json=tokenizer_json, contract=contract(read_architecture(config))
     )
 
 

@@ -1,8 +1,9 @@
 """Makes a byte-fallback BPE tokenizer in Mistral's manner from plain text.
 
-The finished `tokenizer.json` has Mistral's own parts: normalizer, no pre-tokenizer, decoder and post-processor, and the
-same low ids. What is ours is the splitting while merges are counted: it keeps merges inside words, so the finished
-tokenizer needs none. And all text is lower case: a small table of embeddings holds more words so.
+The finished `tokenizer.json` has Mistral's parts: byte fallback, space marks, decoder, post-processor and low ids. What
+is ours serves a small table of embeddings. All text is lower case, and a word behind a hyphen or a bracket gets a space
+mark, so that each word is one entry. Text is split into words first, and a word that is an entry is taken whole
+(`ignore_merges`, as in Llama 3): such words need no merges on the way to them. All others are spelled by BPE.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.text import INSIDE_PATTERN, WORD_PATTERN
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 CONTROL_TOKENS = (UNK, BOS, EOS)
@@ -24,16 +26,20 @@ LONGEST_TOKEN_CHARS = 16
 ALPHABET_CHARS = 400
 """Most distinct characters with a token of their own; all others are spelled in bytes."""
 
-_PIECES = r"▁?[\p{L}\p{M}]+|\p{N}|▁?[^\p{L}\p{M}\p{N}▁]+|▁+"
-"""Words, single digits (as in Mistral), runs of punctuation, runs of spaces."""
+_LEARNED = r"▁?[\p{L}\p{M}]+|\p{N}|▁?[^\p{L}\p{M}\p{N}▁]+|▁+"
+"""What merges stay inside: words, single digits (as in Mistral), runs of punctuation, runs of spaces."""
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, learned: int | None = None, words: Iterable[str] = ()
+) -> Tokenizer:
     """Learns merges from texts.
 
     Args:
         texts: Lines or paragraphs; their order does not matter.
         vocab_size: Tokens in all, the 3 control tokens and the 256 bytes included.
+        learned: Of them, those that are not `words`; by default all.
+        words: Words or numbers in lower case that become entries, until `vocab_size` is reached.
 
     Returns:
         A tokenizer that adds `<s>` and nothing else, as Mistral's does.
@@ -41,16 +47,17 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     Raises:
         ConfigError: The vocabulary is too small for the bytes, or the texts are too few for its size.
     """
+    learned = learned or vocab_size
     floor = len(CONTROL_TOKENS) + len(BYTE_TOKENS)
-    if vocab_size <= floor:
-        raise ConfigError(f"--vocab-size is {vocab_size}; the bytes and control tokens alone take {floor}")
+    if learned <= floor:
+        raise ConfigError(f"--vocab-size is {learned}; the bytes and control tokens alone take {floor}")
     learner = Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
     learner.normalizer = _normalizer()
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(_LEARNED), behavior="isolated")
     texts = list(texts)
     alphabet = _alphabet(texts)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=learned,
         special_tokens=[*CONTROL_TOKENS, *BYTE_TOKENS],
         limit_alphabet=len(alphabet),
         initial_alphabet=alphabet,
@@ -58,12 +65,16 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer=trainer)
-    learned: dict[str, Any] = json.loads(learner.to_str())["model"]
-    if len(learned["vocab"]) != vocab_size:
-        raise ConfigError(
-            f"the texts gave {len(learned['vocab'])} tokens, --vocab-size asks for {vocab_size}; pass more text"
-        )
-    return assemble(learned["vocab"], [tuple(merge) for merge in learned["merges"]])
+    found: dict[str, Any] = json.loads(learner.to_str())["model"]
+    vocab: dict[str, int] = found["vocab"]
+    if len(vocab) == learned:
+        for word in words:
+            if len(vocab) == vocab_size:
+                break
+            vocab.setdefault(SPACE + word, len(vocab))
+    if len(vocab) != vocab_size:
+        raise ConfigError(f"the texts gave {len(vocab)} tokens, --vocab-size asks for {vocab_size}; pass more text")
+    return assemble(vocab, [tuple(merge) for merge in found["merges"]])
 
 
 def _alphabet(texts: Iterable[str]) -> list[str]:
@@ -77,10 +88,12 @@ def _alphabet(texts: Iterable[str]) -> list[str]:
 
 
 def assemble(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """Puts Mistral's normalizer, decoder and post-processor around a vocabulary."""
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=UNK, byte_fallback=True, fuse_unk=True))
+    """Puts normalizer, splitting, decoder and post-processor around a vocabulary."""
+    model = models.BPE(vocab, merges, unk_token=UNK, byte_fallback=True, fuse_unk=True, ignore_merges=True)
+    tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
     tokenizer.normalizer = _normalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, vocab[BOS])]
     )
@@ -91,7 +104,14 @@ def assemble(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
 
 
 def _normalizer() -> normalizers.Normalizer:
-    return normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    return normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Prepend(SPACE),
+            normalizers.Replace(" ", SPACE),
+            normalizers.Replace(Regex(INSIDE_PATTERN), SPACE),
+        ]
+    )
 
 
 def token_strings(tokenizer: Tokenizer) -> list[str]:

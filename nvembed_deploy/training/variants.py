@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from dataclasses import replace
 
+from torch import nn
+
+from nvembed_deploy.architecture import Mask, Pooling
 from nvembed_deploy.model.nvembed import NVEmbed
-from nvembed_deploy.training.options import Pooling
 
 
 def shape_model(model: NVEmbed, *, pooling: Pooling = Pooling.LATENT, causal: bool = False) -> NVEmbed:
@@ -18,17 +19,12 @@ def shape_model(model: NVEmbed, *, pooling: Pooling = Pooling.LATENT, causal: bo
         causal: Puts the causal mask back: a token sees itself and those in front.
 
     Returns:
-        The same model; `loop.Trainable` pools by its attribute `pools_last`.
+        The same model; `loop.Trainable` pools as its configuration says.
     """
-    if pooling is not Pooling.LATENT:
+    latent = model.config.latent if pooling is Pooling.LATENT else None
+    mask = Mask.CAUSAL if causal else Mask.BIDIRECTIONAL
+    model.config = replace(model.config, mask=mask, pooling=pooling, latent=latent)
+    model.embedding_model.config = model.config
+    if latent is None:
         model.latent_attention_model = nn.Identity()
-    model.pools_last = pooling is Pooling.EOS  # type: ignore[assignment]
-    if causal:
-        model.embedding_model.visible = _causal  # type: ignore[method-assign]
     return model
-
-
-def _causal(attention_mask: Tensor) -> Tensor:
-    tokens = attention_mask.shape[1]
-    lower = torch.ones(tokens, tokens, dtype=torch.bool, device=attention_mask.device).tril()
-    return attention_mask.bool()[:, None, None, :] & lower

@@ -187,6 +187,9 @@ class FakeBindings:
         self.calls, self.plans, self.fail = [], [], {}
         self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
         self.Runtime = functools.partial(FakeRuntime, self)
+        self.Refitter = FakeRefitter
+        self.OnnxParserRefitter = lambda refitter, logger: refitter
+        self.refits, self.budgets = [], []
 
 
 class FakeRuntime:
@@ -218,10 +221,36 @@ class FakeEngine:
         self.get_tensor_dtype = self.owner.tensors.__getitem__
         self.get_tensor_profile_shape = lambda name, index: list(self.owner.profiles[index])
 
+    @staticmethod
+    def get_weight_streaming_automatic_budget() -> int:
+        return 12345
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "weight_streaming_budget_v2":
+            self.owner.cuda.rule(not self.owner.contexts, "the budget is set behind the first context")
+            self.owner.budgets.append(value)
+        super().__setattr__(name, value)
+
     @step
     def create_execution_context(self) -> "FakeContext":
         self.owner.cuda.rule(self.owner.cuda.current == self.device, "a context is made on another device")
         return FakeContext(self)
+
+
+class FakeRefitter:
+    """And its parser, which is given the same object."""
+
+    def __init__(self, engine: FakeEngine, logger: FakeBindings.ILogger) -> None:
+        self.owner, self.logger, self._engine = engine.owner, logger, engine
+
+    @step
+    def refit_from_file(self, path: str) -> bool:
+        self.owner.refits.append(path)
+        return True
+
+    @step
+    def refit_cuda_engine(self) -> bool:
+        return bool(self.owner.refits)
 
 
 class FakeContext:

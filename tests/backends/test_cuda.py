@@ -260,7 +260,7 @@ def test_no_plan_can_crash_the_real_runtime(bundles: dict[str, Path]) -> None:
         "info = PlanInfo(runtime='tensorrt_rtx', version=load_bindings('tensorrt_rtx').__version__,\n"
         "                platform=this_platform(), compute_capabilities=('8.9',))\n"
         "for bad in (b'', b'v', plan[:size // 4], plan[:size // 2], plan[:-1], plan[::-1], b'GIF89a' * 9999):\n"
-        "    try: TrtBackend(bad, info, dimension=32, device=cuda.device(0), cuda=cuda)\n"
+        "    try: TrtBackend(bad, info, dimension=32, device=cuda.device(0), cuda=cuda, graph=None)\n"
         "    except EngineError as err: print(err)\n"
     )
     command = [sys.executable, "-c", code, str(bundles["fp16"] / PLAN)]

@@ -6,6 +6,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,7 +65,9 @@ def bindings(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeBindings:
 def opened(cuda: FakeCuda, bindings: FakeBindings) -> Callable[..., TrtBackend]:
     def open_backend(info: PlanInfo = INFO, device: int = 0) -> TrtBackend:
         runtime = CudaRuntime.load()
-        return TrtBackend(b"plan", info, dimension=8, device=runtime.device(device), cuda=runtime)
+        return TrtBackend(
+            b"plan", info, dimension=8, device=runtime.device(device), cuda=runtime, graph=Path("model.onnx")
+        )
 
     return open_backend
 
@@ -294,3 +298,26 @@ def test_errors_of_the_past_are_not_told_again(opened: Callable, bindings: FakeB
     bindings.fail["execute_async_v3"] = [False]
     with pytest.raises(EngineError, match=r"^TensorRT: running the plan failed: no execute_async_v3 today$"):
         backend.run(make_batch(3, 7))
+
+
+def test_a_stripped_plan_gets_its_weights_before_its_first_context(
+    opened: Callable, bindings: FakeBindings, cuda: FakeCuda
+) -> None:
+    check(opened(replace(INFO, stripped=True, weight_streaming=True)), 3, 7)
+    assert bindings.refits == [str(Path("model.onnx"))]
+    assert bindings.calls.index("refit_from_file") < bindings.calls.index("refit_cuda_engine")
+    assert bindings.calls.index("refit_cuda_engine") < bindings.calls.index("create_execution_context")
+    assert bindings.budgets == [12345]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("refit_from_file", "reading weights from model.onnx failed: no refit_from_file today"),
+        ("refit_cuda_engine", "putting the weights into the plan failed"),
+    ],
+)
+def test_a_failed_refit_is_named(opened: Callable, bindings: FakeBindings, call: str, message: str) -> None:
+    bindings.fail[call] = [False]
+    with pytest.raises(EngineError, match=message):
+        opened(replace(INFO, stripped=True))

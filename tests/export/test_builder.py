@@ -19,7 +19,7 @@ from nvembed_deploy import EngineError
 from nvembed_deploy.backends.bindings import load_bindings, this_platform
 from nvembed_deploy.bundle import GRAPH, WEIGHTS, PlanInfo
 from nvembed_deploy.config import Shape, ShapeProfile
-from nvembed_deploy.targets import TARGETS
+from nvembed_deploy.targets import TARGETS, BuildOption
 from tests.conftest import needs_rtx
 
 RTX_MAGIC = b"vtrt"
@@ -147,7 +147,10 @@ class FakeTensorRT:
     ILogger = type("ILogger", (), {"Severity": IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")})
     IProgressMonitor = object
     LayerType = Enum("LayerType", ("CONSTANT",))  # TensorRT 10.3 knows no attention layer
-    BuilderFlag = IntEnum("BuilderFlag", ("FP16", "BF16", "TF32", "OBEY_PRECISION_CONSTRAINTS"))
+    BuilderFlag = IntEnum(
+        "BuilderFlag",
+        ("FP16", "BF16", "TF32", "OBEY_PRECISION_CONSTRAINTS", "WEIGHT_STREAMING", "STRIP_PLAN", "REFIT_IDENTICAL"),
+    )
     NetworkDefinitionCreationFlag = IntEnum("Flag", {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1})
     num_layers, num_errors, progress_monitor = 1, 2, None
 
@@ -172,6 +175,10 @@ class FakeTensorRT:
     def __lt__(self, number: int) -> bool:
         """As the index of a profile."""
         return False
+
+    def serialize(self) -> bytes:
+        self.calls.append(("serialize",))
+        return b"times"
 
     def get_layer(self, index: int) -> SimpleNamespace:
         return SimpleNamespace(type=self.LayerType.CONSTANT)
@@ -246,3 +253,69 @@ def test_each_no_of_tensorrt_is_named(tmp_path: Path, handlers: list, call: str,
 def test_tensorrt_builds_on_the_gpu_only(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="--target jetson-orin builds on the GPU itself, and there is none here"):
         build(tmp_path / GRAPH, target=TARGETS["jetson-orin"], bindings=FakeTensorRT())
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "nvembed-deploy" / "tensorrt-10.3.0-sm90.timing"
+
+
+def test_kernel_times_are_kept_for_the_next_build(tmp_path: Path, cache: Path) -> None:
+    for before in (b"", b"times"):
+        fake = FakeTensorRT()
+        build(tmp_path / GRAPH, target=TARGETS["datacenter"], bindings=fake, capability="9.0")
+        assert ("create_timing_cache", before) in fake.calls
+        order = [call[0] for call in fake.calls]
+        assert order.index("set_timing_cache") < order.index("build_serialized_network") < order.index("serialize")
+        assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+        assert cache.read_bytes() == b"times"
+
+
+def test_a_cache_of_another_gpu_is_begun_anew(tmp_path: Path, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(b"others")
+    fake = FakeTensorRT()
+    answers = [False, True]
+    fake.set_timing_cache = lambda *_: answers.pop(0)
+    build(tmp_path / GRAPH, target=TARGETS["datacenter"], bindings=fake, capability="9.0")
+    assert [call[1] for call in fake.calls if call[0] == "create_timing_cache"] == [b"others", b""]
+    assert cache.read_bytes() == b"times"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    plan, _ = build(tmp_path / GRAPH, target=TARGETS["jetson-orin"], bindings=FakeTensorRT(), capability="8.7")
+    assert plan == b"ptrt" * 9
+    assert "the next build measures again" in caplog.text
+
+
+def test_options_for_large_engines(tmp_path: Path) -> None:
+    fake = FakeTensorRT()
+    asked = {BuildOption.WEIGHT_STREAMING, BuildOption.STRIP_WEIGHTS}
+    _, info = build(tmp_path / GRAPH, target=TARGETS["datacenter"], bindings=fake, capability="9.0", asked=asked)
+    assert (info.stripped, info.weight_streaming) == (True, True)
+    flags = {call[1].name for call in fake.calls if call[0] == "set_flag"}
+    assert flags == {"WEIGHT_STREAMING", "STRIP_PLAN", "REFIT_IDENTICAL"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "target", "reason"),
+    [
+        ("--strip-weights", "rtx", "a plan without weights needs a GPU to be built"),
+        ("--weight-streaming", "rtx", "compiled again on the GPU that loads them"),
+        ("--weight-streaming", "jetson-orin", "share one memory"),
+    ],
+)
+def test_options_that_a_target_has_not_are_refused_with_the_reason(
+    flag: str, target: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--target", target, flag]) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_every_target_says_of_every_option_why() -> None:
+    for target in TARGETS.values():
+        assert target.offers.keys() | target.lacks.keys() == set(BuildOption)
+        assert not target.offers.keys() & target.lacks.keys()

@@ -1,9 +1,11 @@
 """The export commands as a user types them, with the usual mistakes."""
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,20 @@ import pytest
 
 from export import check, options, pipeline, source, to_onnx, trt
 from export.forecast import Forecast, forecast, require_room
+from export.state import StoredState
 from nvembed_deploy import Encoder, ExportError, MissingExtra
 from nvembed_deploy.bundle import PLAN, Bundle
-from nvembed_deploy.config import ModelConfig, Precision, Shape, ShapeProfile
+from nvembed_deploy.config import Shape, ShapeProfile
+from nvembed_deploy.family import read_checkpoint_architecture
+from nvembed_deploy.model.weights import StoredWeights
 from tests.conftest import ROOT, needs_rtx
 from tests.tiny import make_checkpoint
+
+
+def parsed(*words: str) -> options.ExportOptions:
+    parser = argparse.ArgumentParser()
+    options.add_flags(parser)
+    return options.from_flags(parser.parse_args(words))
 
 
 def arguments(checkpoint: Path, out: Path, *more: str) -> list[str]:
@@ -52,14 +63,12 @@ def test_failed_gate_leaves_the_old_bundle(
 ) -> None:
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
 
-    def spoil(*args: object, **options: object) -> int:
-        state = dict(args[1])  # type: ignore[call-overload]
-        name = "embedding_model.layers.0.self_attn.v_proj.weight"
-        state[name] = state[name] * 1.05
-        return write(args[0], state, *args[2:], **options)
+    def spoiled(self: StoredState, name: str, *, rows: tuple[int, int] | None = None) -> object:
+        tensor = read(self, name, rows=rows)
+        return tensor * 1.05 if name == "embedding_model.layers.0.self_attn.v_proj.weight" else tensor
 
-    write = pipeline.write
-    monkeypatch.setattr(pipeline, "write", spoil)
+    read = StoredState.read
+    monkeypatch.setattr(StoredState, "read", spoiled)
     assert trt.main(arguments(checkpoint, bundle, "--precision", "fp16")) == 1
     assert "error: onnxruntime" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
@@ -185,12 +194,12 @@ def test_tokenizer_that_lost_its_bos(checkpoint: Path, tmp_path: Path, capsys: p
     tokenizer["post_processor"] = None
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert trt.main(arguments(folder, tmp_path / "b")) == 1
-    assert "NV-Embed needs the BOS in front" in capsys.readouterr().err
+    assert "NV-Embed needs [1] in front" in capsys.readouterr().err
 
 
 def test_tokenizer_beyond_the_embedding_table(checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "c"))
-    config = ModelConfig.from_checkpoint(folder)
+    config = read_checkpoint_architecture(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["zz"] = 99_999
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -199,9 +208,14 @@ def test_tokenizer_beyond_the_embedding_table(checkpoint: Path, tmp_path: Path) 
 
 
 def test_forecast_refuses_what_cannot_fit(checkpoint: Path, tmp_path: Path) -> None:
-    config = ModelConfig.from_checkpoint(checkpoint)
-    needed = forecast(config, Precision.FP16, fold=True, plan=True, parity=True)
+    weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
+    given = parsed("--model", str(checkpoint))
+    needed = forecast(weights, given, plan=True)
     require_room(needed, tmp_path / "b", force=False)
+    compared, alone = (forecast(weights, replace(given, parity=parity), plan=False) for parity in (True, False))
+    linked = forecast(weights, replace(given, parity=False, reference=True), plan=False)
+    assert compared.memory > alone.memory == linked.memory
+    assert compared.disk == alone.disk > linked.disk
     huge = Forecast(weights=1, memory=1, disk=2**60)
     with pytest.raises(ExportError, match=r"needs about 1073741824\.0 GiB of disk and .* GiB are free"):
         require_room(huge, tmp_path / "b", force=False)

@@ -14,6 +14,7 @@ import torch
 
 from export.cpu_graph import write_cpu_graph
 from export.graph import PAGE_BYTES, check, trace, write
+from export.state import MemoryState
 from nvembed_deploy.bundle import WEIGHTS
 from nvembed_deploy.config import Dialect, Precision
 from nvembed_deploy.errors import ExportError
@@ -52,7 +53,7 @@ def written(
         folded = FoldedLatentAttention(model.latent_attention_model).state_dict()
         state |= {f"latent_attention_model.{name}": value for name, value in folded.items()}
     graph = trace(model.config, precision=precision, dialect=dialect, fold=fold)
-    write(graph, state, folder, name="model.onnx")
+    write(graph, MemoryState(state), folder, name="model.onnx")
     check(folder / "model.onnx")
     return folder / "model.onnx"
 

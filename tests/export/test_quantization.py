@@ -3,7 +3,7 @@
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,22 +14,22 @@ import pytest
 import torch
 
 from export import source
-from export.calibration import CalibrationText, built_in_texts, collect, pack, read_texts, tokenize, unpack
+from export.calibration import CalibrationText, Collector, built_in_texts, pack, read_texts, tokenize, unpack
 from export.cpu_graph import write_cpu_graph
 from export.formats import FORMATS, rounded_scale
 from export.graph import check, trace, write
-from export.linear_groups import linear_groups, smooth
+from export.linear_groups import LinearGroup, linear_groups, smooth
+from export.parts import Parts
 from export.pipeline import exported_form
-from export.qdq import CODES, SCALE, insert
+from export.qdq import CODES, insert
 from export.quantization import (
     GroupRecord,
     QuantizationRecord,
+    QuantizedState,
     apply_record,
-    embed,
     keep_next,
     keep_wide,
     quantize,
-    quantized_linears,
     read_record,
     simulated,
     write_record,
@@ -38,13 +38,15 @@ from export.quantize import main as quantize_command
 from export.trt import main
 from nvembed_deploy import Encoder
 from nvembed_deploy.bundle import QUANTIZATION, QUANTIZATION_PICTURE, Bundle
-from nvembed_deploy.config import Dialect, ModelConfig, Precision
+from nvembed_deploy.config import Dialect, Precision
 from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.model.weights import StoredWeights
 from nvembed_deploy.parity import probe_rows
 from nvembed_deploy.targets import TARGETS, capable
-from nvembed_deploy.text import TextEncoder
+from nvembed_deploy.text import TextEncoder, TokenRow
 from tests.export.test_graph import BEYOND_TENSORRT_10
 
 QUANTIZED = [precision for precision in Precision if precision.quantized]
@@ -62,7 +64,7 @@ def small_blocks() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def text(checkpoint: Path) -> TextEncoder:
-    contract = source.text_contract(checkpoint, ModelConfig.from_checkpoint(checkpoint))
+    contract = source.text_contract(checkpoint, read_checkpoint_architecture(checkpoint))
     return TextEncoder((checkpoint / "tokenizer.json").read_bytes(), contract)
 
 
@@ -82,7 +84,7 @@ def made(plain: NVEmbed, text: TextEncoder) -> Callable[[Precision], Made]:
     @functools.cache
     def make(precision: Precision) -> Made:
         model = copy.deepcopy(plain)
-        return model, quantize(model, text, rows, precision, model_sha256="0" * 64, longest=LONGEST)
+        return model, quantize(Parts(model), text, rows, precision, model_sha256="0" * 64, longest=LONGEST)
 
     return make
 
@@ -121,22 +123,29 @@ def test_every_linear_layer_is_in_one_group(plain: NVEmbed) -> None:
 def test_smoothing_changes_nothing(checkpoint: Path, text: TextEncoder, fold: bool) -> None:
     model = exported_form(load_checkpoint(checkpoint), fold=fold, own_weights=True)
     rows = probe_rows(text, LONGEST)[1]
-    before = embed(model, text, rows)
+    before = Parts(model).embed(text, rows)
     generator = torch.Generator().manual_seed(1)
     for group in linear_groups(model):
         width = model.get_parameter(f"{group.linears[0]}.weight").shape[1]
         weight = model.get_parameter(f"{group.linears[0]}.weight").clone()
         smooth(model, group, group.tie(torch.rand(width, generator=generator) * 3 + 0.3))
         assert not torch.equal(weight, model.get_parameter(f"{group.linears[0]}.weight"))
-    assert (embed(model, text, rows) - before).abs().max() < 2e-6
+    assert (Parts(model).embed(text, rows) - before).abs().max() < 2e-6
+
+
+def collected(model: NVEmbed, groups: Sequence[LinearGroup], text: TextEncoder, rows: list[TokenRow]) -> dict:
+    collector = Collector(Parts(model), text, rows)
+    with collector.watching(groups) as seen:
+        collector.parts.forward(collector.batches)
+    return seen
 
 
 def test_ranges_are_over_every_token(plain: NVEmbed, text: TextEncoder) -> None:
     """Padding is not looked at, whatever stands in it."""
     rows = tokenize(built_in_texts(), text, tokens=400)
     groups = linear_groups(plain)
-    together = collect(plain, groups, text, rows)
-    alone = [collect(plain, groups, text, [row]) for row in rows]
+    together = collected(plain, groups, text, rows)
+    alone = [collected(plain, groups, text, [row]) for row in rows]
     for group in groups:
         largest = torch.stack([found[group.name].largest for found in alone]).amax(dim=0)
         assert torch.allclose(together[group.name].largest, largest, atol=1e-5)
@@ -161,16 +170,14 @@ def test_the_graph_computes_what_was_simulated(
     model, record = made(precision)
     number = FORMATS[precision]
     graph = trace(model.config, precision=precision, dialect=dialect, fold=True)
-    layers = dict(quantized_linears(model, record))
-    insert(graph, {name: layer.input_scale for name, layer in layers.items()}, number)
-    state = model.state_dict()
-    for name, layer in layers.items():
-        state |= {f"{name}.weight{CODES}": layer.codes, f"{name}.weight{SCALE}": layer.scale}
+    state = QuantizedState(Parts(model), record)
+    layers = state.input_scales
+    insert(graph, layers, number)
     write(graph, state, tmp_path, name="model.onnx")
     write_cpu_graph(tmp_path / "model.onnx", tmp_path / "model.cpu.onnx")
     rows = probe_rows(text, LONGEST)[1]
     with simulated(model, [item for item in record.groups if not item.kept], number):
-        wanted = embed(model, text, rows).numpy()
+        wanted = Parts(model).embed(text, rows).numpy()
     assert layers
     for name, level in (("model.onnx", "ORT_ENABLE_BASIC"), ("model.cpu.onnx", "ORT_ENABLE_ALL")):
         check(tmp_path / name)
@@ -198,7 +205,7 @@ def test_zero_points_are_zero(made: Callable[[Precision], Made]) -> None:
     """TensorRT takes no others."""
     model, record = made(Precision.INT8)
     graph = trace(model.config, precision=Precision.INT8, dialect=Dialect.PORTABLE, fold=True)
-    insert(graph, {name: 0.5 for name, _ in quantized_linears(model, record)}, FORMATS[Precision.INT8])
+    insert(graph, dict.fromkeys(QuantizedState(Parts(model), record).input_scales, 0.5), FORMATS[Precision.INT8])
     zeros = [node.inputs[2] for node in graph.graph if node.op_type == "QuantizeLinear"]
     assert zeros
     assert all(zero.const_value.numpy() == 0 and zero.const_value.dtype.name == "INT8" for zero in zeros)
@@ -218,9 +225,9 @@ def test_the_worst_groups_are_kept(plain: NVEmbed, text: TextEncoder, made: Call
     assert all(item.cost <= kept.cost for kept in found.groups if kept.kept for item in found.groups if not item.kept)
     clean = [item for item in made(Precision.INT8)[1].groups if not item.kept]
     assert clean
-    truth = embed(model, text, probe_rows(text, LONGEST)[1])
+    truth = Parts(model).embed(text, probe_rows(text, LONGEST)[1])
     with simulated(model, [item for item in found.groups if not item.kept], number):
-        assert (truth * embed(model, text, probe_rows(text, LONGEST)[1])).sum(dim=1).min() >= 0.99
+        assert (truth * Parts(model).embed(text, probe_rows(text, LONGEST)[1])).sum(dim=1).min() >= 0.99
 
 
 def test_keeping_more(made: Callable[[Precision], Made]) -> None:
@@ -248,7 +255,7 @@ def test_a_record_makes_the_same_again(plain: NVEmbed, made: Callable[[Precision
     read = read_record(tmp_path, precision=Precision.INT8, model_sha256="0" * 64, texts=record.texts_sha256)
     assert read == record
     again = copy.deepcopy(plain)
-    apply_record(again, read)
+    apply_record(Parts(again), read)
     state, wanted = again.state_dict(), model.state_dict()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted)
 
@@ -280,7 +287,7 @@ def test_a_broken_record_is_refused(tmp_path: Path, content: str) -> None:
 def test_a_record_of_other_layers_is_refused(plain: NVEmbed, made: Callable[[Precision], Made]) -> None:
     record = made(Precision.INT8)[1]
     with pytest.raises(ConfigError, match="of a model with other layers"):
-        apply_record(copy.deepcopy(plain), replace(record, groups=record.groups[1:]))
+        apply_record(Parts(copy.deepcopy(plain)), replace(record, groups=record.groups[1:]))
 
 
 def test_ranges_survive_the_file() -> None:
@@ -387,3 +394,45 @@ def test_kept_groups_say_why(made: Callable[[Precision], Made]) -> None:
         return bool(item.reason) == item.kept and item.error >= 0 and (item.input_scale > 0)
 
     assert all(check_group(item) for item in made(Precision.INT8)[1].groups)
+
+
+def test_a_streamed_model_is_quantized_the_same(checkpoint: Path, plain: NVEmbed, text: TextEncoder) -> None:
+    """One part in memory at a time: the same ranges, smoothing, codes and vectors."""
+    rows = tokenize(built_in_texts(), text, tokens=600)
+    weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
+    streamed, whole = Parts.of_checkpoint(weights, fold=True), Parts(copy.deepcopy(plain))
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+    probes = probe_rows(text, LONGEST)[1]
+    assert torch.allclose(streamed.embed(text, probes), whole.embed(text, probes), atol=1e-6)
+    records = [
+        quantize(parts, text, rows, Precision.INT8, model_sha256="0" * 64, longest=LONGEST)
+        for parts in (streamed, whole)
+    ]
+    for first, second in zip(records[0].groups, records[1].groups, strict=True):
+        assert (first.name, first.exponent, first.share) == (second.name, second.exponent, second.share)
+        assert first.input_scale == pytest.approx(second.input_scale, rel=2e-3)
+    record = replace(records[1], groups=tuple(replace(item, kept=False) for item in records[1].groups))
+    one, other = QuantizedState(streamed, record), QuantizedState(whole, record)
+    for linear in record.groups[3].linears + record.groups[-1].linears + record.groups[0].linears:
+        for name in (f"{linear}.weight_codes", f"{linear}.weight_scale"):
+            assert one.shape(name) == other.shape(name) == tuple(one.read(name).shape)
+            assert (one.read(name).float() - other.read(name).float()).abs().max() <= 1.0
+    assert torch.allclose(one.read("embedding_model.norm.weight"), other.read("embedding_model.norm.weight"), rtol=1e-4)
+    one.close()
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_an_export_that_never_loads_the_model(
+    checkpoint: Path, bundles: dict[str, Path], tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export import pipeline, to_onnx
+
+    monkeypatch.setattr(pipeline, "ReferenceBackend", None)
+    flags = ["--model", str(checkpoint), "--out", str(tmp_path / "b"), "--max", "32x128", "--no-parity"]
+    assert to_onnx.main([*flags, "--precision", precision, "--probe-ranges"]) == 0
+    found, wanted = (
+        Encoder(bundle, device="cpu").encode(["the water over the passage", "a"])
+        for bundle in (tmp_path / "b", bundles[precision])
+    )
+    assert (found * wanted).sum(axis=1).min() > 0.99

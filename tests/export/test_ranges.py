@@ -9,8 +9,11 @@ import torch
 
 from export import source
 from export.graph import check, trace, write
-from export.ranges import FP16_MAX, HEADROOM, POOLER, Ranges, probe, wide_modules
-from nvembed_deploy.config import Dialect, ModelConfig, Precision
+from export.parts import POOLER, Parts
+from export.ranges import FP16_MAX, HEADROOM, Ranges, probe, wide_modules
+from export.state import MemoryState
+from nvembed_deploy.config import Dialect, Precision
+from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.nvembed import NVEmbed
@@ -23,7 +26,7 @@ LONGEST = 48
 
 @pytest.fixture(scope="module")
 def text(checkpoint: Path) -> TextEncoder:
-    contract = source.text_contract(checkpoint, ModelConfig.from_checkpoint(checkpoint))
+    contract = source.text_contract(checkpoint, read_checkpoint_architecture(checkpoint))
     return TextEncoder((checkpoint / "tokenizer.json").read_bytes(), contract)
 
 
@@ -31,8 +34,8 @@ def scaled(checkpoint: Path, text: TextEncoder, module: str, tensor: str, size: 
     """The model with one module's weights scaled until one of its tensors reaches a size."""
     model = load_checkpoint(checkpoint)
     with torch.no_grad():
-        model.get_submodule(module).weight.mul_(size / probe(model, text, longest=LONGEST).largest[tensor])
-    found = probe(model, text, longest=LONGEST).largest[tensor]
+        model.get_submodule(module).weight.mul_(size / probe(Parts(model), text, longest=LONGEST).largest[tensor])
+    found = probe(Parts(model), text, longest=LONGEST).largest[tensor]
     assert 0.5 * size < found < 2 * size
     return model
 
@@ -43,7 +46,7 @@ def worst_cosine(model: NVEmbed, text: TextEncoder, folder: Path, dialect: Diale
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(POOLER)}
     state |= {f"{POOLER}.{name}": value for name, value in folded.items()}
     graph = trace(model.config, precision=Precision.FP16, dialect=dialect, fold=True, wide=wide)
-    write(graph, state, folder, name="model.onnx")
+    write(graph, MemoryState(state), folder, name="model.onnx")
     check(folder / "model.onnx")
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     cosines = []
@@ -59,7 +62,7 @@ def worst_cosine(model: NVEmbed, text: TextEncoder, folder: Path, dialect: Diale
 
 def test_an_ordinary_model_keeps_nothing(checkpoint: Path, text: TextEncoder) -> None:
     model = load_checkpoint(checkpoint)
-    ranges = probe(model, text, longest=LONGEST)
+    ranges = probe(Parts(model), text, longest=LONGEST)
     assert wide_modules(model, ranges) == frozenset()
     assert {
         f"{LAYER}input_layernorm.residual",
@@ -117,7 +120,7 @@ def test_values_near_the_limit_are_kept_in_fp32(
     kept: set[str],
 ) -> None:
     model = scaled(checkpoint, text, module, tensor, size)
-    wide = wide_modules(model, probe(model, text, longest=LONGEST))
+    wide = wide_modules(model, probe(Parts(model), text, longest=LONGEST))
     assert kept <= wide
     assert bool(kept) == bool(wide)
     assert worst_cosine(model, text, tmp_path, dialect, wide) >= 0.9999

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nvembed_deploy.config import ModelConfig
 from nvembed_deploy.errors import CheckpointError
+from nvembed_deploy.family import read_architecture, read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from tests.tiny import make_checkpoint, shapes
 
@@ -105,7 +105,7 @@ def test_index_without_a_map(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        (None, {"model_type": "bert"}, "model_type is 'bert'"),
+        (None, {"model_type": "bert"}, "model_type 'bert'"),
         (None, {"hidden_size": 99}, "hidden_size is 99 at the top and 32"),
         (None, {"padding_side": "left"}, "padding_side is 'left'"),
         (None, {"text_config": 7}, "'text_config' is missing or not an object"),
@@ -127,7 +127,7 @@ def test_config_that_would_compute_something_else(
     (config if section is None else config[section]).update(change)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises((CheckpointError, ValueError), match=message):
-        ModelConfig.from_checkpoint(folder)
+        read_checkpoint_architecture(folder)
 
 
 def test_published_config_leaves_the_sizes_to_defaults() -> None:
@@ -145,7 +145,7 @@ def test_published_config_leaves_the_sizes_to_defaults() -> None:
         "rms_norm_eps": 1e-05,
         "sliding_window": 4096,
     }
-    config = ModelConfig.from_json(
+    config = read_architecture(
         {"model_type": "nvembed", "text_config": text, "latent_attention_config": {"model_type": "latent_attention"}}
     )
     assert (config.latent.latents, config.latent.heads, config.latent.head_dim) == (512, 8, 4096)

@@ -10,12 +10,13 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 for library in ("transformers", "accelerate", "datasets", "peft", "matplotlib"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
 
+from nvembed_deploy.architecture import Pooling  # noqa: E402
 from nvembed_deploy.errors import CheckpointError, ConfigError  # noqa: E402
 from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
 from nvembed_deploy.text import TextEncoder  # noqa: E402
 from nvembed_deploy.training import base, blend, loop, stage  # noqa: E402
 from nvembed_deploy.training.batches import Collator, batch_dataset, pair_rows  # noqa: E402
-from nvembed_deploy.training.options import STAGE_1, STAGE_2, Lora, LossWeights, Pooling  # noqa: E402
+from nvembed_deploy.training.options import STAGE_1, STAGE_2, Lora, LossWeights  # noqa: E402
 from nvembed_deploy.training.student import read_base  # noqa: E402
 from nvembed_deploy.training.variants import shape_model  # noqa: E402
 from tests.tiny import make_tokenizer  # noqa: E402
@@ -229,7 +230,7 @@ def test_shapes_of_the_ablation_compute_what_they_say(base_folder, encoder):
     changed = inputs[0].clone()
     changed[0, 3] = 300  # a token in the middle of the first row
     states = {}
-    for pooling, causal in ((Pooling.LATENT, False), (Pooling.MEAN, True), (Pooling.EOS, True)):
+    for pooling, causal in ((Pooling.LATENT, False), (Pooling.MEAN, True), (Pooling.LAST, True)):
         model = shape_model(read_base(base_folder, latent=LATENT).model.eval(), pooling=pooling, causal=causal)
         with torch.no_grad():
             vectors, before = loop.Trainable(model)(*inputs)
@@ -238,7 +239,7 @@ def test_shapes_of_the_ablation_compute_what_they_say(base_folder, encoder):
         assert torch.equal(before[0, 0], after[0, 0]) == causal
         assert not torch.equal(before[0, 4], after[0, 4])
         states[pooling] = (vectors, before, hidden)
-    vectors, before, hidden = states[Pooling.EOS]
+    vectors, before, hidden = states[Pooling.LAST]
     last = int(batch["attention_mask"][1].sum()) - 1
     assert torch.allclose(vectors[1], torch.nn.functional.normalize(hidden[1, last], dim=-1), atol=1e-6)
     vectors, before, hidden = states[Pooling.MEAN]

@@ -28,14 +28,22 @@ def test_low_ids_are_mistrals(tokenizer):
 
 def test_parts_are_mistrals(tokenizer):
     parts = json.loads(tokenizer.to_str())
-    assert parts["pre_tokenizer"] is None
-    assert [step["type"] for step in parts["normalizer"]["normalizers"]] == ["Lowercase", "Prepend", "Replace"]
+    steps = [step["type"] for step in parts["normalizer"]["normalizers"]]
+    assert steps == ["Lowercase", "Prepend", "Replace", "Replace"]
     assert parts["model"]["byte_fallback"] is True
     assert parts["model"]["fuse_unk"] is True
     assert parts["post_processor"]["single"][0]["SpecialToken"]["id"] == "<s>"
 
 
-@pytest.mark.parametrize("text", ["the question", "Don't\n\tpanic", "  two  spaces ", "日本 naïve €5 🙂", "x"])
+def test_words_are_entries_wherever_they_stand():
+    tokenizer = train_tokenizer(TEXTS, vocab_size=422, learned=420, words=["mitochondrial", "1984", "unused"])
+    found = tokenizer.encode("Non-mitochondrial (MITOCHONDRIAL) mitochondrial? 1984 19845").tokens
+    assert found.count("▁mitochondrial") == 3
+    assert found.count("▁1984") == 1
+    assert tokenizer.get_vocab_size() == 422
+
+
+@pytest.mark.parametrize("text", ["the question", "panic \n\t at", "  two  spaces ", "日本 naïve € 🙂", "x"])
 def test_every_text_comes_back(tokenizer, text: str):
     ids = tokenizer.encode(text).ids
     assert ids[0] == 1

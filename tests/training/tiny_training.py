@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from nvembed_deploy.config import LatentAttention
+from nvembed_deploy.architecture import LatentAttention
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.instructions import Kind
 from nvembed_deploy.training.mini import SIZES

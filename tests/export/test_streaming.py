@@ -1,0 +1,194 @@
+"""Weights that are never all in memory, or never written again: streamed, referenced, sliced."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export import graph, pipeline, to_onnx
+from export.state import StoredState
+from nvembed_deploy import BundleError, Encoder
+from nvembed_deploy.bundle import WEIGHTS, Bundle, HashedFile, hash_file
+from nvembed_deploy.family import read_checkpoint_architecture
+from nvembed_deploy.model.checkpoint import load_checkpoint
+from nvembed_deploy.model.fold import FoldedLatentAttention
+from nvembed_deploy.model.weights import StoredWeights
+from tests.conftest import ROOT
+from tests.tiny import make_checkpoint
+
+TEXTS = ["the water over the passage", "a", "question and answer " * 9]
+
+
+def export(checkpoint: Path, out: Path, *flags: str) -> Path:
+    assert to_onnx.main(["--model", str(checkpoint), "--out", str(out), "--max", "4x64", *flags]) == 0
+    return out
+
+
+def vectors(bundle: Path) -> np.ndarray:
+    return Encoder(bundle, device="cpu").encode(TEXTS)
+
+
+@pytest.fixture
+def own(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint that other tests do not link to."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "own"))
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "unfolded"])
+def test_stored_weights_are_the_models(checkpoint: Path, fold: bool) -> None:
+    weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
+    model = load_checkpoint(checkpoint)
+    if fold:
+        model.latent_attention_model = FoldedLatentAttention(model.latent_attention_model)
+    state = StoredState(weights, fold=fold)
+    for name, tensor in model.state_dict().items():
+        assert state.shape(name) == tuple(tensor.shape), name
+        np.testing.assert_allclose(state.read(name).float(), tensor, atol=2e-6, err_msg=name)
+        assert torch.equal(state.read(name, rows=(1, 3)), state.read(name)[1:3])
+    assert state.shape("nothing") is None
+
+
+def test_small_blocks_write_the_same_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(checkpoint, tmp_path / "whole", "--precision", "fp32", "--no-parity")
+    monkeypatch.setattr(graph, "BLOCK_BYTES", 96)
+    export(checkpoint, tmp_path / "blocks", "--precision", "fp32", "--no-parity")
+    assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "blocks" / WEIGHTS).read_bytes()
+
+
+def test_hash_of_what_is_written(tmp_path: Path) -> None:
+    with HashedFile(tmp_path / "file") as file:
+        for index in range(50):
+            file.write(bytes([index]) * 1000)
+    assert file.entry() == hash_file(tmp_path / "file")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_what_was_not_compared_says_so_and_is_the_same(
+    checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = export(checkpoint, tmp_path / "compared", "--precision", precision)
+    monkeypatch.setattr(pipeline, "ReferenceBackend", None)  # the model is never loaded
+    alone = export(checkpoint, tmp_path / "alone", "--precision", precision, "--no-parity")
+    assert (compared / WEIGHTS).read_bytes() == (alone / WEIGHTS).read_bytes()
+    assert Bundle.open(alone).manifest.parity == ()
+
+
+@pytest.mark.parametrize("fold", [[], ["--no-fold"]], ids=["folded", "unfolded"])
+def test_referenced_weights_are_linked_and_give_the_same(own: Path, tmp_path: Path, fold: list[str]) -> None:
+    copied = export(own, tmp_path / "copied", "--precision", "fp16", *fold)
+    linked = export(own, tmp_path / "linked", "--precision", "fp16", "--weights", "reference", *fold)
+    manifest = Bundle.open(linked).manifest
+    assert manifest.referenced == tuple(sorted(path.name for path in own.glob("*.safetensors")))
+    for name in manifest.referenced:
+        assert (linked / name).stat().st_ino == (own / name).stat().st_ino
+        assert manifest.files[name] == hash_file(own / name) == manifest.source.files[name]
+    written = (linked / WEIGHTS).stat().st_size
+    assert written == 0 if fold else 0 < written < (copied / WEIGHTS).stat().st_size / 4
+    np.testing.assert_allclose(vectors(linked), vectors(copied), atol=2e-3)
+    assert [report.passed for report in manifest.parity] == [True]
+
+
+def test_converted_weights_are_written_beside_references(own: Path, tmp_path: Path) -> None:
+    linked = export(own, tmp_path / "linked", "--precision", "fp32", "--weights", "reference")
+    assert Bundle.open(linked).manifest.referenced == ()  # stored in 16 bits, asked for in 32
+    np.testing.assert_allclose(vectors(linked), vectors(export(own, tmp_path / "b", "--precision", "fp32")), atol=1e-6)
+
+
+def test_a_referenced_bundle_is_replaced_and_notices_a_changed_checkpoint(own: Path, tmp_path: Path) -> None:
+    flags = ["--precision", "fp16", "--weights", "reference"]
+    linked = export(own, tmp_path / "linked", *flags)
+    export(own, linked, *flags)  # over the old one
+    encoder = Encoder(linked, device="cpu")
+    encoder.encode(TEXTS)
+    shard = own / Bundle.open(linked).manifest.referenced[0]
+    with shard.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    with pytest.raises(BundleError, match="SHA-256 does not fit"):
+        Encoder(linked, device="cpu")
+
+
+def test_another_disk_is_refused_with_the_cure(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    flags = ["--model", str(own), "--out", str(tmp_path / "b"), "--precision", "fp16", "--weights", "reference"]
+    assert to_onnx.main([*flags, "--no-parity"]) == 1
+    assert "put --out on the checkpoint's disk, or pass --weights copy" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert to_onnx.main([*flags, "--precision", "int8"]) == 1
+    assert "int8 writes others" in capsys.readouterr().err
+
+
+def test_slice_is_a_smaller_model(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = export(checkpoint, tmp_path / "whole", "--precision", "fp32")
+    sliced = export(checkpoint, tmp_path / "sliced", "--precision", "fp32", "--layers", "1")
+    architecture = Bundle.open(sliced).manifest.source.architecture
+    assert (architecture.layers, architecture.sliced) == (1, True)
+    assert Bundle.open(sliced).manifest.source.name.endswith("(first 1 layers)")
+    assert np.abs(vectors(sliced) - vectors(whole)).max() > 1e-3
+    from export import check
+
+    assert check.main([str(sliced), "--model", str(checkpoint)]) == 0
+    assert to_onnx.main(["--model", str(checkpoint), "--out", str(tmp_path / "c"), "--layers", "3"]) == 1
+    assert "--layers is 3; this checkpoint has 1 to 2" in capsys.readouterr().err
+
+
+def test_weights_beyond_fp16_are_refused_without_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_checkpoint(tmp_path / "c", shards=1)
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["embedding_model.layers.1.mlp.up_proj.weight"][3, 5] = 70_000
+    save_file(tensors, folder / "model.safetensors")
+    flags = ["--model", str(folder), "--out", str(tmp_path / "b"), "--precision", "fp16", "--no-parity"]
+    assert to_onnx.main(flags) == 1
+    assert "up_proj.weight reaches 7e+04, which float16 cannot hold" in capsys.readouterr().err
+
+
+def test_quantized_tensors_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_checkpoint(tmp_path / "c", shards=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embedding_model.norm.weight"] = tensors["embedding_model.norm.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    assert to_onnx.main(["--model", str(folder), "--out", str(tmp_path / "b")]) == 1
+    assert "norm.weight is stored as I8" in capsys.readouterr().err
+
+
+def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Ten times the layers, the same memory; in processes of their own, whose peaks the system tells."""
+    peaks = []
+    for layers in (2, 20):
+        folder = wide_checkpoint(tmp_path / f"c{layers}", layers)
+        flags = ["--model", str(folder), "--out", str(tmp_path / f"b{layers}"), "--precision", "fp16", "--no-parity"]
+        with subprocess.Popen([sys.executable, "-m", "export.to_onnx", *flags], cwd=ROOT) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss * 1024)
+    assert (tmp_path / "b20" / WEIGHTS).stat().st_size > 100e6
+    assert peaks[1] - peaks[0] < 40e6, peaks
+
+
+def wide_checkpoint(folder: Path, layers: int) -> Path:
+    """A tiny one with wider and more layers: 3.1 M parameters each."""
+    make_checkpoint(folder, shards=1)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"num_hidden_layers": layers, "intermediate_size": 32_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for index in range(layers):
+        for name in [name for name in tensors if ".layers.0." in name]:
+            tensors[name.replace(".0.", f".{index}.", 1)] = tensors[name].clone()
+        for name, shape in (("gate", (32_000, 32)), ("up", (32_000, 32)), ("down", (32, 32_000))):
+            tensors[f"embedding_model.layers.{index}.mlp.{name}_proj.weight"] = torch.full(shape, 0.01).half()
+    save_file(tensors, folder / "model.safetensors")
+    return folder

@@ -1,0 +1,157 @@
+"""`python -m tools.full_size WORK`: exports 7.85 B parameters, beside `cp` of the same bytes, on one disk in one run.
+
+Makes the synthetic checkpoint (once), then in turn: `cp`, the export with `--weights copy`, with `--weights reference`;
+and two layers of it at full width, compared with PyTorch and built for TensorRT-RTX, in FP16 and INT8. Each is a
+process of its own, whose peak memory the system tells. Writes docs/full_size.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvembed_deploy.bundle import PLAN, Bundle
+from nvembed_deploy.cli import run, say
+from nvembed_deploy.errors import DeployError
+from nvembed_deploy.machine import describe_machine
+from tools import synthetic
+
+GIB = 2**30
+RESULT = Path("docs") / "full_size.json"
+SLACK_SECONDS, MOST_TIMES_CP, MOST_REFERENCE_SECONDS = 30, 1.2, 60
+FORECAST = re.compile(r"up to ([\d.]+) GiB of memory")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One process."""
+
+    seconds: float
+    peak_gib: float
+    output: str
+
+
+def measure(command: Sequence[str]) -> Measured:
+    """Runs a command to its end.
+
+    Raises:
+        DeployError: It failed; with its last words.
+    """
+    started = time.monotonic()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        output = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise DeployError(f"{' '.join(command)} failed: {output.strip().splitlines()[-1:]}")
+    return Measured(time.monotonic() - started, usage.ru_maxrss * 1024 / GIB, output)
+
+
+def measure_slice(work: Path, precision: str) -> dict[str, Any]:
+    """Two layers of true width: the gate, and a plan."""
+    bundle = work / "slice"
+    command = [sys.executable, "-m", "export.trt", "--model", str(work / "checkpoint"), "--layers", "2"]
+    command += ["--precision", precision, "--out", str(bundle), "--target", "rtx", "--max", "4x256"]
+    command += ["--calibration-tokens", "4096"] if precision == "int8" else []
+    try:
+        found = measure(command)
+        manifest = Bundle.open(bundle).manifest
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
+    worst = min(manifest.parity, key=lambda report: report.min_cosine)
+    row = {
+        "seconds": round(found.seconds, 1),
+        "peak_gib": round(found.peak_gib, 3),
+        "min_cosine": worst.min_cosine,
+        "mean_cosine": worst.mean_cosine,
+        "overlap": worst.overlap,
+        "plan_bytes": manifest.files[PLAN].bytes,
+        "versions": manifest.versions,
+    }
+    if forecast := FORECAST.search(found.output):
+        row["forecast_gib"] = float(forecast[1])
+    return row
+
+
+def measure_all(work: Path) -> dict[str, Any]:
+    """The three runs; each export's bundle is removed behind it."""
+    checkpoint, copy, bundle = work / "checkpoint", work / "copy", work / "bundle"
+    if not (checkpoint / "model.safetensors.index.json").is_file():
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        synthetic.make(checkpoint)
+    rows: dict[str, Any] = {}
+    os.sync()
+    try:
+        export = [sys.executable, "-m", "export.to_onnx", "--model", str(checkpoint), "--no-parity"]
+        export += ["--precision", "fp16", "--out", str(bundle)]
+        steps = {
+            "cp": ["cp", "-r", str(checkpoint), str(copy)],
+            "copy": [*export, "--weights", "copy"],
+            "reference": [*export, "--weights", "reference"],
+        }
+        for name, command in steps.items():
+            found = measure(command)
+            row = {"seconds": round(found.seconds, 1), "peak_gib": round(found.peak_gib, 3)}
+            if forecast := FORECAST.search(found.output):
+                row["forecast_gib"] = float(forecast[1])
+                row["written_bytes"] = sum(
+                    path.stat().st_size for path in bundle.iterdir() if path.stat().st_nlink == 1
+                )
+            rows[name] = row
+            say(f"{name}: {row}")
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.rmtree(bundle, ignore_errors=True)
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    slices = {}
+    for precision in ("fp16", "int8"):
+        slices[precision] = measure_slice(work, precision)
+        say(f"two layers, {precision}: {slices[precision]}")
+    ratio = rows["copy"]["seconds"] / rows["cp"]["seconds"]
+    return {
+        "command": "python -m tools.full_size WORK",
+        "machine": describe_machine(),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")),
+        "runs": rows,
+        "slices": slices,
+        "copy_over_cp": round(ratio, 3),
+        "within_bounds": (
+            rows["copy"]["seconds"] <= MOST_TIMES_CP * rows["cp"]["seconds"] + SLACK_SECONDS
+            and rows["reference"]["seconds"] <= MOST_REFERENCE_SECONDS
+        ),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.full_size", description="Measures the export of a checkpoint of NV-Embed-v2's size."
+    )
+    parser.add_argument("work", type=Path, help="folder for the checkpoint and its copies; 32 GB at most")
+    flags = parser.parse_args(argv)
+
+    def command() -> None:
+        result = measure_all(flags.work)
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        say(f"copy takes {result['copy_over_cp']:.2f} x cp; wrote {RESULT}")
+
+    return run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
