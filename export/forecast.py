@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvembed_deploy.architecture import ModelConfig
+from nvembed_deploy.backends.trt import CONTEXTS
 from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import ExportError
+from nvembed_deploy.machine import available_memory_bytes
 from nvembed_deploy.model.weights import StoredWeights
 
 from .calibration import BATCH_TOKENS, SAMPLED_ROWS
@@ -20,11 +22,13 @@ from .options import ExportOptions
 from .parts import part_of
 
 GIB = 2**30
-BASE_BYTES = int(0.5 * GIB)
-"""Python with torch, onnx and the traced graph."""
+BASE_BYTES = int(0.41 * GIB)
+"""Python with torch and onnx, after tracing."""
+LAYER_BYTES = 4_300_000
+"""Nodes of one layer while the graph is traced."""
 BUILD_BASE_BYTES = int(0.35 * GIB)
 """TensorRT itself."""
-HEAD_BYTES = 20
+HEAD_BYTES = 14
 """Bytes for each entry of a head's matrices while the pooler is folded: four of them in 16 bits, and FP32 copies."""
 PROBE_TOKENS = 2048
 """Of the probes, but for a longest one."""
@@ -34,6 +38,10 @@ BUILD_FACTOR = 2.8
 """Peak of TensorRT-RTX's ahead-of-time build over the weights, measured at 1.3 B parameters."""
 RUNTIME_BYTES_A_PARAMETER = 8
 """ONNX Runtime's CPU provider holds stored weights, and FP32 copies of them where it has no kernel for their type."""
+CUDA_BYTES = int(0.5 * GIB)
+"""CUDA's own, and the kernels."""
+RUNTIME_BASE_BYTES = int(0.15 * GIB)
+"""Python with ONNX Runtime and the tokenizer."""
 PLAN_FACTOR = 1.2
 """Size of a plan over its weights; the mini's, which has kernels beside few weights, is up to 2 x."""
 PLAN_BASE_BYTES = 16 * 2**20
@@ -53,30 +61,24 @@ class Forecast:
 
     weights: int
     memory: int
+    """Of the host, while exporting and building."""
     disk: int
+    gpu: int
+    """At run time, with a plan."""
+    cpu: int
+    """Of the host at run time, without one."""
 
     def __str__(self) -> str:
         return (
-            f"{self.weights / GIB:.2f} GiB of weights, up to {self.memory / GIB:.1f} GiB of memory, "
-            f"{self.disk / GIB:.2f} GiB of disk"
+            f"{self.weights / GIB:.2f} GiB of weights, up to {self.memory / GIB:.2f} GiB of memory, "
+            f"{self.disk / GIB:.2f} GiB of disk; at run time about {self.gpu / GIB:.1f} GiB of GPU memory, or "
+            f"{self.cpu / GIB:.1f} GiB of memory on a CPU"
         )
 
 
 def count_parameters(config: ModelConfig, *, fold: bool) -> int:
     """Parameters of the model as exported."""
-    D, heads = config.hidden_size, config.head_dim
-    attention = D * heads * (2 * config.heads + 2 * config.kv_heads)
-    decoder = config.layers * (attention + 3 * D * config.intermediate_size + 2 * D) + D + config.vocab_size * D
-    decoder += config.layers * (config.qkv_bias * heads * (config.heads + 2 * config.kv_heads))
-    decoder += config.layers * config.qk_norm * 2 * heads
-    latent = config.latent
-    if latent is None:
-        return decoder
-    inner, wide = latent.heads * latent.head_dim, latent.feed_forward_mult * D
-    feed_forward = 2 * wide * (D + 1) + D * (wide + 1) + 2 * D
-    folded = 2 * D * latent.heads * latent.latents + 2 * D
-    unfolded = 4 * inner * D + latent.latents * D + 4 * D
-    return decoder + feed_forward + (folded if fold else unfolded)
+    return sum(config.parameters(fold=fold).values())
 
 
 def count_linear_weights(config: ModelConfig) -> int:
@@ -99,7 +101,7 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     parameters = count_parameters(config, fold=fold)
     linear = count_linear_weights(config)
     size = int(linear * BITS[precision] + (parameters - linear) * BITS[precision.base]) // 8
-    streaming = _streaming_bytes(weights, fold=fold)
+    streaming = _streaming_bytes(weights, options)
     in_memory = while_comparing = 0
     if options.parity:
         in_memory = 4 * count_parameters(config, fold=False)
@@ -112,22 +114,46 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     written = _written_bytes(weights, options, size)
     return Forecast(
         weights=size,
-        memory=BASE_BYTES + in_memory + max(streaming, while_comparing, while_building),
+        memory=BASE_BYTES + LAYER_BYTES * config.layers + in_memory + max(streaming, while_comparing, while_building),
         disk=int(written + (size * PLAN_FACTOR + PLAN_BASE_BYTES if plan else 0)) + SMALL_FILES_BYTES,
+        gpu=int(size * PLAN_FACTOR) + CONTEXTS * _activation_bytes(config, options) + CUDA_BYTES,
+        cpu=RUNTIME_BASE_BYTES + _cpu_weight_bytes(parameters, linear, precision),
     )
 
 
-def _streaming_bytes(weights: StoredWeights, *, fold: bool) -> int:
+def _activation_bytes(config: ModelConfig, options: ExportOptions) -> int:
+    """What a context holds for the largest batch: the residual and a block's tensors, scores not among them."""
+    tokens = options.profile.max.batch * options.profile.max.tokens
+    widest = max(
+        3 * config.intermediate_size, (config.latent.feed_forward_mult * 3 if config.latent else 0) * config.hidden_size
+    )
+    return tokens * (4 * config.hidden_size + widest) * DTYPES[options.precision.base].itemsize
+
+
+def _cpu_weight_bytes(parameters: int, linear: int, precision: Precision) -> int:
+    """ONNX Runtime keeps integers as they are, and turns all else into FP32."""
+    if precision in (Precision.INT8, Precision.INT4):
+        return linear + 4 * (parameters - linear)
+    return 4 * parameters
+
+
+def _streaming_bytes(weights: StoredWeights, options: ExportOptions) -> int:
     """Most that is in memory while weights are written: a matrix that is turned, or a head of the pooler."""
+    fold, wanted = options.fold, DTYPES[options.precision.base]
     matrices = [
-        item.bytes for name, item in weights.tensors.items() if len(item.shape) == 2 and "embed_tokens" not in name
+        item.bytes
+        for name, item in weights.tensors.items()
+        if len(item.shape) == 2
+        and "embed_tokens" not in name
+        and not (fold and ".cross_attend_blocks.0." in name)
+        and not (options.reference and item.dtype == wanted)
     ]
     latent = weights.config.latent
-    head = 0
     if fold and latent is not None:
         D = weights.config.hidden_size
-        head = HEAD_BYTES * latent.head_dim * D + 16 * D * latent.heads * latent.latents
-    return max(max(matrices, default=0) + 4 * BLOCK_BYTES, head)
+        folded = 8 * D * latent.heads * latent.latents
+        return folded + max(max(matrices, default=0) + 4 * BLOCK_BYTES, HEAD_BYTES * latent.head_dim * D)
+    return max(matrices, default=0) + 4 * BLOCK_BYTES
 
 
 def _part_bytes(weights: StoredWeights, options: ExportOptions) -> int:
@@ -168,17 +194,6 @@ def require_room(needed: Forecast, out: Path, *, force: bool) -> None:
                 f"this export needs about {want / GIB:.1f} GiB of {what} and {have / GIB:.1f} GiB are free; free some, "
                 "use a larger machine, or pass --force to try"
             )
-
-
-def available_memory_bytes() -> int | None:
-    """Memory that programs can still get, or None where the system does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 def peak_memory_bytes() -> int:

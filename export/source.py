@@ -17,6 +17,8 @@ from nvembed_deploy.text import TextContract, parse_tokenizer
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ("*.json", "*.safetensors")
 """No code and no pickles: neither is ever needed."""
+HASH_LIST = "SHA256SUMS"
+BLOB_NAME = re.compile(r"^[0-9a-f]{64}$")
 KNOWN_SHARDS = {
     # nvidia/NV-Embed-v2, revision c50d55f; the hub's client checks sizes only.
     4_997_761_248: "0ce5651268058d961eaeabd4f65a5cb5d003ac7e0e34b7095658b5d5a4802f6a",
@@ -67,21 +69,48 @@ def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
 def describe(folder: Path, name: str, revision: str | None, config: ModelConfig) -> Source:
     """Hashes the checkpoint's files, which for a large one takes as long as reading it.
 
+    What is known of them is compared: NVIDIA's published hashes, a list that lies beside them, and the hub's cache,
+    whose files have their hash for a name.
+
     Raises:
-        CheckpointError: A shard has the size of a published one and other content.
+        CheckpointError: A file has another hash than it should.
     """
     files: dict[str, FileEntry] = {}
+    listed = _listed_hashes(folder)
     for path in (folder / "config.json", folder / "tokenizer.json", *weight_files(folder)):
         files[path.name] = entry = hash_file(path)
-        known = KNOWN_SHARDS.get(entry.bytes)
-        if known is not None and known != entry.sha256 and config.hidden_size == 4096:
-            raise CheckpointError(
-                f"{path} has the size of NV-Embed-v2's shard and another SHA-256 ({entry.sha256[:12]}..., published "
-                f"{known[:12]}...); download it again"
-            )
+        published = KNOWN_SHARDS.get(entry.bytes) if config.hidden_size == 4096 else None
+        for what, wanted in (
+            ("NV-Embed-v2's shard of this size", published),
+            (f"{HASH_LIST} beside it", listed.get(path.name)),
+            ("the hub's name for it", _blob_hash(path)),
+        ):
+            if wanted is not None and wanted != entry.sha256:
+                raise CheckpointError(
+                    f"{path} is damaged: its SHA-256 is {entry.sha256[:12]}..., that of {what} {wanted[:12]}...; "
+                    "download it again"
+                )
     if config.sliced:
         name = f"{name} (first {config.layers} layers)"
     return Source(name=name, revision=revision, files=files, architecture=config)
+
+
+def _listed_hashes(folder: Path) -> dict[str, str]:
+    """File names to hashes of a list as `sha256sum` writes it, if there is one."""
+    try:
+        lines = (folder / HASH_LIST).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as err:
+        raise CheckpointError(f"{folder / HASH_LIST} cannot be read ({err}); mend or remove it") from err
+    pairs = (line.split(maxsplit=1) for line in lines)
+    return {pair[1].lstrip("*").strip(): pair[0].lower() for pair in pairs if len(pair) == 2}
+
+
+def _blob_hash(path: Path) -> str | None:
+    """The hash that the hub's cache gives a large file as its name."""
+    target = path.resolve()
+    return target.name if target.parent.name == "blobs" and BLOB_NAME.match(target.name) else None
 
 
 def text_contract(folder: Path, config: ModelConfig) -> TextContract:

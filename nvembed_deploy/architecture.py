@@ -102,6 +102,30 @@ class ModelConfig:
     sliced: bool = False
     """True where the checkpoint has more layers, and only the first ones are taken."""
 
+    def parameters(self, *, fold: bool) -> dict[str, int]:
+        """Numbers of each component: embeddings, linear layers of the decoder, pooler, norms.
+
+        Args:
+            fold: Whether the latent attention is folded.
+        """
+        D, h = self.hidden_size, self.head_dim
+        attention = D * h * (2 * self.heads + 2 * self.kv_heads)
+        biases = h * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
+        norms = self.layers * (2 * D + (2 * h if self.qk_norm else 0)) + D
+        pooler = 0
+        if self.latent is not None:
+            inner, wide = self.latent.heads * self.latent.head_dim, self.latent.feed_forward_mult * D
+            feed_forward = 2 * wide * (D + 1) + D * (wide + 1) + 2 * D
+            folded = 2 * D * self.latent.heads * self.latent.latents + 2 * D
+            unfolded = 4 * inner * D + self.latent.latents * D + 4 * D
+            pooler = feed_forward + (folded if fold else unfolded)
+        return {
+            "embeddings": self.vocab_size * D,
+            "decoder": self.layers * (attention + 3 * D * self.intermediate_size + biases),
+            "norms": norms,
+            "pooler": pooler,
+        }
+
     def slice(self, layers: int | None) -> ModelConfig:
         """The model of the first `layers` layers; of all for None.
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-PYTHON_FOLDERS = ("nvembed_deploy", "export")
+PYTHON_FOLDERS = ("nvembed_deploy", "export", "engines")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,12 @@ def test_one_name_and_every_module(wheel: Path) -> None:
 
 
 def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    for module in ("nvembed_deploy.export.trt", "nvembed_deploy.export.to_onnx", "nvembed_deploy.similarity"):
+    for module in (
+        "nvembed_deploy.export.trt",
+        "nvembed_deploy.export.to_onnx",
+        "nvembed_deploy.similarity",
+        "nvembed_deploy.engines.show",
+    ):
         done = run(wheel, tmp_path / module, "-m", module, "--help")
         assert (done.returncode, done.stderr) == (0, ""), module
     done = run(wheel, tmp_path / "default", "-m", "nvembed_deploy.export.trt")

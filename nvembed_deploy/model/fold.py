@@ -50,12 +50,13 @@ def fold(cross: CrossAttention, context: Tensor) -> tuple[Tensor, Tensor]:
     """
     inner = cross.heads * cross.head_dim
     query, both, out = (part.weight for part in (cross.to_q, cross.to_kv, cross.to_out))
-    parts = []
+    scores, values = _empty(cross.heads, context)
     for head in range(cross.heads):
         rows = slice(head * cross.head_dim, (head + 1) * cross.head_dim)
         key, value = both[:inner][rows], both[inner:][rows]
-        parts.append(_fold_head(query[rows], key, value, out[:, rows], context, torch.float64))
-    return _joined(parts, context.dtype)
+        here = slice(head * len(context), (head + 1) * len(context))
+        scores[:, here], values[here] = _fold_head(query[rows], key, value, out[:, rows], context.double())
+    return scores, values
 
 
 @torch.no_grad()
@@ -78,36 +79,40 @@ def fold_stored(weights: StoredWeights) -> tuple[Tensor, Tensor]:
     )
     context = nn.functional.layer_norm(latents, (latents.shape[1],), gain, shift, LAYER_NORM_EPS)
     names = [f"latent_attention_model.cross_attend_blocks.0.fn.to_{part}.weight" for part in ("q", "kv", "out")]
-    parts = []
+    scores, values = _empty(latent.heads, context)
     for head in range(latent.heads):
         rows = (head * width, (head + 1) * width)
         behind = (inner + rows[0], inner + rows[1])
         query, key, value = (
             weights.read(name, rows=which) for name, which in ((names[0], rows), (names[1], rows), (names[1], behind))
         )
-        out = _columns(weights, names[2], *rows)
-        parts.append(_fold_head(query, key, value, out, context, torch.float32))
-    return _joined(parts, torch.float32)
+        here = slice(head * len(context), (head + 1) * len(context))
+        scores[:, here], values[here] = _fold_head(query, key, value, _columns(weights, names[2], *rows), context)
+    return scores, values
 
 
 def _columns(weights: StoredWeights, name: str, first: int, end: int) -> Tensor:
     """Columns of a stored matrix, read by blocks of rows."""
     rows = weights.tensors[name].shape[0]
     step = max(1, rows // 16)
-    starts = range(0, rows, step)
-    return torch.cat([weights.read(name, rows=(row, min(row + step, rows)))[:, first:end] for row in starts])
+    found = torch.empty((rows, end - first), dtype=weights.tensors[name].dtype)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        found[start:stop] = weights.read(name, rows=(start, stop))[:, first:end]
+    return found
 
 
-def _fold_head(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, context: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """One head's `A` [D, L] and `B` [L, D], from its rows [head_dim, D] of q, k, v and its columns [D, head_dim]."""
-    context = context.to(dtype)
+def _empty(heads: int, context: Tensor) -> tuple[Tensor, Tensor]:
+    latents, width = context.shape
+    return context.new_empty((width, heads * latents)), context.new_empty((heads * latents, width))
+
+
+def _fold_head(query: Tensor, key: Tensor, value: Tensor, out: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """One head's `A` [D, L] and `B` [L, D], from its rows [head_dim, D] of q, k, v and its columns [D, head_dim].
+
+    Multiplied in the type of the context.
+    """
+    dtype = context.dtype
     scores = query.to(dtype).T @ (key.to(dtype) @ context.T) * query.shape[0] ** -0.5
     values = (out.to(dtype) @ (value.to(dtype) @ context.T)).T
     return scores, values
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scores, values = zip(*parts, strict=True)
-    return torch.cat(scores, dim=1).to(dtype), torch.cat(values, dim=0).to(dtype)

@@ -29,11 +29,11 @@ from nvembed_deploy.training.losses import (
     distillation,
     find_positives,
     in_batch_blocked,
-    instructed_alone,
+    instructed_rows,
     match_targets,
     own_only_blocked,
     token_distillation,
-    towards_passages,
+    towards_partners,
 )
 from nvembed_deploy.training.optimizer import MuonWithAdamW
 from nvembed_deploy.training.options import StageOptions
@@ -77,7 +77,7 @@ class Trainable(nn.Module):
             vectors.append(found[: len(part.rows)])
             tokens = hidden[: len(part.rows), : input_ids.shape[1]]
             states.append(F.pad(tokens, (0, 0, 0, input_ids.shape[1] - tokens.shape[1])))
-        back = torch.tensor([row for part in parts for row in part.rows]).argsort()
+        back = torch.tensor([row for part in parts for row in part.rows], device=input_ids.device).argsort()
         return torch.cat(vectors)[back], torch.cat(states)[back]
 
     def _pooled(self, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class EmbeddingTrainer(Trainer):
                 losses.append(float(loss))
                 queries, positives = inputs["queries"], inputs["positives"]
                 scores = found["vectors"][queries] @ found["vectors"].T
-                scores[torch.arange(len(queries)), queries] = float("-inf")
+                scores[torch.arange(len(queries), device=queries.device), queries] = float("-inf")
                 right += int((scores.argmax(dim=1) == positives).sum())
                 asked += len(queries)
         self.model.train()
@@ -170,12 +170,13 @@ def batch_loss(
         targets, tokens = teacher.forward(inputs["teacher_ids"], inputs["teacher_mask"])
         known = inputs["known"] & inputs["attention_mask"].bool()
         wanted = targets
-        if weights.passages and len(queries):
-            asked, answers = instructed_alone(
-                inputs["attention_mask"], inputs["pool_mask"], queries=queries, positives=positives
+        if weights.partners and len(queries):
+            instructed = instructed_rows(inputs["attention_mask"], inputs["pool_mask"])
+            wanted = towards_partners(
+                targets, queries=queries, positives=positives, instructed=instructed, share=weights.partners
             )
-            wanted = towards_passages(targets, queries=asked, positives=answers, share=weights.passages)
-            known[asked] = False  # their tokens are to mean something else than the teacher's
+            paired = torch.cat((queries, positives))
+            known[paired[instructed[paired]]] = False  # their tokens are to mean something else than the teacher's
         if weights.distillation:
             loss = loss + weights.distillation * distillation(vectors, wanted)
         if weights.tokens:

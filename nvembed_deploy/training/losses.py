@@ -53,29 +53,35 @@ def match_targets(vectors: Tensor, targets: Tensor, numbers: Tensor, *, temperat
     return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(scores), device=scores.device))
 
 
-def instructed_alone(
-    attention_mask: Tensor, pool_mask: Tensor, *, queries: Tensor, positives: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The pairs whose query has an instruction and whose positive has none: retrieval, not likeness.
+def instructed_rows(attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
+    """Bool [R]: rows with an instruction, whose tokens attend and are not pooled. Masks are int64 [R, T]."""
+    return (pool_mask < attention_mask).any(dim=1)
+
+
+def towards_partners(
+    targets: Tensor, *, queries: Tensor, positives: Tensor, instructed: Tensor, share: float
+) -> Tensor:
+    """The teacher's vectors, those of instructed rows of a pair turned towards the other row's.
+
+    Retrieval instructs the query alone, which then looks for its passage; likeness and classes instruct both.
 
     Args:
-        attention_mask: int64 [R, T].
-        pool_mask: int64 [R, T], 0 at instructions.
-        queries: int64 [P], rows of the queries.
-        positives: int64 [P], rows of their positives.
+        targets: [R, D], unit rows.
+        queries: int64 [P].
+        positives: int64 [P].
+        instructed: bool [R].
+        share: Of the partner's vector that is added: 1 is half-way. Where both rows are instructed, half of it is
+            added to each.
 
     Returns:
-        int64 [Q] each, rows of their queries and positives.
+        float32 [R, D], unit rows.
     """
-    instructed = (pool_mask < attention_mask).any(dim=1)
-    alone = instructed[queries] & ~instructed[positives]
-    return queries[alone], positives[alone]
-
-
-def towards_passages(targets: Tensor, *, queries: Tensor, positives: Tensor, share: float) -> Tensor:
-    """The teacher's vectors [R, D], those of some queries turned towards their passages'."""
     moved = targets.float().clone()
-    moved[queries] = F.normalize(moved[queries] + share * moved[positives], dim=-1)
+    for rows, partners in ((queries, positives), (positives, queries)):
+        asked = instructed[rows]
+        rows, partners = rows[asked], partners[asked]
+        added = torch.where(instructed[partners], share / 2, share)[:, None] * targets.float()[partners]
+        moved[rows] = F.normalize(targets.float()[rows] + added, dim=-1)
     return moved
 
 

@@ -143,7 +143,7 @@ STAGE_2 = StageOptions(
     in_batch=False,
     negatives=2,
     temperature=0.05,
-    weights=LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0, passages=1.0),
+    weights=LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0, partners=1.0),
     learning_rate=3e-4,
     muon_learning_rate=6e-4,
     weight_decay=0.01,

@@ -23,9 +23,9 @@ class LossWeights:
     """Of the squared error to the teacher's token states."""
     match: float = 0.0
     """Of finding one's own teacher vector in the batch."""
-    passages: float = 0.0
-    """How far the target of a query that alone is instructed moves towards its passage's: 1 is half-way. The teacher
-    knows no instructions; without this, distillation teaches that they mean nothing."""
+    partners: float = 0.0
+    """How far the target of an instructed row of a pair moves towards the other row's: 1 is half-way. The teacher knows
+    no instructions; without this, distillation teaches that they mean nothing."""
 
     @property
     def need_teacher(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from export import check, options, pipeline, source, to_onnx, trt
-from export.forecast import Forecast, forecast, require_room
+from export.forecast import forecast, require_room
 from export.state import StoredState
 from nvembed_deploy import Encoder, ExportError, MissingExtra
 from nvembed_deploy.bundle import PLAN, Bundle
@@ -216,7 +216,7 @@ def test_forecast_refuses_what_cannot_fit(checkpoint: Path, tmp_path: Path) -> N
     linked = forecast(weights, replace(given, parity=False, reference=True), plan=False)
     assert compared.memory > alone.memory == linked.memory
     assert compared.disk == alone.disk > linked.disk
-    huge = Forecast(weights=1, memory=1, disk=2**60)
+    huge = replace(needed, disk=2**60)
     with pytest.raises(ExportError, match=r"needs about 1073741824\.0 GiB of disk and .* GiB are free"):
         require_room(huge, tmp_path / "b", force=False)
     require_room(huge, tmp_path / "b", force=True)

@@ -8,11 +8,11 @@ from nvembed_deploy.training.losses import (  # noqa: E402
     distillation,
     find_positives,
     in_batch_blocked,
-    instructed_alone,
+    instructed_rows,
     match_targets,
     own_only_blocked,
     token_distillation,
-    towards_passages,
+    towards_partners,
 )
 
 TEMPERATURE = 0.05
@@ -117,16 +117,18 @@ def test_false_negatives_follow_the_95_percent_rule():
     assert blocked.tolist() == [[True, False, False, True, False, False]]
 
 
-def test_only_queries_that_alone_are_instructed_move():
+def test_instructed_rows_of_a_pair_move_towards_each_other():
     attention = torch.ones(6, 4, dtype=torch.int64)
     pooled = attention.clone()
     pooled[[0, 2, 3], :2] = 0  # row 0 alone; rows 2 and 3 both; row 4 none
     queries, positives = torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5])
-    asked, answers = instructed_alone(attention, pooled, queries=queries, positives=positives)
-    assert (asked.tolist(), answers.tolist()) == ([0], [1])
+    instructed = instructed_rows(attention, pooled)
+    assert instructed.tolist() == [True, False, True, True, False, False]
     targets = unit_rows(6).float()
-    moved = towards_passages(targets, queries=asked, positives=answers, share=1.0)
-    half_way = torch.nn.functional.normalize(targets[0] + targets[1], dim=0)
-    assert torch.allclose(moved[0], half_way, atol=1e-6)
-    assert torch.equal(moved[1:], targets[1:])
-    assert torch.equal(towards_passages(targets, queries=asked, positives=answers, share=0.0)[1:], targets[1:])
+    pairs = {"queries": queries, "positives": positives, "instructed": instructed}
+    moved = towards_partners(targets, **pairs, share=1.0)
+    for row, partner, added in ((0, 1, 1.0), (2, 3, 0.5), (3, 2, 0.5)):
+        wanted = torch.nn.functional.normalize(targets[row] + added * targets[partner], dim=0)
+        assert torch.allclose(moved[row], wanted, atol=1e-6)
+    assert torch.equal(moved[[1, 4, 5]], targets[[1, 4, 5]])
+    assert torch.allclose(towards_partners(targets, **pairs, share=0.0), targets, atol=1e-6)

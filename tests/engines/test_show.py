@@ -1,0 +1,50 @@
+"""What `engines.show` says of a bundle, to people and to programs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engines.show import component_bytes, main
+from nvembed_deploy.bundle import Bundle
+from tests.conftest import needs_rtx
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", ["fp16", "int8"])
+def test_words(bundles: dict[str, Path], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(bundles[name] / "engine.plan")]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "NV-Embed, 2 layers, width 32",
+        "bidirectional, mean of the tokens behind latent attention",
+        f"precision  {name}",
+        "1x1 .. 8x64 .. 32x128",
+        "tensorrt_rtx",
+        "GPUs 8.0, 8.6, 8.9, 12.0",
+        "file       engine.plan",
+        "lowest cosine 0.99",
+        "here       no: no NVIDIA",
+    ):
+        assert words in shown, (words, shown)
+
+
+def test_json(bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(bundles["fp32"]), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["manifest"]["precision"] == "fp32"
+    assert record["plan_runs_here"] is False
+    assert record["available_memory_bytes"] > 0
+
+
+def test_components_are_the_weights(bundles: dict[str, Path]) -> None:
+    """Their sum is the file of the weights, but for the pages that tensors start on."""
+    manifest = Bundle.open(bundles["fp32"]).manifest
+    total = sum(component_bytes(manifest).values())
+    assert total == 4 * sum(manifest.source.architecture.parameters(fold=True).values())
+    assert total <= manifest.files["model.onnx.data"].bytes < total + 64 * 4096
+
+
+def test_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nothing")]) == 1
+    assert "does not exist; make a bundle" in capsys.readouterr().err
