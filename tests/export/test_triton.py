@@ -1,0 +1,172 @@
+"""Triton repositories: parsed by Triton's own protobuf, cross-checked, and the Python backend's code run."""
+
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from export.triton import MARK, buckets, main
+from nvembed_deploy import Encoder
+from nvembed_deploy.bundle import Bundle
+from nvembed_deploy.config import Shape
+from nvembed_deploy.encoder import open_parts
+from nvembed_deploy.text import TokenBatch
+
+NAMES = ("nvembed", "nvembed_tokenizer", "nvembed_engine")
+TYPES = {"TYPE_INT64": np.int64, "TYPE_FP32": np.float32, "TYPE_STRING": object}
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def repository(request: pytest.FixtureRequest, bundles: dict[str, Path], tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("triton") / "repository"
+    assert main([str(bundles[request.param]), "--out", str(out), "--platform", "onnxruntime"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(repository: Path, bundles: dict[str, Path]) -> Bundle:
+    made = json.loads((repository / MARK).read_text())["bundle"]
+    return next(found for found in map(Bundle.open, bundles.values()) if found.manifest.manifest_sha256 == made)
+
+
+@pytest.fixture(scope="module")
+def configs(repository: Path) -> dict:
+    """Each configuration, read by Triton's own message types."""
+    spec = importlib.util.find_spec("tritonclient")
+    if spec is None or importlib.util.find_spec("google.protobuf") is None:
+        pytest.skip("tritonclient is not installed: pip install --no-deps tritonclient")
+    from google.protobuf import text_format
+
+    # The package around it imports grpc, which nothing here needs.
+    path = Path(next(iter(spec.submodule_search_locations))) / "grpc" / "model_config_pb2.py"
+    message = runpy.run_path(str(path))["ModelConfig"]
+    return {name: text_format.Parse((repository / name / "config.pbtxt").read_text(), message()) for name in NAMES}
+
+
+def test_configurations_are_tritons(configs: dict, repository: Path) -> None:
+    assert {config.name for config in configs.values()} == set(NAMES)
+    for name in NAMES:
+        assert (repository / name / "1").is_dir()  # a version, without which Triton loads nothing
+
+
+def test_names_shapes_and_limits_fit_together(configs: dict, bundle: Bundle) -> None:
+    ensemble, tokenizer, engine = (configs[name] for name in NAMES)
+    manifest = bundle.manifest
+    assert {config.max_batch_size for config in configs.values()} == {manifest.profile.max.batch}
+    steps = list(ensemble.ensemble_scheduling.step)
+    known = {item.name for item in ensemble.input}
+    for step in steps:
+        model = configs[step.model_name]
+        assert set(step.input_map) == {item.name for item in model.input}
+        assert set(step.output_map) <= {item.name for item in model.output}
+        assert set(step.input_map.values()) <= known  # what it reads was made before
+        known |= set(step.output_map.values())
+    assert {item.name for item in ensemble.output} <= known
+    kinds = {item.name: item.data_type for item in tokenizer.output}
+    assert kinds == {item.name: item.data_type for item in engine.input}
+    assert list(ensemble.output[0].dims) == [manifest.dimension] == list(engine.output[0].dims)
+    warm = engine.model_warmup[0]
+    usual = manifest.profile.opt
+    assert (warm.batch_size, {tuple(item.dims) for item in warm.inputs.values()}) == (usual.batch, {(usual.tokens,)})
+
+
+def test_engine_takes_what_its_configuration_says(repository: Path, bundle: Bundle, configs: dict) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        str(repository / "nvembed_engine" / "1" / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    engine = configs["nvembed_engine"]
+    assert {item.name for item in session.get_inputs()} == {item.name for item in engine.input}
+    assert {item.name for item in session.get_outputs()} == {item.name for item in engine.output}
+    usual = bundle.manifest.profile.opt
+    ones = np.fromfile(repository / "nvembed_engine" / "warmup" / "ones", dtype=np.int64)
+    ones = ones.reshape(usual.batch, usual.tokens)
+    outputs = session.run(None, {item.name: ones for item in session.get_inputs()})
+    assert [output.shape for output in outputs] == [(usual.batch, bundle.manifest.dimension), (usual.batch,)]
+    assert all(np.isfinite(output).all() for output in outputs)
+
+
+class Backend:
+    """A double of `triton_python_backend_utils`."""
+
+    class Tensor:
+        def __init__(self, name: str, array: np.ndarray) -> None:
+            self.name, self.array = name, array
+
+        def as_numpy(self) -> np.ndarray:
+            return self.array
+
+    class TritonError:
+        def __init__(self, message: str) -> None:
+            self.message = message
+
+    class InferenceResponse:
+        def __init__(self, output_tensors: list | None = None, error: object = None) -> None:
+            self.output_tensors, self.error = output_tensors, error
+
+    @staticmethod
+    def get_input_tensor_by_name(request: SimpleNamespace, name: str) -> "Backend.Tensor":
+        return Backend.Tensor(name, getattr(request, name))
+
+
+def request(texts: list[str], instruction: str = "") -> SimpleNamespace:
+    """As Triton gives it: bytes in arrays of shape [batch, 1]."""
+    shape = (len(texts), 1)
+    text = np.array([item.encode() for item in texts], dtype=object).reshape(shape)
+    return SimpleNamespace(text=text, instruction=np.full(shape, instruction.encode(), dtype=object))
+
+
+@pytest.fixture
+def model(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    """What Triton loads: the class in model.py."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Backend)
+    folder = repository / "nvembed_tokenizer"
+    loaded = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
+    loaded.initialize({"model_repository": str(folder), "model_version": "1"})
+    return loaded
+
+
+def test_text_in_vector_out_is_the_encoders(model, bundle: Bundle) -> None:
+    encoder = Encoder(bundle.folder, device="cpu")
+    _, _, backend = open_parts(bundle.folder, "cpu")
+    asked = [(["the water"], "Find it"), (["a", "passage over the water " * 9], ""), (["question"], "")]
+    for (texts, instruction), answer in zip(asked, model.execute([request(*item) for item in asked]), strict=True):
+        assert answer.error is None
+        parts = {tensor.name: tensor.array for tensor in answer.output_tensors}
+        assert parts["input_ids"].shape[1] in buckets(bundle.manifest.profile.max)
+        vectors = backend.run(TokenBatch(**parts)).embeddings
+        np.testing.assert_allclose(vectors, encoder.encode(texts, instruction=instruction), atol=2e-3)
+
+
+def test_a_bad_request_spoils_no_other(model) -> None:
+    answers = model.execute([request(["the water"]), request(["x"], "long words " * 90), request(["in"])])
+    assert [answer.error is None for answer in answers] == [True, False, True]
+    assert "no token of the text is left to pool" in answers[1].error.message
+
+
+def test_buckets_reach_the_longest_input() -> None:
+    assert buckets(Shape(batch=1, tokens=512)) == (16, 32, 64, 128, 256, 512)
+    assert buckets(Shape(batch=1, tokens=100)) == (16, 32, 64, 100)
+    assert buckets(Shape(batch=1, tokens=8)) == (8,)
+
+
+def test_a_repository_is_replaced_and_nothing_else_is(
+    bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "repository"
+    for name in ("first", "second"):
+        assert main([str(bundles["fp32"]), "--out", str(out), "--name", name]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [MARK, "second", "second_engine", "second_tokenizer"]
+    (tmp_path / "mine").mkdir()
+    assert main([str(bundles["fp32"]), "--out", str(tmp_path / "mine")]) == 1
+    assert "was not made by this command" in capsys.readouterr().err
+    assert main([str(bundles["fp16"]), "--out", str(out), "--platform", "tensorrt"]) == 1
+    assert "build one on the GPU itself" in capsys.readouterr().err
+    assert main([str(bundles["fp32"]), "--out", str(out), "--name", "a/b"]) == 1
+    assert "is not a plain name" in capsys.readouterr().err
