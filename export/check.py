@@ -48,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest = bundle.manifest
         architecture = manifest.source.architecture
         require_mask(backend, text, architecture.mask)
-        layers = architecture.layers if architecture.sliced else None
         report = compare(
-            ReferenceBackend(folder, layers=layers),
+            ReferenceBackend(folder, layers=architecture.layers),
             backend,
             text,
             precision=manifest.precision,

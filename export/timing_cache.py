@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvembed_deploy.atomic import write_file
 from nvembed_deploy.backends.bindings import ask
+from nvembed_deploy.machine import cache_folder
 
 _log = logging.getLogger(__name__)
 
@@ -23,8 +23,9 @@ class TimingCache:
     @classmethod
     def of(cls, bindings: Any, capability: str) -> TimingCache:
         """The file for these bindings and this GPU, in the user's cache folder."""
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvembed-deploy"
-        return cls(folder / f"{bindings.__name__}-{bindings.__version__}-sm{capability.replace('.', '')}.timing")
+        return cls(
+            cache_folder() / f"{bindings.__name__}-{bindings.__version__}-sm{capability.replace('.', '')}.timing"
+        )
 
     def load(self, config: Any, logger: Any) -> None:
         """Gives the builder what is known; a file that TensorRT does not take is left out."""
@@ -40,8 +41,6 @@ class TimingCache:
         content = memoryview(config.get_timing_cache().serialize()).cast("B")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
-                file.write(content)
-            Path(file.name).replace(self.path)
+            write_file(self.path, content)
         except OSError as err:
             _log.warning("%s cannot be written (%s); the next build measures again", self.path, err.strerror)

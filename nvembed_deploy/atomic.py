@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: written beside the destination, then switched in by one rename.
+"""Folders and files that appear whole or not at all: written beside the destination, then switched in by one rename.
 
 Order of calls: write and fsync each file, fsync the folder, rename, fsync the parent. An existing destination is
 exchanged with the new folder in one system call (Linux, renameat2), so that no reader ever finds it missing.
@@ -94,6 +94,20 @@ def exchange(first: Path, second: Path) -> None:
 
 def _aside(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.previous")
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file of a folder that exists: readers see the old content or the new."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        temporary.chmod(0o644)
+        fsync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

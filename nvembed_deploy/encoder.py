@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,55 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed_deploy.backends import Backend, Output
-from nvembed_deploy.backends.cuda import CudaRuntime
-from nvembed_deploy.backends.ort import CPU, CPU_NOTES, GPU, OrtBackend, available_providers
-from nvembed_deploy.backends.trt import open_plan
+from nvembed_deploy.backends.choose import Wish, open_backend
 from nvembed_deploy.batching import plan_batches
-from nvembed_deploy.bundle import CPU_GRAPH, GRAPH, OPEN_ATTEMPTS, PLAN, TOKENIZER, Bundle, Manifest
+from nvembed_deploy.bundle import OPEN_ATTEMPTS, TOKENIZER, Bundle, Manifest
 from nvembed_deploy.errors import (
     BundleError,
     ConfigError,
     DeployError,
-    DeviceMismatchError,
     InputError,
     InputTypeError,
-    MissingExtra,
     NumericsError,
 )
 from nvembed_deploy.text import TextEncoder, TokenRow, check_pooled, check_texts
 
 WINDOW_TEXTS = 4096
-"""Texts that are tokenized and ordered together; a generator is never read further ahead."""
+"""Texts that are tokenized and ordered together; a generator is read one such window ahead."""
 DEFAULT_BATCH_TOKENS = 4096
 UNIT_TOLERANCE = 1e-3
 NORM_FLOOR = 1e-12
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TokenRules:
+    """How one call's texts become tokens."""
+
+    prompt: str
+    most: int
+    """Tokens of the longest row."""
+    truncate: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How one call's rows are batched, and what its vectors look like."""
+
+    width: int
+    rows: int
+    tokens: int
+    normalize: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """Texts that are ordered by length together."""
+
+    rows: list[TokenRow]
+    cut: int
+    blank: int
 
 
 class Encoder:
@@ -51,8 +76,12 @@ class Encoder:
     Args:
         path: A bundle's folder, its `engine.plan`, or its `model.onnx` (which then runs on ONNX Runtime by choice).
         device: `auto`, `cpu`, `cuda` or `cuda:N`. With `cuda` nothing falls back.
+        backend: `auto`, `tensorrt`, `onnxruntime` or `openvino`. On a CPU with both of the latter, `auto` takes the
+            faster one if its vectors agree: measured once for a bundle and machine, and kept.
+        threads: Threads of a batch on a CPU; by default the runtime's own choice, one for each physical core.
 
     Raises:
+        ConfigError: An argument is unknown, or two do not go together.
         BundleError: The bundle is missing, damaged or incomplete.
         DeviceMismatchError: `device` asks for CUDA and the plan or the machine does not fit.
         MissingExtra: A package that is needed is not installed.
@@ -64,8 +93,10 @@ class Encoder:
         (4096,)
     """
 
-    def __init__(self, path: str | Path, *, device: str = "auto") -> None:
-        self._bundle, self._text, self._backend = open_parts(path, device)
+    def __init__(
+        self, path: str | Path, *, device: str = "auto", backend: str = "auto", threads: int | None = None
+    ) -> None:
+        self._bundle, self._text, self._backend = open_parts(path, device, backend=backend, threads=threads)
 
     @property
     def backend(self) -> str:
@@ -86,6 +117,10 @@ class Encoder:
     def max_length(self) -> int:
         """Tokens of the longest text that the plan takes, special tokens and instruction included."""
         return min(self.manifest.profile.max.tokens, self.manifest.text.max_tokens)
+
+    def query_prompt(self, instruction: str) -> str:
+        """The prompt of a query: the instruction in the model's template, or its own where it takes no instructions."""
+        return self._text.query_prompt(instruction)
 
     def __repr__(self) -> str:
         return f"Encoder({str(self._bundle.folder)!r}, {self.manifest.precision.value}, {self.backend})"
@@ -135,9 +170,10 @@ class Encoder:
             ConfigError: An option does not fit.
             NumericsError: The engine gave a vector that is not finite or not of unit length.
         """
-        if isinstance(texts, str):
-            vector: NDArray[np.float32] = self.encode(
-                [texts],
+        single = isinstance(texts, str)
+        blocks = list(
+            self.encode_stream(
+                [texts] if isinstance(texts, str) else texts,
                 instruction=instruction,
                 prompt=prompt,
                 prompt_name=prompt_name,
@@ -148,47 +184,154 @@ class Encoder:
                 normalize=normalize,
                 truncate=truncate,
                 show_progress=show_progress,
-            )[0]
-            return vector
-        if isinstance(texts, (bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
-            raise InputTypeError(f"texts is a {type(texts).__name__}; pass a str, a list of str, or a generator of str")
-        prefix = self._text.prompt(instruction, prompt, prompt_name)
-        width = self._width(dimensions)
-        limit = self._limit("max_length", max_length, self.max_length, self.manifest.text.max_tokens)
+            )
+        )
+        if not blocks:
+            return np.empty((0, self._width(dimensions)), dtype=np.float32)
+        vectors = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return vectors[0] if single else vectors
+
+    def encode_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        instruction: str | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        max_length: int | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        normalize: bool = True,
+        truncate: bool = True,
+        show_progress: bool = False,
+    ) -> Iterator[NDArray[np.float32]]:
+        """Embeds texts of any number in bounded memory: `encode`, in blocks.
+
+        At most two windows of `WINDOW_TEXTS` texts are held: one is tokenized while the one before it runs.
+
+        Args:
+            texts: As of `encode`, but for a single str.
+            instruction: As of `encode`, and so are all that follow.
+
+        Yields:
+            float32 [n, D], the vectors of the next n texts in input order; n is `WINDOW_TEXTS` but for the last.
+
+        Raises:
+            InputTypeError: As of `encode`, and so are all others.
+        """
+        if isinstance(texts, (str, bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
+            raise InputTypeError(f"texts is a {type(texts).__name__}; pass a list of str, or a generator of str")
+        rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
+        layout = self._layout(dimensions, batch_size=batch_size, batch_tokens=batch_tokens, normalize=normalize)
+        return self._stream(texts, rules, layout, show_progress=show_progress)
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        max_length: int | None = None,
+        truncate: bool = True,
+    ) -> list[TokenRow]:
+        """The tokens that `encode` would run, one row a text; `encode_rows` takes them, those of several calls too.
+
+        Args:
+            texts: As of `encode`, but for generators.
+            instruction: As of `encode`, and so are all that follow.
+
+        Raises:
+            InputTypeError: As of `encode`, and so are all others.
+        """
+        rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
+        return self._prepare(list(texts), 0, rules).rows
+
+    def encode_rows(
+        self, rows: Sequence[TokenRow], *, dimensions: int | None = None, normalize: bool = True
+    ) -> NDArray[np.float32]:
+        """Embeds what `tokenize` gave, rows of different prompts together.
+
+        Returns:
+            float32 [N, D], as of `encode`.
+
+        Raises:
+            ConfigError: `dimensions` does not fit.
+            NumericsError: As of `encode`.
+        """
+        layout = self._layout(dimensions, batch_size=None, batch_tokens=None, normalize=normalize)
+        return self._run_window(rows, 0, layout, bar=None)
+
+    def _token_rules(
+        self,
+        instruction: str | None,
+        prompt: str | None,
+        prompt_name: str | None,
+        *,
+        max_length: int | None,
+        truncate: bool,
+    ) -> _TokenRules:
+        return _TokenRules(
+            prompt=self._text.prompt(instruction, prompt, prompt_name),
+            most=self._limit("max_length", max_length, self.max_length, self.manifest.text.max_tokens),
+            truncate=truncate,
+        )
+
+    def _layout(
+        self, dimensions: int | None, *, batch_size: int | None, batch_tokens: int | None, normalize: bool
+    ) -> _Layout:
         most_rows = self.manifest.profile.max.batch
-        rows_limit = self._limit("batch_size", batch_size, most_rows, most_rows if self._backend.profile else None)
-        tokens_limit = self._limit("batch_tokens", batch_tokens, DEFAULT_BATCH_TOKENS, None)
-        parts: list[NDArray[np.float32]] = []
+        return _Layout(
+            width=self._width(dimensions),
+            rows=self._limit("batch_size", batch_size, most_rows, most_rows if self._backend.profile else None),
+            tokens=self._limit("batch_tokens", batch_tokens, DEFAULT_BATCH_TOKENS, None),
+            normalize=normalize,
+        )
+
+    def _stream(
+        self, texts: Iterable[object], rules: _TokenRules, layout: _Layout, *, show_progress: bool
+    ) -> Iterator[NDArray[np.float32]]:
         cut = blank = start = 0
         with _progress(show_progress, texts) as bar:
-            for window in _windows(texts):
-                checked = check_texts(window, first_index=start)
-                blank += sum(not text or text.isspace() for text in checked)
-                rows = self._text.tokenize(checked, prompt=prefix, max_length=limit)
-                cut += self._check_rows(rows, start, limit, truncate)
-                part = np.empty((len(rows), width), dtype=np.float32)
-                for indices in plan_batches([len(row) for row in rows], max_rows=rows_limit, max_tokens=tokens_limit):
-                    part[indices] = self._run([rows[index] for index in indices], indices, start, normalize, width)
-                    if bar is not None:
-                        bar.update(len(indices))
-                parts.append(part)
-                start += len(rows)
+            for window in self._windows(texts, rules):
+                part = self._run_window(window.rows, start, layout, bar=bar)
+                cut, blank, start = cut + window.cut, blank + window.blank, start + len(part)
+                yield part
         if blank:
             _log.warning("%d of %d texts were empty or only white space; their vectors mean nothing", blank, start)
         if cut:
-            _log.warning("%d of %d texts were longer than max_length=%d tokens and were cut", cut, start, limit)
-        return np.concatenate(parts) if parts else np.empty((0, width), dtype=np.float32)
+            _log.warning("%d of %d texts were longer than max_length=%d tokens and were cut", cut, start, rules.most)
 
-    def _run(
-        self, rows: list[TokenRow], indices: list[int], start: int, normalize: bool, width: int
-    ) -> NDArray[np.float32]:
-        output = self._backend.run(self._text.pad(rows))
-        _check_vectors(output, [start + index for index in indices], self.backend)
-        if width == self.dimension:
-            return output.embeddings if normalize else output.embeddings * output.norms[:, None]
-        cut = output.embeddings[:, :width]
-        scale = 1 / np.linalg.norm(cut, axis=1).clip(NORM_FLOOR) if normalize else output.norms
-        return cut * scale[:, None].astype(np.float32)
+    def _windows(self, texts: Iterable[object], rules: _TokenRules) -> Iterator[_Window]:
+        """Checked and tokenized texts: read in the caller's thread, tokenized in another while the batches run."""
+        iterator = iter(texts)
+        read = list(itertools.islice(iterator, WINDOW_TEXTS))
+        start, more = 0, len(read) == WINDOW_TEXTS  # a short call starts no thread
+        with ThreadPoolExecutor(max_workers=1) if more else nullcontext() as pool:
+            window = self._prepare(read, start, rules) if read else None
+            while window is not None:
+                start += len(window.rows)
+                read = list(itertools.islice(iterator, WINDOW_TEXTS)) if more else []
+                coming = pool.submit(self._prepare, read, start, rules) if pool is not None and read else None
+                yield window
+                window = coming.result() if coming is not None else None
+
+    def _prepare(self, texts: Sequence[object], start: int, rules: _TokenRules) -> _Window:
+        checked = check_texts(texts, first_index=start)
+        rows = self._text.tokenize(checked, prompt=rules.prompt, max_length=rules.most)
+        cut = self._check_rows(rows, start, rules)
+        return _Window(rows=rows, cut=cut, blank=sum(not text or text.isspace() for text in checked))
+
+    def _run_window(self, rows: Sequence[TokenRow], start: int, layout: _Layout, *, bar: Any) -> NDArray[np.float32]:
+        vectors = np.empty((len(rows), layout.width), dtype=np.float32)
+        for indices in plan_batches([len(row) for row in rows], max_rows=layout.rows, max_tokens=layout.tokens):
+            output = self._backend.run(self._text.pad([rows[index] for index in indices]))
+            _check_vectors(output, [start + index for index in indices], self.backend)
+            vectors[indices] = _laid_out(output, layout)
+            if bar is not None:
+                bar.update(len(indices))
+        return vectors
 
     def _width(self, dimensions: int | None) -> int:
         width = self._limit("dimensions", dimensions, self.dimension, self.dimension)
@@ -198,14 +341,14 @@ class Encoder:
             raise ConfigError(f"dimensions is {width}; this model was not trained for vectors cut to that; {cure}")
         return width
 
-    def _check_rows(self, rows: list[TokenRow], start: int, limit: int, truncate: bool) -> int:
-        check_pooled(rows, max_length=limit)
-        longest = self._backend.profile.max.tokens if self._backend.profile else limit
+    def _check_rows(self, rows: list[TokenRow], start: int, rules: _TokenRules) -> int:
+        check_pooled(rows, max_length=rules.most)
+        longest = self._backend.profile.max.tokens if self._backend.profile else rules.most
         for index, row in enumerate(rows, start):
-            if row.truncated and not truncate:
+            if row.truncated and not rules.truncate:
                 raise InputError(
-                    f"text {index} is longer than max_length={limit} tokens; shorten it, raise max_length, or pass "
-                    "truncate=True"
+                    f"text {index} is longer than max_length={rules.most} tokens; shorten it, raise max_length, or "
+                    "pass truncate=True"
                 )
             if len(row) > longest:
                 raise InputError(
@@ -224,103 +367,31 @@ class Encoder:
         return int(value)
 
 
-def open_parts(path: str | Path, device: str) -> tuple[Bundle, TextEncoder, Backend]:
+def open_parts(
+    path: str | Path, device: str, *, backend: str = "auto", threads: int | None = None
+) -> tuple[Bundle, TextEncoder, Backend]:
     """Opens a bundle, its tokenizer and what shall run it, all of one generation; the errors are `Encoder`'s."""
-    index = _device_index(device)
+    wish = Wish.of(device, backend, threads)
     for _ in range(OPEN_ATTEMPTS):
         bundle = Bundle.open(path)
         try:
             text = TextEncoder(bundle.read(TOKENIZER), bundle.manifest.text)
-            backend = _choose_backend(bundle, Path(path).name, device, index)
+            opened = open_backend(bundle, text, Path(path).name, wish)
         except DeployError:
             if bundle.is_current():
                 raise
             continue
         if bundle.is_current():  # else it was replaced between the check and the load; then the new one is opened
-            return bundle, text, backend
+            return bundle, text, opened
     raise BundleError(f"{path} is being replaced all the time; open it when that has ended")
 
 
-def _device_index(device: str) -> int | None:
-    """Number of the CUDA device, 0 for `auto`, None for the CPU."""
-    kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
-    if device == "cpu":
-        return None
-    if device == "auto" or device == "cuda":
-        return 0
-    if kind == "cuda" and number.isdecimal():
-        return int(number)
-    raise ConfigError(f"device is {device!r}; pass 'auto', 'cpu', 'cuda' or 'cuda:N'")
-
-
-def _choose_backend(bundle: Bundle, name: str, device: str, index: int | None) -> Backend:
-    """The best backend that `device` allows.
-
-    Args:
-        bundle: The checked bundle.
-        name: Last part of the path that the user gave: `model.onnx` asks for ONNX Runtime.
-        device: As the user gave it.
-        index: Number of the CUDA device, None for the CPU.
-    """
-    if index is None:
-        return _ort_on_cpu(bundle)
-    if bundle.manifest.plan is None and name == PLAN:
-        raise BundleError(f"{bundle.folder} has no {PLAN}; build one: python -m export.trt --precision fp16")
-    reasons: list[str] = []
-    if bundle.manifest.plan is None:
-        reasons.append("the bundle has none")
-    attempts: list[Callable[[], Backend]] = [functools.partial(_ort_on_cuda, bundle, index)]
-    if bundle.manifest.plan is not None and name != GRAPH:
-        attempts.insert(0, functools.partial(open_plan, bundle, index))
-    for attempt in attempts:
-        try:
-            backend = attempt()
-        except (DeviceMismatchError, MissingExtra) as err:
-            if device != "auto":
-                raise type(err)(f"device={device!r} was asked for: {err}; mend that, or pass device='auto'") from err
-            reasons.append(str(err))
-            continue
-        if reasons:
-            _warn_of_fallback(reasons[0], backend)
-        return backend
-    backend = _ort_on_cpu(bundle)
-    if name != GRAPH:
-        _warn_of_fallback(reasons[0], backend)
-    return backend
-
-
-def _warn_of_fallback(reason: str, backend: Backend) -> None:
-    warnings.warn(
-        f"{PLAN} is not used: {reason}. The graph it is built from runs on {backend.name} instead. Pass device='cpu' "
-        "to ask for that, or device='cuda' to make this an error.",
-        stacklevel=5,
-    )
-
-
-def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
-    """ONNX Runtime's TensorRT and CUDA providers, those that are installed."""
-    installed = [provider for provider in GPU if provider in available_providers()]
-    if not installed:
-        raise DeviceMismatchError(
-            "the installed ONNX Runtime has no CUDA provider; pip install 'nvembed-deploy[gpu]' in place of [cpu]"
-        )
-    CudaRuntime.load().device(index)
-    ordered = tuple((provider, {"device_id": index}) for provider in installed)
-    return OrtBackend(
-        bundle.folder / GRAPH,
-        providers=(*ordered, CPU),
-        as_written=bundle.manifest.precision.quantized,  # its full optimisation refuses signed pairs (1.27 to 1.32)
-        dimension=bundle.manifest.dimension,
-    )
-
-
-def _ort_on_cpu(bundle: Bundle) -> Backend:
-    has_own = CPU_GRAPH in bundle.manifest.files
-    return OrtBackend(
-        bundle.folder / (CPU_GRAPH if has_own else GRAPH),
-        note=CPU_NOTES[bundle.manifest.precision.base] if has_own else "",
-        dimension=bundle.manifest.dimension,
-    )
+def _laid_out(output: Output, layout: _Layout) -> NDArray[np.float32]:
+    if layout.width == output.embeddings.shape[1]:
+        return output.embeddings if layout.normalize else output.embeddings * output.norms[:, None]
+    cut = output.embeddings[:, : layout.width]
+    scale = 1 / np.linalg.norm(cut, axis=1).clip(NORM_FLOOR) if layout.normalize else output.norms
+    return cut * scale[:, None].astype(np.float32)
 
 
 def _check_vectors(output: Output, indices: list[int], backend: str) -> None:
@@ -335,13 +406,7 @@ def _check_vectors(output: Output, indices: list[int], backend: str) -> None:
         )
 
 
-def _windows(texts: Iterable[object]) -> Iterator[list[object]]:
-    iterator = iter(texts)
-    while window := list(itertools.islice(iterator, WINDOW_TEXTS)):
-        yield window
-
-
-def _progress(show: bool, texts: Iterable[str]) -> Any:
+def _progress(show: bool, texts: Iterable[object]) -> Any:
     if not show:
         return nullcontext()
     from tqdm import tqdm

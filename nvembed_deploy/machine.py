@@ -23,6 +23,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def cache_folder() -> Path:
+    """Where this machine's measurements are kept: the user's cache folder, by the XDG rules."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvembed-deploy"
+
+
 def available_memory_bytes() -> int | None:
     """Memory that programs can still get, or None where the system does not tell."""
     try:

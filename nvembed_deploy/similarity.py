@@ -67,10 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         queries = flags.query or [question for question, _ in PAIRS]
         passages = flags.passage or [passage for _, passage in PAIRS]
         encoder = Encoder(flags.bundle, device=flags.device)
-        takes_instructions = bool(encoder.manifest.text.instruction_template)
-        asked = {"instruction": flags.instruction} if takes_instructions else {"prompt_name": "query"}
         scores = (
-            encoder.encode(queries, **asked, show_progress=sys.stderr.isatty())
+            encoder.encode(queries, prompt=encoder.query_prompt(flags.instruction), show_progress=sys.stderr.isatty())
             @ encoder.encode(passages, show_progress=sys.stderr.isatty()).T
         )
         sys.stdout.write(table(queries, passages, scores))

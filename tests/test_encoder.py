@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvembed_deploy import BundleError, ConfigError, DeviceMismatchError, Encoder, NumericsError
+from nvembed_deploy import (
+    BundleError,
+    ConfigError,
+    DeviceMismatchError,
+    Encoder,
+    InputTypeError,
+    NumericsError,
+)
 from nvembed_deploy.backends import Output
 from nvembed_deploy.text import TokenBatch
 from tests import numpy_reference
@@ -125,29 +133,49 @@ def test_threads_give_what_one_gives(encoder: Encoder) -> None:
             np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
-def test_generator_is_read_as_needed(encoder: Encoder) -> None:
-    """A window at a time: texts are made when the ones before them are done."""
+def test_a_stream_is_read_one_window_ahead(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are read in the caller's thread: many sources, such as SQLite's cursors, allow no other."""
     from nvembed_deploy import encoder as module
 
-    made: list[int] = []
-    done: list[int] = []
-    run = encoder._run
-
-    def counting(rows: list, indices: list[int], start: int, normalize: bool) -> np.ndarray:
-        done.append(len(made))
-        return run(rows, indices, start, normalize)
+    monkeypatch.setattr(module, "WINDOW_TEXTS", 8)
+    words = [f"word {number}" * (1 + number % 5) for number in range(30)]
+    read: list[int] = []
 
     def texts() -> Iterator[str]:
-        for index in range(3 * module.WINDOW_TEXTS):
-            made.append(index)
-            yield "a"
+        for number, word in enumerate(words):
+            assert threading.current_thread() is threading.main_thread()
+            read.append(number)
+            yield word
 
-    encoder._run = counting  # type: ignore[method-assign]
-    try:
-        assert len(encoder.encode(texts(), batch_tokens=100_000)) == 3 * module.WINDOW_TEXTS
-    finally:
-        del encoder._run
-    assert done[0] == module.WINDOW_TEXTS
+    expected = encoder.encode(words)
+    found, sizes = [], []
+    for block in encoder.encode_stream(texts()):
+        found.append(block)
+        sizes.append((len(block), len(read)))
+    assert sizes == [(8, 16), (8, 24), (8, 30), (6, 30)]
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=2e-6)
+
+
+def test_a_stream_checks_its_options_before_it_reads(encoder: Encoder) -> None:
+    def texts() -> Iterator[str]:
+        raise AssertionError("read")
+        yield ""
+
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        encoder.encode_stream(texts(), batch_size=0)
+    with pytest.raises(InputTypeError, match="texts is a str"):
+        encoder.encode_stream("one text")
+    assert list(encoder.encode_stream([])) == []
+
+
+def test_an_error_in_a_later_window_names_its_text(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvembed_deploy import encoder as module
+
+    monkeypatch.setattr(module, "WINDOW_TEXTS", 4)
+    blocks = encoder.encode_stream([*["fine"] * 9, None])  # type: ignore[list-item]
+    assert len(next(blocks)) == 4
+    with pytest.raises(InputTypeError, match="text 9 is a NoneType"):
+        list(blocks)
 
 
 def test_paths(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -326,6 +326,16 @@ def test_the_small_nvidia_llama_takes_prefixes_and_no_instruction() -> None:
     assert read_architecture(config).matryoshka.listed == (384, 512, 768, 1024, 2048)
 
 
+def test_a_model_without_instructions_has_its_own_query_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvembed_deploy.family.EMBEDQA_HIDDEN", SMALL["hidden_size"])
+    encoder = Encoder(export(make_relative("llama-embed-nemotron", tmp_path / "qa"), tmp_path / "b"), device="cpu")
+    assert encoder.query_prompt("find it") == "query: "
+    assert (encoder.encode("water") == encoder.encode("water", prompt="passage: ")).all()
+    assert (encoder.encode("water", prompt_name="query") == encoder.encode("water", prompt="query: ")).all()
+    with pytest.raises(ConfigError, match="takes no instruction; pass prompt_name, which may be 'query', 'document'"):
+        encoder.encode("water", instruction="find it")
+
+
 def test_a_lost_mask_is_named(tmp_path: Path, checkpoint: Path) -> None:
     causal = make_relative("Qwen3-Embedding", tmp_path / "qwen")
     for folder, mask, message in (

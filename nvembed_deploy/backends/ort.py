@@ -42,6 +42,7 @@ class OrtBackend:
         note: Added to the name.
         as_written: Whether nodes run one by one, so that Q/DQ pairs round as the engine does.
         dimension: D that the bundle promises; None takes what comes.
+        threads: Threads of a batch on the CPU; None takes one for each physical core.
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.
@@ -58,9 +59,12 @@ class OrtBackend:
         note: str = "",
         as_written: bool = False,
         dimension: int | None = None,
+        threads: int | None = None,
     ) -> None:
         ort = _onnxruntime()
         options = ort.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
         options.log_severity_level = FATAL_SEVERITY
         if as_written:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

@@ -42,7 +42,7 @@ class ReferenceEncoder(Encoder):
                     "--reference, or export it again"
                 )
         self._bundle, self._text = like._bundle, like._text
-        self._backend = ReferenceBackend(checkpoint)
+        self._backend = ReferenceBackend(checkpoint, layers=like.manifest.source.architecture.layers)
 
 
 class MtebModel(AbsEncoder):
@@ -83,7 +83,7 @@ class MtebModel(AbsEncoder):
         is_document = prompt_type == PromptType.document
         own = "" if is_document else self.get_instruction(task_metadata, prompt_type)
         instruction = instruction_for(task_metadata.name, task_metadata.type, is_document=is_document, own=own)
-        return self.encoder.encode(texts, instruction=instruction or None)
+        return self.encoder.encode(texts, prompt=self.encoder.query_prompt(instruction) if instruction else None)
 
 
 def revision(encoder: Encoder) -> str:

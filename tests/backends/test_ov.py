@@ -1,0 +1,111 @@
+"""OpenVINO: the same checks as every backend, and the choice between it and ONNX Runtime."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install nvembed-deploy[openvino]")
+
+from nvembed_deploy import ConfigError, Encoder, EngineError
+from nvembed_deploy.backends import Output, cpu_choice
+from nvembed_deploy.backends.ov import OvBackend
+from nvembed_deploy.text import TokenBatch
+from tests.conformance import TEXTS, check_encoder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "nvembed-deploy"
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("fp16", 2e-3), ("bf16", 2e-2)])
+def test_conformance(bundles: dict[str, Path], precision: str, tolerance: float) -> None:
+    encoder = Encoder(bundles[precision], backend="openvino")
+    assert encoder.backend.startswith("openvino ")
+    check_encoder(encoder, tolerance=tolerance)
+
+
+def test_fp32_equals_onnx_runtime(bundles: dict[str, Path]) -> None:
+    found = Encoder(bundles["fp32"], backend="openvino").encode(TEXTS)
+    expected = Encoder(bundles["fp32"], device="cpu", backend="onnxruntime").encode(TEXTS)
+    assert np.abs(found - expected).max() <= 5e-6
+
+
+def test_a_graph_of_another_kind_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(EngineError, match="cannot be loaded by OpenVINO"):
+        OvBackend(tmp_path / "model.onnx", dimension=8, exact=True)
+    with pytest.raises(EngineError, match="its bundle says"):
+        OvBackend(bundles["fp32"] / "model.onnx", dimension=7, exact=True).run(
+            TokenBatch(**{name: np.ones((1, 3), np.int64) for name in ("input_ids", "attention_mask", "pool_mask")})
+        )
+
+
+def test_the_choice_is_measured_once(
+    bundles: dict[str, Path], own_cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    first = Encoder(bundles["fp32"], device="cpu")
+    (kept,) = own_cache.iterdir()
+    choice = json.loads(kept.read_text())
+    assert choice["backend"] in ("onnxruntime", "openvino")
+    assert choice["backend"] == first.backend.split()[0]
+    assert choice["min_cosine"] >= 0.999999
+    assert "one query and a batch of" in caplog.text
+    monkeypatch.setattr(cpu_choice, "measure", None)  # a call would fail
+    assert Encoder(bundles["fp32"], device="cpu").backend == first.backend
+    other = {"onnxruntime": "openvino", "openvino": "onnxruntime"}[choice["backend"]]
+    kept.write_text(json.dumps(choice | {"backend": other}))
+    assert Encoder(bundles["fp32"], device="cpu").backend.startswith(other)
+
+
+def test_a_damaged_choice_is_measured_again(bundles: dict[str, Path], own_cache: Path) -> None:
+    Encoder(bundles["fp32"], device="cpu")
+    (kept,) = own_cache.iterdir()
+    for damage in (b"", b"[]", b'{"backend": 3}', b"\xff"):
+        kept.write_bytes(damage)
+        Encoder(bundles["fp32"], device="cpu")
+        assert json.loads(kept.read_text())["backend"]
+
+
+def test_faster_but_different_is_not_taken(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = OvBackend.run
+
+    def turned(self: OvBackend, batch: TokenBatch) -> Output:
+        output = run(self, batch)
+        return Output(np.roll(output.embeddings, 1, axis=1), output.norms)
+
+    monkeypatch.setattr(OvBackend, "run", turned)
+    monkeypatch.setattr(cpu_choice, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
+    assert Encoder(bundles["fp32"], device="cpu").backend.startswith("onnxruntime")
+    monkeypatch.setattr(OvBackend, "run", run)
+
+
+def test_the_faster_one_is_taken(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_choice, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
+    assert Encoder(bundles["fp32"], device="cpu").backend.startswith("openvino")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorflow"}, "backend is 'tensorflow'; pass 'auto', 'tensorrt', 'onnxruntime', 'openvino'"),
+        ({"backend": "openvino", "device": "cuda"}, "runs on CPUs and device is 'cuda'"),
+        ({"backend": "tensorrt", "device": "cpu"}, "runs on GPUs and device is 'cpu'"),
+        ({"threads": 0}, "threads is 0; pass a whole number of at least 1"),
+    ],
+)
+def test_wishes_that_do_not_go_together(bundles: dict[str, Path], options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Encoder(bundles["fp32"], **options)
+
+
+def test_threads_change_no_vector(bundles: dict[str, Path]) -> None:
+    for backend in ("onnxruntime", "openvino"):
+        one = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=1).encode(TEXTS)
+        two = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=2).encode(TEXTS)
+        assert np.abs(one - two).max() <= 2e-6
