@@ -35,6 +35,7 @@ from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredTensor
 
 from .ranges import widen
+from .simplify import simplify
 from .state import State
 
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
@@ -97,7 +98,7 @@ def trace(
     for name in weights & graph.initializers.keys():
         graph.initializers[name].const_value = None  # fake; and what has no value cannot be folded
     with _quiet():
-        program.optimize()  # folds constants, and fuses RMSNormalization where the opset has it
+        simplify(program.model)
         passes.ClearMetadataAndDocStringPass()(program.model)  # they hold paths of this machine
     if missing := sorted(weights - graph.initializers.keys()):
         raise ExportError(f"the tracer dropped {missing[0]}; this torch {torch.__version__} is not one we know")

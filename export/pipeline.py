@@ -110,7 +110,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
         reference = parts = None
         if options.parity:
             with _step("reading the checkpoint"):
-                reference = ReferenceBackend(folder, layers=options.layers)
+                reference = ReferenceBackend(folder, layers=options.layers, remember=True)
             parts = Parts(exported_form(reference.model, fold=options.fold, own_weights=options.precision.quantized))
         elif options.runs_model:
             parts = Parts.of_checkpoint(weights, fold=options.fold)

@@ -6,6 +6,7 @@
 Importing this loads neither torch nor TensorRT.
 """
 
+from nvembed_deploy.coalesce import Coalescer
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import (
     BundleError,
@@ -19,6 +20,7 @@ from nvembed_deploy.errors import (
     InputTypeError,
     MissingExtra,
     NumericsError,
+    OverloadedError,
     ParityError,
 )
 from nvembed_deploy.version import __version__
@@ -26,6 +28,7 @@ from nvembed_deploy.version import __version__
 __all__ = [
     "BundleError",
     "CheckpointError",
+    "Coalescer",
     "ConfigError",
     "DeployError",
     "DeviceMismatchError",
@@ -36,6 +39,7 @@ __all__ = [
     "InputTypeError",
     "MissingExtra",
     "NumericsError",
+    "OverloadedError",
     "ParityError",
     "__version__",
 ]

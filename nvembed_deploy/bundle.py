@@ -42,7 +42,8 @@ MANIFEST_MAX_BYTES = 16 * 2**20
 OPEN_ATTEMPTS = 20
 _SELF_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _ZEROS = b"0" * 64
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**24
+"""Large: between two blocks a hashing thread asks for the interpreter, and a busy one makes it wait."""
 _BLOCKS_WAITING = 2
 
 
@@ -295,7 +296,7 @@ def hash_file(path: Path) -> FileEntry:
 
 
 class HashedFile:
-    """A new file that is hashed while it is written, on a thread of its own.
+    """A new file, written and hashed behind the caller's back, each on a thread of its own.
 
     Args:
         path: Must not exist.
@@ -305,26 +306,34 @@ class HashedFile:
         self.path = path
         self.size = 0
         self._digest = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._hashing, self._writing = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
         self._waiting: deque[Future[None]] = deque()
 
     def __enter__(self) -> HashedFile:
         self._file = self.path.open("xb", buffering=0)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while kind is None and self._waiting:
+                self._waiting.popleft().result()  # a full disk is told here
+        finally:
+            self._hashing.shutdown(cancel_futures=True)
+            self._writing.shutdown(cancel_futures=True)
+            self._file.close()
 
     def write(self, content: bytes | memoryview) -> None:
-        """Appends; the content must stay as it is."""
-        while len(self._waiting) >= _BLOCKS_WAITING:
+        """Appends; the content must stay as it is. A failure may be raised by a later call, or on the way out."""
+        while len(self._waiting) >= 2 * _BLOCKS_WAITING:
             self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._digest.update, content))
+        self._waiting.append(self._hashing.submit(self._digest.update, content))
+        self._waiting.append(self._writing.submit(self._write_all, content))
+        self.size += len(content)
+
+    def _write_all(self, content: bytes | memoryview) -> None:
         rest = memoryview(content)
         while len(rest):
             rest = rest[self._file.write(rest) :]
-        self.size += len(content)
 
     def entry(self) -> FileEntry:
         """Size and hash, once it is closed."""

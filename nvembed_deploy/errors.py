@@ -47,5 +47,9 @@ class NumericsError(DeployError):
     """A vector came out that is not finite or not of unit length."""
 
 
+class OverloadedError(DeployError):
+    """Too much is waiting for the engine, or it shuts down: the same request may succeed later."""
+
+
 class MissingExtra(DeployError, ImportError):
     """An optional dependency is not installed: the message names the extra that holds it."""

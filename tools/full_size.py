@@ -1,8 +1,9 @@
 """`python -m tools.full_size WORK`: exports 7.85 B parameters, beside `cp` of the same bytes, on one disk in one run.
 
-Makes the synthetic checkpoint (once), then in turn: `cp`, the export with `--weights copy`, with `--weights reference`;
-and two layers of it at full width, compared with PyTorch and built for TensorRT-RTX, in FP16 and INT8. Each is a
-process of its own, whose peak memory the system tells. Writes docs/full_size.json.
+Makes the synthetic checkpoint (once), then in turn: a read of it, `cp`, the export with `--weights copy`, with
+`--weights reference`, and the same with what it reads in memory already; and two layers of it at full width, compared
+with PyTorch and built for TensorRT-RTX, in FP16 and INT8. Each is a process of its own, whose peak memory the system
+tells. All but the last of the exports find none of the checkpoint in the system's memory. Writes docs/full_size.json.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,8 @@ from tools import synthetic
 GIB = 2**30
 RESULT = Path("docs") / "full_size.json"
 SLACK_SECONDS, MOST_TIMES_CP, MOST_REFERENCE_SECONDS = 30, 1.2, 60
+SLICE_OPTIONS = {"fp16": ["--max", "4x256"], "int8": ["--max", "4x32", "--calibration-tokens", "2048"]}
+"""INT8's gate embeds 240 more texts, by a reference whose pooler is not folded: they are cut to the plan's longest."""
 FORECAST = re.compile(r"up to ([\d.]+) GiB of memory")
 
 
@@ -60,12 +64,22 @@ def measure(command: Sequence[str]) -> Measured:
     return Measured(time.monotonic() - started, usage.ru_maxrss * 1024 / GIB, output)
 
 
+def forget(folder: Path) -> None:
+    """Has the system write out what it holds of a folder's files and drop it from memory."""
+    os.sync()
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def measure_slice(work: Path, precision: str) -> dict[str, Any]:
     """Two layers of true width: the gate, and a plan."""
     bundle = work / "slice"
     command = [sys.executable, "-m", "export.trt", "--model", str(work / "checkpoint"), "--layers", "2"]
-    command += ["--precision", precision, "--out", str(bundle), "--target", "rtx", "--max", "4x256"]
-    command += ["--calibration-tokens", "4096"] if precision == "int8" else []
+    command += ["--precision", precision, "--out", str(bundle), "--target", "rtx", *SLICE_OPTIONS[precision]]
     try:
         found = measure(command)
         manifest = Bundle.open(bundle).manifest
@@ -98,11 +112,15 @@ def measure_all(work: Path) -> dict[str, Any]:
         export = [sys.executable, "-m", "export.to_onnx", "--model", str(checkpoint), "--no-parity"]
         export += ["--precision", "fp16", "--out", str(bundle)]
         steps = {
+            "read": ["sh", "-c", f"cat {shlex.quote(str(checkpoint))}/*.safetensors > /dev/null"],
             "cp": ["cp", "-r", str(checkpoint), str(copy)],
             "copy": [*export, "--weights", "copy"],
             "reference": [*export, "--weights", "reference"],
+            "reference_warm": [*export, "--weights", "reference"],
         }
         for name, command in steps.items():
+            if name != "reference_warm":
+                forget(checkpoint)
             found = measure(command)
             row = {"seconds": round(found.seconds, 1), "peak_gib": round(found.peak_gib, 3)}
             if forecast := FORECAST.search(found.output):
@@ -132,7 +150,7 @@ def measure_all(work: Path) -> dict[str, Any]:
         "copy_over_cp": round(ratio, 3),
         "within_bounds": (
             rows["copy"]["seconds"] <= MOST_TIMES_CP * rows["cp"]["seconds"] + SLACK_SECONDS
-            and rows["reference"]["seconds"] <= MOST_REFERENCE_SECONDS
+            and rows["reference_warm"]["seconds"] <= MOST_REFERENCE_SECONDS
         ),
     }
 

@@ -1,0 +1,107 @@
+"""What a client may send: OpenAI's request body, its checks and its limits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Refused(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP status.
+        message: For the client: what is wrong and what to do, nothing about the server's files.
+        param: Field of the body that is wrong.
+        code: A word for programs.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Most that one request may hold, all checked before a text is tokenized (but for the tokens)."""
+
+    body_bytes: int = 8 * 2**20
+    """Bytes of the body as it comes; compressed bodies are refused."""
+    texts: int = 2048
+    """OpenAI's own limit."""
+    text_chars: int = 200_000
+    """Characters of one text."""
+    tokens: int = 300_000
+    """Tokens of all texts together; OpenAI's own limit."""
+    seconds: float = 60.0
+    """From the request's arrival to its answer; a request that waits longer gives its place up."""
+
+
+class EmbeddingsBody(BaseModel):
+    """Body of POST /v1/embeddings.
+
+    `input`, `model`, `encoding_format`, `dimensions` and `user` are OpenAI's. `instruction` and `prompt_name` are this
+    server's: the task in words, or the name of one of the model's prompts, for queries. In OpenAI's client they are
+    passed as `extra_body={"instruction": ...}`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: str | list[str] | list[int] | list[list[int]]
+    model: str
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
+    instruction: str | None = None
+    prompt_name: str | None = None
+
+
+def parse(content: bytes, limits: Limits) -> tuple[EmbeddingsBody, list[str]]:
+    """Reads a body.
+
+    Returns:
+        The body, and its texts.
+
+    Raises:
+        Refused: It is no such body, or more than the limits allow.
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError as err:
+        raise Refused(400, "the body is nested too deeply; send an object with 'input' and 'model'") from err
+    except ValueError as err:
+        raise Refused(400, f"the body is no JSON ({err}); send an object with 'input' and 'model'") from err
+    try:
+        body = EmbeddingsBody.model_validate(value)
+    except ValidationError as err:
+        raise _explained(err, value) from err
+    found = [body.input] if isinstance(body.input, str) else body.input
+    if not found:
+        raise Refused(400, "'input' is an empty list; send at least one text", param="input")
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) < len(found):
+        raise Refused(400, "'input' holds token ids; this server takes texts, and tokenizes them itself", param="input")
+    if len(texts) > limits.texts:
+        raise Refused(422, f"'input' has {len(texts)} texts, at most {limits.texts} are taken; split it", param="input")
+    for index, text in enumerate(texts):
+        if len(text) > limits.text_chars:
+            message = f"text {index} has {len(text)} characters, at most {limits.text_chars} are taken; cut it"
+            raise Refused(422, message, param="input")
+    return body, texts
+
+
+def _explained(err: ValidationError, value: object) -> Refused:
+    """Pydantic's findings in one sentence; a union's branches are not listed."""
+    if not isinstance(value, dict):
+        return Refused(400, f"the body is a {type(value).__name__}; send an object with 'input' and 'model'")
+    first = err.errors(include_url=False, include_input=False)[0]
+    name = str(first["loc"][0])
+    if name == "input" and "input" in value:
+        return Refused(400, "'input' is neither a string nor a list of strings", param="input")
+    words = {"missing": f"'{name}' is missing", "extra_forbidden": f"'{name}' is not known"}
+    message = words.get(first["type"], f"'{name}' does not fit: {first['msg'].lower()}")
+    fields = ", ".join(f"'{field}'" for field in EmbeddingsBody.model_fields)
+    return Refused(400, f"{message}; the fields are {fields}", param=name)
