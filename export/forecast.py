@@ -17,7 +17,7 @@ from nvembed_deploy.machine import available_memory_bytes
 from nvembed_deploy.model.weights import StoredWeights
 
 from .calibration import BATCH_TOKENS, SAMPLED_ROWS
-from .graph import BLOCK_BYTES, DTYPES
+from .graph import BLOCK_BYTES, DTYPES, PANEL_BYTES
 from .options import ExportOptions
 from .parts import part_of
 
@@ -28,8 +28,8 @@ LAYER_BYTES = 4_300_000
 """Nodes of one layer while the graph is traced."""
 BUILD_BASE_BYTES = int(0.35 * GIB)
 """TensorRT itself."""
-HEAD_BYTES = 14
-"""Bytes for each entry of a head's matrices while the pooler is folded: four of them in 16 bits, and FP32 copies."""
+HEAD_BYTES = 6
+"""Bytes for each entry of a head's matrix while the pooler is folded: 16 bits, and a copy in FP32."""
 PROBE_TOKENS = 2048
 """Of the probes, but for a longest one."""
 SMALL_FILES_BYTES = 16 * 2**20
@@ -141,7 +141,7 @@ def _streaming_bytes(weights: StoredWeights, options: ExportOptions) -> int:
     """Most that is in memory while weights are written: a matrix that is turned, or a head of the pooler."""
     fold, wanted = options.fold, DTYPES[options.precision.base]
     matrices = [
-        item.bytes
+        min(item.bytes, PANEL_BYTES)
         for name, item in weights.tensors.items()
         if len(item.shape) == 2
         and "embed_tokens" not in name

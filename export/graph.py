@@ -32,7 +32,7 @@ from nvembed_deploy.model.decoder import Decoder
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.latent_attention import LatentAttentionModel
 from nvembed_deploy.model.nvembed import NVEmbed
-from nvembed_deploy.model.weights import StoredTensor
+from nvembed_deploy.model.weights import StoredTensor, read_columns
 
 from .ranges import widen
 from .simplify import simplify
@@ -52,6 +52,8 @@ TRACE_SHAPE = (3, 7)
 CODES_DTYPES = (torch.int8, torch.float8_e4m3fn)
 BLOCK_BYTES = 8 * 2**20
 """Written at a time."""
+PANEL_BYTES = 128 * 2**20
+"""Of a matrix that is turned: all of a 7 B decoder's layers fit, and the pooler's largest is read twice."""
 PAGE_BYTES = 4096
 """Tensors start on pages, so that a runtime can map the file into memory."""
 
@@ -232,16 +234,28 @@ def _blocks(value: ir.Value, state: State) -> Iterator[memoryview]:
         yield _bytes(_packed(state.read(name)))
         return
     if _take_turns(value):
-        whole = state.read(name)
-        step = max(1, BLOCK_BYTES // (shape[0] * dtype.itemsize))
-        for first in range(0, shape[1], step):
-            block = whole[:, first : first + step].contiguous()  # torch turns whole matrices fast, and parts slowly
-            yield _bytes(_converted(block, dtype, name).T.contiguous())
+        yield from _turned(state, name, shape, dtype)
         return
     step = max(1, BLOCK_BYTES * shape[0] // max(1, math.prod(shape) * dtype.itemsize)) if shape else 1
     for first in range(0, shape[0] if shape else 1, step):
         rows = (first, min(first + step, shape[0])) if shape else None
         yield _bytes(_converted(state.read(name, rows=rows), dtype, name).contiguous())
+
+
+def _turned(state: State, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[memoryview]:
+    """A matrix's bytes with rows and columns exchanged; one that is large is read once for each of its panels."""
+    row_bytes = shape[0] * dtype.itemsize
+    step, wide = max(1, BLOCK_BYTES // row_bytes), max(1, PANEL_BYTES // row_bytes)
+    for left in range(0, shape[1], wide):
+        right = min(left + wide, shape[1])
+        if right - left == shape[1]:
+            panel = state.read(name)
+        else:
+            panel = read_columns(lambda rows: state.read(name, rows=rows), shape[0], left, right)
+        for first in range(0, right - left, step):
+            block = panel[:, first : first + step].contiguous()  # torch turns whole matrices fast, and parts slowly
+            yield _bytes(_converted(block, dtype, name).T.contiguous())
+        del panel  # before the next one is read
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -41,6 +41,7 @@ from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import DeviceMismatchError, MissingExtra, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
+from nvembed_deploy.machine import return_large_blocks
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredWeights
 from nvembed_deploy.parity import ParityReport, compare, longest_probe, require, require_mask
@@ -71,7 +72,7 @@ from .quantization import (
     write_record,
 )
 from .ranges import FP16_MAX, probe, wide_modules
-from .state import State, StoredState
+from .state import StoredState
 
 POOLING = {
     Pooling.LATENT: "latent attention, masked mean, L2",
@@ -93,6 +94,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
         DeployError: A step failed; the destination is as it was.
     """
     started = time.monotonic()
+    return_large_blocks()
     folder, revision = source.resolve(options.model, options.revision)
     config = read_checkpoint_architecture(folder).slice(options.layers)
     contract = source.text_contract(folder, config)
@@ -258,21 +260,20 @@ def _write_graphs(
     Returns:
         The opset, and the hash of what was hashed while it was written.
     """
+    quantized = None if parts is None or record is None else QuantizedState(parts, record)
+    folding = InBackground(lambda: quantized or StoredState(weights, fold=options.fold))
     with _step(f"tracing to ONNX ({options.dialect.value})"):
         traced = trace(
             weights.config, precision=options.precision, dialect=options.dialect, fold=options.fold, wide=wide
         )
-    if parts is None or record is None:
-        state: State = StoredState(weights, fold=options.fold)
-    else:
-        state = QuantizedState(parts, record)
-        insert(traced, state.input_scales, FORMATS[options.precision])
+    if quantized is not None:
+        insert(traced, quantized.input_scales, FORMATS[options.precision])
     for path in (staging / name for name in (GRAPH, CPU_GRAPH, WEIGHTS)):  # of an attempt that did not pass
         path.unlink(missing_ok=True)
     with _step("writing the weights"):
-        known = write(traced, state, staging, name=GRAPH, reference=options.reference)
-        if isinstance(state, QuantizedState):
-            state.close()
+        known = write(traced, folding.result(), staging, name=GRAPH, reference=options.reference)
+        if quantized is not None:
+            quantized.close()
     with _step("checking the graph"):
         check(staging / GRAPH, linked=options.reference)
         if options.precision.has_cpu_graph:

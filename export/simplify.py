@@ -1,7 +1,7 @@
 """Makes a traced graph small: constants folded, what does nothing removed, RMSNormalization fused if there is such.
 
-The same passes as `onnxscript.optimizer.optimize`, with the rules that a decoder needs. One of the others compares every
-Slice with every other, which is half of the time for 32 layers.
+The same passes as `onnxscript.optimizer.optimize`, with the rules that a decoder needs. One of the others compares
+every Slice with every other, which is half of the time for 32 layers.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def simplify(model: ir.Model) -> None:
     for _ in range(ROUNDS):
         fold_constants(model, onnx_shape_inference=True)
         rewrite(model)
-        for cleanup in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass()):
-            cleanup(model)
+        passes.RemoveUnusedNodesPass()(model)
     ir.passes.Sequential(
         passes.RemoveUnusedOpsetsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

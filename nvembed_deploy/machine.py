@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
+
+M_MMAP_THRESHOLD = -3
+"""Source: glibc, malloc.h."""
 
 
 def describe_machine() -> str:
@@ -26,6 +31,16 @@ def processor() -> str:
 def cache_folder() -> Path:
     """Where this machine's measurements are kept: the user's cache folder, by the XDG rules."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvembed-deploy"
+
+
+def return_large_blocks() -> None:
+    """Has the C library give blocks of 1 MiB and more back to the system when they are freed.
+
+    glibc raises that bound to the size of what was freed last, up to 32 MiB, and then keeps what it could give back.
+    Other C libraries have no such bound.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def available_memory_bytes() -> int | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nvembed_deploy.model.latent_attention import LAYER_NORM_EPS, CrossAttention, LatentAttentionModel
-from nvembed_deploy.model.weights import StoredWeights
+from nvembed_deploy.model.weights import StoredWeights, read_columns
 
 
 class FoldedLatentAttention(nn.Module):
@@ -89,19 +89,9 @@ def fold_stored(weights: StoredWeights) -> tuple[Tensor, Tensor]:
         keys = _projected(weights.read(to_kv, rows=rows), context)
         scores[:, here] = _scores(weights.read(to_q, rows=rows), keys)
         projected = _projected(weights.read(to_kv, rows=behind), context)
-        values[here] = _values(_columns(weights, to_out, *rows), projected)
+        out = read_columns(lambda which: weights.read(to_out, rows=which), len(scores), *rows)
+        values[here] = _values(out, projected)
     return scores, values
-
-
-def _columns(weights: StoredWeights, name: str, first: int, end: int) -> Tensor:
-    """Columns of a stored matrix, read by blocks of rows."""
-    rows = weights.tensors[name].shape[0]
-    step = max(1, rows // 16)
-    found = torch.empty((rows, end - first), dtype=weights.tensors[name].dtype)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        found[start:stop] = weights.read(name, rows=(start, stop))[:, first:end]
-    return found
 
 
 def _empty(heads: int, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +109,25 @@ class StoredWeights:
                     raise CheckpointError(f"{stored.path} ends inside {name}; download it again")
                 done += count
         return tensor
+
+
+def read_columns(read: Callable[[tuple[int, int]], Tensor], rows: int, first: int, end: int) -> Tensor:
+    """Columns of a matrix that is stored row by row, of which a sixteenth is in memory at a time.
+
+    Args:
+        read: Gives the rows from `which[0]` to before `which[1]`.
+        rows: Of the matrix.
+        first: First column.
+        end: The one behind the last.
+    """
+    step = max(1, rows // 16)
+    parts = (read((start, min(start + step, rows)))[:, first:end] for start in range(0, rows, step))
+    top = next(parts)
+    found = torch.empty((rows, end - first), dtype=top.dtype)
+    found[:step] = top
+    for start, part in zip(range(step, rows, step), parts, strict=True):
+        found[start : start + step] = part
+    return found
 
 
 def own_name(stored: str, config: ModelConfig) -> str | None:
