@@ -1,4 +1,5 @@
 # make engine   set up, export the embedded model to a TensorRT plan, and show what it makes of real questions
+# make app      the same, and open the search page over it in a browser
 # make test     set up and run the tests
 # make check    formatting, lint and types, as CI runs them
 
@@ -6,19 +7,22 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Where pip finds torch 2.13.0; empty for pip's default, see the README for CPU-only and CUDA builds.
 TORCH_INDEX ?=
 PRECISION ?= fp16
-# What to install; EXTRAS=export,cpu,rtx is enough for `make engine`, and without train or evaluation their tests skip.
-EXTRAS ?= export,cpu,rtx,train,evaluation,dev
+# What to install; EXTRAS=export,cpu,rtx is enough for `make engine`, and without the others their tests skip.
+EXTRAS ?= export,cpu,openvino,rtx,train,evaluation,serve,app,dev
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 BUNDLE := bundles/nv-embed-mini-$(PRECISION)
 
-.PHONY: engine test check format clean
+.PHONY: engine app test check format clean
 
 engine: $(READY)
 	$(BIN)/python -m export.trt --precision $(PRECISION) --out $(BUNDLE)
 	$(BIN)/python -m nvembed_deploy.similarity $(BUNDLE)
+
+app: $(READY)
+	$(BIN)/python -m app
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

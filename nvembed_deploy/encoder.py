@@ -248,6 +248,17 @@ class Encoder:
         rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
         return self._prepare(list(texts), 0, rules).rows
 
+    def token_spans(self, text: str) -> list[tuple[int, int]]:
+        """For each token of a text of any length, its first character and the one behind its last.
+
+        A text that is too long is cut into passages by them.
+
+        Raises:
+            InputTypeError: The text is not a str.
+            InputError: It holds half a surrogate pair.
+        """
+        return self._text.spans(check_texts([text])[0])
+
     def encode_rows(
         self, rows: Sequence[TokenRow], *, dimensions: int | None = None, normalize: bool = True
     ) -> NDArray[np.float32]:

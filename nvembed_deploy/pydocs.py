@@ -28,7 +28,7 @@ def docstring_pairs(library: Path | None = None, *, under: Collection[str] = ())
         library: Folder of Python files; by default the running Python's own library.
         under: Only these packages and modules of it; all where empty.
     """
-    root = library or Path(sysconfig.get_paths()["stdlib"])
+    root = library or library_root()
     for path in library_files(root, under=under):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -38,9 +38,14 @@ def docstring_pairs(library: Path | None = None, *, under: Collection[str] = ())
         yield from _tree_pairs(tree, module)
 
 
+def library_root() -> Path:
+    """Folder of the running Python's own library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
 def library_files(library: Path | None = None, *, under: Collection[str] = ()) -> list[Path]:
     """Python files of a library, by default the running Python's own, without its tests and what is installed in it."""
-    root = library or Path(sysconfig.get_paths()["stdlib"])
+    root = library or library_root()
     parts = {path: path.relative_to(root).with_suffix("").parts for path in root.rglob("*.py")}
     return sorted(
         path

@@ -214,6 +214,11 @@ class TextEncoder:
             )
         return rows
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """For each token of a text of any length, its first character and the one behind its last."""
+        found: list[tuple[int, int]] = self._literal.encode(text, add_special_tokens=False).offsets
+        return found
+
     def pad(self, rows: Sequence[TokenRow]) -> TokenBatch:
         """Right-pads rows to the longest of them. Masks come from lengths and counts, never from ids."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)

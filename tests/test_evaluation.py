@@ -18,7 +18,8 @@ from nvembed_deploy.evaluation.__main__ import main
 from nvembed_deploy.evaluation.built_in import built_in_tasks
 from nvembed_deploy.evaluation.compare import TOLERANCES, compare, tolerance_of
 from nvembed_deploy.evaluation.instructions import OFFICIAL, QUESTION, instruction_for
-from nvembed_deploy.evaluation.model import MtebModel, ReferenceEncoder
+from nvembed_deploy.evaluation.model import MtebModel
+from nvembed_deploy.evaluation.reference import ReferenceEncoder
 from nvembed_deploy.evaluation.tasks import folder_tasks
 from tests.conftest import ROOT
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-PYTHON_FOLDERS = ("nvembed_deploy", "export", "engines")
+PYTHON_FOLDERS = ("nvembed_deploy", "export", "engines", "app")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,8 @@ def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
         "nvembed_deploy.export.to_onnx",
         "nvembed_deploy.similarity",
         "nvembed_deploy.engines.show",
+        "nvembed_deploy.serve",
+        "nvembed_deploy.app",
     ):
         done = run(wheel, tmp_path / module, "-m", module, "--help")
         assert (done.returncode, done.stderr) == (0, ""), module

@@ -24,7 +24,7 @@ from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.evaluation.compare import compare
-from nvembed_deploy.evaluation.model import ReferenceEncoder
+from nvembed_deploy.evaluation.reference import ReferenceEncoder
 from nvembed_deploy.evaluation.tasks import LocalTask, folder_tasks
 from nvembed_deploy.machine import describe_machine
 
@@ -97,7 +97,7 @@ def score(folder: Path, tasks: list[LocalTask]) -> dict[str, list[dict[str, Any]
     wanted: dict[str, float] | None = None
     for precision in Precision:
         say(f"scoring {precision.value}")
-        encoder = Encoder(folder / precision.value, device="cpu")
+        encoder = Encoder(folder / precision.value, device="cpu", backend="onnxruntime")
         result = compare(encoder, ReferenceEncoder(default_model(), like=encoder), tasks, wanted=wanted)
         wanted = {item.task: item.reference for item in result.results}
         found[precision.value] = [

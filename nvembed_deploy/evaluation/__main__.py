@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             from nvembed_deploy.encoder import Encoder
             from nvembed_deploy.evaluation.compare import as_table, compare
-            from nvembed_deploy.evaluation.model import ReferenceEncoder
+            from nvembed_deploy.evaluation.reference import ReferenceEncoder
         except ImportError as err:
             raise MissingExtra(
                 f"evaluation needs {err.name}; pip install 'nvembed-deploy[evaluation,export,cpu]'"

@@ -1,9 +1,8 @@
-"""A bundle, or the PyTorch checkpoint that it was made from, as a model that mteb 2 can score."""
+"""An encoder, a bundle's or the reference, as a model that mteb 2 can score."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,37 +11,12 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 from numpy.typing import NDArray
 
-from nvembed_deploy.backends.reference import ReferenceBackend
-from nvembed_deploy.bundle import PLAN, hash_file
+from nvembed_deploy.bundle import PLAN
 from nvembed_deploy.encoder import Encoder
-from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.instructions import instruction_for
+from nvembed_deploy.evaluation.reference import ReferenceEncoder
 
 HASH_DIGITS = 16
-
-
-class ReferenceEncoder(Encoder):
-    """The checkpoint in PyTorch, FP32, given exactly the tokens that a bundle's engine is given.
-
-    Args:
-        checkpoint: A local folder in Hugging Face layout.
-        like: The bundle's encoder.
-
-    Raises:
-        ConfigError: The bundle was made from other weights.
-        CheckpointError: The folder cannot be read.
-    """
-
-    def __init__(self, checkpoint: Path, like: Encoder) -> None:
-        for name, entry in like.manifest.source.files.items():
-            path = checkpoint / name
-            if path.suffix == ".safetensors" and (not path.is_file() or hash_file(path) != entry):
-                raise ConfigError(
-                    f"{name} of {checkpoint} is not what the bundle was made from; pass its own checkpoint as "
-                    "--reference, or export it again"
-                )
-        self._bundle, self._text = like._bundle, like._text
-        self._backend = ReferenceBackend(checkpoint, layers=like.manifest.source.architecture.layers)
 
 
 class MtebModel(AbsEncoder):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.show import component_bytes, main
+from engines.show import main
 from nvembed_deploy.bundle import Bundle
+from nvembed_deploy.show import component_bytes
 from tests.conftest import needs_rtx
 
 

@@ -1,0 +1,189 @@
+"""`python -m app [BUNDLE]`: a search page in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nvembed_deploy.cli import run, say
+from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.errors import ConfigError, MissingExtra
+from nvembed_deploy.version import __version__
+
+DEFAULT_BUNDLE = Path("bundles") / "nv-embed-mini-fp16"
+MAX_FILE_SIZE = "20mb"
+MAX_QUEUE = 64
+THREADS = 32
+QUIET = {
+    # Read while Gradio is imported: no statistics, no look for newer versions, no hub.
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m app",
+        description="Opens a search page over a bundle: Python's own documentation at once, your documents when you "
+        "add them. Nothing leaves this machine.",
+    )
+    parser.add_argument(
+        "bundle", nargs="?", type=Path, help=f"bundle (default: the embedded model, {DEFAULT_BUNDLE}, made if missing)"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="BUNDLE",
+        help="another bundle for Compare; repeat it",
+    )
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="the bundle's checkpoint: PyTorch for Compare")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--collections", type=Path, metavar="DIR", help="where collections are kept (default: your data folder)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one (default: 7860)")
+    parser.add_argument(
+        "--password-file", type=Path, metavar="FILE", help="a file with NAME:PASSWORD in each line; asks for it"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    flags = parser.parse_args(argv)
+    if not 0 <= flags.port < 65536:
+        parser.error(f"--port is {flags.port}; pass 0 to 65535")
+
+    def command() -> None:
+        os.environ.update(QUIET)
+        accounts = read_accounts(flags.password_file) if flags.password_file else None
+        if flags.host not in ("127.0.0.1", "localhost", "::1") and accounts is None:
+            raise ConfigError(f"--host {flags.host} lets others in; set a password: --password-file FILE")
+        try:
+            import gradio
+        except ImportError as err:
+            raise MissingExtra(f"the page needs Gradio ({err}); install it: pip install 'nvembed-deploy[app]'") from err
+        bundle = flags.bundle or default_bundle()
+        reference = flags.reference or (_default_checkpoint() if flags.bundle is None else None)
+        demo = make_page(bundle, flags.device, flags.collections, compare=flags.compare, reference=reference)
+        demo.queue(max_size=MAX_QUEUE)
+        from .page import CSS
+
+        _, url, _ = demo.launch(
+            server_name=flags.host,
+            server_port=flags.port or _free_port(flags.host),
+            inbrowser=not flags.no_browser,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            auth=accounts,
+            max_file_size=MAX_FILE_SIZE,
+            max_threads=THREADS,
+            footer_links=[],
+            theme=gradio.themes.Soft(),
+            css=CSS,
+            prevent_thread_lock=True,
+        )
+        say(f"nvembed-deploy {__version__}; stop it with Ctrl-C")
+        sys.stdout.write(f"{url}\n")
+        sys.stdout.flush()
+        demo.block_thread()
+
+    return run(command)
+
+
+def make_page(
+    bundle: Path, device: str, collections: Path | None, *, compare: Sequence[Path], reference: Path | None
+) -> Any:
+    """The page over a bundle, its collections ready; a `gradio.Blocks`."""
+    from .library import Library, default_folder
+    from .page import Page
+    from .search import Searcher
+
+    encoder = Encoder(bundle, device=device)
+    say(f"searching with {encoder!r}")
+    library = Library(collections or default_folder(), encoder)
+    library.add_python()
+    return Page(Searcher(encoder), library, sides(encoder, bundle, device, compare, reference)).build()
+
+
+def sides(
+    encoder: Encoder, bundle: Path, device: str, others: Sequence[Path], reference: Path | None
+) -> Mapping[str, Callable[[], Encoder]]:
+    """Engines for Compare, opened when they are asked for."""
+    found: dict[str, Callable[[], Encoder]] = {f"{bundle.name} ({encoder.manifest.precision.value})": lambda: encoder}
+    for other in others:
+        found[f"{other.name} ({Encoder(other, device=device).manifest.precision.value})"] = partial(
+            Encoder, other, device=device
+        )
+    if reference is not None:
+        found["PyTorch (fp32)"] = partial(_reference, reference, encoder)
+    return found
+
+
+def _reference(checkpoint: Path, encoder: Encoder) -> Encoder:
+    try:
+        from nvembed_deploy.evaluation.reference import ReferenceEncoder
+    except ImportError as err:
+        raise MissingExtra(f"PyTorch is not installed ({err}); pip install 'nvembed-deploy[export]'") from err
+    return ReferenceEncoder(checkpoint, like=encoder)
+
+
+def default_bundle() -> Path:
+    """The embedded model's bundle, exported where it is missing.
+
+    Raises:
+        ConfigError: It could not be made.
+    """
+    if not (DEFAULT_BUNDLE / "manifest.json").is_file():
+        try:
+            from export.trt import main as export
+        except ImportError as err:
+            raise ConfigError(
+                "the embedded model is in the repository only; name a bundle: python -m app BUNDLE"
+            ) from err
+        if export(["--precision", "fp16", "--out", str(DEFAULT_BUNDLE)]):
+            raise ConfigError(f"{DEFAULT_BUNDLE} could not be made; name a bundle: python -m app BUNDLE")
+    return DEFAULT_BUNDLE
+
+
+def _default_checkpoint() -> Path | None:
+    folder = Path("models") / "nv-embed-mini"
+    return folder if folder.is_dir() else None
+
+
+def read_accounts(path: Path) -> list[tuple[str, str]]:
+    """Names and passwords, one `NAME:PASSWORD` a line.
+
+    Raises:
+        ConfigError: A line is something else, or there is none.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        name, colon, password = line.partition(":")
+        if not (name and colon and password):
+            raise ConfigError(f"line {number} of {path} is not NAME:PASSWORD")
+        found.append((name, password))
+    if not found:
+        raise ConfigError(f"{path} is empty; write NAME:PASSWORD in each line")
+    return found
+
+
+def _free_port(host: str) -> int:
+    import socket
+
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Files that people bring: read as text within limits, and cut into passages by tokens."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from nvembed_deploy.errors import InputError, MissingExtra
+
+from .passages import Passage
+
+CHUNK_TOKENS, OVERLAP_TOKENS = 160, 32
+"""A passage, and what it shares with the next one, so that no sentence is lost at a cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Most that one upload may hold, checked on the server before and while files are read."""
+
+    files: int = 200
+    file_bytes: int = 20 * 2**20
+    unpacked_bytes: int = 100 * 2**20
+    """Of all members of archives together, counted while they are unpacked."""
+    chars: int = 5_000_000
+    """Of all texts together."""
+
+
+def read_files(paths: list[Path], limits: Limits) -> list[tuple[str, str]]:
+    """Names and texts of files, those inside of archives too.
+
+    Raises:
+        InputError: A file is of no known kind, damaged, no text, or more than the limits allow.
+    """
+    found: list[tuple[str, str]] = []
+    unpacked = 0
+    for path in paths:
+        if path.stat().st_size > limits.file_bytes:
+            raise InputError(f"{path.name} is larger than {limits.file_bytes // 2**20} MiB; split it")
+        if path.suffix.lower() == ".zip":
+            for name, content in _members(path, limits, limits.unpacked_bytes - unpacked):
+                unpacked += len(content)
+                found += _texts(name, content)
+        else:
+            found += _texts(path.name, path.read_bytes())
+        if len(found) > limits.files:
+            raise InputError(f"there are more than {limits.files} texts; bring fewer at a time")
+        if sum(len(text) for _, text in found) > limits.chars:
+            raise InputError(f"the texts have more than {limits.chars:,} characters; bring fewer at a time")
+    return [(name, text) for name, text in found if text.strip()]
+
+
+def _members(path: Path, limits: Limits, budget: int) -> Iterator[tuple[str, bytes]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.is_dir() or PurePosixPath(info.filename).suffix.lower() not in READERS:
+                    continue
+                with archive.open(info) as file:  # what the archive says of its sizes is not believed
+                    content = file.read(min(limits.file_bytes, budget) + 1)
+                budget -= len(content)
+                if len(content) > limits.file_bytes or budget < 0:
+                    raise InputError(f"{path.name} unpacks to more than is allowed; bring fewer files at a time")
+                yield PurePosixPath(info.filename).name, content
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as err:
+        raise InputError(f"{path.name} is damaged or encrypted ({err}); pack it again") from err
+
+
+def _texts(name: str, content: bytes) -> list[tuple[str, str]]:
+    reader = READERS.get(Path(name).suffix.lower())
+    if reader is None:
+        raise InputError(f"{name} is of no known kind; bring {', '.join(sorted([*READERS, '.zip']))}")
+    return reader(name, content)
+
+
+def _decoded(name: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        raise InputError(f"{name} is not UTF-8 text (byte {err.start}); save it as UTF-8") from err
+
+
+def _plain(name: str, content: bytes) -> list[tuple[str, str]]:
+    return [(name, _decoded(name, content))]
+
+
+def _rows(name: str, content: bytes) -> list[tuple[str, str]]:
+    """A CSV file: its rows one below the other, each cell behind its column's name."""
+    try:
+        rows = list(csv.reader(io.StringIO(_decoded(name, content), newline="")))
+    except csv.Error as err:
+        raise InputError(f"{name} is no CSV ({err}); save it again") from err
+    head = rows[0] if rows else []
+    texts = ["; ".join(f"{key}: {cell}" for key, cell in zip(head, row, strict=False) if cell) for row in rows[1:]]
+    return [(name, "\n\n".join(texts) or ", ".join(head))]
+
+
+def _json_lines(name: str, content: bytes) -> list[tuple[str, str]]:
+    """JSON lines: the `text` of each, or all its strings."""
+    texts = []
+    for number, line in enumerate(_decoded(name, content).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            raise InputError(f"line {number} of {name} is no JSON ({err}); write one object a line") from err
+        fields = value if isinstance(value, dict) else {"text": value}
+        texts.append(str(fields.get("text") or " ".join(item for item in fields.values() if isinstance(item, str))))
+    return [(name, "\n\n".join(texts))]
+
+
+def _pdf(name: str, content: bytes) -> list[tuple[str, str]]:
+    try:
+        import pypdf
+    except ImportError as err:
+        raise MissingExtra("PDF needs pypdf; install it: pip install 'nvembed-deploy[app]'") from err
+    try:
+        pages = [page.extract_text() for page in pypdf.PdfReader(io.BytesIO(content)).pages]
+    except Exception as err:  # pypdf lets errors of every kind through on damaged files
+        raise InputError(f"{name} cannot be read as PDF ({type(err).__name__}); open and save it again") from err
+    text = "\n\n".join(pages)
+    if not text.strip():
+        raise InputError(f"{name} holds no text, only pictures perhaps; run a text recognition over it first")
+    return [(name, text)]
+
+
+READERS: dict[str, Callable[[str, bytes], list[tuple[str, str]]]] = {
+    ".txt": _plain,
+    ".md": _plain,
+    ".csv": _rows,
+    ".jsonl": _json_lines,
+    ".pdf": _pdf,
+}
+
+
+def chunks(name: str, text: str, spans: list[tuple[int, int]]) -> Iterator[Passage]:
+    """Cuts a text at every `CHUNK_TOKENS - OVERLAP_TOKENS`th token.
+
+    Args:
+        name: The file's, which becomes the passages' source.
+        text: The whole text.
+        spans: First character of each token and the one behind its last; empty ones are special tokens.
+    """
+    real = [span for span in spans if span[0] < span[1]]
+    step = CHUNK_TOKENS - OVERLAP_TOKENS
+    for number, first in enumerate(range(0, max(1, len(real) - OVERLAP_TOKENS), step), 1):
+        part = real[first : first + CHUNK_TOKENS]
+        if part:
+            body = text[part[0][0] : part[-1][1]].strip()
+            yield Passage(source=name, title=f"{name}, part {number}", text=body)

@@ -1,0 +1,126 @@
+"""The collections of a folder: Python's documentation, indexed at the first start, and what people add."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nvembed_deploy import Encoder
+from nvembed_deploy.errors import ConfigError, InputError
+
+from .passages import Passage, library_passages
+from .store import RECORD, Engine, ExactStore
+
+PYTHON = "Python documentation"
+NAME = re.compile(r"\w[\w .-]{0,39}")
+BLOCK = 64
+"""Passages between two steps, at which work can be stopped."""
+
+
+def default_folder() -> Path:
+    """Where collections are kept: the user's data folder, by the XDG rules."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "nvembed-deploy" / "collections"
+
+
+class Library:
+    """Collections by name.
+
+    Args:
+        folder: Where they are kept; made where it is missing.
+        encoder: Embeds what is added.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder) -> None:
+        self.folder, self.encoder, self.engine = folder, encoder, Engine.of(encoder)
+        self._open: dict[str, ExactStore] = {}
+        self._writing = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """Names of the collections, Python's documentation first; its copies for other engines are left out."""
+        found = sorted(path.parent.name for path in self.folder.glob(f"*/{RECORD}"))
+        own = [name for name in found if not name.startswith(f"{PYTHON}.")]
+        return ([PYTHON] if self._path(PYTHON).is_dir() else []) + own
+
+    def open(self, name: str) -> ExactStore:
+        """A collection.
+
+        Raises:
+            ConfigError: There is none of the name.
+            BundleError: It is damaged.
+        """
+        if name not in self._open:
+            if not (self._path(name) / RECORD).is_file():
+                raise ConfigError(f"there is no collection {name!r}; choose one of {', '.join(self.names()) or 'none'}")
+            self._open[name] = ExactStore(self._path(name))
+        return self._open[name]
+
+    def add_steps(self, name: str, passages: Sequence[Passage]) -> Iterator[tuple[int, int]]:
+        """Embeds passages and adds them to a collection, which is made where it is missing.
+
+        Args:
+            name: Letters, digits, spaces, dots and hyphens.
+            passages: What to add.
+
+        Yields:
+            How many are embedded, and of how many. Nothing is kept of what is not carried to its end.
+
+        Raises:
+            ConfigError: The name does not fit, or the collection is another engine's.
+            InputError: There is nothing to add.
+        """
+        path = self._path(name)
+        if not passages:
+            raise InputError("there is no text in these files; bring others")
+        old = self.open(name) if (path / RECORD).is_file() else None
+        if old is not None and old.engine != self.engine:
+            raise ConfigError(
+                f"collection {name!r} was made by {old.engine.model} {old.engine.precision} "
+                f"({old.engine.manifest_sha256[:12]}); delete it, or add to another one"
+            )
+        blocks = []
+        for start in range(0, len(passages), BLOCK):
+            yield start, len(passages)
+            blocks.append(self.encoder.encode([passage.text for passage in passages[start : start + BLOCK]]))
+        with self._writing:
+            # Another user may have added to it in the meantime.
+            old = self.open(name) if (path / RECORD).is_file() else None
+            kept = [*old.passages] if old else []
+            vectors = np.concatenate([old.vectors, *blocks] if old else blocks)
+            self._open[name] = ExactStore.write(path, self.engine, [*kept, *passages], vectors)
+        yield len(passages), len(passages)
+
+    def add_python(self, passages: Iterable[Passage] | None = None) -> ExactStore:
+        """Python's documentation, as this engine sees it: indexed once, with a progress bar."""
+        if not (self._path(PYTHON) / RECORD).is_file():
+            found = list(library_passages() if passages is None else passages)
+            with tqdm(total=len(found), desc=f"indexing {PYTHON}", unit="passage", disable=None) as bar:
+                for done, _ in self.add_steps(PYTHON, found):
+                    bar.update(done - bar.n)
+        return self.open(PYTHON)
+
+    def delete(self, name: str) -> None:
+        """Removes a collection.
+
+        Raises:
+            ConfigError: There is none of the name, or it is Python's documentation.
+        """
+        if name == PYTHON:
+            raise ConfigError("Python's documentation would be indexed again at the next start; it stays")
+        self.open(name).delete()
+        del self._open[name]
+
+    def _path(self, name: str) -> Path:
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"{name!r} is no name for a collection; take 1 to 40 letters, digits, spaces, dots and hyphens"
+            )
+        # What everyone has is indexed for each engine; what people bring is theirs, and refuses other engines.
+        suffix = f".{self.engine.manifest_sha256[:16]}" if name == PYTHON else ""
+        return self.folder / f"{name}{suffix}"

@@ -1,0 +1,105 @@
+"""What a bundle is, what it was compared with, and whether its plan runs here: for people, and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nvembed_deploy.architecture import Pooling
+from nvembed_deploy.backends.bindings import load_bindings
+from nvembed_deploy.backends.cuda import CudaRuntime
+from nvembed_deploy.backends.trt import check_fit
+from nvembed_deploy.bundle import Manifest
+from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
+from nvembed_deploy.machine import available_memory_bytes
+from nvembed_deploy.parity import DEPTH
+from nvembed_deploy.records import to_json
+
+GIB = 2**30
+NARROW_BITS = {"int8": 8, "fp8": 8, "int4": 4}
+BASE_BITS = {"fp32": 32}
+POOLED = {
+    Pooling.LATENT: "mean of the tokens behind latent attention",
+    Pooling.MEAN: "mean of the tokens",
+    Pooling.LAST: "last token",
+}
+
+
+def fits_here(manifest: Manifest) -> tuple[bool, str]:
+    """Whether the plan runs on this machine, and the reason in words."""
+    if manifest.plan is None:
+        return False, "the bundle has no plan: the graph runs on ONNX Runtime"
+    try:
+        device = CudaRuntime.load().device(0)
+        version = load_bindings(manifest.plan.runtime).__version__
+        check_fit(manifest.plan, version=version, device=device, precision=manifest.precision)
+    except (DeviceMismatchError, MissingExtra) as err:
+        return False, f"{err}. Until then the graph runs on ONNX Runtime"
+    return True, f"the plan runs on {device.name}"
+
+
+def component_bytes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of the weights by component, in the formats of the precision; layers kept wider are not counted out."""
+    precision = manifest.precision
+    base = BASE_BITS.get(precision.value, 16)
+    narrow = NARROW_BITS.get(precision.value, base)
+    found = manifest.source.architecture.parameters(fold=manifest.folded)
+    return {name: count * (narrow if name == "decoder" else base) // 8 for name, count in found.items() if count}
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """The same as `lines`, for programs."""
+    runs, reason = fits_here(manifest)
+    memory = available_memory_bytes()
+    return {
+        "manifest": to_json(manifest),
+        "component_bytes": component_bytes(manifest),
+        "plan_runs_here": runs,
+        "reason": reason,
+        "available_memory_bytes": memory,
+    }
+
+
+def lines(manifest: Manifest) -> Iterator[str]:
+    """What there is to say, a line each."""
+    model, plan = manifest.source.architecture, manifest.plan
+    revision = f", revision {manifest.source.revision}" if manifest.source.revision else ""
+    size = f"{model.layers} layers, width {model.hidden_size}"
+    yield f"model      {manifest.source.name}{revision}: {model.relative}, {size}"
+    yield f"           {model.mask.value}, {POOLED[model.pooling]}; vectors of {manifest.dimension}"
+    if model.matryoshka is not None:
+        yield f"           vectors may be cut to {model.matryoshka}"
+    prompt = manifest.text.instruction_template or "no instructions"
+    names = f"; named prompts: {', '.join(manifest.text.prompts)}" if manifest.text.prompts else ""
+    yield f"queries    {prompt!r}{names}"
+    kept = f"; in fp32: {', '.join(manifest.fp32_modules)}" if manifest.fp32_modules else ""
+    yield f"precision  {manifest.precision.value}{kept}"
+    yield f"graph      ONNX opset {manifest.opset}, {manifest.dialect.value} dialect"
+    yield f"shapes     {manifest.profile} (texts x tokens: smallest, usual, largest)"
+    if plan is None:
+        yield "plan       none"
+    else:
+        yield f"plan       {plan.runtime} {plan.version}, {plan.platform}, GPUs {', '.join(plan.compute_capabilities)}"
+        for on, what in (
+            (plan.stripped, "without weights"),
+            (plan.weight_streaming, "weights may stay in the host"),
+        ):
+            if on:
+                yield f"           {what}"
+    for name, entry in manifest.files.items():
+        yield f"file       {name}: {entry.bytes / 1e6:.1f} MB"
+    parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in component_bytes(manifest).items())
+    yield f"weights    {parts}"
+    for report in manifest.parity:
+        overlap = "" if report.overlap is None else f", top-{DEPTH} overlap {report.overlap:.1%}"
+        cosines = f"lowest cosine {report.min_cosine:.6f}, mean {report.mean_cosine:.6f}"
+        yield f"parity     {report.candidate}: {cosines}{overlap}"
+    if not manifest.parity:
+        yield "parity     NOT checked: python -m export.check BUNDLE --model CHECKPOINT"
+    yield f"made       {manifest.created} by version {manifest.tool_version}"
+    runs, reason = fits_here(manifest)
+    yield f"here       {'yes' if runs else 'no'}: {reason}"
+    memory = available_memory_bytes()
+    needed = sum(component_bytes(manifest).values())
+    if memory is not None and needed > memory:
+        yield f"           the weights alone take {needed / GIB:.1f} GiB and {memory / GIB:.1f} GiB of memory are free"

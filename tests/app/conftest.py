@@ -1,0 +1,64 @@
+"""A served page over the tiny model and a small corpus, for every test of the page."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nvembed_deploy import Encoder
+
+DANGER = "<img src=x onerror=\"document.title='taken over'\">"
+
+
+def few_passages() -> list:
+    from app.passages import Passage
+
+    texts = {
+        "csv.reader": "csv.reader(file): csv reader.\nReads rows of a CSV file. Each row is a list of cells.",
+        "gzip.open": "gzip.open(name): gzip open.\nOpens a gzip file. It is compressed.",
+        "danger": f"A passage with {DANGER} in it. And a second sentence.",
+    }
+    return [Passage(source=title.split(".")[0], title=title, text=text) for title, text in texts.items()]
+
+
+@pytest.fixture(scope="package")
+def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    import os
+
+    from app.__main__ import QUIET
+
+    os.environ.update(QUIET)
+    from app.documents import Limits
+    from app.library import Library
+    from app.page import CSS, Page
+    from app.search import Searcher
+
+    encoder = Encoder(bundles["fp32"], device="cpu", backend="onnxruntime")
+    library = Library(tmp_path_factory.mktemp("collections"), encoder)
+    library.add_python(few_passages())
+    searcher = Searcher(encoder)
+    other = Encoder(bundles["int8"], device="cpu", backend="onnxruntime")
+    limits = Limits(files=20, file_bytes=2**20, unpacked_bytes=2**21, chars=400_000)
+    built = Page(searcher, library, {"left fp32": lambda: encoder, "right int8": lambda: other}, limits).build()
+    _, url, _ = built.queue(max_size=32).launch(
+        server_name="127.0.0.1",
+        server_port=free_port(),
+        prevent_thread_lock=True,
+        quiet=True,
+        ssr_mode=False,
+        share=False,
+        max_file_size="2mb",
+        css=CSS,
+        footer_links=[],
+    )
+    yield SimpleNamespace(url=url, library=library, encoder=encoder, searcher=searcher, lock=threading.Lock())
+    built.close()
+    searcher.close()
+
+
+def free_port() -> int:
+    from app.__main__ import _free_port
+
+    return _free_port("127.0.0.1")

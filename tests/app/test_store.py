@@ -1,0 +1,235 @@
+"""Passages, uploads and collections, without the page."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.documents import CHUNK_TOKENS, OVERLAP_TOKENS, Limits, chunks, read_files
+from app.library import PYTHON, Library
+from app.passages import LONGEST_TEXT, Passage, library_passages
+from app.plane import QUERY, RESULT, Plane, draw
+from app.search import MATCH, Searcher, sentences
+from app.store import PASSAGES, RECORD, VECTORS, Engine, ExactStore
+from nvembed_deploy import BundleError, ConfigError, Encoder, InputError
+from tests.app.conftest import few_passages
+
+
+@pytest.fixture
+def library(encoder: Encoder, tmp_path: Path) -> Library:
+    return Library(tmp_path / "collections", encoder)
+
+
+def test_the_library_has_pythons_own_documentation() -> None:
+    found = list(library_passages())
+    titles = {passage.title for passage in found}
+    assert {"csv.Sniffer", "math.gcd", "shutil.copytree", "with"} <= titles
+    assert len(found) > 3000
+    assert all(passage.text and len(passage.text) <= LONGEST_TEXT for passage in found)
+    assert not any("._" in passage.title for passage in found)
+
+
+def test_search_is_exact_and_knows_sources(library: Library, encoder: Encoder) -> None:
+    store = library.add_python(few_passages())
+    query = encoder.encode("some rows of a file")
+    scores = encoder.encode([passage.text for passage in few_passages()]) @ query
+    hits = store.search(library.engine, query, count=3)
+    assert [hit.passage.title for hit in hits] == [few_passages()[i].title for i in np.argsort(-scores)]
+    np.testing.assert_allclose([hit.score for hit in hits], np.sort(scores)[::-1], atol=2e-6)
+    assert [hit.passage.source for hit in store.search(library.engine, query, count=9, sources=["gzip"])] == ["gzip"]
+    assert store.search(library.engine, query, count=9, sources=["nothing"]) == []
+    assert store.sources() == ["csv", "danger", "gzip"]
+
+
+def test_another_engine_is_refused(library: Library, bundles: dict[str, Path], tmp_path: Path) -> None:
+    list(library.add_steps("mine", few_passages()))
+    other = Encoder(bundles["fp16"], device="cpu", backend="onnxruntime")
+    foreign = Library(tmp_path / "collections", other)
+    store = foreign.open("mine")
+    with pytest.raises(ConfigError, match=r"was made by another model or precision .*index the passages again"):
+        store.search(foreign.engine, other.encode("a"), count=1)
+    with pytest.raises(ConfigError, match="delete it, or add to another one"):
+        list(foreign.add_steps("mine", few_passages()))
+    assert foreign.names() == ["mine"]  # the other engine's copy of Python's documentation is not shown
+
+
+def test_collections_grow_persist_and_go(library: Library, encoder: Encoder) -> None:
+    library.add_python(few_passages())
+    assert [done for done, _ in library.add_steps("mine", few_passages()[:1])] == [0, 1]
+    list(library.add_steps("mine", few_passages()[1:]))
+    again = Library(library.folder, encoder)
+    assert again.names() == [PYTHON, "mine"]
+    assert [passage.title for passage in again.open("mine").passages] == [passage.title for passage in few_passages()]
+    again.delete("mine")
+    assert Library(library.folder, encoder).names() == [PYTHON]
+    with pytest.raises(ConfigError, match="there is no collection 'mine'"):
+        again.open("mine")
+    with pytest.raises(ConfigError, match="it stays"):
+        again.delete(PYTHON)
+    for name in ("", "../up", "a/b", ".hidden", "x" * 41):
+        with pytest.raises(ConfigError, match="is no name for a collection"):
+            list(again.add_steps(name, few_passages()))
+
+
+def test_what_is_stopped_leaves_nothing(library: Library) -> None:
+    steps = library.add_steps("mine", few_passages())
+    next(steps)
+    steps.close()
+    assert library.names() == []
+
+
+@pytest.mark.parametrize("name", [RECORD, PASSAGES, VECTORS])
+def test_damage_is_named(library: Library, encoder: Encoder, name: str) -> None:
+    list(library.add_steps("mine", few_passages()))
+    path = library.folder / "mine" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(BundleError, match=r"collection mine is damaged .*delete it and index again"):
+        ExactStore(library.folder / "mine")
+
+
+def test_nothing_is_unpickled(library: Library) -> None:
+    list(library.add_steps("mine", few_passages()))
+    np.save(library.folder / "mine" / VECTORS, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(BundleError, match="is damaged"):
+        ExactStore(library.folder / "mine")
+
+
+def test_chunks_overlap_and_lose_nothing(encoder: Encoder) -> None:
+    text = " ".join(f"word{number}" for number in range(900))
+    spans = encoder.token_spans(text)
+    found = list(chunks("a.txt", text, spans))
+    assert all(passage.text in text for passage in found)
+    assert all(f"word{number}" in " ".join(passage.text for passage in found) for number in range(900))
+    assert len(found) == -(-(len(spans) - OVERLAP_TOKENS) // (CHUNK_TOKENS - OVERLAP_TOKENS))
+    assert [passage.title for passage in found[:2]] == ["a.txt, part 1", "a.txt, part 2"]
+    assert [passage.text for passage in chunks("b.txt", "one", encoder.token_spans("one"))] == ["one"]
+
+
+def make_zip(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def make_pdf(text: str) -> bytes:
+    """A page with a line of text, written by hand."""
+    stream = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET".encode()
+    parts = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+        b"/Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
+    ]
+    out, places = b"%PDF-1.4\n", []
+    for number, part in enumerate(parts, 1):
+        places.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (number, part)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    return (
+        out
+        + b"xref\n0 5\n0000000000 65535 f \n"
+        + table
+        + (b"trailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(out))
+    )
+
+
+def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("pypdf", reason="pypdf is not installed: pip install nvembed-deploy[app]")
+    contents = {
+        "a.txt": "plain ü".encode(),
+        "b.md": b"\xef\xbb\xbf# marked",
+        "c.csv": b'name,age\nAda,36\n"Bob, Jr",4\n',
+        "d.jsonl": b'{"text": "first"}\n\n{"title": "second", "n": 2}\n"third"\n',
+        "e.pdf": make_pdf("from a page"),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    packed = make_zip(tmp_path / "f.zip", {"in/side.txt": b"packed", "skipped.png": b"\x89PNG", "in/": b""})
+    found = dict(read_files([*(tmp_path / name for name in contents), packed], Limits()))
+    assert found == {
+        "a.txt": "plain ü",
+        "b.md": "# marked",
+        "c.csv": "name: Ada; age: 36\n\nname: Bob, Jr; age: 4",
+        "d.jsonl": "first\n\nsecond\n\nthird",
+        "e.pdf": "from a page",
+        "side.txt": "packed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.exe", b"MZ", r"a.exe is of no known kind; bring .csv, .jsonl, .md, .pdf, .txt, .zip"),
+        ("a.txt", b"\xff\xfe\x00", "a.txt is not UTF-8 text .*save it as UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{', "line 2 of a.jsonl is no JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 of a.jsonl is no JSON"),
+        ("a.pdf", b"%PDF-1.4 broken", "a.pdf cannot be read as PDF"),
+        ("a.zip", b"PK\x03\x04 broken", "a.zip is damaged or encrypted"),
+        ("a.txt", b"x" * 2000, "a.txt is larger than 0 MiB; split it"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    if name.endswith(".pdf"):
+        pytest.importorskip("pypdf", reason="pypdf is not installed: pip install nvembed-deploy[app]")
+    (tmp_path / name).write_bytes(content)
+    limits = Limits(file_bytes=1000) if len(content) == 2000 else Limits()
+    with pytest.raises(InputError, match=message):
+        read_files([tmp_path / name], limits)
+
+
+def test_bombs_and_crowds_are_stopped(tmp_path: Path) -> None:
+    limits = Limits(file_bytes=10_000, unpacked_bytes=20_000, files=5, chars=30_000)
+    bomb = make_zip(tmp_path / "bomb.zip", {"a.txt": b"0" * 1_000_000})
+    crowd = make_zip(tmp_path / "crowd.zip", {f"{number}.txt": b"0" * 9_000 for number in range(4)})
+    many = make_zip(tmp_path / "many.zip", {f"{number}.txt": b"0" for number in range(6)})
+    for path, message in ((bomb, "unpacks to more"), (crowd, "unpacks to more"), (many, "more than 5 texts")):
+        with pytest.raises(InputError, match=message):
+            read_files([path], limits)
+    nested = io.BytesIO()
+    make_zip(tmp_path / "inner.zip", {"a.txt": b"in"})
+    nested.write((tmp_path / "inner.zip").read_bytes())
+    assert read_files([make_zip(tmp_path / "outer.zip", {"inner.zip": nested.getvalue()})], limits) == []
+
+
+def test_marking_keeps_the_text(encoder: Encoder) -> None:
+    searcher = Searcher(encoder)
+    try:
+        texts = [passage.text for passage in few_passages()] + ["", "no end", "a.b c! d?\n\n\n e"]
+        for text, parts in zip(texts, searcher.mark(encoder.encode("rows"), texts), strict=True):
+            assert "".join(part for part, _ in parts) == text
+            assert any(label == MATCH for _, label in parts)
+        assert sentences("One. Two.") == ["One. ", "Two."]
+    finally:
+        searcher.close()
+
+
+def test_the_plane_is_the_principal_one(library: Library, encoder: Encoder) -> None:
+    rng = np.random.default_rng(0)
+    vectors = (rng.normal(size=(200, 16)) * np.array([9, 5, *[1] * 14])).astype(np.float32)
+    plane = Plane.of(vectors)
+    centred = vectors - vectors.mean(axis=0)
+    expected = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    np.testing.assert_allclose(np.abs(plane.points(vectors)), np.abs(expected), rtol=1e-3, atol=1e-2)
+    store = library.add_python(few_passages())
+    searcher = Searcher(encoder)
+    try:
+        found = searcher.search(store, "rows", instruction="", count=2)
+    finally:
+        searcher.close()
+    columns = draw(store, Plane.of(store.vectors), found)
+    assert columns["source"].count(RESULT) == 2
+    assert columns["source"][-1] == QUERY
+    assert len({len(column) for column in columns.values()}) == 1
+
+
+def test_the_record_names_the_engine(library: Library, encoder: Encoder) -> None:
+    list(library.add_steps("mine", few_passages()))
+    record = json.loads((library.folder / "mine" / RECORD).read_text())
+    assert record == vars(Engine.of(encoder))
+    assert ExactStore(library.folder / "mine").passages == few_passages()
+    assert isinstance(few_passages()[0], Passage)
