@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         _, url, _ = demo.launch(
             server_name=flags.host,
-            server_port=flags.port or _free_port(flags.host),
+            server_port=flags.port or free_port(flags.host),
             inbrowser=not flags.no_browser,
             share=False,
             ssr_mode=False,
@@ -176,7 +176,8 @@ def read_accounts(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A port that nobody listens on."""
     import socket
 
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:

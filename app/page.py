@@ -38,6 +38,9 @@ EXAMPLES = (
 )
 DEFAULT_RESULTS = 5
 MARK_COLOURS = {MATCH: "#f2c94c"}
+PLANE_COLOURS = {OTHERS: "#c3c9d4", RESULT: "#d62828", QUERY: "#111111"}
+SOURCE_COLOURS = ("#4e79a7", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
+"""One for each of the plane's named sources."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 CSS = """
 .results textarea, .results .textfield { font-size: 0.95rem; }
@@ -341,21 +344,23 @@ class Page:
             y="y",
             color="source",
             tooltip=["title", "source"],
-            color_map={OTHERS: "#c3c9d4", RESULT: "#d62828", QUERY: "#111111"},
             color_title=" ",
             x_title=" ",
             y_title=" ",
-            label="Passages near to each other mean much the same; the axes are the two directions of most difference",
+            label="Near means alike. Red: results, black: your query, grey: smaller sources",
             height=520,
             elem_id="plane",
         )
         button.click(self._draw, [collection, last], plot, api_visibility="private")
 
-    def _draw(self, collection: str, found: Found | None) -> pandas.DataFrame:
+    def _draw(self, collection: str, found: Found | None) -> Any:
         store = self._guarded(lambda: self.library.open(collection))
         if collection not in self._planes:
             self._planes[collection] = Plane.of(store.vectors)
-        return pandas.DataFrame(draw(store, self._planes[collection], found))
+        columns = draw(store, self._planes[collection], found)
+        named = sorted(set(columns["source"]) - PLANE_COLOURS.keys())
+        colours = PLANE_COLOURS | dict(zip(named, SOURCE_COLOURS, strict=False))
+        return gr.ScatterPlot(pandas.DataFrame(columns), color_map=colours)
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         """Runs an action; what a user can mend is shown on the page, in its one sentence."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.coalesce import DEFAULT_MAX_WAITING
@@ -70,11 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         server = uvicorn.Server(config)
         socket = config.bind_socket()
+        socket.listen()  # who connects from here on waits, and is not refused
         port = socket.getsockname()[1]
         say(f"serving {name} on {encoder.backend}")
         sys.stdout.write(f"http://{flags.host}:{port}/v1\n")
         sys.stdout.flush()
-        server.run(sockets=[socket])
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once all requests have ended
+            server.run(sockets=[socket])
+        say("stopped; every request that was taken has its answer")
 
     return run(command, verbose=flags.verbose)
 

@@ -27,7 +27,7 @@ def few_passages() -> list:
 def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     import os
 
-    from app.__main__ import QUIET
+    from app.__main__ import QUIET, free_port
 
     os.environ.update(QUIET)
     from app.documents import Limits
@@ -44,7 +44,7 @@ def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     built = Page(searcher, library, {"left fp32": lambda: encoder, "right int8": lambda: other}, limits).build()
     _, url, _ = built.queue(max_size=32).launch(
         server_name="127.0.0.1",
-        server_port=free_port(),
+        server_port=free_port("127.0.0.1"),
         prevent_thread_lock=True,
         quiet=True,
         ssr_mode=False,
@@ -56,9 +56,3 @@ def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     yield SimpleNamespace(url=url, library=library, encoder=encoder, searcher=searcher, lock=threading.Lock())
     built.close()
     searcher.close()
-
-
-def free_port() -> int:
-    from app.__main__ import _free_port
-
-    return _free_port("127.0.0.1")

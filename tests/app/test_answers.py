@@ -1,0 +1,61 @@
+"""Questions whose answer everyone knows, asked of the embedded model."""
+
+from pathlib import Path
+
+import pytest
+
+from app.library import Library
+from app.passages import library_passages
+from app.search import Searcher
+from nvembed_deploy import Encoder
+from tests.conftest import ROOT
+
+MINI = ROOT / "models" / "nv-embed-mini"
+INSTRUCTION = "Given a question about Python, retrieve documentation that answers the question"
+QUESTIONS = {
+    "how do I read a CSV file?": "csv",
+    "wait for several coroutines at once": "asyncio",
+    "compress data with gzip": "gzip",
+    "generate a random number": "random",
+    "copy a whole directory tree": "shutil",
+    "compute the median of a list of numbers": "statistics",
+    "make a temporary file": "tempfile",
+    "connect to a SQLite database": "sqlite3",
+    "cache the results of a function": "functools",
+    "parse a URL into its parts": "urllib",
+}
+OTHERS = (
+    "bz2",
+    "collections",
+    "configparser",
+    "email",
+    "glob",
+    "heapq",
+    "html",
+    "pathlib",
+    "queue",
+    "string",
+    "zipfile",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MINI.is_dir(), reason="the embedded model is part of the repository only")
+def test_known_answers_are_in_the_first_three(tmp_path: Path) -> None:
+    from export.to_onnx import main as export
+
+    assert export(["--model", str(MINI), "--precision", "fp16", "--no-parity", "--out", str(tmp_path / "bundle")]) == 0
+    encoder = Encoder(tmp_path / "bundle", device="cpu", backend="onnxruntime")
+    wanted = {*QUESTIONS.values(), *OTHERS}
+    library = Library(tmp_path / "collections", encoder)
+    store = library.add_python(passage for passage in library_passages() if passage.source in wanted)
+    searcher = Searcher(encoder)
+    try:
+        missed = []
+        for question, module in QUESTIONS.items():
+            hits = searcher.search(store, question, instruction=INSTRUCTION, count=3).hits
+            if module not in [hit.passage.source for hit in hits]:
+                missed.append((question, [hit.passage.title for hit in hits]))
+    finally:
+        searcher.close()
+    assert missed == []

@@ -1,0 +1,94 @@
+"""`python -m tools.screenshots BUNDLE`: the search page's views, for the README. Needs Chromium and Playwright."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from app.__main__ import QUIET, free_port, make_page
+from nvembed_deploy.cli import run, say
+
+OUT = Path("docs") / "app"
+QUERY = "how do I read a CSV file?"
+WIDE, NARROW = {"width": 1100, "height": 1150}, {"width": 390, "height": 844}
+
+
+def take(bundle: Path, collections: Path | None, reference: Path | None, chromium: Path) -> None:
+    """Opens the page and takes a picture of each view."""
+    os.environ.update(QUIET)
+    import gradio
+    from playwright.sync_api import sync_playwright
+
+    from app.page import CSS
+
+    demo = make_page(bundle, "cpu", collections, compare=[], reference=reference)
+    _, url, _ = demo.queue().launch(
+        server_name="127.0.0.1",
+        server_port=free_port("127.0.0.1"),
+        prevent_thread_lock=True,
+        quiet=True,
+        ssr_mode=False,
+        theme=gradio.themes.Soft(),
+        css=CSS,
+        footer_links=[],
+    )
+    OUT.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=str(chromium), headless=True, args=["--no-sandbox"])
+        for name, size, scheme in (("search", WIDE, "light"), ("dark", WIDE, "dark"), ("phone", NARROW, "light")):
+            page = browser.new_context(viewport=size, color_scheme=scheme).new_page()
+            page.goto(url)
+            _search(page)
+            _picture(page, name)
+            if name == "search":
+                _other_views(page)
+        browser.close()
+    demo.close()
+
+
+def _search(page: Any) -> None:
+    box = page.get_by_label("Query", exact=True)
+    box.fill(QUERY)
+    box.press("Enter")
+    page.wait_for_function("document.querySelector('#times textarea, #times input')?.value.includes('searching')")
+    page.wait_for_timeout(1500)
+
+
+def _other_views(page: Any) -> None:
+    page.get_by_role("tab", name="Compare").click()
+    box = page.get_by_label("Query to compare")
+    box.fill(QUERY)
+    box.press("Enter")
+    page.wait_for_function("document.querySelector('#difference textarea, #difference input').value.includes('best')")
+    page.wait_for_timeout(1500)
+    _picture(page, "compare")
+    page.get_by_role("tab", name="Map").click()
+    page.locator("#draw").click()
+    page.locator("#plane canvas, #plane svg.marks").first.wait_for()
+    page.wait_for_timeout(3000)
+    _picture(page, "map")
+
+
+def _picture(page: Any, name: str) -> None:
+    path = OUT / f"{name}.png"
+    page.screenshot(path=path)
+    say(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(prog="python -m tools.screenshots", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--collections", type=Path, metavar="DIR")
+    parser.add_argument("--reference", type=Path, metavar="DIR")
+    parser.add_argument("--chromium", type=Path, default=Path("/usr/bin/chromium"))
+    flags = parser.parse_args(argv)
+    return run(lambda: take(flags.bundle, flags.collections, flags.reference, flags.chromium))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
