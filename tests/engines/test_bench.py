@@ -1,0 +1,63 @@
+"""The arithmetic of `engines.bench`, and one small run of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.bench import flops, in_turn, main, padding_waste, percentiles
+from nvembed_deploy.bundle import Bundle
+
+
+def test_percentiles_are_numpys() -> None:
+    times = list(range(1, 101))
+    found = percentiles(times, texts=3, tokens=7)
+    assert (found.p50, found.p95, found.p99) == (50.5, 95.05, 99.01)
+    assert (found.texts, found.tokens) == (3, 7)
+
+
+def test_sides_take_turns() -> None:
+    calls: list[str] = []
+    times = in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 3)
+    assert calls == list("abababab")
+    assert [len(own) for own in times] == [3, 3]
+
+
+def test_flops_are_two_for_each_weight_and_attention(bundles: dict[str, Path]) -> None:
+    config = Bundle.open(bundles["fp32"]).manifest.source.architecture
+    parameters = config.parameters(fold=True)
+    weights = sum(parameters.values()) - config.vocab_size * config.hidden_size
+    attention = config.layers * 4 * config.heads * config.head_dim
+    assert flops(config, [1]) == 2 * weights + attention
+    assert flops(config, [3, 5]) == 8 * 2 * weights + (9 + 25) * attention
+
+
+def test_padding_waste() -> None:
+    assert padding_waste([4, 4, 4], rows=2, tokens=100) == 0
+    # Longest first: (4, 2) pads 2 of 8, (1) none.
+    assert np.isclose(padding_waste([4, 1, 2], rows=2, tokens=100), 1 - 7 / 9)
+
+
+def test_one_run(
+    bundles: dict[str, Path], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = [f"{bundles['fp32']}@onnxruntime", f"{bundles['int8']}@onnxruntime", f"reference@{checkpoint}"]
+    out = tmp_path / "bench.json"
+    assert main([*sides, "--device", "cpu", "--texts", "5", "--repeats", "4", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    first, second, third = found["sides"]
+    assert first["min_cosine"] == pytest.approx(1, abs=1e-6)
+    assert 0.98 < second["min_cosine"] < 1
+    assert third["min_cosine"] > 0.99999
+    assert third["start_seconds"] is None
+    assert first["start_peak_mib"] > 20
+    for side in found["sides"]:
+        assert side["tokens_per_second"] / side["texts_per_second"] == pytest.approx(found["tokens"] / 5, rel=0.01)
+        assert side["query_ms"]["p50"] <= side["query_ms"]["p99"]
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_the_reference_needs_a_bundle_before_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"reference@{checkpoint}"]) == 1
+    assert "name a bundle first" in capsys.readouterr().err
