@@ -108,9 +108,9 @@ def full_size_table() -> str:
     }
     for name, row in record["runs"].items():
         forecast = f"{row['forecast_gib']:.2f} GiB" if "forecast_gib" in row else "-"
-        written = 0 if name == "read" else row.get("written_bytes", record["checkpoint_bytes"])
+        written = f"{row.get('written_bytes', record['checkpoint_bytes']) / 1e9:.2f} GB" if name != "read" else "-"
         taken = f"{row['seconds']:.0f} s | {row['peak_gib']:.2f} GiB"
-        lines.append(f"| {names[name]} | {taken} | {forecast} | {written / 1e9:.2f} GB |")
+        lines.append(f"| {names[name]} | {taken} | {forecast} | {written} |")
     for name, row in record["slices"].items():
         lines.append(
             f"| two layers, {name}, compared and built for TensorRT-RTX: lowest cosine {row['min_cosine']:.5f}, plan "
