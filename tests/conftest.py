@@ -14,6 +14,19 @@ HAS_RTX = importlib.util.find_spec("tensorrt_rtx_libs") is not None
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="TensorRT-RTX is not installed (no wheels for this platform)")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Measurements of tests are kept apart from the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_choice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's runtime is ONNX Runtime: which one is faster is for tests/backends/test_ov.py, and else would vary."""
+    if request.module.__name__.split(".")[-1] != "test_ov":
+        monkeypatch.setattr("nvembed_deploy.backends.cpu_choice.choose", lambda *_, **__: ("onnxruntime", None))
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random checkpoint in shards."""

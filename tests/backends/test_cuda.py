@@ -61,7 +61,7 @@ def bindings(cuda: FakeCuda, planned: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     bindings = FakeBindings(cuda, run, dimension=32)
     fake_trt.install(monkeypatch, cuda, bindings)
-    monkeypatch.setattr("nvembed_deploy.encoder.available_providers", lambda: [CPU])
+    monkeypatch.setattr("nvembed_deploy.backends.choose.available_providers", lambda: [CPU])
     return bindings
 
 

@@ -214,7 +214,7 @@ def test_forecast_refuses_what_cannot_fit(checkpoint: Path, tmp_path: Path) -> N
     require_room(needed, tmp_path / "b", force=False)
     compared, alone = (forecast(weights, replace(given, parity=parity), plan=False) for parity in (True, False))
     linked = forecast(weights, replace(given, parity=False, reference=True), plan=False)
-    assert compared.memory > alone.memory == linked.memory
+    assert compared.memory > alone.memory >= linked.memory
     assert compared.disk == alone.disk > linked.disk
     huge = replace(needed, disk=2**60)
     with pytest.raises(ExportError, match=r"needs about 1073741824\.0 GiB of disk and .* GiB are free"):

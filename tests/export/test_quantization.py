@@ -221,7 +221,7 @@ def test_the_worst_groups_are_kept(plain: NVEmbed, text: TextEncoder, made: Call
         model.get_parameter("embedding_model.layers.1.mlp.up_proj.weight")[0] /= 300
     rows = tokenize(built_in_texts(), text, tokens=800)
     number = FORMATS[Precision.INT8]
-    found = quantize(model, text, rows, Precision.INT8, model_sha256="", longest=LONGEST)
+    found = quantize(Parts(model), text, rows, Precision.INT8, model_sha256="", longest=LONGEST)
     assert all(item.cost <= kept.cost for kept in found.groups if kept.kept for item in found.groups if not item.kept)
     clean = [item for item in made(Precision.INT8)[1].groups if not item.kept]
     assert clean
