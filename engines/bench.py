@@ -37,12 +37,13 @@ SHAPES = ((1, 16), (1, 128), (8, 64), (32, 64))
 """Texts x tokens of the latency table."""
 GEMM_SIZE, GEMM_REPEATS = 1024, 5
 FIRST_VECTOR = """
-import resource, sys, time
+import sys, time
 started = time.perf_counter()
 from nvembed_deploy import Encoder
 Encoder(sys.argv[1], device=sys.argv[2], backend=sys.argv[3]).encode(sys.argv[4])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(time.perf_counter() - started, peak)
+seconds = time.perf_counter() - started
+from nvembed_deploy.machine import peak_memory_bytes
+print(seconds, peak_memory_bytes())
 """
 
 

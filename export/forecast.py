@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,9 +192,3 @@ def require_room(needed: Forecast, out: Path, *, force: bool) -> None:
                 f"this export needs about {want / GIB:.1f} GiB of {what} and {have / GIB:.1f} GiB are free; free some, "
                 "use a larger machine, or pass --force to try"
             )
-
-
-def peak_memory_bytes() -> int:
-    """Most memory that this process has had resident."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

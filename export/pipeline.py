@@ -41,7 +41,7 @@ from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import DeviceMismatchError, MissingExtra, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
-from nvembed_deploy.machine import return_large_blocks
+from nvembed_deploy.machine import peak_memory_bytes, return_large_blocks
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredWeights
 from nvembed_deploy.parity import ParityReport, compare, longest_probe, require, require_mask
@@ -55,7 +55,7 @@ from .background import InBackground
 from .builder import build_plan
 from .calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from .cpu_graph import write_cpu_graph
-from .forecast import GIB, forecast, peak_memory_bytes, require_room
+from .forecast import GIB, forecast, require_room
 from .formats import FORMATS
 from .graph import check, trace, write
 from .options import ExportOptions

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,3 +54,15 @@ def available_memory_bytes() -> int | None:
     except OSError:
         pass
     return None
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process has had resident.
+
+    Where Linux tells it of the program itself: getrusage also counts the process that started it, until then.
+    """
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
