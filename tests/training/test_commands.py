@@ -131,7 +131,7 @@ def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkey
     result = json.loads((tmp_path / "table" / "ablation.json").read_text())
     assert [row["name"] for row in result["variants"]] == [variant.name for variant in VARIANTS[3:]]
     assert all(len(row["means"]) == 2 for row in result["variants"])
-    assert "| latent, bidirectional |" in (tmp_path / "table" / "ablation.md").read_text()
+    assert "| mean, causal |" in (tmp_path / "table" / "ablation.md").read_text()
     assert (tmp_path / "table" / "ablation.png").is_file()
     monkeypatch.setattr(ablation_run, "train_student", None)  # nothing is trained again
     assert main(table) == 0

@@ -65,6 +65,7 @@ def test_data_layouts_are_read(tmp_path, monkeypatch, wordnet):
     assert [(example.query, example.positive, example.kind) for example in found["nli"]] == [
         ("follows", "premise", Kind.SIMILARITY),
         ("does not", "", Kind.TEXT),
+        ("premise", "", Kind.TEXT),
     ]
     assert found["mine"] == [Example(query="own", kind=Kind.TEXT, source="mine")]
     assert len(found["articles_halves"]) == 1
