@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.jsonl import read_rows
-from nvembed_deploy.parity import INSTRUCTION
+from nvembed_deploy.probes import INSTRUCTION
 from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order, library_files, topic_pairs
 from nvembed_deploy.text import TextEncoder, TokenRow, check_texts
 

@@ -1,6 +1,7 @@
-"""`python -m export.check BUNDLE --model CHECKPOINT`: compares a finished bundle with PyTorch, on this machine.
+"""`python -m export.check BUNDLE`: compares a finished bundle with PyTorch, on this machine.
 
-On the plan's own GPU this runs the plan; an export on a machine without one can only judge the plan's graph.
+On the plan's own GPU this runs the plan; an export on a machine without one can only judge the plan's graph. PyTorch's
+vectors travel in the bundle; `--model` computes them again from the checkpoint.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 import sys
 from collections.abc import Sequence
 
+from nvembed_deploy.bundle import TRUTH, Bundle
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.encoder import open_parts
-from nvembed_deploy.errors import MissingExtra
+from nvembed_deploy.errors import ConfigError, MissingExtra
+from nvembed_deploy.parity import compare, observe, require, require_mask
+from nvembed_deploy.probes import Truth
 from nvembed_deploy.records import to_json
-
-from .options import default_model
+from nvembed_deploy.text import TextEncoder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,37 +32,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", help="a bundle's folder, or the engine.plan or model.onnx in it")
     parser.add_argument(
-        "--model", default=None, metavar="DIR|NAME", help="its checkpoint (default: the embedded mini model)"
+        "--model",
+        default=None,
+        metavar="DIR|NAME",
+        help="its checkpoint, for vectors computed now (default: those that travel in the bundle)",
     )
     parser.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     flags = parser.parse_args(argv)
 
     def command() -> None:
-        try:
-            from nvembed_deploy.backends.reference import ReferenceBackend
-            from nvembed_deploy.parity import compare, require, require_mask
-
-            from . import source
-        except ImportError as err:
-            raise MissingExtra(f"this needs PyTorch ({err}); pip install 'nvembed-deploy[export,cpu]'") from err
         bundle, text, backend = open_parts(flags.bundle, flags.device)
-        folder, _ = source.resolve(flags.model or str(default_model()), flags.revision)
         manifest = bundle.manifest
-        architecture = manifest.source.architecture
-        require_mask(backend, text, architecture.mask)
-        report = compare(
-            ReferenceBackend(folder, layers=architecture.layers),
-            backend,
-            text,
-            precision=manifest.precision,
-            largest=manifest.profile.max,
-        )
+        truth = _truth(bundle, text, flags.model, flags.revision)
+        require_mask(backend, text, manifest.source.architecture.mask)
+        report = compare(truth, backend, text, precision=manifest.precision, largest=manifest.profile.max)
         say(report.summary())
         sys.stdout.write(json.dumps(to_json(report)) + "\n")
         require(report)
 
     return run(command)
+
+
+def _truth(bundle: Bundle, text: TextEncoder, model: str | None, revision: str | None) -> Truth:
+    manifest = bundle.manifest
+    if model is None:
+        if TRUTH not in manifest.files:
+            raise ConfigError(
+                f"{bundle.folder} was exported with --no-parity and holds no vectors of PyTorch's to compare with; "
+                "pass --model with its checkpoint"
+            )
+        return Truth.from_bytes(bundle.read(TRUTH))
+    try:
+        from nvembed_deploy.backends.reference import ReferenceBackend
+
+        from . import source
+    except ImportError as err:
+        raise MissingExtra(f"--model needs PyTorch ({err}); pip install 'nvembed-deploy[export,cpu]'") from err
+    folder, _ = source.resolve(model, revision)
+    reference = ReferenceBackend(folder, layers=manifest.source.architecture.layers)
+    return observe(reference, text, precision=manifest.precision, largest=manifest.profile.max)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvembed_deploy.architecture import ModelConfig
+from nvembed_deploy.atomic import free_bytes
 from nvembed_deploy.backends.trt import CONTEXTS
 from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import ExportError
 from nvembed_deploy.machine import available_memory_bytes
 from nvembed_deploy.model.weights import StoredWeights
+from nvembed_deploy.plan_builder import build_memory_bytes
 
 from .calibration import BATCH_TOKENS, SAMPLED_ROWS
 from .graph import BLOCK_BYTES, DTYPES, PANEL_BYTES
@@ -24,16 +25,12 @@ BASE_BYTES = int(0.41 * GIB)
 """Python with torch and onnx, after tracing."""
 LAYER_BYTES = 4_300_000
 """Nodes of one layer while the graph is traced."""
-BUILD_BASE_BYTES = int(0.35 * GIB)
-"""TensorRT itself."""
 HEAD_BYTES = 6
 """Bytes for each entry of a head's matrix while the pooler is folded: 16 bits, and a copy in FP32."""
 PROBE_TOKENS = 2048
 """Of the probes, but for a longest one."""
 SMALL_FILES_BYTES = 16 * 2**20
 """Graph, tokenizer and manifest."""
-BUILD_FACTOR = 2.8
-"""Peak of TensorRT-RTX's ahead-of-time build over the weights, measured at 1.3 B parameters."""
 RUNTIME_BYTES_A_PARAMETER = 8
 """ONNX Runtime's CPU provider holds stored weights, and FP32 copies of them where it has no kernel for their type."""
 CUDA_BYTES = int(0.5 * GIB)
@@ -108,7 +105,7 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
         while_comparing = RUNTIME_BYTES_A_PARAMETER * parameters
     elif options.runs_model:
         streaming = max(streaming, _part_bytes(weights, options))
-    while_building = int(BUILD_FACTOR * size) + BUILD_BASE_BYTES if plan else 0
+    while_building = build_memory_bytes(size) if plan else 0
     written = _written_bytes(weights, options, size)
     return Forecast(
         weights=size,
@@ -184,8 +181,7 @@ def require_room(needed: Forecast, out: Path, *, force: bool) -> None:
     Raises:
         ExportError: There is not enough free memory or disk, and `force` is off.
     """
-    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
-    disk, memory = shutil.disk_usage(folder).free, available_memory_bytes()
+    disk, memory = free_bytes(out), available_memory_bytes()
     for what, want, have in (("disk", needed.disk, disk), ("memory", needed.memory, memory)):
         if have is not None and want > have and not force:
             raise ExportError(

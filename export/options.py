@@ -9,7 +9,8 @@ from pathlib import Path
 
 from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.targets import TARGETS, BuildOption, Target, capable, choose, require_option
+from nvembed_deploy.plan_builder import add_option_flags, asked_options
+from nvembed_deploy.targets import TARGETS, BuildOption, Target, capable, choose
 
 DEFAULT_MODEL = Path("models") / "nv-embed-mini"
 """The embedded checkpoint, from the root of the repository."""
@@ -141,12 +142,7 @@ def add_flags(
         action="store_true",
         help="with --no-parity: search for values near FP16's limit all the same, one layer in memory at a time",
     )
-    for option, what in (
-        (BuildOption.WEIGHT_STREAMING, "let weights that do not fit the GPU's memory stay in the host's"),
-        (BuildOption.STRIP_WEIGHTS, "build a plan without weights, which are put in from the graph's file at load"),
-    ):
-        having = ", ".join(target.name for target in TARGETS.values() if option in target.offers)
-        parser.add_argument(f"--{option.value}", action="store_true", help=f"{what} (targets: {having})")
+    add_option_flags(parser)
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -203,9 +199,6 @@ def from_flags(flags: argparse.Namespace) -> ExportOptions:
     for name in ("calibration", "reuse"):
         if getattr(flags, name) is not None and not precision.quantized:
             raise ConfigError(f"--{name} is for quantized precisions, and --precision is {precision.value}; pass int8")
-    asked = {option for option in BuildOption if getattr(flags, option.value.replace("-", "_"), False)}
-    for option in sorted(asked):
-        require_option(target, option)
     if flags.weights == "reference" and precision.quantized:
         raise ConfigError(f"--weights reference is for weights that stay as they are; {precision.value} writes others")
     target = replace(target, compute_capabilities=capable(target, precision))
@@ -224,7 +217,7 @@ def from_flags(flags: argparse.Namespace) -> ExportOptions:
         reference=flags.weights == "reference",
         parity=not flags.no_parity,
         probe_ranges=flags.probe_ranges,
-        asked=frozenset(asked),
+        asked=asked_options(flags, target),
         calibration=flags.calibration,
         calibration_tokens=flags.calibration_tokens,
         reuse=flags.reuse,

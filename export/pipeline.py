@@ -9,20 +9,14 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nvembed_deploy.architecture import Pooling
-from nvembed_deploy.backends import Backend
 from nvembed_deploy.backends.bindings import load_bindings
-from nvembed_deploy.backends.cuda import CudaRuntime
-from nvembed_deploy.backends.ort import CPU_NOTES, OrtBackend
 from nvembed_deploy.backends.reference import ReferenceBackend
-from nvembed_deploy.backends.trt import TrtBackend
 from nvembed_deploy.bundle import (
     CPU_GRAPH,
     FORMAT_VERSION,
@@ -31,6 +25,7 @@ from nvembed_deploy.bundle import (
     QUANTIZATION,
     QUANTIZATION_PICTURE,
     TOKENIZER,
+    TRUTH,
     WEIGHTS,
     FileEntry,
     Manifest,
@@ -39,12 +34,15 @@ from nvembed_deploy.bundle import (
 )
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
-from nvembed_deploy.errors import DeviceMismatchError, MissingExtra, ParityError
+from nvembed_deploy.errors import MissingExtra, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
+from nvembed_deploy.gate import Gate, step
 from nvembed_deploy.machine import peak_memory_bytes, return_large_blocks
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredWeights
-from nvembed_deploy.parity import ParityReport, compare, longest_probe, require, require_mask
+from nvembed_deploy.parity import observe
+from nvembed_deploy.plan_builder import build_plan
+from nvembed_deploy.probes import longest_probe
 from nvembed_deploy.publish import commit, new_bundle
 from nvembed_deploy.targets import local_compute_capability
 from nvembed_deploy.text import TextEncoder
@@ -52,7 +50,6 @@ from nvembed_deploy.version import __version__
 
 from . import source
 from .background import InBackground
-from .builder import build_plan
 from .calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from .cpu_graph import write_cpu_graph
 from .forecast import GIB, forecast, require_room
@@ -109,23 +106,25 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
         tokenizer = (folder / "tokenizer.json").read_bytes()
         (staging / TOKENIZER).write_bytes(tokenizer)
         text = TextEncoder(tokenizer, contract)
-        reference = parts = None
+        gate = parts = None
         if options.parity:
-            with _step("reading the checkpoint"):
-                reference = ReferenceBackend(folder, layers=options.layers, remember=True)
+            with step("reading the checkpoint"):
+                reference = ReferenceBackend(folder, layers=options.layers)
+            gate = _gate(reference, text, options)
+            (staging / TRUTH).write_bytes(gate.truth.to_bytes())
             parts = Parts(exported_form(reference.model, fold=options.fold, own_weights=options.precision.quantized))
         elif options.runs_model:
             parts = Parts.of_checkpoint(weights, fold=options.fold)
         record = _quantize(parts, text, hashing.result(), options) if parts and options.precision.quantized else None
         wide: frozenset[str] = frozenset()
         if parts is not None and options.precision.base is Precision.FP16:
-            with _step("probing for values near FP16's limit"):
+            with step("probing for values near FP16's limit"):
                 wide = _probe(parts, text, options)
         record = record and keep_wide(record, wide)
         while True:
             opset, known = _write_graphs(options, weights, parts, record, staging, wide)
             try:
-                reports = _gate_graphs(reference, staging, text, options) if reference is not None else []
+                reports = gate.graphs(staging) if gate is not None else []
                 break
             except ParityError as err:
                 record = record and keep_next(record, "the gate did not pass without it")
@@ -136,14 +135,14 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
             write_record(record, staging / QUANTIZATION)
             _draw(record, staging / QUANTIZATION_PICTURE)
         del parts
-        with _step("hashing the checkpoint"):
+        with step("hashing the checkpoint"):
             origin = hashing.result()
         linked = tuple(sorted(path.name for path in staging.glob("*.safetensors")))
         known |= {shard: origin.files[shard] for shard in linked}
         info: PlanInfo | None = None
         if bindings is not None:
             say(f"  building for {options.target.summary}")
-            with _step(f"building the plan with {bindings.__name__} {bindings.__version__}, shapes {options.profile}"):
+            with step(f"building the plan with {bindings.__name__} {bindings.__version__}, shapes {options.profile}"):
                 content, info = build_plan(
                     staging / GRAPH,
                     options.target,
@@ -153,8 +152,8 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                     asked=options.asked,
                 )
                 (staging / PLAN).write_bytes(content)
-            if reference is not None:
-                reports += _gate_plan(content, info, staging / GRAPH, reference, text, options)
+            if gate is not None:
+                reports += gate.plan(content, info, staging / GRAPH)
         manifest = commit(
             staging,
             options.out,
@@ -164,6 +163,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                 created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 tool_version=__version__,
                 source=origin,
+                target=options.target.name,
                 precision=options.precision,
                 dialect=options.dialect,
                 opset=opset,
@@ -183,6 +183,15 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
         )
     _report(manifest, options.out, missing=missing, seconds=time.monotonic() - started)
     return manifest
+
+
+def _gate(reference: ReferenceBackend, text: TextEncoder, options: ExportOptions) -> Gate:
+    """What the reference makes of the probes, for every graph and plan to be measured by."""
+    largest = options.profile.max
+    with step("embedding the probes with PyTorch"):
+        truth = observe(reference, text, precision=options.precision, largest=largest)
+    model = reference.model.config
+    return Gate(truth=truth, text=text, model=model, precision=options.precision, largest=largest)
 
 
 def exported_form(model: NVEmbed, *, fold: bool, own_weights: bool) -> NVEmbed:
@@ -215,11 +224,11 @@ def _quantize(parts: Parts, text: TextEncoder, origin: Source, options: ExportOp
             model_sha256=model_sha256,
             texts=texts_sha256(rows) if rows is not None else None,
         )
-        with _step(f"smoothing as {options.reuse} says"):
+        with step(f"smoothing as {options.reuse} says"):
             apply_record(parts, record)
         return record
     assert rows is not None
-    with _step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
+    with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
         longest = longest_probe(text, options.profile.max)
         record = quantize(parts, text, rows, options.precision, model_sha256=model_sha256, longest=longest)
     kept = [item.name for item in record.groups if item.kept]
@@ -262,7 +271,7 @@ def _write_graphs(
     """
     quantized = None if parts is None or record is None else QuantizedState(parts, record)
     folding = InBackground(lambda: quantized or StoredState(weights, fold=options.fold))
-    with _step(f"tracing to ONNX ({options.dialect.value})"):
+    with step(f"tracing to ONNX ({options.dialect.value})"):
         traced = trace(
             weights.config, precision=options.precision, dialect=options.dialect, fold=options.fold, wide=wide
         )
@@ -270,11 +279,11 @@ def _write_graphs(
         insert(traced, quantized.input_scales, FORMATS[options.precision])
     for path in (staging / name for name in (GRAPH, CPU_GRAPH, WEIGHTS)):  # of an attempt that did not pass
         path.unlink(missing_ok=True)
-    with _step("writing the weights"):
+    with step("writing the weights"):
         known = write(traced, folding.result(), staging, name=GRAPH, reference=options.reference)
         if quantized is not None:
             quantized.close()
-    with _step("checking the graph"):
+    with step("checking the graph"):
         check(staging / GRAPH, linked=options.reference)
         if options.precision.has_cpu_graph:
             write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)
@@ -282,55 +291,14 @@ def _write_graphs(
     return traced.opset_imports[""], known
 
 
-def _gate_graphs(
-    reference: ReferenceBackend, staging: Path, text: TextEncoder, options: ExportOptions
-) -> list[ParityReport]:
-    """Compares the graphs that ONNX Runtime can run: the engine's own, node by node, and the CPU's."""
-    reports = []
-    if options.precision is not Precision.BF16:
-        exact = options.precision.quantized
-        with _step("comparing ONNX with PyTorch"):
-            reports.append(_gate(reference, OrtBackend(staging / GRAPH, as_written=exact), text, options))
-    if options.precision.has_cpu_graph:
-        with _step("comparing the CPU's graph with PyTorch"):
-            candidate = OrtBackend(staging / CPU_GRAPH, note=CPU_NOTES[options.precision.base])
-            reports.append(_gate(reference, candidate, text, options))
-    return reports
-
-
-def _gate(reference: ReferenceBackend, candidate: Backend, text: TextEncoder, options: ExportOptions) -> ParityReport:
-    require_mask(candidate, text, reference.model.config.mask)
-    report = compare(reference, candidate, text, precision=options.precision, largest=options.profile.max)
-    say(f"  {report.summary()}")
-    return require(report)
-
-
-def _gate_plan(
-    plan: memoryview,
-    info: PlanInfo,
-    graph: Path,
-    reference: ReferenceBackend,
-    text: TextEncoder,
-    options: ExportOptions,
-) -> list[ParityReport]:
-    """Runs the plan where there is a GPU for it; elsewhere the graph's gate is all that can be done, and it says so."""
-    try:
-        cuda = CudaRuntime.load()
-        device = cuda.device(0)
-        dimension = reference.model.config.hidden_size
-        candidate = TrtBackend(plan, info, dimension=dimension, device=device, cuda=cuda, graph=graph)
-    except (DeviceMismatchError, MissingExtra) as err:
-        say(f"  the plan itself was not run ({err}); its graph was compared. On its GPU: python -m export.check BUNDLE")
-        return []
-    with _step("comparing the plan with PyTorch"):
-        return [_gate(reference, candidate, text, options)]
-
-
 def _bindings(options: ExportOptions) -> tuple[Any, str]:
     """The target's TensorRT, or why there will be no plan."""
     target = options.target
     if target.on_device and local_compute_capability() is None:
-        return None, f"--target {target.name} is built on the device itself: copy the bundle there and export again"
+        return (
+            None,
+            f"--target {target.name} is built on the device itself: python -m export.bundle packs what it needs there",
+        )
     try:
         return load_bindings(target.runtime), ""
     except MissingExtra as err:
@@ -355,11 +323,3 @@ def _report(manifest: Manifest, out: Path, *, missing: str, seconds: float) -> N
     what = f"{manifest.precision.value} bundle" + (" with a plan" if manifest.plan else " without a plan")
     checked = "parity passed" if manifest.parity else "parity NOT checked (--no-parity)"
     say(f"done: {what}, {checked}, {seconds:.0f} s, peak memory {peak_memory_bytes() / GIB:.2f} GiB")
-
-
-@contextmanager
-def _step(what: str) -> Iterator[None]:
-    started = time.monotonic()
-    say(f"  {what} ...")
-    yield
-    say(f"  {what}: {time.monotonic() - started:.1f} s")

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import ConfigError, ParityError
 from nvembed_deploy.model.nvembed import NVEmbed
-from nvembed_deploy.parity import TOLERANCES, probe_rows
+from nvembed_deploy.parity import TOLERANCES
+from nvembed_deploy.probes import probe_rows
 from nvembed_deploy.records import from_json, to_json
 from nvembed_deploy.text import TextEncoder, TokenRow
 

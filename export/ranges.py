@@ -18,7 +18,7 @@ from nvembed_deploy.model.decoder import Attention, RMSNorm, SwiGLU
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.latent_attention import LatentAttentionModel
 from nvembed_deploy.model.nvembed import NVEmbed
-from nvembed_deploy.parity import probe_rows
+from nvembed_deploy.probes import probe_rows
 from nvembed_deploy.text import TextEncoder
 
 from .parts import POOLER, Parts

@@ -110,6 +110,12 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk that a path is on, or will be."""
+    folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+    return shutil.disk_usage(folder).free
+
+
 def fsync(path: Path) -> None:
     """Flushes a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)

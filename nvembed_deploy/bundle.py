@@ -24,7 +24,7 @@ from nvembed_deploy.parity import ParityReport
 from nvembed_deploy.records import from_json, to_json
 from nvembed_deploy.text import TextContract
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 PLAN = "engine.plan"
 GRAPH = "model.onnx"
@@ -35,7 +35,9 @@ TOKENIZER = "tokenizer.json"
 QUANTIZATION = "quantization.json"
 """In a quantized bundle: what was calibrated on what, each layer's cost, and what was left in the base precision."""
 QUANTIZATION_PICTURE = "quantization.png"
-PAYLOAD = frozenset((PLAN, GRAPH, CPU_GRAPH, WEIGHTS, TOKENIZER, QUANTIZATION, QUANTIZATION_PICTURE))
+TRUTH = "truth.npz"
+"""What the reference makes of the probes (`probes.py`), so that any machine can judge its engine."""
+PAYLOAD = frozenset((PLAN, GRAPH, CPU_GRAPH, WEIGHTS, TOKENIZER, QUANTIZATION, QUANTIZATION_PICTURE, TRUTH))
 REQUIRED = frozenset((GRAPH, WEIGHTS, TOKENIZER))
 
 MANIFEST_MAX_BYTES = 16 * 2**20
@@ -79,6 +81,8 @@ class PlanInfo:
     """Operating system and processor, such as `linux_x86_64`."""
     compute_capabilities: tuple[str, ...]
     """GPUs it runs on, such as `8.9`."""
+    profiles: tuple[ShapeProfile, ...]
+    """Shapes that kernels were chosen for; the first holds all others."""
     stripped: bool = False
     """True where the plan holds no weights: they are put in from the graph's file when it is loaded."""
     weight_streaming: bool = False
@@ -95,6 +99,8 @@ class Manifest:
     """ISO 8601, UTC."""
     tool_version: str
     source: Source
+    target: str
+    """The recipe it was made by, or for."""
     precision: Precision
     dialect: Dialect
     opset: int
@@ -160,6 +166,7 @@ class Manifest:
             (PLAN, self.plan is not None),
             (CPU_GRAPH, self.precision.has_cpu_graph),
             (QUANTIZATION, self.precision.quantized),
+            (TRUTH, bool(self.parity)),
         ):
             if (name in names) != expected:
                 raise BundleError(f"{MANIFEST} is of two minds about {name}; make the bundle again")

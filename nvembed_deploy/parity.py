@@ -1,7 +1,7 @@
 """Two backends, the same real text: how far apart are their vectors, and is that within the table?
 
-Element-wise and by the worst row, never by a mean. The probes are the texts and shapes that break embedding engines:
-instructed, padded, one token, the longest input, other scripts, special-token strings.
+Element-wise and by the worst row, never by a mean. The texts are in `probes.py`; the truth is a backend's, or what a
+reference left in the bundle.
 """
 
 from __future__ import annotations
@@ -16,46 +16,21 @@ from nvembed_deploy.backends import Backend
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.config import Precision, Shape
 from nvembed_deploy.errors import ParityError
-from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order
+from nvembed_deploy.probes import (
+    DEPTH,
+    PROBES,
+    QUERIES,
+    Ranking,
+    Truth,
+    longest_probe,
+    probe_rows,
+    retrieval_rows,
+)
 from nvembed_deploy.text import TextEncoder, TokenBatch, TokenRow
 
-INSTRUCTION = "Given a question, retrieve passages that answer the question"
-PROBES: tuple[tuple[bool, str], ...] = (
-    (True, "are judo throws allowed in wrestling?"),
-    (True, "how do I undo the last commit without losing my changes?"),
-    (True, "3 ways to sharpen a plane iron"),
-    (True, "昨夜の雨で川の水位はどのくらい上がりましたか?"),
-    (True, "yes"),
-    (True, 'What does "idempotent" mean, and why do HTTP PUT requests have to be idempotent?'),
-    (True, "</s> is the end-of-sequence token; what is <s>, and what is <unk>?"),
-    (True, "🚲 repair shop near me, open on Sunday"),
-    (False, "a"),
-    (False, "."),
-    (False, "The committee postponed the vote until the audit was finished."),
-    (False, "Salt lowers the freezing point of water, which is why it is spread on icy roads in winter."),
-    (False, "Übermäßige Feuchtigkeit führte zu Schäden an den Dielen; die Versicherung zahlte nicht."),
-    (False, "Le chercheur a corrigé l'équation après avoir relu ses notes — trois fois."),
-    (False, "बारिश के बाद सड़क पर कीचड़ फैल गया।"),
-    (False, "مرحبا بالعالم, שלום עולם: two scripts that run from right to left."),
-    (False, "family 👨‍👩‍👧‍👦 flag 🏳️‍🌈 tone 👍🏽 keycap 1️⃣"),
-    (False, "def fib(n: int) -> int:\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n"),
-    (False, "| part | qty | price |\n|---|---:|---:|\n| bolt M6 | 40 | 0.12 |"),
-    (False, "0.000123, -17.5e+08, 2026-11-23T08:00:00Z, 192.168.0.1, 1,234,567.89"),
-    (False, "...!!!???;;;\n\n\n\t\t\t,,,"),
-    (False, "text with </s> and <s> and <unk> inside, which stays text"),
-    (False, "a\x00b\x07c e\u0301 vs \u00e9"),
-    (False, "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"),
-)
-LONG_TEXT = (
-    "In wrestling, a slam is lifting and returning an opponent to the mat with unnecessary force. The valve was "
-    "replaced before the pressure test began; the reading, 4.2 bar, stayed within the limits. Migrating geese follow "
-    "the coastline for nearly nine hundred miles, resting on estuaries. def parse(line): return line.split(',') "
-)
-"""Repeated until it fills the longest input."""
-LONGEST_TOKENS = 4096
-"""Most tokens of a probe: attention's cost grows with the square. A report says how long its longest was."""
 BATCH = 9
 """Rows of a padded batch: no multiple of what kernels like."""
+MASK_PROBE_TOKENS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +84,6 @@ TOLERANCES: dict[Precision, Tolerance] = {
         min_cosine=0.97, max_difference=0.98, scaled=True, min_batch_cosine=0.999, min_mean_cosine=0.97, min_overlap=0.8
     ),
 }
-MASK_PROBE_TOKENS = 12
-DEPTH = 10
-QUERIES, PASSAGES = 40, 200
-RETRIEVAL_TOKENS = 96
-"""Passages are cut to this: enough to rank them, and little enough for a large model on a CPU."""
-RETRIEVAL_PACKAGES = ("asyncio", "email", "multiprocessing", "pathlib", "shutil", "socket", "unittest", "urllib", "xml")
-"""Of Python's own library, whose documentation is the retrieval gate's text; calibration reads others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,74 +126,71 @@ class ParityReport:
         )
 
 
-def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRow]]:
-    """The probes as tokens, the longest inputs first.
-
-    Args:
-        text: The model's text encoder.
-        longest: Tokens of the longest probe; the others are cut to it.
-
-    Returns:
-        A name for each row, and the rows.
-    """
-    prompt, bare = text.query_prompt(INSTRUCTION), text.prompt(None, None)
-    long_text = LONG_TEXT * (1 + longest // 40)
-    names, rows = [], []
-    for instructed, body in ((False, long_text), (True, long_text), *PROBES):
-        row = text.tokenize([body], prompt=prompt if instructed else bare, max_length=longest)[0]
-        if len(row) > row.prompt_tokens:  # a tiny --max leaves no room behind the instruction
-            rows.append(row)
-            names.append(f"{'instructed ' if instructed else ''}{body[:40]!r} ({len(row)} tokens)")
-    return names, rows
-
-
-def longest_probe(text: TextEncoder, largest: Shape) -> int:
-    """Tokens of the longest probe for an engine that takes batches up to `largest`."""
-    return min(largest.tokens, text.contract.max_tokens, LONGEST_TOKENS)
-
-
-def compare(
-    reference: Backend, candidate: Backend, text: TextEncoder, *, precision: Precision, largest: Shape
-) -> ParityReport:
-    """Embeds the probes with both, and measures the differences.
-
-    The reference takes each text alone; the candidate takes it alone, and in a padded batch.
+def observe(reference: Backend, text: TextEncoder, *, precision: Precision, largest: Shape) -> Truth:
+    """Embeds the probes, each text alone, with what is taken for the truth.
 
     Args:
         reference: What is taken for the truth.
+        text: The model's text encoder.
+        precision: Of the candidates: the ranking is made where its row of `TOLERANCES` asks for an overlap.
+        largest: The largest batch that the engine is for: the longest probes fill it, up to `LONGEST_TOKENS`.
+    """
+    names, rows = probe_rows(text, longest_probe(text, largest))
+    vectors = _embed(reference, text, rows, [[index] for index in range(len(rows))])
+    ranking = None
+    if TOLERANCES[precision].min_overlap is not None:
+        ranked = retrieval_rows(text, largest)
+        ranking = Ranking(rows=ranked, best=_best(reference, text, ranked, largest=largest))
+    return Truth(
+        reference=reference.name,
+        names=tuple(names),
+        rows=rows,
+        vectors=vectors.astype(np.float32),
+        ranking=ranking,
+    )
+
+
+def compare(
+    truth: Truth, candidate: Backend, text: TextEncoder, *, precision: Precision, largest: Shape
+) -> ParityReport:
+    """Embeds the probes with the candidate, alone and in padded batches, and measures the differences.
+
+    Args:
+        truth: What `observe` made; probes longer than `largest` are left out.
         candidate: What is judged.
         text: The model's text encoder.
         precision: Picks the row of `TOLERANCES`.
-        largest: The largest batch that the engine is for: the longest probes fill it, up to `LONGEST_TOKENS`.
+        largest: The largest batch that the engine is for.
 
     Raises:
-        ParityError: The candidate's outputs are of another shape than the reference's.
+        ParityError: The candidate's outputs are of another shape than the reference's, or no probe is short enough.
     """
-    names, rows = probe_rows(text, longest_probe(text, largest))
-    singles = [[index] for index in range(len(rows))]
-    truth = _embed(reference, text, rows, singles)
+    truth = truth.up_to(largest.tokens)
+    if not truth.rows:
+        raise ParityError(f"no probe is as short as {largest.tokens} tokens; build for longer texts")
+    names, rows, true = truth.names, truth.rows, truth.vectors.astype(np.float64)
     batched = _embed(candidate, text, rows, _mixed_batches(len(rows), min(BATCH, largest.batch)))
-    alone = _embed(candidate, text, rows, singles)
-    if batched.shape != truth.shape or alone.shape != truth.shape:
+    alone = _embed(candidate, text, rows, [[index] for index in range(len(rows))])
+    if batched.shape != true.shape or alone.shape != true.shape:
         raise ParityError(
-            f"{candidate.name} gives vectors of width {batched.shape[1]}, {reference.name} of {truth.shape[1]}; the "
+            f"{candidate.name} gives vectors of width {batched.shape[1]}, {truth.reference} of {true.shape[1]}; the "
             "graph was not made from this checkpoint"
         )
     tolerance = TOLERANCES[precision]
     non_finite = int((~np.isfinite(batched) | ~np.isfinite(alone)).any(axis=1).sum())
     # What is not finite must not hide behind NaN's comparisons: it counts as orthogonal.
     finite_batched, finite_alone = np.nan_to_num(batched, posinf=0, neginf=0), np.nan_to_num(alone, posinf=0, neginf=0)
-    cosines = np.minimum(_cosine(truth, finite_batched), _cosine(truth, finite_alone))
+    cosines = np.minimum(_cosine(true, finite_batched), _cosine(true, finite_alone))
     differences = {
-        "batched": np.abs(truth - finite_batched).max(axis=1),
-        "alone": np.abs(truth - finite_alone).max(axis=1),
+        "batched": np.abs(true - finite_batched).max(axis=1),
+        "alone": np.abs(true - finite_alone).max(axis=1),
     }
     where = max(differences, key=lambda way: differences[way].max())
     difference = float(differences[where].max())
-    scaled = difference * truth.shape[1] ** 0.5
+    scaled = difference * true.shape[1] ** 0.5
     batch_cosine = float(_cosine(finite_batched, finite_alone).min())
     mean = float(cosines.mean())
-    overlap = None if tolerance.min_overlap is None else top_overlap(reference, candidate, text, largest=largest)
+    overlap = None if truth.ranking is None else _overlap(truth.ranking, candidate, text, largest=largest)
     worst = int(cosines.argmin())
     bounded = scaled if tolerance.scaled else difference
     checks = (
@@ -246,7 +211,7 @@ def compare(
         ),
     )
     return ParityReport(
-        reference=reference.name,
+        reference=truth.reference,
         candidate=candidate.name,
         precision=precision,
         texts=len(rows),
@@ -264,25 +229,18 @@ def compare(
     )
 
 
-def top_overlap(reference: Backend, candidate: Backend, text: TextEncoder, *, largest: Shape) -> float:
-    """Mean share of a query's ten best passages that both backends find.
+def _overlap(ranking: Ranking, candidate: Backend, text: TextEncoder, *, largest: Shape) -> float:
+    """Mean share of a query's ten best passages that both find."""
+    found = _best(candidate, text, ranking.rows, largest=largest)
+    return float(np.mean([len(set(a) & set(b)) / DEPTH for a, b in zip(ranking.best, found, strict=True)]))
 
-    Queries are summaries of Python's own documentation, passages what stands below them.
-    """
-    summaries, bodies = zip(*in_mixed_order(docstring_pairs(under=RETRIEVAL_PACKAGES))[:PASSAGES], strict=True)
-    longest = min(RETRIEVAL_TOKENS, longest_probe(text, largest))
-    whole = longest == RETRIEVAL_TOKENS  # else a prompt may leave nothing to pool
-    prompt, bare = (text.query_prompt(INSTRUCTION), text.prompt(None, None)) if whole else ("", "")
-    rows = text.tokenize(summaries[:QUERIES], prompt=prompt, max_length=longest)
-    rows += text.tokenize(bodies, prompt=bare, max_length=longest)
-    rows_limit = min(BATCH, largest.batch)
-    batches = list(plan_batches([len(row) for row in rows], max_rows=rows_limit, max_tokens=rows_limit * longest))
-    best = []
-    for backend in (reference, candidate):
-        vectors = _embed(backend, text, rows, batches)
-        order = np.argsort(-(vectors[:QUERIES] @ vectors[QUERIES:].T), axis=1, kind="stable")
-        best.append(order[:, :DEPTH])
-    return float(np.mean([len(set(a) & set(b)) / DEPTH for a, b in zip(*best, strict=True)]))
+
+def _best(backend: Backend, text: TextEncoder, rows: list[TokenRow], *, largest: Shape) -> NDArray[np.int32]:
+    """Indices int32 [Q, `DEPTH`] of the best passages; the first `QUERIES` rows are the queries."""
+    lengths, most = [len(row) for row in rows], min(BATCH, largest.batch)
+    vectors = _embed(backend, text, rows, list(plan_batches(lengths, max_rows=most, max_tokens=most * max(lengths))))
+    order = np.argsort(-(vectors[:QUERIES] @ vectors[QUERIES:].T), axis=1, kind="stable")
+    return order[:, :DEPTH].astype(np.int32)
 
 
 def require_mask(candidate: Backend, text: TextEncoder, mask: Mask) -> None:

@@ -12,7 +12,7 @@ from nvembed_deploy.backends.trt import check_fit
 from nvembed_deploy.bundle import Manifest
 from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
 from nvembed_deploy.machine import available_memory_bytes
-from nvembed_deploy.parity import DEPTH
+from nvembed_deploy.probes import DEPTH
 from nvembed_deploy.records import to_json
 
 GIB = 2**30
@@ -32,7 +32,7 @@ def fits_here(manifest: Manifest) -> tuple[bool, str]:
     try:
         device = CudaRuntime.load().device(0)
         version = load_bindings(manifest.plan.runtime).__version__
-        check_fit(manifest.plan, version=version, device=device, precision=manifest.precision)
+        check_fit(manifest.plan, version=version, device=device)
     except (DeviceMismatchError, MissingExtra) as err:
         return False, f"{err}. Until then the graph runs on ONNX Runtime"
     return True, f"the plan runs on {device.name}"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nvembed_deploy.bundle import CPU_GRAPH, FORMAT_VERSION, QUANTIZATION, REQUIRED, FileEntry, Manifest
+from nvembed_deploy.bundle import CPU_GRAPH, FORMAT_VERSION, QUANTIZATION, REQUIRED, TRUTH, FileEntry, Manifest
 from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.parity import TOLERANCES, ParityReport
@@ -50,7 +50,7 @@ def full_manifest() -> Manifest:
         tolerance=TOLERANCES[Precision.FP16],
         failures=("one",),
     )
-    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in FILES}
+    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, TRUTH)}
     return make_manifest(parity=(report,), versions={"torch": "2.13"}, files=files)
 
 
@@ -66,13 +66,14 @@ def put(record: dict, path: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format_version", FORMAT_VERSION + 1, "format version 3, this library reads 2; make the bundle again"),
-        ("format_version", 0, "format version 0, this library reads 2"),
+        ("format_version", FORMAT_VERSION + 1, "format version 4, this library reads 3; make the bundle again"),
+        ("format_version", 0, "format version 0, this library reads 3"),
         ("format_version", None, "format version None"),
         ("format_version", True, "format version True"),
         ("hint", "of a newer version", "top level: unknown field 'hint'"),
         ("text/hint", 1, "text: unknown field 'hint'"),
         ("plan", None, "two minds about engine.plan"),
+        ("parity", [], "two minds about truth.npz"),
         ("precision", "bf16", "two minds about model.cpu.onnx"),
         ("precision", "int8", "two minds about model.cpu.onnx"),
         ("precision", "int2", "precision: expected one of fp32, fp16, bf16, int8, fp8, int4, found 'int2'"),

@@ -1,5 +1,6 @@
 """The gate lets sound engines through and no others."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,24 @@ import pytest
 from nvembed_deploy.backends import Backend, Output
 from nvembed_deploy.config import Precision, Shape, ShapeProfile
 from nvembed_deploy.encoder import open_parts
-from nvembed_deploy.errors import ParityError
-from nvembed_deploy.parity import TOLERANCES, compare, probe_rows, require
+from nvembed_deploy.errors import BundleError, ParityError
+from nvembed_deploy.parity import TOLERANCES, ParityReport, compare, observe, require
+from nvembed_deploy.probes import Truth, probe_rows
 from nvembed_deploy.text import TextEncoder, TokenBatch
 
 LARGEST = Shape(batch=32, tokens=512)
+
+
+def judge(
+    reference: Backend,
+    candidate: Backend,
+    text: TextEncoder,
+    *,
+    precision: Precision = Precision.FP32,
+    largest: Shape = LARGEST,
+) -> ParityReport:
+    truth = observe(reference, text, precision=precision, largest=largest)
+    return compare(truth, candidate, text, precision=precision, largest=largest)
 
 
 class Faulty:
@@ -85,7 +99,7 @@ def batch_one_is_another_path(backend: Backend, batch: TokenBatch) -> Output:
 @pytest.mark.parametrize("precision", list(Precision))
 def test_faults_are_found(sound: tuple[TextEncoder, Backend], fault: object, precision: Precision) -> None:
     text, backend = sound
-    report = compare(backend, Faulty(backend, fault), text, precision=precision, largest=LARGEST)
+    report = judge(backend, Faulty(backend, fault), text, precision=precision)
     assert not report.passed
     with pytest.raises(ParityError, match="faulty differs from onnxruntime"):
         require(report)
@@ -106,16 +120,16 @@ def test_table(sound: tuple[TextEncoder, Backend], precision: Precision) -> None
 
         return run
 
-    outside = compare(backend, Faulty(backend, fault(limit * 1.2)), text, precision=precision, largest=LARGEST)
+    outside = judge(backend, Faulty(backend, fault(limit * 1.2)), text, precision=precision)
     assert any("cosine" in failure for failure in outside.failures)
     if precision is not Precision.FP32:  # in FP32 the element-wise bound is the stricter one
-        inside = compare(backend, Faulty(backend, fault(limit * 0.5)), text, precision=precision, largest=LARGEST)
+        inside = judge(backend, Faulty(backend, fault(limit * 0.5)), text, precision=precision)
         assert not any(failure.startswith("cosine") for failure in inside.failures)
 
 
 def test_same_backend_passes(sound: tuple[TextEncoder, Backend]) -> None:
     text, backend = sound
-    report = require(compare(backend, backend, text, precision=Precision.FP32, largest=LARGEST))
+    report = require(judge(backend, backend, text))
     assert report.longest_tokens == 512
     assert report.texts > 20
     assert "passed" in report.summary()
@@ -124,7 +138,7 @@ def test_same_backend_passes(sound: tuple[TextEncoder, Backend]) -> None:
 def test_longest_probe_fills_the_profile(sound: tuple[TextEncoder, Backend]) -> None:
     text, backend = sound
     for largest, tokens in ((Shape(batch=1, tokens=40), 40), (Shape(batch=2, tokens=900), 900)):
-        report = compare(backend, backend, text, precision=Precision.FP32, largest=largest)
+        report = judge(backend, backend, text, largest=largest)
         assert (report.longest_tokens, report.passed) == (tokens, True)
 
 
@@ -136,7 +150,7 @@ def test_other_width_is_named(sound: tuple[TextEncoder, Backend]) -> None:
         return Output(output.embeddings[:, :7], output.norms)
 
     with pytest.raises(ParityError, match="gives vectors of width 7"):
-        compare(backend, Faulty(backend, narrow), text, precision=Precision.FP32, largest=LARGEST)
+        judge(backend, Faulty(backend, narrow), text)
 
 
 def test_probes_have_every_shape_that_hurts(sound: tuple[TextEncoder, Backend]) -> None:
@@ -147,3 +161,43 @@ def test_probes_have_every_shape_that_hurts(sound: tuple[TextEncoder, Backend]) 
     assert [len(row) for row in rows[:2]] == [128, 128]
     assert any("</s>" in name for name in names)
     assert any(not name.isascii() for name in names)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
+def test_the_truth_travels(sound: tuple[TextEncoder, Backend], precision: Precision) -> None:
+    text, backend = sound
+    truth = observe(backend, text, precision=precision, largest=LARGEST)
+    read = Truth.from_bytes(truth.to_bytes())
+    assert (read.reference, read.names) == (truth.reference, truth.names)
+    assert [(row.ids, row.prompt_tokens) for row in read.rows] == [(row.ids, row.prompt_tokens) for row in truth.rows]
+    np.testing.assert_array_equal(read.vectors, truth.vectors)
+    assert (read.ranking is None) == (precision is Precision.FP32)
+    reports = [compare(item, backend, text, precision=precision, largest=LARGEST) for item in (truth, read)]
+    assert reports[0] == reports[1]
+    assert reports[0].overlap == (None if precision is Precision.FP32 else 1.0)
+
+
+def test_an_engine_for_shorter_inputs_is_judged_by_those_that_fit(sound: tuple[TextEncoder, Backend]) -> None:
+    text, backend = sound
+    truth = observe(backend, text, precision=Precision.INT8, largest=LARGEST)
+    report = compare(truth, backend, text, precision=Precision.INT8, largest=Shape(batch=2, tokens=90))
+    assert report.passed
+    assert report.overlap is None  # its passages are longer
+    assert (report.longest_tokens <= 90, report.texts >= 10) == (True, True)
+    with pytest.raises(ParityError, match="no probe is as short as 2 tokens"):
+        compare(truth, backend, text, precision=Precision.INT8, largest=Shape(batch=2, tokens=2))
+
+
+def test_a_damaged_truth_is_named(sound: tuple[TextEncoder, Backend]) -> None:
+    text, backend = sound
+    content = observe(backend, text, precision=Precision.FP32, largest=Shape(batch=1, tokens=16)).to_bytes()
+    for wrong in (b"", content[:100], content[:-40], b"PK" + content):
+        with pytest.raises(BundleError, match=r"truth\.npz is damaged"):
+            Truth.from_bytes(wrong)
+    with np.load(io.BytesIO(content)) as arrays:
+        parts = dict(arrays)
+    for changed in ({"probe_lengths": parts["probe_lengths"] + 1}, {"vectors": parts["vectors"][1:]}):
+        file = io.BytesIO()
+        np.savez(file, **(parts | changed))
+        with pytest.raises(BundleError, match="damaged"):
+            Truth.from_bytes(file.getvalue())

@@ -94,7 +94,7 @@ def open_backend(bundle: Bundle, text: TextEncoder, name: str, wish: Wish) -> Ba
         return _on_cpu(bundle, text, wish)
     has_plan = bundle.manifest.plan is not None
     if not has_plan and (name == PLAN or wish.runtime is Runtime.TENSORRT):
-        raise BundleError(f"{bundle.folder} has no {PLAN}; build one: python -m export.trt --precision fp16")
+        raise BundleError(f"{bundle.folder} has no {PLAN}; build one: python -m nvembed_deploy.build {bundle.folder}")
     reasons: list[str] = [] if has_plan else ["the bundle has none"]
     attempts: list[Callable[[], Backend]] = []
     if has_plan and name != GRAPH and wish.runtime is not Runtime.ONNXRUNTIME:

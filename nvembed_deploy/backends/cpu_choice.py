@@ -21,7 +21,8 @@ from nvembed_deploy.bundle import Bundle
 from nvembed_deploy.config import Shape
 from nvembed_deploy.errors import DeployError
 from nvembed_deploy.machine import available_memory_bytes, cache_folder, describe_machine
-from nvembed_deploy.parity import PROBES, compare
+from nvembed_deploy.parity import compare, observe
+from nvembed_deploy.probes import PROBES
 from nvembed_deploy.records import from_json
 from nvembed_deploy.text import TextEncoder, TokenBatch
 
@@ -93,7 +94,9 @@ def measure(
     trusted = makers[ONNXRUNTIME]()
     try:
         other = makers[OPENVINO]()
-        report = compare(trusted, other, text, precision=bundle.manifest.precision, largest=COMPARED)
+        precision = bundle.manifest.precision
+        truth = observe(trusted, text, precision=precision, largest=COMPARED)
+        report = compare(truth, other, text, precision=precision, largest=COMPARED)
     except DeployError as err:
         reason = f"openvino does not run this graph: {err}"
         return CpuChoice(backend=ONNXRUNTIME, reason=reason, single_ms={}, batch_ms={}, min_cosine=None), trusted

@@ -17,7 +17,6 @@ class ReferenceBackend:
     Args:
         checkpoint: A local folder in Hugging Face layout.
         layers: Take this many of the decoder's layers; None for all.
-        remember: Keep every batch's output: an export asks for the same batches once for each graph and attempt.
 
     Raises:
         CheckpointError: See `load_checkpoint`.
@@ -25,21 +24,12 @@ class ReferenceBackend:
 
     profile = None
 
-    def __init__(self, checkpoint: str | Path, *, layers: int | None = None, remember: bool = False) -> None:
+    def __init__(self, checkpoint: str | Path, *, layers: int | None = None) -> None:
         self.model = load_checkpoint(checkpoint, layers=layers)
-        self._known: dict[bytes, Output] | None = {} if remember else None
         self.name = f"PyTorch {torch.__version__} fp32 (CPU)"
 
+    @torch.inference_mode()
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch."""
-        if self._known is None:
-            return self._compute(batch)
-        key = repr(batch.input_ids.shape).encode() + b"".join(part.tobytes() for part in batch)
-        if key not in self._known:
-            self._known[key] = self._compute(batch)
-        return self._known[key]
-
-    @torch.inference_mode()
-    def _compute(self, batch: TokenBatch) -> Output:
         embeddings, norms = self.model(*(torch.from_numpy(part) for part in batch))
         return Output(embeddings.numpy(), norms.numpy())

@@ -22,7 +22,7 @@ from nvembed_deploy.backends.bindings import ask, load_bindings, make_logger, th
 from nvembed_deploy.backends.cuda import Buffer, CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.bundle import GRAPH, PLAN, Bundle, PlanInfo
-from nvembed_deploy.config import Precision, Shape, ShapeProfile
+from nvembed_deploy.config import Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError
 from nvembed_deploy.text import TokenBatch
 
@@ -135,7 +135,7 @@ class TrtBackend:
             limits = ", ".join(str(item.max) for item in self._profiles)
             raise ConfigError(
                 f"a batch of {rows}x{tokens} tokens is larger than the plan takes ({limits}); pass a smaller "
-                "batch_size or max_length, or rebuild it: python -m export.trt --max BATCHxTOKENS"
+                "batch_size or max_length, or rebuild it: python -m nvembed_deploy.build BUNDLE --max BATCHxTOKENS"
             )
         _, index, profile = min(fitting)
         return index, Shape(batch=max(rows, profile.min.batch), tokens=max(tokens, profile.min.tokens))
@@ -234,11 +234,11 @@ def open_plan(bundle: Bundle, index: int) -> TrtBackend:
     """
     info = bundle.manifest.plan
     if info is None:
-        raise EngineError(f"{bundle.folder} has no {PLAN}; build one: python -m export.trt --precision fp16")
+        raise EngineError(f"{bundle.folder} has no {PLAN}; build one: python -m nvembed_deploy.build {bundle.folder}")
     cuda = CudaRuntime.load()
     device = cuda.device(index)
     version = load_bindings(info.runtime).__version__
-    check_fit(info, version=version, device=device, precision=bundle.manifest.precision)
+    check_fit(info, version=version, device=device)
     return TrtBackend(
         bundle.read(PLAN),
         info,
@@ -249,14 +249,13 @@ def open_plan(bundle: Bundle, index: int) -> TrtBackend:
     )
 
 
-def check_fit(info: PlanInfo, *, version: str, device: CudaDevice, precision: Precision = Precision.FP16) -> None:
+def check_fit(info: PlanInfo, *, version: str, device: CudaDevice) -> None:
     """Compares what the plan was built for with what is here, before any native code sees it.
 
     Args:
         info: What the plan was built for.
         version: Of the runtime that is installed.
         device: The GPU.
-        precision: The plan's, for the command that rebuilds it.
 
     Raises:
         DeviceMismatchError: With both values and the command that rebuilds it.
@@ -274,7 +273,7 @@ def check_fit(info: PlanInfo, *, version: str, device: CudaDevice, precision: Pr
         if not fits:
             raise DeviceMismatchError(
                 f"{PLAN} was built for {what} {built_for}; this machine has {here}. Rebuild it here: "
-                f"python -m export.trt --precision {precision.value}"
+                "python -m nvembed_deploy.build BUNDLE"
             )
 
 

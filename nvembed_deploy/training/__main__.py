@@ -256,9 +256,9 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--work", type=Path, help="one folder for each run; by default OUT with -work behind")
     add("--seeds", type=int, nargs="+", default=[1, 2], help="one run of each variant for each")
-    add("--steps", type=int, default=80, help="of a run, both stages together")
+    add("--steps", type=int, default=120, help="of a run, both stages together")
     add("--batch-tokens", type=int, default=3072, help="most tokens of a batch")
-    add("--learning-rate", type=float, default=2e-4, help="at the end of the warm-up")
+    add("--learning-rate", type=float, default=1e-3, help="at the end of the warm-up; Muon's is twice as high")
     add("--temperature", type=float, default=0.05, help="divides the cosines in the loss")
     add("--negatives", type=int, default=3, help="most negatives of a query")
     add("--latents", type=int, default=64, help="of the pooler")
@@ -280,6 +280,7 @@ def _run_ablate(options: argparse.Namespace) -> Path:
         batch_tokens=options.batch_tokens,
         batch_rows=options.batch_tokens,
         learning_rate=options.learning_rate,
+        muon_learning_rate=2 * options.learning_rate,
         temperature=options.temperature,
         negatives=options.negatives,
         warmup_steps=options.steps // 10,

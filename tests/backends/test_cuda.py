@@ -44,7 +44,11 @@ def planned(bundle: Path) -> Path:
     (bundle / PLAN).write_bytes(b"a plan" * 1000)
     manifest = Manifest.from_bytes((bundle / MANIFEST).read_bytes())
     info = PlanInfo(
-        runtime="tensorrt_rtx", version=VERSION, platform=this_platform(), compute_capabilities=("8.6", "8.9")
+        runtime="tensorrt_rtx",
+        version=VERSION,
+        platform=this_platform(),
+        compute_capabilities=("8.6", "8.9"),
+        profiles=(),
     )
     files = manifest.files | {PLAN: hash_file(bundle / PLAN)}
     (bundle / MANIFEST).write_bytes(replace(manifest, plan=info, files=files).to_bytes())
@@ -258,7 +262,7 @@ def test_no_plan_can_crash_the_real_runtime(bundles: dict[str, Path]) -> None:
         "from tests.backends.fake_trt import FakeCuda\n"
         "plan = Path(sys.argv[1]).read_bytes(); size = len(plan); cuda = CudaRuntime(FakeCuda())\n"
         "info = PlanInfo(runtime='tensorrt_rtx', version=load_bindings('tensorrt_rtx').__version__,\n"
-        "                platform=this_platform(), compute_capabilities=('8.9',))\n"
+        "                platform=this_platform(), compute_capabilities=('8.9',), profiles=())\n"
         "for bad in (b'', b'v', plan[:size // 4], plan[:size // 2], plan[:-1], plan[::-1], b'GIF89a' * 9999):\n"
         "    try: TrtBackend(bad, info, dimension=32, device=cuda.device(0), cuda=cuda, graph=None)\n"
         "    except EngineError as err: print(err)\n"

@@ -13,7 +13,8 @@ from nvembed_deploy import BundleError, DeviceMismatchError, Encoder, MissingExt
 from nvembed_deploy.backends.cuda import CudaRuntime
 from nvembed_deploy.backends.ort import OrtBackend
 from nvembed_deploy.bundle import CPU_GRAPH, GRAPH
-from nvembed_deploy.parity import LONG_TEXT, PROBES, TOLERANCES, compare, require
+from nvembed_deploy.parity import TOLERANCES, compare, observe, require
+from nvembed_deploy.probes import LONG_TEXT, PROBES
 from nvembed_deploy.text import TokenRow
 from tests.conformance import check_encoder
 
@@ -52,13 +53,9 @@ def test_plan_against_onnx_runtime(encoder: Encoder) -> None:
     folder = encoder._bundle.folder
     graph = CPU_GRAPH if (folder / CPU_GRAPH).exists() else GRAPH
     manifest = encoder.manifest
-    report = compare(
-        OrtBackend(folder / graph),
-        encoder._backend,
-        encoder._text,
-        precision=manifest.precision,
-        largest=manifest.profile.max,
-    )
+    precision, largest, text = manifest.precision, manifest.profile.max, encoder._text
+    truth = observe(OrtBackend(folder / graph), text, precision=precision, largest=largest)
+    report = compare(truth, encoder._backend, text, precision=precision, largest=largest)
     print(report.summary())  # noqa: T201
     require(report)
 

@@ -25,7 +25,11 @@ from tests.backends.fake_trt import PASS, VERSION, Error, FakeBindings, FakeCuda
 SIZES = ((3, 7), (1, 1), (32, 128), (2, 90), (32, 1), (1, 128), (9, 64), (3, 7))
 OOM = Error.cudaErrorMemoryAllocation
 INFO = PlanInfo(
-    runtime="tensorrt_rtx", version=VERSION, platform=this_platform(), compute_capabilities=("8.0", "8.6", "8.9")
+    runtime="tensorrt_rtx",
+    version=VERSION,
+    platform=this_platform(),
+    compute_capabilities=("8.0", "8.6", "8.9"),
+    profiles=(),
 )
 
 
@@ -227,7 +231,7 @@ def test_a_plan_for_something_else_never_reaches_tensorrt(
     opened: Callable, bindings: FakeBindings, change: dict, message: str
 ) -> None:
     fields = {name: getattr(INFO, name) for name in INFO.__dataclass_fields__} | change
-    with pytest.raises(DeviceMismatchError, match=rf"{message}\. Rebuild it here: python -m export\.trt --precision"):
+    with pytest.raises(DeviceMismatchError, match=rf"{message}\. Rebuild it here: python -m nvembed_deploy\.build"):
         opened(PlanInfo(**fields))
     assert not bindings.calls
 

@@ -44,7 +44,7 @@ from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredWeights
-from nvembed_deploy.parity import probe_rows
+from nvembed_deploy.probes import probe_rows
 from nvembed_deploy.targets import TARGETS, capable
 from nvembed_deploy.text import TextEncoder, TokenRow
 from tests.export.test_graph import BEYOND_TENSORRT_10

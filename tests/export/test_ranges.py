@@ -17,7 +17,7 @@ from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.nvembed import NVEmbed
-from nvembed_deploy.parity import probe_rows
+from nvembed_deploy.probes import probe_rows
 from nvembed_deploy.text import TextEncoder
 
 LAYER = "embedding_model.layers.0."

@@ -6,6 +6,7 @@ and None that TensorRT returns is checked and named. Source: NVIDIA TensorRT doc
 
 from __future__ import annotations
 
+import argparse
 import signal
 import threading
 from collections.abc import Callable, Iterator, Set
@@ -21,9 +22,8 @@ from nvembed_deploy.backends.ort import INPUTS
 from nvembed_deploy.bundle import PlanInfo
 from nvembed_deploy.config import ShapeProfile
 from nvembed_deploy.errors import EngineError
-from nvembed_deploy.targets import BuildOption, Target
-
-from .timing_cache import TimingCache
+from nvembed_deploy.targets import TARGETS, BuildOption, Target, require_option
+from nvembed_deploy.timing_cache import TimingCache
 
 FLAGS = {
     BuildOption.WEIGHT_STREAMING: ("WEIGHT_STREAMING",),
@@ -31,6 +31,39 @@ FLAGS = {
     BuildOption.STRIP_WEIGHTS: ("STRIP_PLAN", "REFIT_IDENTICAL"),
 }
 """Names of TensorRT's builder flags."""
+
+
+BUILD_FACTOR = 2.8
+"""Peak of TensorRT-RTX's ahead-of-time build over the weights, measured at 1.3 B parameters."""
+BUILD_BASE_BYTES = int(0.35 * 2**30)
+"""TensorRT itself."""
+
+
+def build_memory_bytes(weights: int) -> int:
+    """Memory of the host that a build takes, for so many bytes of weights."""
+    return int(BUILD_FACTOR * weights) + BUILD_BASE_BYTES
+
+
+def add_option_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the options for large engines."""
+    for option, what in (
+        (BuildOption.WEIGHT_STREAMING, "let weights that do not fit the GPU's memory stay in the host's"),
+        (BuildOption.STRIP_WEIGHTS, "build a plan without weights, which are put in from the graph's file at load"),
+    ):
+        having = ", ".join(target.name for target in TARGETS.values() if option in target.offers)
+        parser.add_argument(f"--{option.value}", action="store_true", help=f"{what} (targets: {having})")
+
+
+def asked_options(flags: argparse.Namespace, target: Target) -> frozenset[BuildOption]:
+    """The options that flags ask for.
+
+    Raises:
+        ConfigError: The target has not got one; with its recipe's reason.
+    """
+    asked = {option for option in BuildOption if getattr(flags, option.value.replace("-", "_"), False)}
+    for option in sorted(asked):
+        require_option(target, option)
+    return frozenset(asked)
 
 
 def build_plan(
@@ -47,7 +80,7 @@ def build_plan(
     Args:
         graph: `model.onnx`, its weights beside it.
         target: The device's recipe.
-        profile: Shapes to accept.
+        profile: Shapes to accept; the target's recipe may add a narrower one inside.
         bindings: The module of TensorRT or TensorRT-RTX.
         capability: This machine's GPU, for targets that build for it.
         asked: Options beside those that the target's recipe always takes.
@@ -67,7 +100,9 @@ def build_plan(
     config = ask(logger, "creating the configuration", builder.create_builder_config)
     # On by default: FP32 products with 10 bits of mantissa, in an FP32 plan and in every plan's pooling.
     config.clear_flag(bindings.BuilderFlag.TF32)
-    _add_profile(builder, config, profile, logger=logger)
+    profiles = target.profiles(profile)
+    for item in profiles:
+        _add_profile(builder, config, item, logger=logger)
     capabilities = _set_capabilities(config, target, bindings=bindings, capability=capability)
     for option in sorted(asked):
         for flag in FLAGS[option]:
@@ -92,6 +127,7 @@ def build_plan(
         version=bindings.__version__,
         platform=this_platform(),
         compute_capabilities=capabilities,
+        profiles=profiles,
         stripped=BuildOption.STRIP_WEIGHTS in asked,
         weight_streaming=BuildOption.WEIGHT_STREAMING in asked,
     )
@@ -116,8 +152,8 @@ def _parse(graph: Path, network: Any, *, bindings: Any, logger: Any) -> None:
         return
     errors = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
     raise EngineError(
-        f"{bindings.__name__} {bindings.__version__} cannot parse {graph.name} ({'; '.join(errors)}); try --dialect "
-        "portable"
+        f"{bindings.__name__} {bindings.__version__} cannot parse {graph.name} ({'; '.join(errors)}); export the "
+        "graph again with --dialect portable"
     )
 
 
