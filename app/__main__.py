@@ -51,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--collections", type=Path, metavar="DIR", help="where collections are kept (default: your data folder)"
     )
+    parser.add_argument(
+        "--index",
+        default="exact",
+        metavar="INDEX",
+        help="how passages are found: exact looks at all of them, which is fast up to 200,000 or so; qdrant keeps an "
+        "index on this machine; the URL of a Qdrant server (http://...) keeps it there (default: %(default)s)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one (default: 7860)")
     parser.add_argument(
@@ -72,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise MissingExtra(f"the page needs Gradio ({err}); install it: pip install 'nvembed-deploy[app]'") from err
         bundle = flags.bundle or default_bundle()
         reference = flags.reference or (_default_checkpoint() if flags.bundle is None else None)
-        demo = make_page(bundle, flags.device, flags.collections, compare=flags.compare, reference=reference)
+        demo = make_page(
+            bundle, flags.device, flags.collections, index=flags.index, compare=flags.compare, reference=reference
+        )
         demo.queue(max_size=MAX_QUEUE)
         from .page import CSS
 
@@ -100,7 +109,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_page(
-    bundle: Path, device: str, collections: Path | None, *, compare: Sequence[Path], reference: Path | None
+    bundle: Path,
+    device: str,
+    collections: Path | None,
+    *,
+    index: str,
+    compare: Sequence[Path],
+    reference: Path | None,
 ) -> Any:
     """The page over a bundle, its collections ready; a `gradio.Blocks`."""
     from .library import Library, default_folder
@@ -109,7 +124,7 @@ def make_page(
 
     encoder = Encoder(bundle, device=device)
     say(f"searching with {encoder!r}")
-    library = Library(collections or default_folder(), encoder)
+    library = Library(collections or default_folder(), encoder, index=index)
     library.add_python()
     return Page(Searcher(encoder), library, sides(encoder, bundle, device, compare, reference)).build()
 

@@ -10,7 +10,7 @@ import numpy as np
 from nvembed_deploy import Encoder
 
 from .search import Searcher, check_query
-from .store import Store
+from .store import FolderStore
 
 CANDIDATES = 40
 """The first engine's nearest passages, which both engines then rank."""
@@ -32,7 +32,7 @@ class Comparison:
 
 
 def compare(
-    searcher: Searcher, store: Store, left: Encoder, right: Encoder, query: str, *, instruction: str
+    searcher: Searcher, store: FolderStore, left: Encoder, right: Encoder, query: str, *, instruction: str
 ) -> Comparison:
     """Ranks the candidates with both engines.
 

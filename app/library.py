@@ -14,8 +14,9 @@ from tqdm import tqdm
 from nvembed_deploy import Encoder
 from nvembed_deploy.errors import ConfigError, InputError
 
+from .index import EXACT, opener
 from .passages import Passage, library_passages
-from .store import RECORD, Engine, ExactStore
+from .store import RECORD, Engine, FolderStore
 
 PYTHON = "Python documentation"
 NAME = re.compile(r"\w[\w .-]{0,39}")
@@ -34,11 +35,17 @@ class Library:
     Args:
         folder: Where they are kept; made where it is missing.
         encoder: Embeds what is added.
+        index: See `index.opener`.
+
+    Raises:
+        ConfigError: There is no such index.
+        MissingExtra: It needs a package that is not installed.
     """
 
-    def __init__(self, folder: Path, encoder: Encoder) -> None:
+    def __init__(self, folder: Path, encoder: Encoder, *, index: str = EXACT) -> None:
         self.folder, self.encoder, self.engine = folder, encoder, Engine.of(encoder)
-        self._open: dict[str, ExactStore] = {}
+        self._open: dict[str, FolderStore] = {}
+        self._open_index = opener(index)
         self._writing = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -48,7 +55,7 @@ class Library:
         own = [name for name in found if not name.startswith(f"{PYTHON}.")]
         return ([PYTHON] if self._path(PYTHON).is_dir() else []) + own
 
-    def open(self, name: str) -> ExactStore:
+    def open(self, name: str) -> FolderStore:
         """A collection.
 
         Raises:
@@ -58,7 +65,7 @@ class Library:
         if name not in self._open:
             if not (self._path(name) / RECORD).is_file():
                 raise ConfigError(f"there is no collection {name!r}; choose one of {', '.join(self.names()) or 'none'}")
-            self._open[name] = ExactStore(self._path(name))
+            self._open[name] = FolderStore(self._path(name), self._open_index)
         return self._open[name]
 
     def add_steps(self, name: str, passages: Sequence[Passage]) -> Iterator[tuple[int, int]]:
@@ -93,10 +100,13 @@ class Library:
             old = self.open(name) if (path / RECORD).is_file() else None
             kept = [*old.passages] if old else []
             vectors = np.concatenate([old.vectors, *blocks] if old else blocks)
-            self._open[name] = ExactStore.write(path, self.engine, [*kept, *passages], vectors)
+            whole = [*kept, *passages]
+            self._open[name] = FolderStore.write(path, self.engine, whole, vectors, self._open_index)
+            if old is not None:
+                old.drop_index()
         yield len(passages), len(passages)
 
-    def add_python(self, passages: Iterable[Passage] | None = None) -> ExactStore:
+    def add_python(self, passages: Iterable[Passage] | None = None) -> FolderStore:
         """Python's documentation, as this engine sees it: indexed once, with a progress bar."""
         if not (self._path(PYTHON) / RECORD).is_file():
             found = list(library_passages() if passages is None else passages)

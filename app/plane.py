@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from .index import Vectors
 from .search import Found
-from .store import ExactStore, Vectors
+from .store import FolderStore
 
 MOST_POINTS = 3000
 NAMED_SOURCES = 8
@@ -39,7 +40,7 @@ class Plane:
         return np.asarray((vectors - self.centre) @ self.axes.T, dtype=np.float32)
 
 
-def draw(store: ExactStore, plane: Plane, found: Found | None) -> dict[str, list[Any]]:
+def draw(store: FolderStore, plane: Plane, found: Found | None) -> dict[str, list[Any]]:
     """Columns x, y, source and title of the points; results and the query are last, so that they lie on top."""
     step = max(1, len(store) // MOST_POINTS)
     indices = range(0, len(store), step)

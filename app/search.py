@@ -14,7 +14,8 @@ from nvembed_deploy import Coalescer, Encoder
 from nvembed_deploy.errors import InputError
 from nvembed_deploy.text import TokenRow
 
-from .store import Engine, Hit, Store, Vectors
+from .index import Vectors
+from .store import Engine, FolderStore, Hit
 
 LONGEST_QUERY = 2000
 """Characters; the page's own limit is not enforced on the server."""
@@ -55,7 +56,9 @@ class Searcher:
         """float32 [N, D]; runs together with what other threads ask for."""
         return self._coalescer.submit(self._rows(texts, instruction)).result()
 
-    def search(self, store: Store, query: str, *, instruction: str, count: int, sources: Sequence[str] = ()) -> Found:
+    def search(
+        self, store: FolderStore, query: str, *, instruction: str, count: int, sources: Sequence[str] = ()
+    ) -> Found:
         """Finds passages.
 
         Args:

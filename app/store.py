@@ -1,4 +1,4 @@
-"""Collections of passages with their vectors, kept on disk and searched exactly.
+"""Collections of passages with their vectors, kept on disk.
 
 A collection knows the engine that made its vectors, and refuses vectors of any other: nearness across engines or
 precisions means nothing.
@@ -7,24 +7,24 @@ precisions means nothing.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nvembed_deploy import Encoder
 from nvembed_deploy.atomic import staged_folder, switch_in
 from nvembed_deploy.errors import BundleError, ConfigError
 from nvembed_deploy.records import from_json
 
+from .index import Content, ExactIndex, Index, Vectors
 from .passages import Passage
 
 RECORD, PASSAGES, VECTORS = "collection.json", "passages.jsonl", "vectors.npy"
-Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,30 +55,6 @@ class Hit(NamedTuple):
     score: float
 
 
-class Store(Protocol):
-    """Where a collection's vectors are."""
-
-    engine: Engine
-
-    def __len__(self) -> int: ...
-
-    def sources(self) -> list[str]:
-        """Names of the sources, sorted."""
-
-    def search(self, engine: Engine, query: Vectors, *, count: int, sources: Sequence[str] = ()) -> list[Hit]:
-        """The nearest passages, the best first.
-
-        Args:
-            engine: What made the query's vector.
-            query: float32 [D], unit length.
-            count: Most passages.
-            sources: Only of these; of all where empty.
-
-        Raises:
-            ConfigError: The query is of another engine.
-        """
-
-
 def require_same(stored: Engine, asked: Engine) -> None:
     """Refuses to compare vectors of two engines.
 
@@ -94,59 +70,85 @@ def require_same(stored: Engine, asked: Engine) -> None:
         )
 
 
-class ExactStore:
-    """A folder with passages and vectors; every search looks at all of them. The vectors are mapped, not read.
+class FolderStore:
+    """A folder with passages and vectors, which are mapped, not read, and an index that finds the nearest of them.
 
     Args:
         folder: What `write` made.
+        open_index: See `index.opener`.
 
     Raises:
         BundleError: The folder is damaged.
+        ConfigError: The index cannot be opened.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, open_index: Callable[[Content], Index] = ExactIndex) -> None:
         self.folder = folder
         try:
-            self.engine = from_json(Engine, json.loads((folder / RECORD).read_text(encoding="utf-8")))
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            self.identity = str(record.pop("identity"))
+            self.engine = from_json(Engine, record)
             lines = (folder / PASSAGES).read_text(encoding="utf-8").splitlines()
             self.passages = [from_json(Passage, json.loads(line)) for line in lines]
             self.vectors: Vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
             whole = self.vectors.dtype == np.float32 and self.vectors.shape == (len(lines), self.engine.dimension)
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, KeyError, AttributeError) as err:
             raise BundleError(f"collection {folder.name} is damaged ({err}); delete it and index again") from err
         if not whole:
             raise BundleError(f"collection {folder.name} is damaged (its parts differ); delete it and index again")
         self._sources = np.array([passage.source for passage in self.passages], dtype=object)
+        self._index = open_index(Content(self.identity, folder, self.vectors, self._sources))
 
     def __len__(self) -> int:
         return len(self.passages)
 
     def sources(self) -> list[str]:
-        """See `Store`."""
+        """Names of the sources, sorted."""
         return sorted(set(self._sources))
 
     def search(self, engine: Engine, query: Vectors, *, count: int, sources: Sequence[str] = ()) -> list[Hit]:
-        """See `Store`."""
+        """The nearest passages, the best first.
+
+        Args:
+            engine: What made the query's vector.
+            query: float32 [D], unit length.
+            count: Most passages.
+            sources: Only of these; of all where empty.
+
+        Raises:
+            ConfigError: The query is of another engine.
+        """
         require_same(self.engine, engine)
-        scores = self.vectors @ query
-        if sources:
-            scores = np.where(np.isin(self._sources, list(sources)), scores, -np.inf)
-        best = np.argpartition(-scores, min(count, len(scores)) - 1)[:count]  # a collection is never empty
-        order = sorted(best.tolist(), key=lambda index: (-scores[index], index))
-        return [Hit(self.passages[index], float(scores[index])) for index in order if np.isfinite(scores[index])]
+        rows = self._index.nearest(query, count=count, sources=sources)
+        scores = self.vectors[rows] @ query
+        order = sorted(range(len(rows)), key=lambda place: (-scores[place], rows[place]))[:count]
+        return [Hit(self.passages[rows[place]], float(scores[place])) for place in order]
 
     @classmethod
-    def write(cls, folder: Path, engine: Engine, passages: Sequence[Passage], vectors: Vectors) -> ExactStore:
+    def write(
+        cls,
+        folder: Path,
+        engine: Engine,
+        passages: Sequence[Passage],
+        vectors: Vectors,
+        open_index: Callable[[Content], Index] = ExactIndex,
+    ) -> FolderStore:
         """Makes or replaces a collection; killed at any moment, the old one or the new one is there."""
         with staged_folder(folder) as staging:
-            (staging / RECORD).write_text(json.dumps(asdict(engine), indent=1), encoding="utf-8")
+            record = {"identity": secrets.token_hex(8), **asdict(engine)}
+            (staging / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
             with (staging / PASSAGES).open("w", encoding="utf-8") as file:
                 # JSON escapes every line separator that splitlines knows.
                 file.writelines(json.dumps(asdict(passage)) + "\n" for passage in passages)
             np.save(staging / VECTORS, vectors.astype(np.float32, copy=False))
             switch_in(staging, folder)
-        return cls(folder)
+        return cls(folder, open_index)
+
+    def drop_index(self) -> None:
+        """Removes what the index keeps elsewhere: the collection is about to be replaced or removed."""
+        self._index.delete()
 
     def delete(self) -> None:
         """Removes the collection."""
+        self.drop_index()
         shutil.rmtree(self.folder)

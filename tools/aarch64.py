@@ -1,8 +1,8 @@
-"""`python -m tools.aarch64 ARCHIVE.tar --root FOLDER`: runs a device's archive on an emulated aarch64, beside this machine.
+"""`python -m tools.aarch64 ARCHIVE.tar --root FOLDER`: runs a device's archive on an emulated aarch64, and here.
 
 Resolves the archive's requirements for Python 3.10 on aarch64 (JetPack 6) from the package index; unpacks an arm64
-Python and the same requirements' wheels for it; embeds there, under qemu's user-mode emulation, with the library and the
-bundle that are in the archive; and compares with the vectors of the same bundle here. Writes docs/aarch64.json.
+Python and the same requirements' wheels for it; embeds there, under qemu's user-mode emulation, with the library and
+the bundle that are in the archive; and compares with the vectors of the same bundle here. Writes docs/aarch64.json.
 
 Needs Debian's qemu-user-static, apt and dpkg. A Jetson's GPU and its TensorRT are not emulated.
 """
@@ -134,18 +134,8 @@ def _site(root: Path, requirements: Path) -> Path:
     if not site.is_dir():
         wheels = root / "wheels"
         resolve(requirements, "3.11", wheels)
-        install = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-compile",
-            "--target",
-            str(site),
-        ]
-        install += ["--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp"]
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+        install += ["--target", str(site), "--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp"]
         install += [f"--platform={item}" for item in PLATFORMS]
         subprocess.run([*install, *map(str, sorted(wheels.glob("*.whl")))], check=True, capture_output=True)
     return site

@@ -25,7 +25,7 @@ def take(bundle: Path, collections: Path | None, reference: Path | None, chromiu
 
     from app.page import CSS
 
-    demo = make_page(bundle, "cpu", collections, compare=[], reference=reference)
+    demo = make_page(bundle, "cpu", collections, index="exact", compare=[], reference=reference)
     _, url, _ = demo.queue().launch(
         server_name="127.0.0.1",
         server_port=free_port("127.0.0.1"),

@@ -1,0 +1,129 @@
+"""Indexes find what looking at every vector finds, and refuse what is not theirs."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from app.index import FOLDER, ServerIndex, opener
+from app.library import Library
+from app.passages import Passage
+from app.store import Engine, FolderStore
+from nvembed_deploy import ConfigError, Encoder, MissingExtra
+from tests.app.conftest import few_passages
+
+ENGINE = Engine(model="tiny", precision="fp32", manifest_sha256="0" * 64, dimension=32)
+ROWS, SOURCES = 3000, 7
+pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs", "ignore:Payload indexes have no effect")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("collections") / "mine"
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(ROWS, 32)) + 2 * rng.normal(size=(40, 32))[rng.integers(0, 40, ROWS)]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    passages = [Passage(source=f"s{row % SOURCES}", title=str(row), text="x") for row in range(ROWS)]
+    FolderStore.write(folder, ENGINE, passages, vectors.astype(np.float32))
+    return folder
+
+
+def memory_server(content: object) -> ServerIndex:
+    """The client's own stand-in for a server."""
+    client = pytest.importorskip("qdrant_client", reason="not installed: pip install nvembed-deploy[qdrant]")
+    return ServerIndex(content, client.QdrantClient(":memory:"), "memory")
+
+
+@pytest.mark.parametrize("kind", ["edge", "server"])
+def test_an_index_finds_what_looking_at_all_finds(written: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "edge":
+        pytest.importorskip("qdrant_edge", reason="not installed: pip install nvembed-deploy[qdrant]")
+    folder = Path(shutil.copytree(written, tmp_path / "mine"))
+    exact = FolderStore(folder)
+    store = FolderStore(folder, opener("qdrant") if kind == "edge" else memory_server)
+    rng, found = np.random.default_rng(1), []
+    for _ in range(50):
+        query = exact.vectors[rng.integers(ROWS)] + 0.2 * rng.normal(size=32)
+        query = (query / np.linalg.norm(query)).astype(np.float32)
+        for sources in ((), ("s1", "s4")):
+            best = exact.search(ENGINE, query, count=10, sources=sources)
+            hits = store.search(ENGINE, query, count=10, sources=sources)
+            assert len(best) == len(hits) == 10
+            assert not sources or {hit.passage.source for hit in hits} <= set(sources)
+            scores = {hit.passage.title: hit.score for hit in best}
+            assert all(abs(scores[hit.passage.title] - hit.score) < 1e-6 for hit in hits if hit.passage.title in scores)
+            found.append(len(scores.keys() & {hit.passage.title for hit in hits}) / 10)
+    assert np.mean(found) > 0.98
+    assert store.search(ENGINE, query, count=5, sources=["nothing"]) == []
+    with pytest.raises(ConfigError, match="was made by another"):
+        store.search(Engine(**(vars(ENGINE) | {"precision": "int8"})), query, count=1)
+
+
+def test_the_index_on_this_machine_is_made_once_and_goes_with_the_collection(encoder: Encoder, tmp_path: Path) -> None:
+    pytest.importorskip("qdrant_edge", reason="not installed: pip install nvembed-deploy[qdrant]")
+    library = Library(tmp_path / "collections", encoder, index="qdrant")
+    list(library.add_steps("mine", few_passages()[:2]))
+    list(library.add_steps("mine", few_passages()[2:]))
+    assert (library.folder / "mine" / FOLDER).is_dir()
+    assert sorted(path.name for path in library.folder.iterdir()) == ["mine"]
+    assert len(library.open("mine").search(library.engine, encoder.encode("rows"), count=9)) == 3
+    made = (library.folder / "mine" / FOLDER).stat().st_ino
+    again = Library(library.folder, encoder, index="qdrant")
+    again.open("mine")
+    assert (library.folder / "mine" / FOLDER).stat().st_ino == made
+    again.delete("mine")
+    assert list(library.folder.iterdir()) == []
+
+
+def test_an_index_of_something_else_is_refused(written: Path, tmp_path: Path) -> None:
+    pytest.importorskip("qdrant_edge", reason="not installed: pip install nvembed-deploy[qdrant]")
+    folder = Path(shutil.copytree(written, tmp_path / "mine"))
+    FolderStore(folder, opener("qdrant"))
+    other = tmp_path / "other"
+    FolderStore.write(other, ENGINE, few_passages(), np.eye(3, 32, dtype=np.float32))
+    shutil.copytree(folder / FOLDER, other / FOLDER)
+    with pytest.raises(ConfigError, match="is not of this collection; delete that folder"):
+        FolderStore(other, opener("qdrant"))
+
+
+def test_a_server_is_filled_once_and_after_a_half_filled_start(written: Path) -> None:
+    client = pytest.importorskip("qdrant_client", reason="not installed: pip install nvembed-deploy[qdrant]")
+    memory = client.QdrantClient(":memory:")
+    calls: list[str] = []
+
+    class Recording:
+        def __getattr__(self, name: str) -> object:
+            calls.append(name)
+            return getattr(memory, name)
+
+    def fill(content: object) -> ServerIndex:
+        return ServerIndex(content, Recording(), "memory")
+
+    FolderStore(written, fill)
+    assert calls.count("upsert") == -(-ROWS // 1000)
+    calls.clear()
+    store = FolderStore(written, fill)
+    assert "upsert" not in calls
+    name = memory.get_collections().collections[0].name
+    memory.delete(name, points_selector=[1, 2, 3])
+    FolderStore(written, fill)
+    assert memory.count(name).count == ROWS
+    store.drop_index()
+    assert memory.get_collections().collections == []
+
+
+def test_kinds_and_servers_that_are_not_there(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--index is 'faiss'; pass exact, qdrant, or the URL"):
+        opener("faiss")
+    pytest.importorskip("qdrant_client", reason="not installed: pip install nvembed-deploy[qdrant]")
+    with pytest.raises(ConfigError, match=r"the Qdrant server at http://127\.0\.0\.1:9 failed .* --index exact"):
+        FolderStore(written, opener("http://127.0.0.1:9"))
+
+    def missing(name: str) -> SimpleNamespace:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    with pytest.raises(MissingExtra, match=r"pip install 'nvembed-deploy\[qdrant\]'"):
+        opener("qdrant")
