@@ -1,7 +1,7 @@
 """`python -m tools.search_speed`: time of a search among 200,000 passages, exact and indexed.
 
-Writes docs/search_speed.json. The vectors are of the embedded model's width and spread in clusters, as those of texts are. Both stores are the search
-page's own, asked in turn in one run.
+Writes docs/search_speed.json. The vectors are of the embedded model's width and spread in clusters, as those of texts
+are. Both stores are the search page's own, asked in turn in one run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ SPREAD = 1.0
 """Of a passage around its cluster's centre: texts of a topic have a cosine of about 0.5."""
 
 
-def unit(rows: NDArray[np.float32]) -> Vectors:
+def unit(rows: NDArray[np.floating[Any]]) -> Vectors:
     """Rows of unit length."""
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float32)
 
