@@ -1,7 +1,7 @@
 """One embedder in a process of its own, for `tools.peers`; it runs in that peer's environment and imports nothing else.
 
 Started with a kind and a model's folder, it embeds one text and prints a line of JSON; then, for each line of JSON on
-its input ({"texts": FILE, "batch": N} or {"query": TEXT}), it embeds, and prints how long that took and its peak memory.
+its input ({"texts": FILE, "batch": N} or {"query": TEXT}), it embeds, and prints the seconds it took and its memory.
 """
 
 import json

@@ -120,7 +120,7 @@ def _python(work: Path, environment: str) -> str:
 
 
 def _checkpoint(work: Path) -> None:
-    """The mini's decoder in the layout of e5-mistral and of sentence-transformers, and optimum's ONNX of it."""
+    """The mini's decoder in the layout of e5-mistral and of sentence-transformers, and an ONNX graph of it."""
     from safetensors.numpy import load_file, save_file
 
     folder = work / "checkpoint"
@@ -150,9 +150,44 @@ def _checkpoint(work: Path) -> None:
         for name, content in (("1_Pooling/config", pooling), ("modules", modules), ("config", config)):
             (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     if not (folder / "onnx" / "model.onnx").exists():
-        command = [_python(work, "onnx"), "-m", "optimum.exporters.onnx", "--model", str(folder)]
-        command += ["--task", "feature-extraction", "--library-name", "transformers", str(folder / "onnx")]
-        subprocess.run(command, check=True, capture_output=True)
+        _plain_onnx(folder)
+
+
+def _plain_onnx(folder: Path) -> None:
+    """The graph that the peers' ONNX backends run: ids and mask to states, by torch's own exporter.
+
+    Optimum's exporter gives a decoder's graph a third input, position ids, which none of the peers fills in.
+    """
+    import torch
+    from transformers import AutoModel
+
+    class States(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+            self.model.config.use_cache = False
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            states: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return states
+
+    ids = torch.randint(3, 1000, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    (folder / "onnx").mkdir(exist_ok=True)
+    torch.onnx.export(
+        States(),
+        (ids, mask),
+        folder / "onnx" / "model.onnx",
+        input_names=["input_ids", "attention_mask"],
+        output_names=["last_hidden_state"],
+        opset_version=18,
+        dynamic_shapes=(sizes, sizes),
+        external_data=False,
+    )
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / "onnx" / name).write_bytes((folder / name).read_bytes())
 
 
 def _bundles(work: Path) -> None:
