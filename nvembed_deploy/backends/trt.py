@@ -21,6 +21,7 @@ from nvembed_deploy.backends import Output
 from nvembed_deploy.backends.bindings import ask, load_bindings, make_logger, this_platform
 from nvembed_deploy.backends.cuda import Buffer, CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
+from nvembed_deploy.backends.runtime_cache import RuntimeCache
 from nvembed_deploy.bundle import GRAPH, PLAN, Bundle, PlanInfo
 from nvembed_deploy.config import Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError
@@ -41,6 +42,7 @@ class TrtBackend:
         device: The GPU.
         cuda: The CUDA runtime.
         graph: The ONNX graph that the plan was built from, whose weights a stripped plan takes.
+        sha256: Of the plan: what TensorRT-RTX compiles for it is kept under this name. None: nothing is kept.
 
     Raises:
         MissingExtra: The plan's runtime is not installed.
@@ -57,6 +59,7 @@ class TrtBackend:
         device: CudaDevice,
         cuda: CudaRuntime,
         graph: Path,
+        sha256: str | None = None,
     ) -> None:
         bindings = load_bindings(info.runtime)
         check_fit(info, version=bindings.__version__, device=device)
@@ -71,6 +74,8 @@ class TrtBackend:
         if info.weight_streaming:  # before the first context, which takes what it needs
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self._check_tensors(bindings)
+        self._kernels = RuntimeCache.of(self._engine, info, sha256, device, self._logger)
+        self._seen: set[int] = set()
         self._profiles = self._read_profiles()
         self._slots = threading.BoundedSemaphore(CONTEXTS)
         self._idle: list[_Worker] = []
@@ -114,14 +119,19 @@ class TrtBackend:
                 worker.close()
                 raise
             self._idle.append(worker)
+            if self._kernels is not None and index not in self._seen:  # its kernels are compiled now
+                self._seen.add(index)
+                self._kernels.save()
         return Output(output.embeddings[:rows], output.norms[:rows])
 
     def _take_worker(self) -> _Worker:
         """An idle worker, or a new one."""
         with suppress(IndexError):
             return self._idle.pop()  # pop and append are atomic
-        create = self._engine.create_execution_context
-        context = ask(self._logger, "creating an execution context", create)
+        if self._kernels is not None:
+            context = self._kernels.context()
+        else:
+            context = ask(self._logger, "creating an execution context", self._engine.create_execution_context)
         return _Worker(context, self._cuda, self._logger, self._dimension)
 
     def _pick_profile(self, rows: int, tokens: int) -> tuple[int, Shape]:
@@ -246,6 +256,7 @@ def open_plan(bundle: Bundle, index: int) -> TrtBackend:
         device=device,
         cuda=cuda,
         graph=bundle.folder / GRAPH,
+        sha256=bundle.manifest.files[PLAN].sha256,
     )
 
 

@@ -232,9 +232,47 @@ class FakeEngine:
         super().__setattr__(name, value)
 
     @step
-    def create_execution_context(self) -> "FakeContext":
+    def create_runtime_config(self) -> "FakeRuntimeConfig":
+        return FakeRuntimeConfig(self)
+
+    @step
+    def create_execution_context(self, config: "FakeRuntimeConfig | None" = None) -> "FakeContext":
         self.owner.cuda.rule(self.owner.cuda.current == self.device, "a context is made on another device")
+        self.owner.cuda.rule(config is not None and config.cache is not None, "an RTX context has no runtime cache")
         return FakeContext(self)
+
+
+class FakeRuntimeConfig:
+    def __init__(self, engine: FakeEngine) -> None:
+        self.owner, self.logger, self._engine, self.cache = engine.owner, engine.logger, engine, None
+
+    @step
+    def create_runtime_cache(self) -> "FakeRuntimeCache":
+        return FakeRuntimeCache(self)
+
+    @step
+    def set_runtime_cache(self, cache: "FakeRuntimeCache") -> bool:
+        self.cache = cache
+        return True
+
+
+class FakeRuntimeCache:
+    """Kernels as bytes: one for each profile that has run."""
+
+    def __init__(self, config: FakeRuntimeConfig) -> None:
+        self.owner, self.logger, self._config = config.owner, config.logger, config
+        self.loaded: bytes = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.owner.calls.append("deserialize")
+        if blob.startswith(b"kernels"):
+            self.loaded = blob
+        return blob.startswith(b"kernels")
+
+    def serialize(self) -> bytes:
+        self.owner.calls.append("serialize")
+        ran = self.owner.calls.count("execute_async_v3")
+        return self.loaded or b"kernels" + b"k" * min(ran, 2)
 
 
 class FakeRefitter:

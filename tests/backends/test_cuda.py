@@ -169,7 +169,7 @@ def test_a_plan_changed_after_it_was_checked_never_reaches_tensorrt(planned: Pat
     with pytest.raises(BundleError, match=r"engine\.plan is damaged"):
         Encoder(planned)
     assert not bindings.calls
-    with pytest.raises(EngineError, match=r"has no engine\.plan; build one: python -m export\.trt"):
+    with pytest.raises(EngineError, match=r"has no engine\.plan; build one: python -m nvembed_deploy\.build"):
         open_plan(replace(bundle, manifest=replace(bundle.manifest, plan=None)), 0)
 
 

@@ -70,7 +70,13 @@ def opened(cuda: FakeCuda, bindings: FakeBindings) -> Callable[..., TrtBackend]:
     def open_backend(info: PlanInfo = INFO, device: int = 0) -> TrtBackend:
         runtime = CudaRuntime.load()
         return TrtBackend(
-            b"plan", info, dimension=8, device=runtime.device(device), cuda=runtime, graph=Path("model.onnx")
+            b"plan",
+            info,
+            dimension=8,
+            device=runtime.device(device),
+            cuda=runtime,
+            graph=Path("model.onnx"),
+            sha256="f" * 64,
         )
 
     return open_backend
@@ -83,7 +89,8 @@ def test_vectors_of_growing_and_shrinking_batches(opened: Callable, bindings: Fa
     for seed, (rows, tokens) in enumerate(SIZES):
         check(backend, rows, tokens, seed=seed)
     assert bindings.calls.count("create_execution_context") == 1
-    assert bindings.calls[:3] == ["_created", "deserialize_cuda_engine", "create_execution_context"]
+    order = [name for name in bindings.calls if "cache" not in name and "config" not in name]
+    assert order[:3] == ["_created", "deserialize_cuda_engine", "create_execution_context"]
     assert cuda.calls.count("cudaMalloc") < len(SIZES) * 5  # buffers are used again
     results = [backend.run(make_batch(2, 3)), backend.run(make_batch(2, 3, seed=1))]
     np.testing.assert_array_equal(results[0].embeddings, bag(*make_batch(2, 3))[0])  # and results are not
@@ -325,3 +332,33 @@ def test_a_failed_refit_is_named(opened: Callable, bindings: FakeBindings, call:
     bindings.fail[call] = [False]
     with pytest.raises(EngineError, match=message):
         opened(replace(INFO, stripped=True))
+
+
+def test_compiled_kernels_are_kept_for_the_next_start(
+    opened: Callable, bindings: FakeBindings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    check(opened(), 3, 7)
+    file = next((tmp_path / "nvembed-deploy").iterdir())
+    assert file.name.endswith(f"-{VERSION}-sm89.kernels")
+    assert file.read_bytes().startswith(b"kernels")
+    assert "deserialize" not in bindings.calls
+    written = file.stat().st_mtime_ns
+    check(opened(), 3, 7)
+    assert bindings.calls.count("deserialize") == 1
+    assert file.stat().st_mtime_ns == written  # nothing new was compiled
+    file.write_bytes(b"of another driver")
+    check(opened(), 3, 7)
+    assert file.read_bytes().startswith(b"kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # a file where a folder should be
+    check(opened(), 3, 7)
+
+
+def test_tensorrt_proper_has_no_such_cache(
+    opened: Callable, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nvembed_deploy.backends.runtime_cache.TENSORRT_RTX", "another")
+    with pytest.raises(AssertionError, match="an RTX context has no runtime cache"):  # the stand-in is RTX
+        check(opened(), 3, 7)
+    assert "create_runtime_config" not in bindings.calls
+    bindings.cuda.violations.clear()

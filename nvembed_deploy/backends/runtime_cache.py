@@ -1,0 +1,69 @@
+"""TensorRT-RTX's compiled kernels, kept between starts, so that the second start on a GPU compiles nothing.
+
+A TensorRT-RTX plan holds kernels for no GPU in particular; the runtime compiles them where it runs, at the first start.
+They are in the user's cache folder and not beside the plan: a bundle may be read-only, and holds nothing that its
+manifest does not name. Source: TensorRT for RTX documentation, "Runtime cache".
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from nvembed_deploy.atomic import write_file
+from nvembed_deploy.backends.bindings import TENSORRT_RTX, ask
+from nvembed_deploy.backends.cuda import CudaDevice
+from nvembed_deploy.bundle import PlanInfo
+from nvembed_deploy.machine import cache_folder
+
+_log = logging.getLogger(__name__)
+
+
+class RuntimeCache:
+    """The kernels of one plan on one kind of GPU; all execution contexts of an engine share them.
+
+    Args:
+        engine: The plan, loaded.
+        path: Their file; a missing one, or one that the runtime does not take, is begun anew.
+        logger: See `bindings.make_logger`.
+    """
+
+    def __init__(self, engine: Any, path: Path, logger: Any) -> None:
+        self._engine, self._path, self._logger = engine, path, logger
+        self._saving = threading.Lock()
+        config = ask(logger, "creating the runtime configuration", engine.create_runtime_config)
+        self._cache = ask(logger, "creating the runtime cache", config.create_runtime_cache)
+        self._known = path.read_bytes() if path.is_file() else b""
+        if self._known and not self._cache.deserialize(self._known):
+            _log.info("%s is of another driver, GPU or version, and begun anew", path)
+
+    @classmethod
+    def of(
+        cls, engine: Any, info: PlanInfo, sha256: str | None, device: CudaDevice, logger: Any
+    ) -> RuntimeCache | None:
+        """The cache of a plan, or None: TensorRT proper compiles plans when it builds them."""
+        if info.runtime != TENSORRT_RTX or sha256 is None:
+            return None
+        capability = device.compute_capability.replace(".", "")
+        return cls(engine, cache_folder() / f"{sha256[:16]}-{info.version}-sm{capability}.kernels", logger)
+
+    def context(self) -> Any:
+        """A new execution context that takes its kernels from here, and leaves here what it compiles."""
+        config = ask(self._logger, "creating the runtime configuration", self._engine.create_runtime_config)
+        ask(self._logger, "setting the runtime cache", config.set_runtime_cache, self._cache)
+        return ask(self._logger, "creating an execution context", self._engine.create_execution_context, config)
+
+    def save(self) -> None:
+        """Keeps what was compiled since the last time. Where that fails, the next start compiles again, and no more."""
+        with self._saving:
+            content = bytes(memoryview(self._cache.serialize()).cast("B"))
+            if content == self._known:
+                return
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(self._path, content)
+                self._known = content
+            except OSError as err:
+                _log.info("%s cannot be written (%s); the next start compiles again", self._path, err.strerror)
