@@ -1,6 +1,8 @@
 # make engine   set up, export the embedded model to a TensorRT plan, and show what it makes of real questions
 # make app      the same, and open the search page over it in a browser
 # make test     set up and run the tests
+# make bench    beside sentence-transformers, optimum, fastembed and PyTorch on this CPU; DATA is a folder of data sets
+# make bench-gpu  on a machine with an NVIDIA GPU: its tests, an engine for it, and that beside PyTorch in FP16
 # make check    formatting, lint and types, as CI runs them
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -8,14 +10,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 PRECISION ?= fp16
 # What to install; EXTRAS=export,cpu,rtx is enough for `make engine`, and without the others their tests skip.
-EXTRAS ?= export,cpu,openvino,rtx,train,evaluation,serve,app,dev
+EXTRAS ?= export,cpu,openvino,rtx,train,evaluation,serve,app,qdrant,ray,dev
+DATA ?= ../shared/data/eval
+PEERS ?= build/peers
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 BUNDLE := bundles/nv-embed-mini-$(PRECISION)
 
-.PHONY: engine app test check format clean
+.PHONY: engine app test check format bench bench-gpu clean
 
 engine: $(READY)
 	$(BIN)/python -m export.trt --precision $(PRECISION) --out $(BUNDLE)
@@ -26,6 +30,14 @@ app: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m tools.peers $(PEERS) --data $(DATA)
+
+bench-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m export.trt --precision fp16 --out bundles/gpu-fp16
+	$(BIN)/python -m engines.bench bundles/gpu-fp16 --torch-fp16 models/nv-embed-mini --out bundles/gpu-bench
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,215 @@
+"""`python -m export.ray_job BUNDLE --input corpus.jsonl --out vectors`: embeds a corpus on as many machines as Ray has.
+
+JSON lines and Parquet in, Parquet out: the input's columns and `embedding`, float32 [D]. The corpus is cut into shards,
+each written whole or not at all, so that the same command goes on where a killed one stopped. On a cluster the bundle, the
+input and the output lie where every machine sees them, and `RAY_ADDRESS` names the cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nvembed_deploy.atomic import write_file
+from nvembed_deploy.bundle import Bundle
+from nvembed_deploy.cli import run, say
+from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.errors import ConfigError, InputError, MissingExtra
+from nvembed_deploy.jsonl import read_rows
+
+RECORD = "job.json"
+EMBEDDING = "embedding"
+SHARD_ROWS = 10_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; its last line on stdout is the output's folder."""
+    parser = argparse.ArgumentParser(prog="python -m export.ray_job", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("bundle", type=Path, help="a bundle's folder")
+    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl or .parquet files")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of Parquet files to write")
+    parser.add_argument("--column", default="text", help="the texts' column (default: %(default)s)")
+    parser.add_argument("--instruction", default=None, help="for texts that are queries: the task in words")
+    parser.add_argument("--workers", type=int, default=1, help="engines at once, one a GPU (default: %(default)s)")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs of a worker (default: 0, CPUs)")
+    parser.add_argument("--cpus", type=float, default=1, help="CPU cores of a worker (default: %(default)s)")
+    parser.add_argument(
+        "--shard-rows",
+        type=int,
+        default=SHARD_ROWS,
+        help="texts of an output file, from JSON lines (default: %(default)s)",
+    )
+    flags = parser.parse_args(argv)
+    for name in ("workers", "shard_rows"):
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+
+    def command() -> None:
+        rows = embed_corpus(
+            flags.bundle,
+            flags.input,
+            flags.out,
+            column=flags.column,
+            instruction=flags.instruction,
+            workers=flags.workers,
+            resources={"num_cpus": flags.cpus, "num_gpus": flags.gpus},
+            shard_rows=flags.shard_rows,
+        )
+        say(f"done: {rows} texts embedded now, {flags.out}")
+        sys.stdout.write(f"{flags.out}\n")
+
+    return run(command)
+
+
+def embed_corpus(
+    bundle: Path,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    column: str,
+    instruction: str | None,
+    workers: int,
+    resources: dict[str, float],
+    shard_rows: int = SHARD_ROWS,
+) -> int:
+    """Embeds what the output does not hold yet.
+
+    Args:
+        bundle: A bundle's folder.
+        inputs: Files of JSON lines or Parquet.
+        out: Folder of the output; made where it is missing.
+        column: Of the texts.
+        instruction: For queries; None for documents.
+        workers: Engines at once.
+        resources: `num_cpus` and `num_gpus` of each.
+        shard_rows: Texts of a shard of JSON lines; of Parquet, a row group is a shard.
+
+    Returns:
+        Texts that were embedded by this call.
+
+    Raises:
+        ConfigError: The output is of another bundle, input or setting, or an input is of no known kind.
+        InputError: A row has no text.
+        MissingExtra: Ray is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as err:
+        raise MissingExtra(f"bulk jobs run on Ray ({err}); pip install 'nvembed-deploy[ray]'") from err
+    manifest = Bundle.open(bundle).manifest
+    shards = list(cut(inputs, shard_rows))
+    _claim(
+        out,
+        {
+            "manifest_sha256": manifest.manifest_sha256,
+            "column": column,
+            "instruction": instruction,
+            "shard_rows": shard_rows,
+            "inputs": [{"name": path.name, "bytes": path.stat().st_size} for path in inputs],
+        },
+    )
+    missing = [shard for shard in shards if not (out / shard["name"]).exists()]
+    say(f"{len(shards)} shards, {len(shards) - len(missing)} done before")
+    if not missing:
+        return 0
+    task = {"bundle": str(bundle.resolve()), "out": str(out.resolve()), "column": column, "instruction": instruction}
+    embedder: Any = Embedder  # ray's types know functions only
+    results = (
+        ray.data.from_items(missing, override_num_blocks=len(missing))
+        .map(embedder, fn_constructor_kwargs=task, compute=ray.data.ActorPoolStrategy(size=workers), **resources)
+        .take_all()
+    )
+    if failed := [item["error"] for item in results if item["error"]]:
+        raise InputError(f"{len(failed)} of {len(missing)} shards failed; the first: {failed[0]}")
+    return sum(item["rows"] for item in results)
+
+
+def cut(inputs: Sequence[Path], shard_rows: int) -> Iterator[dict[str, Any]]:
+    """The shards of the input: file, first row and number of rows, or a row group; and the name of the output."""
+    for number, path in enumerate(inputs):
+        if not path.is_file():
+            raise ConfigError(f"--input {path} is no file; pass .jsonl or .parquet files")
+        stem = f"{number:04d}-{path.stem}"
+        if path.suffix == ".jsonl":
+            with path.open("rb") as file:
+                rows = sum(1 for line in file if line.strip())
+            for index, start in enumerate(range(0, rows, shard_rows)):
+                name = f"{stem}-{index:06d}.parquet"
+                yield {"path": str(path.resolve()), "start": start, "rows": min(shard_rows, rows - start), "name": name}
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            for index in range(pq.ParquetFile(path).num_row_groups):
+                name = f"{stem}-{index:06d}.parquet"
+                yield {"path": str(path.resolve()), "start": index, "rows": -1, "name": name}
+        else:
+            raise ConfigError(f"--input {path} is of no known kind; pass .jsonl or .parquet files")
+
+
+def _claim(out: Path, record: dict[str, Any]) -> None:
+    """Writes down what the output is of, or refuses one that is of something else."""
+    content = json.dumps(record, indent=1, sort_keys=True).encode()
+    path = out / RECORD
+    if path.exists():
+        if path.read_bytes() != content:
+            raise ConfigError(
+                f"--out {out} holds vectors of another bundle, input or setting (see its {RECORD}); name another folder"
+            )
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} is not empty and holds no {RECORD}; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(path, content)
+
+
+class Embedder:
+    """A worker of Ray's: one engine, one shard after the other."""
+
+    def __init__(self, *, bundle: str, out: str, column: str, instruction: str | None) -> None:
+        self.encoder = Encoder(bundle)
+        self.out, self.column, self.instruction = Path(out), column, instruction
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        """Embeds a shard and writes its file; an error comes back as its text, so that other shards go on."""
+        try:
+            table = _read(shard)
+            self._write(table, self.out / shard["name"])
+        except (InputError, ConfigError, OSError, TypeError) as err:
+            return {"rows": 0, "error": f"{shard['path']} from row {shard['start']}: {err}"}
+        return {"rows": table.num_rows, "error": ""}
+
+    def _write(self, table: Any, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self.column not in table.column_names:
+            raise InputError(f"there is no column {self.column!r}, only {', '.join(table.column_names)}; pass --column")
+        texts = table.column(self.column).to_pylist()
+        vectors = self.encoder.encode(texts, instruction=self.instruction)
+        flat = pa.array(vectors.reshape(-1), type=pa.float32())
+        column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table.append_column(EMBEDDING, column), buffer)
+        write_file(path, memoryview(buffer.getvalue()))
+
+
+def _read(shard: dict[str, Any]) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(shard["path"])
+    if path.suffix == ".parquet":
+        return pq.ParquetFile(path).read_row_group(shard["start"])
+    start = shard["start"]
+    return pa.Table.from_pylist(list(itertools.islice(read_rows(path), start, start + shard["rows"])))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
