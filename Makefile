@@ -37,7 +37,7 @@ bench: $(READY)
 bench-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m export.trt --precision fp16 --out bundles/gpu-fp16
-	$(BIN)/python -m engines.bench bundles/gpu-fp16 --torch-fp16 models/nv-embed-mini --out bundles/gpu-bench
+	$(BIN)/python -m engines.bench bundles/gpu-fp16 reference@models/nv-embed-mini --device cuda --out build/gpu-bench.json
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -23,13 +23,18 @@ import numpy as np
 
 from nvembed_deploy.architecture import ModelConfig
 from nvembed_deploy.atomic import write_file
+from nvembed_deploy.backends.bindings import TENSORRT
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.machine import describe_machine
 from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order
+from nvembed_deploy.targets import TARGETS, local_compute_capability
 from nvembed_deploy.text import TokenRow
+
+from .bench_picture import draw_bench
+from .power import PowerMeter
 
 REFERENCE = "reference"
 QUERY = "how do I undo my last git commit but keep the changes?"
@@ -73,8 +78,12 @@ class Side:
     tokens_per_second: float
     gflops: float
     """Of the model's multiplications, padding left out."""
-    peak_share: float
-    """Of the FP32 matrix product's speed, measured in the same run."""
+    peak_share: float | None
+    """Of `peak_gflops`; None where no recipe tells a GPU's peak."""
+    joules_per_text: float | None
+    """Of a GPU in bulk, as its own tool tells; None elsewhere."""
+    device_peak_mib: float | None
+    """Most memory in use on the GPU in bulk, of all programs; None elsewhere."""
     start_seconds: float | None
     """From a fresh process to its first vector; None for the reference."""
     start_peak_mib: float | None
@@ -136,8 +145,38 @@ def open_side(name: str, device: str, first: Encoder | None) -> tuple[Encoder, s
             raise ConfigError("name a bundle first, and the reference as reference@CHECKPOINT")
         from nvembed_deploy.evaluation.reference import ReferenceEncoder
 
-        return ReferenceEncoder(Path(backend), like=first), REFERENCE
+        # Beside a plan on a GPU: FP16 with PyTorch's fused attention, as one would deploy it, not FP32.
+        return ReferenceEncoder(Path(backend), like=first, device="cuda" if _runs_plan(first) else "cpu"), REFERENCE
     return Encoder(place, device=device, backend=backend or "auto"), backend or "auto"
+
+
+def _runs_plan(encoder: Encoder) -> bool:
+    return encoder.backend.startswith(TENSORRT)
+
+
+def peak_gflops(encoder: Encoder) -> tuple[float, str]:
+    """The most that the device can do: a GPU's datasheet for the bundle's precision, or this CPU's FP32 product.
+
+    Returns:
+        GFLOP/s, or 0 where no recipe tells it; and where the number comes from.
+    """
+    if not _runs_plan(encoder):
+        return gemm_gflops(), "FP32 GEMM"
+    capability = local_compute_capability()
+    for target in TARGETS.values():
+        if capability in target.compute_capabilities and encoder.manifest.precision in target.tflops:
+            return target.tflops[encoder.manifest.precision] * 1000, f"{target.source}"
+    return 0.0, "an unknown peak"
+
+
+def _metered(encoder: Encoder, passages: Sequence[str]) -> tuple[float | None, float | None]:
+    """Joules a text and the device's MiB over a bulk run, where the device tells."""
+    if not _runs_plan(encoder) and not encoder.backend.endswith("(CUDA)"):
+        return None, None
+    with PowerMeter() as meter:
+        encoder.encode(passages)
+    joules = None if meter.joules is None else round(meter.joules / len(passages), 4)
+    return joules, meter.peak_memory_mib
 
 
 def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> dict[str, object]:
@@ -156,11 +195,12 @@ def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> dic
     queries = in_turn([partial(encoder.encode, QUERY) for encoder in encoders], repeats)
     shaped = [(shape, in_turn([_shaped(encoder, shape) for encoder in encoders], repeats // 2)) for shape in SHAPES]
     say("  fresh processes ...")
-    peak = gemm_gflops()
+    peak, peak_source = peak_gflops(encoders[0])
     sides = []
     for index, (name, encoder) in enumerate(zip(names, encoders, strict=True)):
         seconds = statistics.median(bulk[index]) / 1000
         speed = flops(encoder.manifest.source.architecture, lengths) / seconds / 1e9
+        joules, device_mib = _metered(encoder, passages)
         start = _fresh(name, device) if not name.startswith(f"{REFERENCE}@") else (None, None)
         sides.append(
             Side(
@@ -173,7 +213,9 @@ def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> dic
                 texts_per_second=round(len(passages) / seconds, 1),
                 tokens_per_second=round(sum(lengths) / seconds, 1),
                 gflops=round(speed, 1),
-                peak_share=round(speed / peak, 3),
+                peak_share=round(speed / peak, 3) if peak else None,
+                joules_per_text=joules,
+                device_peak_mib=device_mib,
                 start_seconds=start[0],
                 start_peak_mib=start[1],
             )
@@ -186,7 +228,8 @@ def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> dic
         "padding_waste": round(
             padding_waste(lengths, rows=encoders[0].manifest.profile.max.batch, tokens=DEFAULT_BATCH_TOKENS), 4
         ),
-        "gemm_fp32_gflops": round(peak, 1),
+        "peak_gflops": round(peak, 1),
+        "peak_source": peak_source,
         "sides": [asdict(side) for side in sides],
     }
 
@@ -223,9 +266,10 @@ def table(result: dict[str, object]) -> str:
         start = "-" if side["start_seconds"] is None else f"{side['start_seconds']:.2f} s"
         memory = "-" if side["start_peak_mib"] is None else f"{side['start_peak_mib']:.0f} MiB"
         query = side["query_ms"]
+        share = "" if side["peak_share"] is None else f" ({side['peak_share']:.0%} of {result['peak_source']})"
         lines.append(
             f"| {Path(side['name']).name}: {side['backend']}, {side['precision']} | {side['texts_per_second']:.0f} | "
-            f"{side['tokens_per_second']:.0f} | {side['gflops']:.0f} ({side['peak_share']:.0%} of FP32 GEMM) | "
+            f"{side['tokens_per_second']:.0f} | {side['gflops']:.0f}{share} | "
             f"{query['p50']:.1f} / {query['p99']:.1f} ms | {start} | {memory} | {side['min_cosine']:.5f} |"
         )
     return "\n".join(lines) + "\n"
@@ -245,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--texts", type=int, default=400, help="passages of the corpus (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=50, help="repeats of a single query (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures, and a picture beside it")
     flags = parser.parse_args(argv)
     if flags.texts < 1 or flags.repeats < 2:
         parser.error("--texts must be at least 1 and --repeats at least 2")
@@ -254,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = bench(flags.sides, device=flags.device, texts=flags.texts, repeats=flags.repeats)
         if flags.out is not None:
             write_file(flags.out, (json.dumps(result, indent=1) + "\n").encode())
+            draw_bench(result, flags.out.with_suffix(".png"))
         sys.stdout.write(table(result))
 
     return run(command)

@@ -1,8 +1,8 @@
 """`python -m export.ray_job BUNDLE --input corpus.jsonl --out vectors`: embeds a corpus on as many machines as Ray has.
 
 JSON lines and Parquet in, Parquet out: the input's columns and `embedding`, float32 [D]. The corpus is cut into shards,
-each written whole or not at all, so that the same command goes on where a killed one stopped. On a cluster the bundle, the
-input and the output lie where every machine sees them, and `RAY_ADDRESS` names the cluster.
+each written whole or not at all, so that the same command goes on where a killed one stopped. On a cluster the bundle,
+the input and the output lie where every machine sees them, and `RAY_ADDRESS` names the cluster.
 """
 
 from __future__ import annotations

@@ -126,17 +126,6 @@ class ModelConfig:
             "pooler": pooler,
         }
 
-    def flops(self, tokens: int, *, fold: bool = True) -> int:
-        """Floating-point operations of one text: two for each weight of a product and token, and attention's products.
-
-        Args:
-            tokens: Of the text, nothing padded.
-            fold: Whether the latent attention is folded.
-        """
-        sizes = self.parameters(fold=fold)
-        attention = 4 * tokens * tokens * self.heads * self.head_dim * self.layers
-        return 2 * tokens * (sizes["decoder"] + sizes["pooler"]) + attention
-
     def slice(self, layers: int | None) -> ModelConfig:
         """The model of the first `layers` layers; of all for None.
 

@@ -27,9 +27,9 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 from tqdm import tqdm
 
+from engines.bench import flops, padding_waste
 from export.options import default_model
 from nvembed_deploy.atomic import write_file
-from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
 from nvembed_deploy.errors import DeployError
@@ -299,7 +299,7 @@ def measure(work: Path, texts: list[str], *, rounds: int) -> dict[str, Any]:
         worker.close()
     encoder = Encoder(work / "fp32", device="cpu", backend="onnxruntime")
     lengths = [len(row) for row in encoder.tokenize(texts)]
-    flops = sum(encoder.manifest.source.architecture.flops(length) for length in lengths)
+    operations = flops(encoder.manifest.source.architecture, lengths)
     rows = []
     for name in workers:
         taken = times[name]
@@ -314,7 +314,7 @@ def measure(work: Path, texts: list[str], *, rounds: int) -> dict[str, Any]:
                 "single_p99_ms": round(float(np.quantile(taken.single, 0.99)) * 1000, 2),
                 "cold_s": round(statistics.median(taken.cold), 2),
                 "peak_mb": round(taken.peak_bytes / 1e6),
-                "gflops": round(flops / seconds / 1e9, 1),
+                "gflops": round(operations / seconds / 1e9, 1),
                 "min_cosine": float((vectors[name] * vectors[TRUTH]).sum(axis=1).min()),
                 "versions": _versions(work, name),
             }
@@ -325,7 +325,9 @@ def measure(work: Path, texts: list[str], *, rounds: int) -> dict[str, Any]:
         "machine": describe_machine(),
         "texts": len(texts),
         "tokens": sum(lengths),
-        "padding_waste": round(padding_waste(lengths, DEFAULT_BATCH_TOKENS), 4),
+        "padding_waste": round(
+            padding_waste(lengths, rows=encoder.manifest.profile.max.batch, tokens=DEFAULT_BATCH_TOKENS), 4
+        ),
         "gemm_gflops": {name: round(value) for name, value in json.loads(gemm.stdout).items()},
         "failed": failed,
         "rows": rows,
@@ -363,13 +365,6 @@ def take_turns(workers: dict[str, Worker], times: dict[str, Times], file: Path, 
             for _ in range(2):  # the second finds its caches as a busy server's does
                 last = worker.ask(query=query)["seconds"]
             times[name].single.append(last)
-
-
-def padding_waste(lengths: Sequence[int], tokens: int) -> float:
-    """Share of the positions in a bulk run's batches that are padding."""
-    batches = list(plan_batches(list(lengths), max_rows=len(lengths), max_tokens=tokens))
-    positions = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    return 1 - sum(lengths) / positions
 
 
 def _versions(work: Path, name: str) -> dict[str, str]:

@@ -12,11 +12,13 @@ from nvembed_deploy.text import TokenBatch
 
 
 class ReferenceBackend:
-    """A checkpoint in FP32 on the CPU, unfolded.
+    """A checkpoint in PyTorch, unfolded: in FP32 on the CPU, which is the truth, or as one would deploy it on a GPU.
 
     Args:
         checkpoint: A local folder in Hugging Face layout.
         layers: Take this many of the decoder's layers; None for all.
+        device: PyTorch's name of the device.
+        dtype: Type of the weights and the arithmetic; pooling stays in FP32.
 
     Raises:
         CheckpointError: See `load_checkpoint`.
@@ -24,12 +26,21 @@ class ReferenceBackend:
 
     profile = None
 
-    def __init__(self, checkpoint: str | Path, *, layers: int | None = None) -> None:
-        self.model = load_checkpoint(checkpoint, layers=layers)
-        self.name = f"PyTorch {torch.__version__} fp32 (CPU)"
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        layers: int | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = load_checkpoint(checkpoint, layers=layers, dtype=dtype).to(device)
+        self._device = device
+        kind = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+        self.name = f"PyTorch {torch.__version__} {kind} ({device.upper()})"
 
     @torch.inference_mode()
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch."""
-        embeddings, norms = self.model(*(torch.from_numpy(part) for part in batch))
-        return Output(embeddings.numpy(), norms.numpy())
+        embeddings, norms = self.model(*(torch.from_numpy(part).to(self._device) for part in batch))
+        return Output(embeddings.cpu().numpy(), norms.cpu().numpy())

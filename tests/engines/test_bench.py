@@ -1,12 +1,14 @@
 """The arithmetic of `engines.bench`, and one small run of it."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engines.bench import flops, in_turn, main, padding_waste, percentiles
+from engines.power import PowerMeter, Reading, read_line
 from nvembed_deploy.bundle import Bundle
 
 
@@ -55,7 +57,44 @@ def test_one_run(
     for side in found["sides"]:
         assert side["tokens_per_second"] / side["texts_per_second"] == pytest.approx(found["tokens"] / 5, rel=0.01)
         assert side["query_ms"]["p50"] <= side["query_ms"]["p99"]
+        assert (side["joules_per_text"], side["device_peak_mib"]) == (None, None)  # a CPU tells neither
+    assert found["peak_source"] == "FP32 GEMM"
     assert len(capsys.readouterr().out.splitlines()) == 5
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("tool", "line", "watts", "mib"),
+    [
+        ("nvidia-smi", "250.50, 1024", 250.5, 1024),
+        (
+            "tegrastats",
+            "RAM 2048/7620MB (lfb 4x4MB) CPU [1%@729] VDD_IN 4852mW/4852mW VDD_CPU 500mW/500mW",
+            4.852,
+            2048,
+        ),
+    ],
+)
+def test_power_is_what_the_vendors_tool_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, line: str, watts: float, mib: float
+) -> None:
+    assert read_line(line) == Reading(watts, mib)
+    script = tmp_path / tool
+    script.write_text(f"#!/bin/sh\nwhile true; do echo '{line}'; echo '[N/A], [N/A]'; sleep 0.02; done\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with PowerMeter() as meter:
+        time.sleep(0.3)
+    assert len(meter.readings) > 3
+    assert meter.joules == pytest.approx(watts * meter.seconds)
+    assert meter.peak_memory_mib == mib
+
+
+def test_without_a_tool_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with PowerMeter() as meter:
+        pass
+    assert (meter.joules, meter.peak_memory_mib) == (None, None)
 
 
 def test_the_reference_needs_a_bundle_before_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
