@@ -245,14 +245,19 @@ def capable(target: Target, precision: Precision) -> tuple[str, ...]:
     """
     here = local_compute_capability() if target.on_device else None
     gpus = target.compute_capabilities if here is None else (here,)
-    needed = NEEDS.get(precision, "0.0")
-    found = tuple(item for item in gpus if version_number(item) >= version_number(needed))
+    found = tuple(item for item in gpus if runs_on(precision, item))
     if not found:
+        needed = NEEDS[precision]
         raise ConfigError(
             f"--precision {precision.value} needs a GPU of compute capability {needed} or newer, and --target "
             f"{target.name} is {', '.join(gpus)}; take int8 or fp16 there"
         )
     return found
+
+
+def runs_on(precision: Precision, capability: str) -> bool:
+    """True if a GPU of a compute capability computes in a precision's format."""
+    return version_number(capability) >= version_number(NEEDS.get(precision, "0.0"))
 
 
 def require_option(target: Target, option: BuildOption) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, needs_rtx
-from tools.readme import render
+from tools.readme import pages, render
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
@@ -21,13 +21,14 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help differently in other versions")
-def test_generated_parts_are_up_to_date() -> None:
-    assert render(README) == README, "run: python -m tools.readme"
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+def test_generated_parts_are_up_to_date(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert render(text) == text, "run: python -m tools.readme"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/training.md"])
-def test_links_point_at_files(name: str) -> None:
-    path = ROOT / name
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+def test_links_point_at_files(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
 

@@ -1,6 +1,6 @@
-"""`python -m tools.readme`: writes the README's generated parts: help texts, and tables from JSON.
+"""`python -m tools.readme`: writes the generated parts of README.md and docs/*.md: help texts, and tables from JSON.
 
-A part stands between `<!-- made: NAME -->` and `<!-- end -->`. A test checks that the file is what this writes.
+A part stands between `<!-- made: NAME -->` and `<!-- end -->`. A test checks that the files are what this writes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from nvembed_deploy.backends.bindings import TENSORRT_RTX
 from nvembed_deploy.cli import say
+from nvembed_deploy.config import Precision
 from nvembed_deploy.family import FAMILY
+from nvembed_deploy.targets import TARGETS, BuildOption, runs_on
+from nvembed_deploy.training.ablation import as_table
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 PART = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -126,6 +130,159 @@ def full_size_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def targets_table() -> str:
+    """The recipes of `targets.TARGETS`."""
+    lines = [
+        "| `--target` | device | TensorRT | dialect | GPUs | built | profile | options |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for target in TARGETS.values():
+        runtime = {TENSORRT_RTX: "TensorRT-RTX"}.get(target.runtime, "TensorRT")
+        options = ", ".join(f"`--{item.value}`" for item in target.offers if item is not BuildOption.TIMING_CACHE)
+        what = target.summary.split(";")[0].split(" through ")[0]
+        lines.append(
+            f"| `{target.name}` | {what} | {runtime} {target.oldest_runtime}+ | {target.dialect.value} | "
+            f"{', '.join(target.compute_capabilities)} | {'on the device' if target.on_device else 'anywhere'} | "
+            f"{target.profile} | {options or '-'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def reasons_table() -> str:
+    """Why recipes have an option or not, and where their peaks come from."""
+    lines = ["| `--target` | peak, TFLOPS | source | has | has not |", "| --- | --- | --- | --- | --- |"]
+    for target in TARGETS.values():
+        peak = ", ".join(f"{precision.value} {value:g}" for precision, value in target.tflops.items()) or "-"
+        having, lacking = (
+            "; ".join(f"{option.value}: {reason}" for option, reason in found.items()) or "-"
+            for found in (target.offers, target.lacks)
+        )
+        lines.append(f"| `{target.name}` | {peak} | {target.source} | {having} | {lacking} |")
+    return "\n".join(lines) + "\n"
+
+
+def compatibility_table() -> str:
+    """Which precision each recipe takes; a cell is computed by what the commands compute with."""
+    precisions = list(Precision)
+    lines = [
+        f"| `--target` | graph | {' | '.join(item.value for item in precisions)} |",
+        "| --- |" + " --- |" * (len(precisions) + 1),
+    ]
+    for target in TARGETS.values():
+        cells = []
+        for precision in precisions:
+            fit = [gpu for gpu in target.compute_capabilities if runs_on(precision, gpu)]
+            some = "yes" if len(fit) == len(target.compute_capabilities) else f"{fit[0]} and newer" if fit else "no"
+            cells.append(some)
+        graph = f"opset {target.dialect.opset}, {target.dialect.value}"
+        lines.append(f"| `{target.name}` | {graph} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def aarch64_table() -> str:
+    """The record of `tools.aarch64`."""
+    record = _record("aarch64")
+    ran, found = record["emulated"], record["python_3.10"]
+    wanted = ("numpy", "onnxruntime", "tokenizers", "cuda_bindings")
+    versions = ", ".join(f"{name} {found[name]}" for name in wanted)
+    lines = [
+        "| what | found |",
+        "| --- | --- |",
+        f"| wheels for Python 3.10 on aarch64, from the package index | {len(found)}, among them {versions} |",
+        f"| the archive's library and bundle under emulation | {ran['machine']}, Python {ran['python']}, onnxruntime "
+        f"{ran['onnxruntime']}, numpy {ran['numpy']} |",
+        f"| largest difference to x86-64's vectors ({record['precision']}, {record['texts']} rows) | "
+        f"{record['max_difference']:.1e} |",
+        "",
+        f"Made by `{record['command']}` on {record['date']}: {record['machine']}, under qemu's user-mode emulation.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def peers_table() -> str:
+    """The record of `tools.peers`."""
+    record = _record("peers")
+    rows = {row["name"]: row for row in record["rows"]}
+    base = rows["sentence-transformers, torch"]
+    lines = [
+        "| embedder | texts/s | to sentence-transformers | one query p50 / p99 | cold start | memory | lowest cosine |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['texts_s']:.0f} | {row['texts_s'] / base['texts_s']:.2f} x | "
+            f"{row['single_p50_ms']:.1f} / {row['single_p99_ms']:.1f} ms | {row['cold_s']:.2f} s | "
+            f"{row['peak_mb']} MB | {row['min_cosine']:.5f} |"
+        )
+    lines += [
+        f"| {name} | does not run: {words.split(': ', 1)[-1]} | | | | | |" for name, words in record["failed"].items()
+    ]
+    versions: dict[str, str] = {}
+    for row in record["rows"]:
+        versions = row["versions"] | versions
+    gemm = record["gemm_gflops"]
+    best = {name: max(row["gflops"] for row in record["rows"] if name in row["name"]) for name in ("fp32", "bf16")}
+    lines += [
+        "",
+        f"Made by `{record['command']}` on {record['date']}: {record['machine']}; {record['texts']} texts, "
+        f"{record['tokens']} tokens, {record['padding_waste']:.1%} padding in our batches. Matrix products reach "
+        f"{gemm['float32']} GFLOP/s in FP32 and {gemm['bfloat16']} in BF16 in the same run; ours in bulk "
+        f"reach {best['fp32']:.0f} and {best['bf16']:.0f}. "
+        + ", ".join(f"{a} {b}" for a, b in sorted(versions.items()))
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def profile_table() -> str:
+    """The record of `tools.profile`."""
+    record = _record("profile")
+    lines = ["| | tokenizing | padding | engine | the rest | in all |", "| --- | --- | --- | --- | --- | --- |"]
+    for key, what in (("bulk_ms", "bulk"), ("query_ms", "one query")):
+        for name, row in record[key].items():
+            steps = [row[step] for step in ("tokenizing", "padding", "engine")]
+            rest = max(0.0, row["in all"] - sum(steps))
+            cells = " | ".join(f"{value:.2f} ms" for value in (*steps, rest, row["in all"]))
+            lines.append(f"| {what}, {name} | {cells} |")
+    lines += [
+        "",
+        f"Made by `{record['command']}` on {record['date']}: {record['machine']}; {record['texts']} passages of "
+        f"{record['tokens']} tokens in bulk; medians.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def search_table() -> str:
+    """The record of `tools.search_speed`."""
+    record = _record("search_speed")
+    lines = ["| index | p50 | p99 | of the ten best |", "| --- | --- | --- | --- |"]
+    for kind, recall in (("exact", 1.0), ("qdrant", record["recall_at_10"])):
+        lines.append(f"| `{kind}` | {record['p50_ms'][kind]:.1f} ms | {record['p99_ms'][kind]:.1f} ms | {recall:.1%} |")
+    lines += [
+        "",
+        f"Made by `{record['command']}` on {record['date']}: {record['machine']}; {record['rows']:,} passages of width "
+        f"{record['width']}, {record['queries']} queries; making the index took {record['index_made_s']:.0f} s.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def ablation_table() -> str:
+    """The record of `python -m nvembed_deploy.training ablate`."""
+    record = json.loads((ROOT / "docs" / "ablation" / "ablation.json").read_text(encoding="utf-8"))
+    settings = record["settings"]
+    return (
+        as_table(record)
+        + f"\nMade on {record['date']}: {record['machine']}, {record['minutes']:.0f} minutes in all; "
+        + f"{settings['steps']} steps of {settings['batch_tokens']} tokens a run, learning rate "
+        + f"{settings['learning_rate']:g}, {settings['examples']['first']} examples a stage.\n"
+    )
+
+
+def _record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
@@ -136,11 +293,24 @@ TABLES = {
     "mteb": mteb_table,
     "family": family_table,
     "full_size": full_size_table,
+    "targets": targets_table,
+    "reasons": reasons_table,
+    "compatibility": compatibility_table,
+    "aarch64": aarch64_table,
+    "peers": peers_table,
+    "profile": profile_table,
+    "search": search_table,
+    "ablation": ablation_table,
 }
 
 
+def pages() -> list[Path]:
+    """Files with generated parts."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def render(text: str) -> str:
-    """The README with its generated parts made anew."""
+    """A page with its generated parts made anew."""
 
     def make(match: re.Match[str]) -> str:
         kind, _, name = match[2].partition(":")
@@ -152,8 +322,9 @@ def render(text: str) -> str:
 
 def main() -> int:
     """Runs the command."""
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
-    say("done: README.md")
+    for page in pages():
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+    say(f"done: {', '.join(page.name for page in pages())}")
     return 0
 
 

@@ -69,7 +69,7 @@ def test_one_run(
         ("nvidia-smi", "250.50, 1024", 250.5, 1024),
         (
             "tegrastats",
-            "RAM 2048/7620MB (lfb 4x4MB) CPU [1%@729] VDD_IN 4852mW/4852mW VDD_CPU 500mW/500mW",
+            "RAM 2048/7620MB (lfb 4x4MB) CPU [1%@729] VDD_IN 4852mW/4852mW VDD_CPU 5mW/5mW",
             4.852,
             2048,
         ),

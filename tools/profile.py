@@ -1,0 +1,105 @@
+"""`python -m tools.profile BUNDLE[@BACKEND] ...`: where the time of a bulk run and of a single query goes.
+
+Times the encoder's own steps while it runs; tokenizing goes on beside the engine, so that the steps of a bulk run may
+add up to more than its time. Medians of repeats, the sides in turn. Writes docs/profile.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engines.bench import QUERY, corpus, open_side
+from nvembed_deploy.atomic import write_file
+from nvembed_deploy.cli import run, say
+from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.machine import describe_machine
+
+RESULT = Path("docs") / "profile.json"
+STEPS = ("tokenizing", "padding", "engine")
+BULK_TURNS, QUERY_TURNS = 5, 100
+
+
+@contextmanager
+def timed(encoder: Encoder) -> Iterator[dict[str, float]]:
+    """Seconds of each step while the block runs."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def around(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                seconds[name] += time.perf_counter() - started
+
+        return timed_call
+
+    places = ((encoder._text, "tokenize"), (encoder._text, "pad"), (encoder._backend, "run"))
+    for step, (owner, method) in zip(STEPS, places, strict=True):
+        setattr(owner, method, around(step, getattr(owner, method)))
+    try:
+        started = time.perf_counter()
+        yield seconds
+        seconds["in all"] = time.perf_counter() - started
+    finally:
+        for owner, method in places:
+            delattr(owner, method)
+
+
+def profile(
+    encoders: dict[str, Encoder], action: Callable[[Encoder], object], turns: int
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each step, for each side."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in encoders}
+    for turn in range(turns + 1):
+        for name, encoder in encoders.items():
+            with timed(encoder) as seconds:
+                action(encoder)
+            if turn:
+                found[name].append(dict(seconds))
+    return {
+        name: {step: round(statistics.median(item[step] for item in items) * 1000, 3) for step in (*STEPS, "in all")}
+        for name, items in found.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(prog="python -m tools.profile", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("sides", nargs="+", metavar="BUNDLE[@BACKEND]")
+    parser.add_argument("--texts", type=int, default=1000, help="of the bulk run (default: %(default)s)")
+    flags = parser.parse_args(argv)
+
+    def command() -> None:
+        encoders = {}
+        for side in flags.sides:
+            encoder = open_side(side, "cpu", None)[0]
+            encoders[f"{encoder.manifest.precision.value}, {encoder.backend.split(' (')[0]}"] = encoder
+        texts = corpus(flags.texts)
+        tokens = sum(len(row) for row in next(iter(encoders.values())).tokenize(texts))
+        record = {
+            "command": f"python -m tools.profile BUNDLE@BACKEND ... --texts {flags.texts}",
+            "date": datetime.date.today().isoformat(),
+            "machine": describe_machine(),
+            "texts": len(texts),
+            "tokens": tokens,
+            "bulk_ms": profile(encoders, lambda encoder: encoder.encode(texts), BULK_TURNS),
+            "query_ms": profile(encoders, lambda encoder: encoder.encode(QUERY), QUERY_TURNS),
+        }
+        write_file(RESULT, (json.dumps(record, indent=1) + "\n").encode())
+        say(json.dumps(record["bulk_ms"]))
+
+    return run(command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
