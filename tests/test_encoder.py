@@ -23,7 +23,7 @@ from nvembed_deploy.backends import Output
 from nvembed_deploy.text import TokenBatch
 from tests import numpy_reference
 from tests.conformance import TEXTS, check_encoder
-from tests.conftest import needs_rtx
+from tests.conftest import ROOT, needs_rtx
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("fp16", 2e-3), ("bf16", 2e-2)])
@@ -127,10 +127,45 @@ def test_no_bad_vector_leaves(bundles: dict[str, Path], monkeypatch: pytest.Monk
 
 
 def test_threads_give_what_one_gives(encoder: Encoder) -> None:
-    expected = encoder.encode(TEXTS)
-    with ThreadPoolExecutor(8) as pool:
-        for found in pool.map(lambda _: encoder.encode(TEXTS), range(100)):
-            np.testing.assert_allclose(found, expected, atol=2e-6)
+    """16 threads, 1,000 calls each."""
+    expected = [encoder.encode(text) for text in TEXTS]
+    with ThreadPoolExecutor(16) as pool:
+        calls = pool.map(lambda number: encoder.encode(TEXTS[number % len(TEXTS)]), range(16_000))
+        for number, found in enumerate(calls):
+            assert np.abs(found - expected[number % len(TEXTS)]).max() <= 2e-6
+
+
+STREAM = """
+import sys, itertools
+from nvembed_deploy import Encoder
+from nvembed_deploy.machine import peak_memory_bytes
+encoder = Encoder(sys.argv[1], device="cpu", backend="onnxruntime")
+def texts(count):
+    return (f"short text {number}" for number in range(count))
+for part in encoder.encode_stream(texts(10_000)):
+    pass
+before, rows = peak_memory_bytes(), 0
+for part in encoder.encode_stream(texts(int(sys.argv[2]))):
+    rows += len(part)
+print(rows, peak_memory_bytes() - before)
+"""
+MOST_STREAM_BYTES = 20 * 2**20
+"""For 60,000 texts more: what grows with their number would show; a million takes no more."""
+
+
+@pytest.mark.slow
+def test_a_stream_takes_no_memory_for_its_length(bundles: dict[str, Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM, str(bundles["fp32"]), "60000"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    rows, grown = map(int, done.stdout.split())
+    assert rows == 60_000
+    assert grown < MOST_STREAM_BYTES
 
 
 def test_a_stream_is_read_one_window_ahead(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,10 @@ class SentenceTransformers:
     def __init__(self, folder: str, backend: str) -> None:
         from sentence_transformers import SentenceTransformer
 
-        options = {"file_name": "model.onnx", "provider": "CPUExecutionProvider"} if backend == "onnx" else {}
+        # Its default is the checkpoint's FP16, which CPUs are slow in.
+        options: dict[str, Any] = {"dtype": "float32"}
+        if backend == "onnx":
+            options = {"file_name": "model.onnx", "provider": "CPUExecutionProvider"}
         self.model = SentenceTransformer(folder, device="cpu", backend=backend, model_kwargs=options)
         self.model.max_seq_length = MAX_TOKENS
 

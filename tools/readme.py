@@ -235,7 +235,7 @@ def peers_table() -> str:
 
 
 def profile_table() -> str:
-    """The record of `tools.profile`."""
+    """The record of `tools.stages`."""
     record = _record("profile")
     lines = ["| | tokenizing | padding | engine | the rest | in all |", "| --- | --- | --- | --- | --- | --- |"]
     for key, what in (("bulk_ms", "bulk"), ("query_ms", "one query")):

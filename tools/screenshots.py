@@ -59,6 +59,12 @@ def _search(page: Any) -> None:
 
 
 def _other_views(page: Any) -> None:
+    page.get_by_role("tab", name="Your documents").click()
+    page.wait_for_timeout(1500)
+    _picture(page, "documents")
+    page.get_by_role("tab", name="Engine").click()
+    page.wait_for_timeout(1500)
+    _picture(page, "engine")
     page.get_by_role("tab", name="Compare").click()
     box = page.get_by_label("Query to compare")
     box.fill(QUERY)

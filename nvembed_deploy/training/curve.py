@@ -68,7 +68,7 @@ def plot_ablation(result: dict[str, Any], path: Path) -> None:
             paper.plot(row["paper"], place, "o", color="tab:orange")
     every = [mean for row in rows for mean in row["means"]]
     margin = max(0.01, (max(every) - min(every)) * 0.3)
-    own.set_xlim(min(every) - margin, max(every) + margin)
+    own.set_xlim(min(0, *every), max(every) + margin)
     own.set_yticks(list(places), [row["name"] for row in rows])
     own.set_xlabel("here: mean over the sets (dots: seeds)")
     paper.set_xlabel("paper: mean over MTEB's 56 tasks")

@@ -9,6 +9,7 @@ import pytest
 
 from engines.bench import flops, in_turn, main, padding_waste, percentiles
 from engines.power import PowerMeter, Reading, read_line
+from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.bundle import Bundle
 
 
@@ -100,3 +101,12 @@ def test_without_a_tool_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_reference_needs_a_bundle_before_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"reference@{checkpoint}"]) == 1
     assert "name a bundle first" in capsys.readouterr().err
+
+
+def test_large_batches_end_where_padding_would_grow() -> None:
+    lengths = [100] * 11 + [60] * 3 + [5] * 4
+    batches = list(plan_batches(lengths, max_rows=32, max_tokens=4096))
+    assert [len(batch) for batch in batches] == [12, 6]  # 60 beside eleven of 100 is little; a small batch goes on
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    mixed = np.random.default_rng(0).lognormal(4, 1, 3000).astype(int).clip(1, 512).tolist()
+    assert padding_waste(mixed, rows=32, tokens=4096) < 0.05

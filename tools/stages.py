@@ -1,4 +1,4 @@
-"""`python -m tools.profile BUNDLE[@BACKEND] ...`: where the time of a bulk run and of a single query goes.
+"""`python -m tools.stages BUNDLE[@BACKEND] ...`: where the time of a bulk run and of a single query goes.
 
 Times the encoder's own steps while it runs; tokenizing goes on beside the engine, so that the steps of a bulk run may
 add up to more than its time. Medians of repeats, the sides in turn. Writes docs/profile.json.
@@ -74,7 +74,7 @@ def profile(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="python -m tools.profile", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m tools.stages", description=__doc__.split(": ", 1)[1])
     parser.add_argument("sides", nargs="+", metavar="BUNDLE[@BACKEND]")
     parser.add_argument("--texts", type=int, default=1000, help="of the bulk run (default: %(default)s)")
     flags = parser.parse_args(argv)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = corpus(flags.texts)
         tokens = sum(len(row) for row in next(iter(encoders.values())).tokenize(texts))
         record = {
-            "command": f"python -m tools.profile BUNDLE@BACKEND ... --texts {flags.texts}",
+            "command": f"python -m tools.stages BUNDLE@BACKEND ... --texts {flags.texts}",
             "date": datetime.date.today().isoformat(),
             "machine": describe_machine(),
             "texts": len(texts),
