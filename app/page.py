@@ -46,6 +46,7 @@ CSS = """
 .results textarea, .results .textfield { font-size: 0.95rem; }
 .score progress { width: 100%; }
 #times { opacity: 0.75; }
+#engine-card textarea { font-family: monospace; }
 @media (max-width: 640px) { .gradio-container { padding: 4px !important; } }
 """
 

@@ -14,6 +14,7 @@ from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
 from nvembed_deploy.machine import available_memory_bytes
 from nvembed_deploy.probes import DEPTH
 from nvembed_deploy.records import to_json
+from nvembed_deploy.targets import TARGETS
 
 GIB = 2**30
 NARROW_BITS = {"int8": 8, "fp8": 8, "int4": 4}
@@ -76,10 +77,14 @@ def lines(manifest: Manifest) -> Iterator[str]:
     yield f"precision  {manifest.precision.value}{kept}"
     yield f"graph      ONNX opset {manifest.opset}, {manifest.dialect.value} dialect"
     yield f"shapes     {manifest.profile} (texts x tokens: smallest, usual, largest)"
+    recipe = TARGETS.get(manifest.target)
+    yield f"target     {manifest.target}{f': {recipe.summary}' if recipe else ''}"
     if plan is None:
         yield "plan       none"
     else:
         yield f"plan       {plan.runtime} {plan.version}, {plan.platform}, GPUs {', '.join(plan.compute_capabilities)}"
+        for profile in plan.profiles[1:]:
+            yield f"           and kernels of their own for {profile}"
         for on, what in (
             (plan.stripped, "without weights"),
             (plan.weight_streaming, "weights may stay in the host"),

@@ -139,7 +139,7 @@ def targets_table() -> str:
     for target in TARGETS.values():
         runtime = {TENSORRT_RTX: "TensorRT-RTX"}.get(target.runtime, "TensorRT")
         options = ", ".join(f"`--{item.value}`" for item in target.offers if item is not BuildOption.TIMING_CACHE)
-        what = target.summary.split(";")[0].split(" through ")[0]
+        what = target.summary.split(";")[0].split(" through ")[0].rstrip(",")
         lines.append(
             f"| `{target.name}` | {what} | {runtime} {target.oldest_runtime}+ | {target.dialect.value} | "
             f"{', '.join(target.compute_capabilities)} | {'on the device' if target.on_device else 'anywhere'} | "

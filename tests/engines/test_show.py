@@ -21,6 +21,8 @@ def test_words(bundles: dict[str, Path], name: str, capsys: pytest.CaptureFixtur
         "bidirectional, mean of the tokens behind latent attention",
         f"precision  {name}",
         "1x1 .. 8x64 .. 32x128",
+        "target     rtx: RTX GPUs",
+        "and kernels of their own for 1x1 .. 1x32 .. 4x64",
         "tensorrt_rtx",
         "GPUs 8.0, 8.6, 8.9, 12.0",
         "file       engine.plan",
