@@ -247,7 +247,7 @@ def test_what_is_written_is_what_is_read(epsilon: float, **changes) -> None:
     source = replace(source, architecture=replace(source.architecture, rms_norm_eps=epsilon))
     precision = changes["precision"]
     own = [CPU_GRAPH] * precision.has_cpu_graph + [QUANTIZATION] * precision.quantized
-    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, *own)}
+    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, TRUTH, *own)}
     manifest = replace(full_manifest(), source=source, files=files, **changes)
     assert from_json(Manifest, json.loads(json.dumps(to_json(manifest)))) == manifest
     content = manifest.to_bytes()
