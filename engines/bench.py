@@ -179,6 +179,13 @@ def _metered(encoder: Encoder, passages: Sequence[str]) -> tuple[float | None, f
     return joules, meter.peak_memory_mib
 
 
+def _precision(encoder: Encoder, *, is_reference: bool) -> str:
+    """The reference computes in FP32 on a CPU and in FP16 on a GPU, and says so in its name."""
+    if not is_reference:
+        return encoder.manifest.precision.value
+    return "fp16" if "fp16" in encoder.backend else "fp32"
+
+
 def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> dict[str, object]:
     """Measures all sides."""
     encoders: list[Encoder] = []
@@ -206,7 +213,7 @@ def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> dic
             Side(
                 name=name,
                 backend=encoder.backend,
-                precision="fp32" if start[0] is None else encoder.manifest.precision.value,
+                precision=_precision(encoder, is_reference=start[0] is None),
                 min_cosine=round(float((vectors[0] * vectors[index]).sum(axis=1).min()), 7),
                 query_ms=percentiles(queries[index], texts=1, tokens=len(encoder.tokenize([QUERY])[0])),
                 latency_ms=tuple(percentiles(times[index], texts=shape[0], tokens=shape[1]) for shape, times in shaped),

@@ -147,14 +147,18 @@ def tokenize(texts: Sequence[CalibrationText], text: TextEncoder, *, tokens: int
     rows: list[TokenRow] = []
     total = 0
     longest = min(LONGEST_TOKENS, text.contract.max_tokens)
-    for item in texts:
+    for number, item in enumerate(texts):
         prompt = text.query_prompt(item.instruction) if item.instruction else text.prompt(None, None)
-        row = text.tokenize(check_texts([item.text]), prompt=prompt, max_length=longest)[0]
+        row = text.tokenize(check_texts([item.text], first_index=number), prompt=prompt, max_length=longest)[0]
         if len(row) > row.prompt_tokens:
             rows.append(row)
             total += len(row)
         if total >= tokens:
             break
+    if not rows:
+        raise ConfigError(
+            f"no calibration text has a token behind its instruction within {longest} tokens; shorten the instructions"
+        )
     return rows
 
 

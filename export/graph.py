@@ -266,7 +266,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if dtype in CODES_DTYPES:
         return tensor  # codes, as MatMul takes them
     converted = tensor.to(dtype)
-    if not math.isfinite(float(converted.abs().max())):  # NaN wins a maximum
+    if not all(math.isfinite(float(end)) for end in converted.aminmax()):  # NaN wins both; abs() would copy it all
         raise ExportError(
             f"weight {name} reaches {float(tensor.abs().max()):.3g}, which {str(dtype).removeprefix('torch.')} cannot "
             "hold; export with --precision bf16 or fp32"

@@ -34,7 +34,7 @@ from nvembed_deploy.bundle import (
 )
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
-from nvembed_deploy.errors import MissingExtra, ParityError
+from nvembed_deploy.errors import ExportError, MaskError, MissingExtra, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.gate import Gate, step
 from nvembed_deploy.machine import peak_memory_bytes, return_large_blocks
@@ -44,7 +44,7 @@ from nvembed_deploy.parity import observe
 from nvembed_deploy.plan_builder import build_plan
 from nvembed_deploy.probes import longest_probe
 from nvembed_deploy.publish import commit, new_bundle
-from nvembed_deploy.targets import local_compute_capability
+from nvembed_deploy.targets import BuildOption, local_compute_capability
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.version import __version__
 
@@ -52,7 +52,7 @@ from . import source
 from .background import InBackground
 from .calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from .cpu_graph import write_cpu_graph
-from .forecast import GIB, forecast, require_room
+from .forecast import GIB, Forecast, forecast, require_room
 from .formats import FORMATS
 from .graph import check, trace, write
 from .options import ExportOptions
@@ -101,6 +101,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
     say(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needed}")
     with new_bundle(options.out) as staging:
         require_room(needed, options.out, force=options.force)
+        _note_small_gpus(needed, options)
         name = options.model if revision else Path(options.model).resolve().name
         hashing = InBackground(lambda: source.describe(folder, name, revision, config))
         tokenizer = (folder / "tokenizer.json").read_bytes()
@@ -128,12 +129,11 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                 break
             except ParityError as err:
                 record = record and keep_next(record, "the gate did not pass without it")
-                if record is None:
+                if record is None or isinstance(err, MaskError):
                     raise
                 say(f"  {err}; keeping the next costliest layers in {options.precision.base.value}")
         if record is not None:
-            write_record(record, staging / QUANTIZATION)
-            _draw(record, staging / QUANTIZATION_PICTURE)
+            _write_record(record, staging, options)
         del parts
         with step("hashing the checkpoint"):
             origin = hashing.result()
@@ -183,6 +183,16 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
         )
     _report(manifest, options.out, missing=missing, seconds=time.monotonic() - started)
     return manifest
+
+
+def _note_small_gpus(needed: Forecast, options: ExportOptions) -> None:
+    """The target's smallest device may be too small for the plan; larger ones of the same recipe are not."""
+    smallest = options.target.memory_gib
+    if smallest is not None and needed.gpu > smallest * GIB and BuildOption.WEIGHT_STREAMING not in options.asked:
+        say(
+            f"note: a plan of this needs about {needed.gpu / GIB:.0f} GiB of GPU memory, and the smallest "
+            f"{options.target.name} has {smallest:g}; take a larger one, --precision int8 or int4, or a smaller --max"
+        )
 
 
 def _gate(reference: ReferenceBackend, text: TextEncoder, options: ExportOptions) -> Gate:
@@ -238,10 +248,22 @@ def _quantize(parts: Parts, text: TextEncoder, origin: Source, options: ExportOp
     return record
 
 
-def _draw(record: QuantizationRecord, path: Path) -> None:
+def _write_record(record: QuantizationRecord, staging: Path, options: ExportOptions) -> None:
+    """The record, and the picture of its ranking.
+
+    Raises:
+        ExportError: Nothing is quantized.
+    """
     from .quantization_picture import draw_ranking  # matplotlib takes a second to load
 
-    draw_ranking(record, path)
+    if all(item.kept for item in record.groups):
+        base = options.precision.base.value
+        raise ExportError(
+            f"no layer of this model can be {options.precision.value} within its bound, so the bundle would be {base} "
+            f"under another name; export with --precision {base}"
+        )
+    write_record(record, staging / QUANTIZATION)
+    draw_ranking(record, staging / QUANTIZATION_PICTURE)
 
 
 def _probe(parts: Parts, text: TextEncoder, options: ExportOptions) -> frozenset[str]:
@@ -293,11 +315,13 @@ def _write_graphs(
 
 def _bindings(options: ExportOptions) -> tuple[Any, str]:
     """The target's TensorRT, or why there will be no plan."""
-    target = options.target
-    if target.on_device and local_compute_capability() is None:
+    target, here = options.target, local_compute_capability()
+    if target.on_device and here not in target.compute_capabilities:
+        found = f", and this machine's GPU has compute capability {here}" if here else ""
         return (
             None,
-            f"--target {target.name} is built on the device itself: python -m export.bundle packs what it needs there",
+            f"--target {target.name} is built on the device itself{found}: python -m export.bundle packs what it needs "
+            "there",
         )
     try:
         return load_bindings(target.runtime), ""

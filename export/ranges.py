@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle as Handle
 
 from nvembed_deploy.model.decoder import Attention, RMSNorm, SwiGLU
 from nvembed_deploy.model.fold import FoldedLatentAttention
-from nvembed_deploy.model.latent_attention import LatentAttentionModel
+from nvembed_deploy.model.latent_attention import GEGLU, CrossAttention, LatentAttentionModel, PreNorm
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.probes import probe_rows
 from nvembed_deploy.text import TextEncoder
@@ -81,7 +81,18 @@ def _watch(name: str, module: nn.Module, keep: Callable[[str, Tensor], None]) ->
             module.register_forward_pre_hook(lambda _, args: keep(f"{name}.residual", args[0])),
             module.register_forward_hook(lambda _, args, out: keep(name, out)),
         ]
-    if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm | nn.Sequential) or name == POOLER:
+    if isinstance(module, PreNorm):  # what it takes is the pooler's residual
+        return [module.register_forward_pre_hook(lambda _, args: keep(f"{name}.residual", args[0]))]
+    if isinstance(module, CrossAttention):
+        return _watch_latents(name, module, keep)
+    if isinstance(module, FoldedLatentAttention):
+        return [
+            module.get_submodule("norm").register_forward_hook(
+                lambda _, args, out: keep(f"{name}.scores", out @ module.scores)
+            ),
+            module.register_forward_hook(lambda _, args, out: keep(name, out)),
+        ]
+    if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm | nn.Sequential | GEGLU) or name == POOLER:
         return [module.register_forward_hook(lambda _, args, out: keep(name, out))]
     return []
 
@@ -100,6 +111,23 @@ def _watch_scores(name: str, attention: Attention, keep: Callable[[str, Tensor],
 
     query, key = attention.q_norm or attention.q_proj, attention.k_norm or attention.k_proj
     return [query.register_forward_hook(measure("query")), key.register_forward_hook(measure("key"))]
+
+
+def _watch_latents(name: str, attention: CrossAttention, keep: Callable[[str, Tensor], None]) -> list[Handle]:
+    """The same for tokens and latents, whose products are scaled only afterwards."""
+    longest: dict[str, Tensor] = {}
+
+    def lengths(rows: Tensor) -> Tensor:
+        found: Tensor = rows.reshape(*rows.shape[:-1], attention.heads, attention.head_dim).norm(dim=-1).max()
+        return found
+
+    def query(_: nn.Module, args: object, out: Tensor) -> None:
+        longest["query"] = lengths(out)
+
+    def key(_: nn.Module, args: object, out: Tensor) -> None:
+        keep(f"{name}.scores", longest["query"] * lengths(out.chunk(2, dim=-1)[0]))
+
+    return [attention.to_q.register_forward_hook(query), attention.to_kv.register_forward_hook(key)]
 
 
 def wide_modules(model: NVEmbed, ranges: Ranges) -> frozenset[str]:

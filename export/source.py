@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.architecture import ModelConfig, Pooling
-from nvembed_deploy.bundle import FileEntry, Source, hash_file
+from nvembed_deploy.bundle import Source, hash_file
 from nvembed_deploy.config import read_json
 from nvembed_deploy.errors import CheckpointError, MissingExtra
 from nvembed_deploy.family import FAMILY, Relative
@@ -75,11 +75,14 @@ def describe(folder: Path, name: str, revision: str | None, config: ModelConfig)
     Raises:
         CheckpointError: A file has another hash than it should.
     """
-    files: dict[str, FileEntry] = {}
     listed = _listed_hashes(folder)
-    for path in (folder / "config.json", folder / "tokenizer.json", *weight_files(folder)):
-        files[path.name] = entry = hash_file(path)
-        published = KNOWN_SHARDS.get(entry.bytes) if config.hidden_size == 4096 else None
+    paths = (folder / "config.json", folder / "tokenizer.json", *weight_files(folder))
+    files = {path.name: hash_file(path) for path in paths}
+    # A fine-tuned model has shards of the same sizes: only beside a published shard must the others be published ones.
+    is_published = any(entry.sha256 in KNOWN_SHARDS.values() for entry in files.values())
+    for path in paths:
+        entry = files[path.name]
+        published = KNOWN_SHARDS.get(entry.bytes) if is_published else None
         for what, wanted in (
             ("NV-Embed-v2's shard of this size", published),
             (f"{HASH_LIST} beside it", listed.get(path.name)),

@@ -1,6 +1,7 @@
 """Many small calls, few large batches: requests that arrive while a batch runs are embedded together in the next one.
 
-No timer: a lone request runs at once, and the busier the engine, the larger its batches.
+No timer: a lone request runs at once, and the busier the engine, the larger its batches. A large request runs in
+pieces, between which the others have their turn.
 """
 
 from __future__ import annotations
@@ -19,21 +20,54 @@ from nvembed_deploy.errors import ConfigError, DeployError, OverloadedError
 from nvembed_deploy.text import TokenRow
 
 Vectors = NDArray[np.float32]
-DEFAULT_MAX_WAITING = 1024
-"""Texts that may wait. At a hundred texts a second the last of them waits ten seconds, which is what clients bear."""
+DEFAULT_MAX_WAITING = 2048
+"""Texts that may wait: one request of OpenAI's largest size."""
 DEFAULT_GROUP_TOKENS = 2 * DEFAULT_BATCH_TOKENS
 """Tokens that run together: enough to sort texts by length, few enough that the first answer does not wait long."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Request:
     rows: Sequence[TokenRow]
     dimensions: int | None
     future: Future[Vectors] = field(default_factory=Future)
+    taken: int = 0
+    """Rows that have run, or run now."""
+    parts: list[Vectors] = field(default_factory=list)
 
     @property
-    def tokens(self) -> int:
-        return sum(map(len, self.rows))
+    def left(self) -> int:
+        return len(self.rows) - self.taken
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The rows of a request that run in one group."""
+
+    request: _Request
+    rows: Sequence[TokenRow]
+
+
+class Claim:
+    """Places that are kept for texts which are still being tokenized; given back by `release`, or by `submit`."""
+
+    def __init__(self, coalescer: Coalescer, texts: int) -> None:
+        self._coalescer, self.texts = coalescer, texts
+
+    def submit(self, rows: Sequence[TokenRow], *, dimensions: int | None = None) -> Future[Vectors]:
+        """As `Coalescer.submit`, in the places that were claimed.
+
+        Raises:
+            ConfigError: There are more rows than places.
+            OverloadedError: The coalescer is closed.
+        """
+        if len(rows) > self.texts:
+            raise ConfigError(f"{len(rows)} rows are submitted and {self.texts} places were claimed")
+        return self._coalescer._queue(self, _Request(rows=rows, dimensions=dimensions))
+
+    def release(self) -> None:
+        """Gives the places back; a second call, or one behind `submit`, does nothing."""
+        self._coalescer._give_back(self)
 
 
 class Coalescer:
@@ -42,7 +76,7 @@ class Coalescer:
     Args:
         encoder: Whose `tokenize` makes the rows.
         max_waiting: Most texts that wait; more are refused at once, one text or many alike.
-        group_tokens: Most tokens that run together; a larger request runs alone.
+        group_tokens: Most tokens that run together; a larger request runs in pieces.
 
     Example:
         >>> with Coalescer(encoder) as coalescer:
@@ -63,7 +97,7 @@ class Coalescer:
         self.max_waiting = max_waiting
         self._group_tokens = group_tokens
         self._waiting: deque[_Request] = deque()
-        self._waiting_texts = 0
+        self._claims: set[Claim] = set()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="nvembed-coalescer", daemon=True)
@@ -71,11 +105,32 @@ class Coalescer:
 
     @property
     def waiting_texts(self) -> int:
-        """Texts that wait for the engine."""
-        return self._waiting_texts
+        """Texts that wait for the engine, or will as soon as they are tokenized."""
+        with self._changed:
+            return self._count()
+
+    def claim(self, texts: int) -> Claim:
+        """Keeps places for texts before they are tokenized, so that too many are refused before any work is done.
+
+        Raises:
+            ConfigError: There could never be so many places.
+            OverloadedError: `max_waiting` texts would wait, or the coalescer is closed.
+        """
+        if texts > self.max_waiting:
+            raise ConfigError(f"a request has {texts} texts and at most {self.max_waiting} may wait; split it")
+        with self._changed:
+            if self._closed:
+                raise OverloadedError("the engine is shutting down; ask another one")
+            if (waiting := self._count()) + texts > self.max_waiting:
+                raise OverloadedError(
+                    f"{waiting} texts are waiting and at most {self.max_waiting} may; try again later"
+                )
+            claim = Claim(self, texts)
+            self._claims.add(claim)
+        return claim
 
     def submit(self, rows: Sequence[TokenRow], *, dimensions: int | None = None) -> Future[Vectors]:
-        """Queues a request; a cancelled future frees its place without being run.
+        """Queues a request; a cancelled future frees its place, and what has not run yet never does.
 
         Args:
             rows: What `encoder.tokenize` gave.
@@ -85,22 +140,10 @@ class Coalescer:
             A future of float32 [N, D]; its errors are those of `Encoder.encode_rows`.
 
         Raises:
-            OverloadedError: `max_waiting` texts wait already, or the coalescer is closed.
+            ConfigError: There are more rows than may ever wait.
+            OverloadedError: `max_waiting` texts would wait, or the coalescer is closed.
         """
-        request = _Request(rows=rows, dimensions=dimensions)
-        with self._changed:
-            if self._closed:
-                raise OverloadedError("the engine is shutting down; ask another one")
-            self._drop_cancelled()
-            # An idle engine takes a request of any size: it could never run otherwise.
-            if self._waiting_texts and self._waiting_texts + len(rows) > self.max_waiting:
-                raise OverloadedError(
-                    f"{self._waiting_texts} texts are waiting and at most {self.max_waiting} may; try again later"
-                )
-            self._waiting.append(request)
-            self._waiting_texts += len(rows)
-            self._changed.notify()
-        return request.future
+        return self.claim(len(rows)).submit(rows, dimensions=dimensions)
 
     def close(self) -> None:
         """Runs what is waiting, refuses what comes, and waits for the end."""
@@ -115,50 +158,76 @@ class Coalescer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _drop_cancelled(self) -> None:
-        kept = [request for request in self._waiting if not request.future.cancelled()]
-        if len(kept) != len(self._waiting):
-            self._waiting = deque(kept)
-            self._waiting_texts = sum(len(request.rows) for request in kept)
+    def _queue(self, claim: Claim, request: _Request) -> Future[Vectors]:
+        with self._changed:
+            self._claims.discard(claim)
+            if self._closed:
+                raise OverloadedError("the engine is shutting down; ask another one")
+            self._waiting.append(request)
+            self._changed.notify()
+        return request.future
+
+    def _give_back(self, claim: Claim) -> None:
+        with self._changed:
+            self._claims.discard(claim)
+
+    def _count(self) -> int:
+        self._waiting = deque(request for request in self._waiting if not request.future.done())
+        return sum(request.left for request in self._waiting) + sum(claim.texts for claim in self._claims)
 
     def _work(self) -> None:
         while group := self._next_group():
             self._run(group)
 
-    def _next_group(self) -> list[_Request]:
-        """The requests that run together; none at the end."""
+    def _next_group(self) -> list[_Piece]:
+        """What runs together; nothing at the end. A request of which something is left goes to the end of the line."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
-                group: list[_Request] = []
+                group: list[_Piece] = []
                 tokens = 0
-                while self._waiting and (not group or tokens + self._waiting[0].tokens <= self._group_tokens):
+                while self._waiting and tokens < self._group_tokens:
                     request = self._waiting.popleft()
-                    self._waiting_texts -= len(request.rows)
-                    if request.future.set_running_or_notify_cancel():
-                        group.append(request)
-                        tokens += request.tokens
+                    if request.future.done():  # cancelled, or failed in a piece
+                        continue
+                    first = request.taken
+                    while request.left:
+                        size = len(request.rows[request.taken])
+                        if tokens and tokens + size > self._group_tokens:
+                            break
+                        tokens += size
+                        request.taken += 1
+                    if request.taken > first or not request.rows:
+                        group.append(_Piece(request, request.rows[first : request.taken]))
+                    if request.left:
+                        (self._waiting.append if request.taken > first else self._waiting.appendleft)(request)
+                        break
                 if group or (self._closed and not self._waiting):
                     return group
 
-    def _run(self, group: list[_Request]) -> None:
+    def _run(self, group: list[_Piece]) -> None:
         try:
             vectors = self._embed(group)
         except BaseException as err:
             if len(group) > 1 and isinstance(err, DeployError):
-                for request in group:  # one text must not fail the others
-                    self._run([request])
+                for piece in group:  # one text must not fail the others
+                    self._run([piece])
                 return
-            for request in group:
-                request.future.set_exception(err)
+            for piece in group:
+                if piece.request.future.set_running_or_notify_cancel():
+                    piece.request.future.set_exception(err)
             return
-        for request, part in zip(group, vectors, strict=True):
-            request.future.set_result(part)
+        for piece, part in zip(group, vectors, strict=True):
+            request = piece.request
+            request.parts.append(part)
+            # Until its last piece a future counts as pending, so that it can be cancelled.
+            if not request.left and request.future.set_running_or_notify_cancel():
+                request.future.set_result(part if len(request.parts) == 1 else np.concatenate(request.parts))
 
-    def _embed(self, group: list[_Request]) -> list[Vectors]:
+    def _embed(self, group: list[_Piece]) -> list[Vectors]:
         found: dict[int, Vectors] = {}
-        for dimensions in {request.dimensions for request in group}:
-            alike = [index for index, request in enumerate(group) if request.dimensions == dimensions]
+        for dimensions in {piece.request.dimensions for piece in group}:
+            alike = [index for index, piece in enumerate(group) if piece.request.dimensions == dimensions]
             rows = [row for index in alike for row in group[index].rows]
             vectors = self.encoder.encode_rows(rows, dimensions=dimensions)
             ends = np.cumsum([len(group[index].rows) for index in alike])

@@ -143,8 +143,9 @@ class Encoder:
         """Embeds one text or many.
 
         Args:
-            texts: One str, or any iterable of them; a generator is read as needed. An empty text gets a vector, that of
-                `<s></s>` as in NVIDIA's code, since real corpora hold some; the log says how many there were.
+            texts: One str, or any iterable of them. A list is checked whole before any work is done; a generator is
+                checked as it is read, which is as needed. An empty text gets a vector, that of `<s></s>` as in
+                NVIDIA's code, since real corpora hold some; the log says how many there were.
             instruction: The task in words, such as "Given a question, retrieve passages that answer it". The model's
                 template makes a prompt of it. For queries; passages take none.
             prompt: The prefix verbatim, instead of `instruction`.
@@ -224,6 +225,8 @@ class Encoder:
             raise InputTypeError(f"texts is a {type(texts).__name__}; pass a list of str, or a generator of str")
         rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
         layout = self._layout(dimensions, batch_size=batch_size, batch_tokens=batch_tokens, normalize=normalize)
+        if isinstance(texts, (Sequence, np.ndarray)) and len(texts) > WINDOW_TEXTS:
+            check_texts(list(texts))  # the last window's faults are told before the first one runs
         return self._stream(texts, rules, layout, show_progress=show_progress)
 
     def tokenize(
@@ -336,13 +339,34 @@ class Encoder:
 
     def _run_window(self, rows: Sequence[TokenRow], start: int, layout: _Layout, *, bar: Any) -> NDArray[np.float32]:
         vectors = np.empty((len(rows), layout.width), dtype=np.float32)
-        for indices in plan_batches([len(row) for row in rows], max_rows=layout.rows, max_tokens=layout.tokens):
-            output = self._backend.run(self._text.pad([rows[index] for index in indices]))
+        batches = plan_batches([len(row) for row in rows], max_rows=layout.rows, max_tokens=layout.tokens)
+        for indices, output in self._run_batches(rows, batches):
             _check_vectors(output, [start + index for index in indices], self.backend)
             vectors[indices] = _laid_out(output, layout)
             if bar is not None:
                 bar.update(len(indices))
         return vectors
+
+    def _run_batches(
+        self, rows: Sequence[TokenRow], batches: Iterator[list[int]]
+    ) -> Iterator[tuple[list[int], Output]]:
+        """Runs batches in order, so many at a time that a backend can copy one while it computes another."""
+
+        def run(indices: list[int]) -> tuple[list[int], Output]:
+            return indices, self._backend.run(self._text.pad([rows[index] for index in indices]))
+
+        planned = list(batches)
+        if self._backend.in_flight == 1 or len(planned) == 1:
+            yield from map(run, planned)
+            return
+        with ThreadPoolExecutor(max_workers=self._backend.in_flight) as pool:
+            coming = [pool.submit(run, indices) for indices in planned]
+            try:
+                for future in coming:
+                    yield future.result()
+            finally:
+                for future in coming:  # after an error, what has not begun shall not
+                    future.cancel()
 
     def _width(self, dimensions: int | None) -> int:
         width = self._limit("dimensions", dimensions, self.dimension, self.dimension)
@@ -408,12 +432,12 @@ def _laid_out(output: Output, layout: _Layout) -> NDArray[np.float32]:
 def _check_vectors(output: Output, indices: list[int], backend: str) -> None:
     """Refuses vectors that are not finite or not of unit length; NaN fails every comparison, so it is caught too."""
     lengths = np.linalg.norm(output.embeddings, axis=1)
-    good = np.abs(lengths - 1) <= UNIT_TOLERANCE
+    good = (np.abs(lengths - 1) <= UNIT_TOLERANCE) & np.isfinite(output.norms)
     if not good.all():
         row = int(np.flatnonzero(~good)[0])
         raise NumericsError(
-            f"text {indices[row]}: {backend} gave a vector of length {lengths[row]} instead of 1; rebuild the "
-            "engine in bf16: python -m export.trt --precision bf16"
+            f"text {indices[row]}: {backend} gave a vector of length {lengths[row]} instead of 1, pooled length "
+            f"{output.norms[row]}; rebuild the engine in bf16: python -m export.trt --precision bf16"
         )
 
 

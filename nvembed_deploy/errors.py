@@ -43,6 +43,10 @@ class ParityError(DeployError):
     """A candidate's vectors are not within the tolerance table of the reference's."""
 
 
+class MaskError(ParityError):
+    """A graph's mask is not its model's: a fault that no higher precision mends."""
+
+
 class NumericsError(DeployError):
     """A vector came out that is not finite or not of unit length."""
 

@@ -125,6 +125,10 @@ EMBEDQA_HIDDEN = 2048
 """Both bidirectional Llamas have one model type; the 1 B model is told by its width."""
 
 
+RMS_NORM_EPS = 1e-6
+"""Where a config leaves it out: the default of transformers' Mistral, Llama, Qwen2 and Qwen3."""
+
+
 def recognize(config: Mapping[str, Any], *, source: str = "config.json") -> Relative:
     """The row of the family that a `config.json` belongs to.
 
@@ -134,7 +138,7 @@ def recognize(config: Mapping[str, Any], *, source: str = "config.json") -> Rela
     kind = config.get("model_type")
     names = config.get("architectures") or [""]
     architecture = str(names[0]) if isinstance(names, list) and names else ""
-    remote = " ".join(map(str, (config.get("auto_map") or {}).values())).lower()
+    remote = str(config.get("auto_map") or "").lower()
     found: Relative | None = None
     if kind == NVEMBED_MODEL_TYPE:
         found = NV_EMBED
@@ -180,7 +184,7 @@ def read_architecture(config: Mapping[str, Any], *, source: str = "config.json")
     _refuse_unknown_variants(relative, text, config, latent, source)
     hidden = _number(text, "hidden_size", source)
     heads = _number(text, "num_attention_heads", source)
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}  # the second in transformers 5
+    rope = _rope(text, source)
     theta = rope.get("rope_theta")
     return ModelConfig(
         relative=relative.name,
@@ -193,7 +197,7 @@ def read_architecture(config: Mapping[str, Any], *, source: str = "config.json")
         vocab_size=_number(text, "vocab_size", source),
         max_positions=_number(text, "max_position_embeddings", source, 32768),
         rope_theta=float(_number(text, "rope_theta", source, 10000.0 if theta is None else float(theta))),
-        rms_norm_eps=float(_number(text, "rms_norm_eps", source, 1e-5)),
+        rms_norm_eps=float(_number(text, "rms_norm_eps", source, RMS_NORM_EPS)),
         mask=relative.mask,
         pooling=relative.pooling,
         latent=_latent(latent, hidden, config, source) if relative is NV_EMBED else None,
@@ -231,6 +235,12 @@ def _latent(latent: Mapping[str, Any], hidden: int, config: Mapping[str, Any], s
         heads=_number(latent, "num_cross_heads", source, defaults.heads),
         head_dim=_number(latent, "cross_dim_head", source, defaults.head_dim),
     )
+
+
+def _rope(text: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What stands of the rotary positions in a section of their own; transformers 5 has the second."""
+    fields = [field for field in ("rope_scaling", "rope_parameters") if text.get(field) is not None]
+    return {key: value for field in fields for key, value in _section(text, field, source).items()}
 
 
 def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:

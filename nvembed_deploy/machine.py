@@ -10,6 +10,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Limits of a container, version 2."""
 M_MMAP_THRESHOLD = -3
 """Source: glibc, malloc.h."""
 
@@ -31,8 +33,16 @@ def processor() -> str:
 
 
 def cache_folder() -> Path:
-    """Where this machine's measurements are kept: the user's cache folder, by the XDG rules."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvembed-deploy"
+    """Where this machine's measurements are kept: the user's cache folder, by the XDG rules.
+
+    A user without a home, as in many containers, gets a path that nothing can be written to: nothing is kept then.
+    """
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "nvembed-deploy"
+    try:
+        return Path.home() / ".cache" / "nvembed-deploy"
+    except RuntimeError:
+        return Path(os.devnull) / "nvembed-deploy"
 
 
 def return_large_blocks() -> None:
@@ -46,14 +56,18 @@ def return_large_blocks() -> None:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that programs can still get, or None where the system does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    """Memory that programs can still get, by the system and by a container's limit, or None where neither tells."""
+    found = []
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    with suppress(OSError, ValueError, StopIteration):
+        limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))  # "max" without a limit
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        cached = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
+        found.append(max(0, limit - used + cached))  # files in memory give way
+    return min(found, default=None)
 
 
 def peak_memory_bytes() -> int:

@@ -15,7 +15,7 @@ from nvembed_deploy.architecture import Mask
 from nvembed_deploy.backends import Backend
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.config import Precision, Shape
-from nvembed_deploy.errors import ParityError
+from nvembed_deploy.errors import MaskError, ParityError
 from nvembed_deploy.probes import (
     DEPTH,
     PROBES,
@@ -252,7 +252,7 @@ def require_mask(candidate: Backend, text: TextEncoder, mask: Mask) -> None:
         mask: The model's.
 
     Raises:
-        ParityError: The candidate is causal and should not be, or the reverse.
+        MaskError: The candidate is causal and should not be, or the reverse.
     """
     batch = text.pad(text.tokenize([PROBES[0][1]], max_length=min(MASK_PROBE_TOKENS, text.contract.max_tokens)))
     if batch.input_ids.shape[1] < 2:
@@ -268,7 +268,7 @@ def require_mask(candidate: Backend, text: TextEncoder, mask: Mask) -> None:
     sees = bool(np.abs(before - after).max() > 0)
     if sees != (mask is Mask.BIDIRECTIONAL):
         found = "sees the tokens behind it, so the causal mask is lost" if sees else "is blind to those behind it"
-        raise ParityError(
+        raise MaskError(
             f"{candidate.name}: a text's first token {found}, and this model is {mask.value}; its graph was not made "
             "from this checkpoint, or a mask was lost on the way: export again"
         )

@@ -238,13 +238,13 @@ NEEDS: dict[Precision, str] = {Precision.BF16: "8.0", Precision.FP8: "8.9"}
 
 
 def capable(target: Target, precision: Precision) -> tuple[str, ...]:
-    """Those of a target's GPUs that a precision runs on; on the device, its own GPU has the last word.
+    """Those of a target's GPUs that a precision runs on; on the device itself, its own GPU has the last word.
 
     Raises:
         ConfigError: There is none.
     """
     here = local_compute_capability() if target.on_device else None
-    gpus = target.compute_capabilities if here is None else (here,)
+    gpus = (here,) if here in target.compute_capabilities else target.compute_capabilities
     found = tuple(item for item in gpus if runs_on(precision, item))
     if not found:
         needed = NEEDS[precision]

@@ -19,7 +19,7 @@ class Gate:
 
     def __init__(self, encoder: Encoder) -> None:
         self.inner = encoder._backend
-        self.name, self.profile = self.inner.name, self.inner.profile
+        self.name, self.profile, self.in_flight = self.inner.name, self.inner.profile, 1
         self.open = threading.Event()
         self.entered = threading.Event()
         self.rows: list[int] = []
@@ -80,9 +80,82 @@ def test_the_queue_is_bounded_and_cancelled_places_are_free(encoder: Encoder, ga
     assert sum(gated.rows) == 4
 
 
-def test_a_request_larger_than_the_queue_runs_when_nothing_waits(encoder: Encoder) -> None:
-    with Coalescer(encoder, max_waiting=1, group_tokens=1) as coalescer:
-        assert coalescer.submit(encoder.tokenize(TEXTS)).result().shape[0] == len(TEXTS)
+def test_a_request_that_could_never_wait_is_refused_for_good(encoder: Encoder) -> None:
+    with Coalescer(encoder, max_waiting=2) as coalescer:
+        with pytest.raises(ConfigError, match="has 3 texts and at most 2 may wait; split it"):
+            coalescer.submit(encoder.tokenize(["one", "two", "three"]))
+        assert coalescer.submit(encoder.tokenize(["one", "two"])).result().shape[0] == 2
+
+
+def test_places_are_claimed_before_tokenizing(encoder: Encoder) -> None:
+    with Coalescer(encoder, max_waiting=3) as coalescer:
+        claim = coalescer.claim(2)
+        assert coalescer.waiting_texts == 2
+        with pytest.raises(OverloadedError, match="2 texts are waiting and at most 3 may"):
+            coalescer.claim(2)
+        with pytest.raises(ConfigError, match="3 rows are submitted and 2 places were claimed"):
+            claim.submit(encoder.tokenize(["one", "two", "three"]))
+        claim.release()
+        claim.release()
+        assert coalescer.waiting_texts == 0
+        claim = coalescer.claim(3)
+        vectors = claim.submit(encoder.tokenize(["one", "two", "three"])).result()
+        claim.release()
+        np.testing.assert_allclose(vectors, encoder.encode(["one", "two", "three"]), atol=2e-6)
+    with pytest.raises(OverloadedError, match="shutting down"):
+        coalescer.claim(1)
+
+
+def test_a_large_request_runs_in_pieces_and_lets_others_in(encoder: Encoder, gated: Gate) -> None:
+    with Coalescer(encoder, group_tokens=40) as coalescer:
+        running = coalescer.submit(encoder.tokenize(["running"]))
+        assert gated.entered.wait(20)
+        texts = [f"part {number} of a large request" for number in range(30)]
+        large = coalescer.submit(encoder.tokenize(texts))
+        small = coalescer.submit(encoder.tokenize(["small"]))
+        order: list[str] = []
+        large.add_done_callback(lambda _: order.append("large"))
+        small.add_done_callback(lambda _: order.append("small"))
+        gated.open.set()
+        vectors = large.result()
+        small.result()
+        running.result()
+        assert order == ["small", "large"]
+    np.testing.assert_allclose(vectors, encoder.encode(texts), atol=2e-6)
+    assert len(gated.rows) > 5
+
+
+def test_a_large_request_that_is_cancelled_half_way_stops(encoder: Encoder, gated: Gate) -> None:
+    with Coalescer(encoder, group_tokens=1) as coalescer:
+        large = coalescer.submit(encoder.tokenize(["one", "two", "three", "four"]))
+        assert gated.entered.wait(20)
+        assert large.cancel()
+        assert coalescer.waiting_texts == 0
+        after = coalescer.submit(encoder.tokenize(["after"]))
+        gated.open.set()
+        assert after.result().shape[0] == 1
+    assert gated.rows == [1, 1]  # the first of the large one, and what came behind it
+
+
+def test_a_large_request_that_fails_half_way_fails_once(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, gated: Gate
+) -> None:
+    run = gated.run
+
+    def spoiled(batch: TokenBatch) -> Output:
+        output = run(batch)
+        if len(gated.rows) == 2:
+            output.embeddings[:] = np.nan
+        return output
+
+    monkeypatch.setattr(gated, "run", spoiled)
+    gated.open.set()
+    with Coalescer(encoder, group_tokens=1) as coalescer:
+        large = coalescer.submit(encoder.tokenize(["one", "two", "three", "four"]))
+        with pytest.raises(NumericsError):
+            large.result()
+        assert coalescer.submit(encoder.tokenize(["after"])).result().shape[0] == 1
+    assert gated.rows == [1, 1, 1]
 
 
 def test_one_bad_text_fails_alone(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, gated: Gate) -> None:

@@ -16,6 +16,7 @@ from nvembed_deploy import (
     ConfigError,
     DeviceMismatchError,
     Encoder,
+    EngineError,
     InputTypeError,
     NumericsError,
 )
@@ -126,6 +127,33 @@ def test_no_bad_vector_leaves(bundles: dict[str, Path], monkeypatch: pytest.Monk
     np.testing.assert_allclose(encoder.encode(TEXTS), before, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_length_that_is_no_number_is_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    good = encoder._backend.run
+    monkeypatch.setattr(
+        encoder._backend, "run", lambda batch: good(batch)._replace(norms=np.full(len(batch.input_ids), value, "f4"))
+    )
+    with pytest.raises(NumericsError, match="pooled length"):
+        encoder.encode("text", normalize=False)
+
+
+def test_batches_in_flight_keep_their_order(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that takes two batches at a time, as a plan does, gives the same rows; an error stops the rest."""
+    expected = encoder.encode(TEXTS, batch_size=1)
+    monkeypatch.setattr(encoder._backend, "in_flight", 2, raising=False)
+    np.testing.assert_array_equal(encoder.encode(TEXTS, batch_size=1), expected)
+    calls: list[int] = []
+
+    def fails(batch: TokenBatch) -> Output:
+        calls.append(len(batch.input_ids))
+        raise EngineError("no")
+
+    monkeypatch.setattr(encoder._backend, "run", fails)
+    with pytest.raises(EngineError, match="no"):
+        encoder.encode(["text"] * 1000, batch_size=1)
+    assert len(calls) < 1000
+
+
 def test_threads_give_what_one_gives(encoder: Encoder) -> None:
     """16 threads, 1,000 calls each."""
     expected = [encoder.encode(text) for text in TEXTS]
@@ -207,7 +235,13 @@ def test_an_error_in_a_later_window_names_its_text(encoder: Encoder, monkeypatch
     from nvembed_deploy import encoder as module
 
     monkeypatch.setattr(module, "WINDOW_TEXTS", 4)
-    blocks = encoder.encode_stream([*["fine"] * 9, None])  # type: ignore[list-item]
+    texts = [*["fine"] * 9, None]
+    monkeypatch.setattr(encoder, "_run_window", None)  # a list is checked before anything runs
+    with pytest.raises(InputTypeError, match="text 9 is a NoneType"):
+        encoder.encode_stream(texts)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "WINDOW_TEXTS", 4)
+    blocks = encoder.encode_stream(text for text in texts)  # type: ignore[misc]
     assert len(next(blocks)) == 4
     with pytest.raises(InputTypeError, match="text 9 is a NoneType"):
         list(blocks)

@@ -34,6 +34,7 @@ class Faulty:
 
     name = "faulty"
     profile: ShapeProfile | None = None
+    in_flight: int = 1
 
     def __init__(self, backend: Backend, fault: object) -> None:
         self.backend, self.fault = backend, fault

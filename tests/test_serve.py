@@ -6,10 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,13 @@ import pytest
 for library in ("fastapi", "uvicorn", "prometheus_client", "openai"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[serve] openai")
 
-from nvembed_deploy import Encoder  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
+
+from nvembed_deploy import Encoder, EngineError  # noqa: E402
+from nvembed_deploy.backends import Output  # noqa: E402
+from nvembed_deploy.serve.api import make_app  # noqa: E402
 from nvembed_deploy.serve.requests import Limits, Refused, parse  # noqa: E402
+from nvembed_deploy.text import TokenBatch  # noqa: E402
 from tests.conformance import TEXTS  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 
@@ -102,10 +108,13 @@ def test_both_forms_hold_the_same_numbers(server: Server) -> None:
         ({"model": "tiny"}, 400, "'input' is missing; the fields are 'input', 'model'"),
         ({"input": "a"}, 400, "'model' is missing"),
         ({"model": "tiny", "input": []}, 400, "'input' is an empty list"),
-        ({"model": "tiny", "input": [1, 2]}, 400, "'input' holds token ids"),
-        ({"model": "tiny", "input": [[1, 2]]}, 400, "'input' holds token ids"),
+        ({"model": "tiny", "input": [1, 2]}, 400, "'input' holds numbers or token ids"),
+        ({"model": "tiny", "input": [[1, 2]]}, 400, "'input' holds numbers or token ids"),
         ({"model": "tiny", "input": None}, 400, "'input' is neither a string nor a list of strings"),
-        ({"model": "tiny", "input": ["a", 1]}, 400, "'input' is neither a string nor a list of strings"),
+        ({"model": "tiny", "input": ["a", 1]}, 400, "'input' holds numbers or token ids"),
+        ({"model": "tiny", "input": {"a": 1}}, 400, "'input' is neither a string nor a list of strings"),
+        ({"model": "tiny", "input": ["a", None]}, 400, "'input' is neither a string nor a list of strings"),
+        ({"model": "tiny", "input": "many words " * 900, "truncate": False}, 422, "text 0 is longer than max_length"),
         ({"model": "tiny", "input": "a", "inptu": "b"}, 400, "'inptu' is not known; the fields are"),
         ({"model": "tiny", "input": "a", "encoding_format": "int8"}, 400, "'encoding_format' does not fit"),
         ({"model": "tiny", "input": "a", "dimensions": 3}, 400, "dimensions is 3; this model was not trained"),
@@ -131,6 +140,21 @@ def test_compressed_bodies_are_refused(server: Server) -> None:
     assert "send the JSON as it is" in answer["error"]["message"]
 
 
+def test_unknown_routes_answer_in_the_same_form(server: Server) -> None:
+    url = server.url.removesuffix("/v1")
+    for path, method, status in (("/v1/completions", "POST", 404), ("/v1/embeddings", "GET", 405)):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=60)
+        assert caught.value.code == status
+        assert path in json.load(caught.value)["error"]["message"]
+
+
+def test_a_text_that_was_cut_is_counted(server: Server) -> None:
+    before = float(_metric(server, "nvembed_cut_texts_total"))
+    assert server.post({"model": "tiny", "input": ["many words " * 900, "few"]})[0] == 200
+    assert float(_metric(server, "nvembed_cut_texts_total")) == before + 1
+
+
 def test_a_good_request_follows_a_bad_one(server: Server) -> None:
     assert server.post({"model": "tiny", "input": ""})[0] == 200  # an empty text has a vector, as in Python
     assert server.post({"model": "tiny", "input": "a\x00b"})[0] == 200
@@ -153,37 +177,150 @@ def _metric(server: Server, name: str) -> str:
     return next(line.split()[-1] for line in lines if line.startswith(f"{name} "))
 
 
-def test_overload_is_answered_at_once_and_every_request_has_an_answer(
-    bundles: dict[str, Path], encoder: Encoder
+class Held:
+    """An encoder's backend whose batches wait until they are let go, or fail."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.inner = encoder._backend
+        self.name, self.profile, self.in_flight = self.inner.name, self.inner.profile, 1
+        self.go, self.error = threading.Event(), None
+        self.go.set()
+
+    def run(self, batch: TokenBatch) -> Output:
+        assert self.go.wait(30)
+        if self.error is not None:
+            raise self.error
+        return self.inner.run(batch)
+
+
+@pytest.fixture
+def held(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    backend = Held(encoder)
+    monkeypatch.setattr(encoder, "_backend", backend)
+    yield backend
+    backend.go.set()
+
+
+def client_of(encoder: Encoder, **limits: float) -> TestClient:
+    """The application in this process."""
+    return TestClient(make_app(encoder, name="tiny", limits=Limits(**limits), max_waiting=8))
+
+
+def test_a_full_queue_refuses_at_once_whatever_the_size(encoder: Encoder, held: Held) -> None:
+    """Requirement 35: within 100 ms, without a look at the texts, health and metrics beside it."""
+    with client_of(encoder) as client, ThreadPoolExecutor(4) as pool:
+        held.go.clear()
+        taken = [pool.submit(client.post, "/v1/embeddings", json=body(1)) for _ in range(2)]
+        _until(lambda: client.get("/metrics").text, "nvembed_waiting_texts 1.0")  # one runs, one waits
+        taken.append(pool.submit(client.post, "/v1/embeddings", json=body(7)))
+        _until(lambda: client.get("/metrics").text, "nvembed_waiting_texts 8.0")
+        for content in (body(1), body(8), {"model": "tiny", "input": ["x " * 90_000] * 4}):
+            times = []
+            for _ in range(5):  # the machine may be busy with something else
+                started = time.perf_counter()
+                answer = client.post("/v1/embeddings", json=content)
+                times.append(time.perf_counter() - started)
+            assert min(times) < 0.1
+            assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert client.post("/v1/embeddings", json=body(9)).status_code == 422  # could never be taken
+        held.go.set()
+        assert [future.result().status_code for future in taken] == [200] * 3
+        counted = client.get("/metrics").text
+        assert 'nvembed_requests_total{status="200"} 3.0' in counted
+        assert 'nvembed_requests_total{status="429"} 15.0' in counted
+
+
+def body(texts: int) -> dict:
+    return {"model": "tiny", "input": [f"text {number}" for number in range(texts)]}
+
+
+def _until(read: Callable[[], str], wanted: str) -> None:
+    deadline = time.monotonic() + 20
+    while wanted not in (found := read()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+
+
+def test_an_engine_that_fails_is_told_and_well_again(
+    encoder: Encoder, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Requirements 18, 19 and 38: an error is never an answer, and the next good request has its vector."""
+    monkeypatch.setattr("nvembed_deploy.serve.api.HEALTH_SECONDS", 0.0)
+    with client_of(encoder) as client:
+        before = client.post("/v1/embeddings", json=body(1)).json()
+        assert client.get("/health").status_code == 200
+        for error in (EngineError("no memory in /secret/place"), MemoryError("none")):
+            held.error = error
+            answer = client.post("/v1/embeddings", json=body(1))
+            assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+            assert "secret" not in answer.text
+            assert client.get("/health").status_code == 503
+        held.error = None
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/embeddings", json=body(1)).json() == before
+        assert 'nvembed_requests_total{status="500"} 2.0' in client.get("/metrics").text
+
+
+def test_a_deadline_frees_its_place(encoder: Encoder, held: Held) -> None:
+    with client_of(encoder, seconds=0.2) as client:
+        held.go.clear()
+        for _ in range(4):  # each would fill the queue for ever
+            assert client.post("/v1/embeddings", json=body(8)).status_code == 504
+        held.go.set()
+        _until(lambda: str(client.post("/v1/embeddings", json=body(8)).status_code), "200")
+
+
+def test_many_wrong_elements_cost_no_more_than_one(server: Server) -> None:
+    started = time.perf_counter()
+    status, answer = server.post({"model": "tiny", "input": [{}] * 1_000_000})
+    assert (status, "neither a string" in answer["error"]["message"]) == (400, True)
+    assert time.perf_counter() - started < 5
+
+
+def test_overload_leaves_no_request_without_an_answer(bundles: dict[str, Path], encoder: Encoder) -> None:
+    """Requirement 36 in small: many times what the engine can do, then the same vectors and no more memory."""
     running = start(bundles["fp32"], "--max-waiting", "8")
     try:
-        body = {"model": "tiny", "input": ["a text that takes its time, " * 20] * 8}
+        content = {"model": "tiny", "input": ["a text that takes its time, " * 20] * 8}
+        running.post(content)
+        memory = []
         with ThreadPoolExecutor(24) as pool:
-            answers = list(pool.map(lambda _: running.post(body), range(96)))
-        codes = [code for code, _ in answers]
-        assert set(codes) == {200, 429}
-        refused = next(answer for code, answer in answers if code == 429)
-        assert refused["error"]["type"] == "rate_limit_error"
-        expected = encoder.encode(body["input"][0])
+            for _ in range(4):
+                answers = list(pool.map(lambda _: running.post(content), range(96)))
+                assert {code for code, _ in answers} == {200, 429}
+                memory.append(_resident_mib(running.process.pid))
+        assert memory[-1] - memory[0] < 20, memory
         good = next(answer for code, answer in answers if code == 200)
-        np.testing.assert_allclose(good["data"][7]["embedding"], expected, atol=2e-6)
+        np.testing.assert_allclose(good["data"][7]["embedding"], encoder.encode(content["input"][0]), atol=2e-6)
         assert running.post({"model": "tiny", "input": "after"})[0] == 200
         assert running.get("/health")[0] == 200
     finally:
         stop(running)
 
 
-def test_a_client_that_goes_away_frees_its_place(server: Server) -> None:
-    host, port = server.url.split("/")[2].split(":")
-    body = json.dumps({"model": "tiny", "input": ["gone " * 60] * 500}).encode()
-    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    for _ in range(3):
+def _resident_mib(process: int) -> float:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def test_a_client_that_goes_away_frees_its_place(bundles: dict[str, Path]) -> None:
+    """Each of these requests alone fills the queue: without their places the last one would be refused."""
+    running = start(bundles["fp32"], "--max-waiting", "500")
+    try:
+        host, port = running.url.split("/")[2].split(":")
+        content = json.dumps({"model": "tiny", "input": ["gone " * 60] * 500}).encode()
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+        for _ in range(3):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head + content)
+                time.sleep(0.05)
         with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(head + body)
-            time.sleep(0.05)
-    assert server.post({"model": "tiny", "input": "still here"})[0] == 200
-    assert float(_metric(server, 'nvembed_requests_total{status="499"}')) >= 1
+            connection.sendall(head + content[:100])  # gone in the middle of its body
+        _until(lambda: str(running.post({"model": "tiny", "input": ["still here"] * 500})[0]), "200")
+        assert float(_metric(running, 'nvembed_requests_total{status="499"}')) >= 2
+    finally:
+        stop(running)
 
 
 def test_sigterm_lets_a_running_request_end(bundles: dict[str, Path]) -> None:

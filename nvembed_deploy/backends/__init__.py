@@ -31,5 +31,9 @@ class Backend(Protocol):
     def profile(self) -> ShapeProfile | None:
         """Shapes it accepts; None where any will do."""
 
+    @property
+    def in_flight(self) -> int:
+        """Batches that are worth running at a time: more than 1 where one is copied while another is computed."""
+
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch."""

@@ -5,6 +5,7 @@ Measured once for a bundle, a processor and the runtimes' versions, and kept in 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -120,16 +121,25 @@ def measure(
 
 def cache_path(bundle: Bundle, threads: int | None) -> Path:
     """Where the choice for this bundle on this machine is kept."""
-    versions = "-".join(f"{name}{importlib.metadata.version(name)}" for name in (ONNXRUNTIME, OPENVINO))
+    versions = "-".join(f"{name}{_version(name)}" for name in (ONNXRUNTIME, OPENVINO))
     machine = "".join(letter if letter.isalnum() else "-" for letter in describe_machine())
     width = "" if threads is None else f"-{threads}threads"
     return cache_folder() / f"{bundle.manifest.manifest_sha256[:16]}-{machine}-{versions}{width}.json"
 
 
+def _version(name: str) -> str:
+    """Of an installed module; onnxruntime also comes as onnxruntime-gpu and under other names."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module(name).__version__)
+
+
 def read_choice(path: Path) -> CpuChoice | None:
     """What was measured before, or None; a damaged file is as good as none."""
     try:
-        return from_json(CpuChoice, json.loads(path.read_bytes()))
+        found = from_json(CpuChoice, json.loads(path.read_bytes()))
+        return found if found.backend in (ONNXRUNTIME, OPENVINO) else None
     except (OSError, ValueError, DeployError):
         return None
 

@@ -50,6 +50,7 @@ class OrtBackend:
     """
 
     profile = None
+    in_flight = 1
 
     def __init__(
         self,

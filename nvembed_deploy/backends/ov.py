@@ -32,6 +32,7 @@ class OvBackend:
     """
 
     profile = None
+    in_flight = 1
 
     def __init__(self, graph: Path, *, dimension: int, exact: bool, threads: int | None = None) -> None:
         openvino = _openvino()

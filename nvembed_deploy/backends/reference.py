@@ -25,6 +25,7 @@ class ReferenceBackend:
     """
 
     profile = None
+    in_flight = 1
 
     def __init__(
         self,

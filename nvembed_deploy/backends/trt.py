@@ -9,8 +9,9 @@ Source: NVIDIA TensorRT documentation, "Python API", and of `IExecutionContext`.
 
 from __future__ import annotations
 
+import logging
 import threading
-from contextlib import suppress
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError
 from nvembed_deploy.text import TokenBatch
 
 CONTEXTS = 2
-"""Execution contexts of a backend: each holds device memory for the largest batch, however many threads there are. With
-two, one batch is copied while another is computed."""
+"""Most execution contexts of a backend, however many threads there are: each holds device memory for the largest batch.
+With two, one batch is copied while another is computed. Where there is no memory for a second one, one does."""
+
+_log = logging.getLogger(__name__)
 
 
 class TrtBackend:
@@ -74,11 +77,14 @@ class TrtBackend:
         if info.weight_streaming:  # before the first context, which takes what it needs
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self._check_tensors(bindings)
-        self._kernels = RuntimeCache.of(self._engine, info, sha256, device, self._logger)
-        self._seen: set[int] = set()
+        self._kernels = RuntimeCache.of(self._engine, info, sha256, device, self._logger, bindings)
+        if self._kernels is not None:
+            weakref.finalize(self, self._kernels.save)  # at the program's end, too
+        self._shapes: set[tuple[int, Shape]] = set()
         self._profiles = self._read_profiles()
-        self._slots = threading.BoundedSemaphore(CONTEXTS)
+        self._changed = threading.Condition()
         self._idle: list[_Worker] = []
+        self._workers, self._most = 0, CONTEXTS
         self.name = f"{info.runtime} {info.version} on {device.name}"
 
     def _put_weights_in(self, bindings: Any, graph: Path) -> None:
@@ -99,6 +105,11 @@ class TrtBackend:
             max=Shape(batch=max(high.batch for high in highs), tokens=max(high.tokens for high in highs)),
         )
 
+    @property
+    def in_flight(self) -> int:
+        """See `Backend`."""
+        return self._most
+
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch; batches below the profile's minimum are padded up to it and cut again.
 
@@ -109,30 +120,64 @@ class TrtBackend:
         rows, tokens = batch.input_ids.shape
         index, shape = self._pick_profile(rows, tokens)
         padded = _pad_up(batch, shape)
-        with self._slots:
-            # A thread has its own current device, and other libraries may have changed it since the last batch.
-            self._cuda.call("cudaSetDevice", self._device.index)
-            worker = self._take_worker()
-            try:
-                output = worker.run(padded, profile=index)
-            except BaseException:  # Ctrl-C too: the stream may hold copies from and to the buffers
-                worker.close()
-                raise
+        # A thread has its own current device, and other libraries may have changed it since the last batch.
+        self._cuda.call("cudaSetDevice", self._device.index)
+        worker = self._borrow()
+        try:
+            output = worker.run(padded, profile=index)
+        except BaseException:  # Ctrl-C too: the stream may hold copies from and to the buffers
+            worker.close()
+            self._give_up()
+            raise
+        with self._changed:
             self._idle.append(worker)
-            if self._kernels is not None and index not in self._seen:  # its kernels are compiled now
-                self._seen.add(index)
-                self._kernels.save()
+            self._changed.notify()
+        if self._kernels is not None:
+            self._keep_kernels((index, shape))
         return Output(output.embeddings[:rows], output.norms[:rows])
 
-    def _take_worker(self) -> _Worker:
-        """An idle worker, or a new one."""
-        with suppress(IndexError):
-            return self._idle.pop()  # pop and append are atomic
+    def _borrow(self) -> _Worker:
+        """An idle worker, or a new one while there may be more of them; waits otherwise."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._idle or self._workers < self._most)
+                if self._idle:
+                    return self._idle.pop()
+                self._workers += 1
+            try:
+                return self._new_worker()
+            except EngineError as err:
+                self._give_up()
+                with self._changed:
+                    if not self._workers:
+                        raise
+                    self._most = self._workers
+                _log.info("there is no second execution context (%s); batches run one by one", err)
+            except BaseException:
+                self._give_up()
+                raise
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._workers -= 1
+            self._changed.notify()
+
+    def _new_worker(self) -> _Worker:
         if self._kernels is not None:
             context = self._kernels.context()
         else:
             context = ask(self._logger, "creating an execution context", self._engine.create_execution_context)
         return _Worker(context, self._cuda, self._logger, self._dimension)
+
+    def _keep_kernels(self, shape: tuple[int, Shape]) -> None:
+        """Saves what was compiled for the 1st, 2nd, 4th, 8th ... shape; the end of the program saves the rest."""
+        with self._changed:
+            if shape in self._shapes:
+                return
+            self._shapes.add(shape)
+            count = len(self._shapes)
+        if self._kernels is not None and count & (count - 1) == 0:
+            self._kernels.save()
 
     def _pick_profile(self, rows: int, tokens: int) -> tuple[int, Shape]:
         """The profile with the smallest maximum that holds the batch, and the shape to run it in."""

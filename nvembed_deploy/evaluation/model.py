@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,10 +12,8 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 from numpy.typing import NDArray
 
-from nvembed_deploy.bundle import PLAN
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.evaluation.instructions import instruction_for
-from nvembed_deploy.evaluation.reference import ReferenceEncoder
 
 HASH_DIGITS = 16
 
@@ -61,9 +60,6 @@ class MtebModel(AbsEncoder):
 
 
 def revision(encoder: Encoder) -> str:
-    """Names what computes the vectors: the engine's or the graph's hash, and the backend."""
-    manifest = encoder.manifest
-    if isinstance(encoder, ReferenceEncoder):
-        return f"{manifest.manifest_sha256[:HASH_DIGITS]}-reference"
-    on_plan = "tensorrt" in encoder.backend.lower() and PLAN in manifest.files
-    return f"{manifest.manifest_sha256[:HASH_DIGITS]}-{'plan' if on_plan else 'graph'}"
+    """Names what computes the vectors: the bundle's hash, and the backend with its version and device."""
+    backend = re.sub(r"[^a-z0-9.]+", "-", encoder.backend.lower()).strip("-")
+    return f"{encoder.manifest.manifest_sha256[:HASH_DIGITS]}-{backend}"

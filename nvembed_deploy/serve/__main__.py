@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,8 +13,10 @@ from nvembed_deploy.coalesce import DEFAULT_MAX_WAITING
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import MissingExtra
 
-DRAIN_SECONDS = 30
-"""Running requests have this long to end after SIGTERM."""
+DRAIN_SECONDS = 2
+"""Behind SIGTERM, running requests have `--timeout` and so long to end: each has its answer by then, if only a 504."""
+CONNECTIONS = 2048
+"""Open connections at a time; more are answered with 503 before a byte of theirs is read."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             host=flags.host,
             port=flags.port,
             log_level="info" if flags.verbose else "warning",
-            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_graceful_shutdown=math.ceil(flags.timeout) + DRAIN_SECONDS,
+            limit_concurrency=CONNECTIONS,
             server_header=False,
         )
         server = uvicorn.Server(config)
@@ -78,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once all requests have ended
             server.run(sockets=[socket])
-        say("stopped; every request that was taken has its answer")
+        say("stopped")
 
     return run(command, verbose=flags.verbose)
 

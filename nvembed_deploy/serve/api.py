@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import logging
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from nvembed_deploy.coalesce import Coalescer
+from nvembed_deploy.coalesce import Claim, Coalescer
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, DeployError, InputError, InputTypeError, OverloadedError
 from nvembed_deploy.serve.metrics import Metrics
@@ -25,14 +30,16 @@ from nvembed_deploy.text import TokenRow
 from nvembed_deploy.version import __version__
 
 HEALTH_TEXT = "Is the engine well?"
+HEALTH_SECONDS = 1.0
+"""A finding of the health check is as good as new for so long: many probes shall not keep the engine busy."""
 RETRY_SECONDS = 1
 CLIENT_GONE = 499
 """nginx's status for a client that went away; nobody reads the answer, the metrics count it."""
 _log = logging.getLogger(__name__)
 
 
-def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -> FastAPI:
-    """The server's application.
+class Service:
+    """What the routes share.
 
     Args:
         encoder: Already warmed up.
@@ -40,32 +47,133 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
         limits: Most that one request may hold.
         max_waiting: See `Coalescer`.
     """
-    coalescer = Coalescer(encoder, max_waiting=max_waiting)
-    metrics = Metrics(lambda: coalescer.waiting_texts)
+
+    def __init__(self, encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -> None:
+        self.encoder, self.name = encoder, name
+        self.limits = replace(limits, texts=min(limits.texts, max_waiting))
+        self.coalescer = Coalescer(encoder, max_waiting=max_waiting)
+        self.metrics = Metrics(lambda: self.coalescer.waiting_texts)
+        # Threads of its own: long texts that are tokenized shall not hold up the health check.
+        self.text_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="nvembed-text")
+        self.health_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nvembed-health")
+        self._health_lock = asyncio.Lock()
+        self._health_until, self._well = 0.0, False
+
+    def close(self) -> None:
+        """Ends what runs."""
+        self.coalescer.close()
+        self.text_pool.shutdown()
+        self.health_pool.shutdown()
+
+    async def respond(self, request: Request) -> Response:
+        """The answer to POST /v1/embeddings, whatever happens, and counted."""
+        started = time.perf_counter()
+        try:
+            answer = await asyncio.wait_for(self._answer(request), self.limits.seconds)
+        except asyncio.TimeoutError:
+            answer = _error(
+                Refused(504, f"no answer within {self.limits.seconds:g} s; send fewer texts or try again later")
+            )
+        except ClientDisconnect:
+            answer = _error(Refused(CLIENT_GONE, "the client went away"))
+        except Refused as err:
+            answer = _error(err)
+        except Exception:  # a fault of ours: logged with its trace, counted, and answered in the form that clients read
+            _log.exception("a request failed")
+            answer = _error(Refused(500, "the server failed on this request; its log says why"))
+        self.metrics.requests.labels(str(answer.status_code)).inc()
+        if answer.status_code == 200:
+            self.metrics.seconds.observe(time.perf_counter() - started)
+        return answer
+
+    async def _answer(self, request: Request) -> Response:
+        """The vectors of a request; what goes wrong is a `Refused`."""
+        body, texts = parse(await _read(request, self.limits.body_bytes), self.limits)
+        if body.model != self.name:
+            message = f"there is no model {body.model[:100]!r} here; it is {self.name!r}"
+            raise Refused(404, message, param="model", code="model_not_found")
+        try:
+            claim = self.coalescer.claim(len(texts))  # before a text is tokenized
+        except OverloadedError as err:
+            raise Refused(429, str(err), code="overloaded") from err
+        loop = asyncio.get_running_loop()
+        try:
+            rows = await loop.run_in_executor(self.text_pool, _tokenize, self.encoder, body, texts)
+            tokens = sum(map(len, rows))
+            if tokens > self.limits.tokens:
+                message = f"'input' has {tokens} tokens, at most {self.limits.tokens} are taken; split it"
+                raise Refused(422, message, param="input")
+            vectors = await self._embed(request, claim, rows, body.dimensions)
+        finally:
+            claim.release()
+        self.metrics.texts.inc(len(texts))
+        self.metrics.tokens.inc(tokens)
+        self.metrics.cut.inc(sum(row.truncated for row in rows))
+        content = await loop.run_in_executor(
+            self.text_pool, _rendered, vectors, body.encoding_format, self.name, tokens
+        )
+        return Response(content, media_type="application/json")
+
+    async def _embed(
+        self, request: Request, claim: Claim, rows: list[TokenRow], dimensions: int | None
+    ) -> NDArray[np.float32]:
+        """The vectors; a client that goes away, or a deadline, takes its request out of the queue."""
+        try:
+            future = asyncio.wrap_future(claim.submit(rows, dimensions=dimensions))
+        except OverloadedError as err:
+            raise Refused(503, str(err), code="overloaded") from err
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
+                raise Refused(CLIENT_GONE, "the client went away")
+            return future.result()
+        except ConfigError as err:
+            raise Refused(400, str(err), param="dimensions") from err
+        except DeployError as err:
+            _log.error("a request failed: %s", err)
+            raise Refused(500, "the engine failed on this request; the server's log says why") from err
+        finally:
+            future.cancel()
+            gone.cancel()
+
+    async def well(self) -> bool:
+        """Whether the engine embeds a text, found out at most once a second."""
+        async with self._health_lock:
+            if time.monotonic() >= self._health_until:
+                loop = asyncio.get_running_loop()
+                try:
+                    asked = loop.run_in_executor(self.health_pool, self.encoder.encode, HEALTH_TEXT)
+                    await asyncio.wait_for(asked, self.limits.seconds)
+                    self._well = True
+                except Exception as err:  # whatever it is, the engine does not embed
+                    _log.error("the health check failed: %s: %s", type(err).__name__, err)
+                    self._well = False
+                self._health_until = time.monotonic() + HEALTH_SECONDS
+            return self._well
+
+
+def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -> FastAPI:
+    """The server's application; the arguments are `Service`'s."""
+    service = Service(encoder, name=name, limits=limits, max_waiting=max_waiting)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(coalescer.close)
+        await asyncio.to_thread(service.close)
 
     # The interactive pages load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="nvembed-deploy", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
 
     schema = {"requestBody": {"content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}}}
 
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, err: HTTPException) -> Response:
+        return _error(Refused(err.status_code, f"{request.method} {request.url.path[:100]}: {err.detail}"))
+
     @app.post("/v1/embeddings", openapi_extra=schema)
     async def embeddings(request: Request) -> Response:
-        started = time.perf_counter()
-        try:
-            answer = await asyncio.wait_for(_answer(request, coalescer, name, limits, metrics), limits.seconds)
-        except asyncio.TimeoutError:
-            answer = _error(Refused(504, f"no answer within {limits.seconds:g} s; send fewer texts or try again later"))
-        except Refused as err:
-            answer = _error(err)
-        metrics.requests.labels(str(answer.status_code)).inc()
-        if answer.status_code == 200:
-            metrics.seconds.observe(time.perf_counter() - started)
-        return answer
+        return await service.respond(request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -73,46 +181,16 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """A real forward, each time: what answers here can embed."""
-        try:
-            await asyncio.wait_for(asyncio.to_thread(encoder.encode, HEALTH_TEXT), limits.seconds)
-        except (DeployError, asyncio.TimeoutError) as err:
-            _log.error("the health check failed: %s", err)
+        """A real forward: what answers here can embed."""
+        if not await service.well():
             return JSONResponse({"status": "unhealthy"}, status_code=503)
         return JSONResponse({"status": "ok", "model": name, "backend": encoder.backend})
 
     @app.get("/metrics")
     async def exposition() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
-
-
-async def _answer(request: Request, coalescer: Coalescer, name: str, limits: Limits, metrics: Metrics) -> Response:
-    encoder = coalescer.encoder
-    body, texts = parse(await _read(request, limits.body_bytes), limits)
-    if body.model != name:
-        raise Refused(
-            404, f"there is no model {body.model!r} here; it is {name!r}", param="model", code="model_not_found"
-        )
-    rows = await asyncio.to_thread(_tokenize, encoder, body, texts)
-    tokens = sum(map(len, rows))
-    if tokens > limits.tokens:
-        raise Refused(422, f"'input' has {tokens} tokens, at most {limits.tokens} are taken; split it", param="input")
-    vectors = await _embed(request, coalescer, rows, body.dimensions)
-    metrics.texts.inc(len(texts))
-    metrics.tokens.inc(tokens)
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": [
-                {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-                for index, vector in enumerate(vectors)
-            ],
-            "model": name,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
-    )
 
 
 async def _read(request: Request, most: int) -> bytes:
@@ -129,35 +207,13 @@ async def _read(request: Request, most: int) -> bytes:
 
 def _tokenize(encoder: Encoder, body: EmbeddingsBody, texts: list[str]) -> list[TokenRow]:
     try:
-        return encoder.tokenize(texts, instruction=body.instruction, prompt_name=body.prompt_name)
+        return encoder.tokenize(
+            texts, instruction=body.instruction, prompt_name=body.prompt_name, truncate=body.truncate
+        )
     except (InputError, InputTypeError) as err:
         raise Refused(422, str(err), param="input") from err
     except ConfigError as err:
         raise Refused(400, str(err)) from err
-
-
-async def _embed(
-    request: Request, coalescer: Coalescer, rows: list[TokenRow], dimensions: int | None
-) -> NDArray[np.float32]:
-    """The vectors; a client that goes away, or a deadline, takes its request out of the queue."""
-    try:
-        future = asyncio.wrap_future(coalescer.submit(rows, dimensions=dimensions))
-    except OverloadedError as err:
-        raise Refused(429, str(err), code="overloaded") from err
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            raise Refused(CLIENT_GONE, "the client went away")
-        return future.result()
-    except ConfigError as err:
-        raise Refused(400, str(err), param="dimensions") from err
-    except DeployError as err:
-        _log.error("a request failed: %s", err)
-        raise Refused(500, "the engine failed on this request; the server's log says why") from err
-    finally:
-        future.cancel()
-        gone.cancel()
 
 
 async def _gone(request: Request) -> None:
@@ -165,11 +221,16 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _encoded(vector: NDArray[np.float32], form: str) -> list[float] | str:
-    if form == "base64":
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
-    found: list[float] = vector.tolist()
-    return found
+def _rendered(vectors: NDArray[np.float32], form: str, name: str, tokens: int) -> bytes:
+    """The answer's JSON, a row at a time: between rows other threads have their turn."""
+    rows = []
+    for index, vector in enumerate(vectors):
+        packed = base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii") if form == "base64" else None
+        values = vector.tolist() if packed is None else packed
+        rows.append(json.dumps({"object": "embedding", "index": index, "embedding": values}, allow_nan=False))
+    usage = json.dumps({"prompt_tokens": tokens, "total_tokens": tokens})
+    head = f'{{"object": "list", "model": {json.dumps(name)}, "usage": {usage}, "data": ['
+    return (head + ", ".join(rows) + "]}").encode()
 
 
 def _error(err: Refused) -> JSONResponse:

@@ -23,6 +23,7 @@ class Metrics:
         )
         self.texts = Counter("nvembed_texts", "Texts that were embedded", registry=self.registry)
         self.tokens = Counter("nvembed_tokens", "Tokens of these texts, prompts included", registry=self.registry)
+        self.cut = Counter("nvembed_cut_texts", "Texts that were too long and were cut", registry=self.registry)
         self.seconds = Histogram(
             "nvembed_request_seconds",
             "From a request's arrival to its answer, of those that were embedded",

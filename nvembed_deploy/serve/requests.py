@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
 
 class Refused(Exception):
@@ -44,19 +44,25 @@ class EmbeddingsBody(BaseModel):
     """Body of POST /v1/embeddings.
 
     `input`, `model`, `encoding_format`, `dimensions` and `user` are OpenAI's. `instruction` and `prompt_name` are this
-    server's: the task in words, or the name of one of the model's prompts, for queries. In OpenAI's client they are
-    passed as `extra_body={"instruction": ...}`.
+    server's: the task in words, or the name of one of the model's prompts, for queries; and so is `truncate`: false
+    refuses a text that is too long instead of cutting it. In OpenAI's client they are passed as
+    `extra_body={"instruction": ...}`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: SkipValidation[str | list[str]]
+    """Checked by `_texts`: pydantic would write an error for each of a million wrong elements."""
     model: str
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
     user: str | None = None
     instruction: str | None = None
     prompt_name: str | None = None
+    truncate: bool = True
+
+
+FIELDS = f"the fields are {', '.join(repr(field) for field in EmbeddingsBody.model_fields)}"
 
 
 def parse(content: bytes, limits: Limits) -> tuple[EmbeddingsBody, list[str]]:
@@ -74,34 +80,41 @@ def parse(content: bytes, limits: Limits) -> tuple[EmbeddingsBody, list[str]]:
         raise Refused(400, "the body is nested too deeply; send an object with 'input' and 'model'") from err
     except ValueError as err:
         raise Refused(400, f"the body is no JSON ({err}); send an object with 'input' and 'model'") from err
+    if not isinstance(value, dict):
+        raise Refused(400, f"the body is a {type(value).__name__}; send an object with 'input' and 'model'")
+    if unknown := value.keys() - EmbeddingsBody.model_fields.keys():
+        raise Refused(400, f"{min(unknown)[:100]!r} is not known; {FIELDS}", param=min(unknown)[:100])
     try:
         body = EmbeddingsBody.model_validate(value)
     except ValidationError as err:
-        raise _explained(err, value) from err
-    found = [body.input] if isinstance(body.input, str) else body.input
-    if not found:
+        raise _explained(err) from err
+    return body, _texts(body.input, limits)
+
+
+def _texts(found: object, limits: Limits) -> list[str]:
+    texts = [found] if isinstance(found, str) else found
+    if not isinstance(texts, list):
+        raise Refused(400, "'input' is neither a string nor a list of strings", param="input")
+    if not texts:
         raise Refused(400, "'input' is an empty list; send at least one text", param="input")
-    texts = [text for text in found if isinstance(text, str)]
-    if len(texts) < len(found):
-        raise Refused(400, "'input' holds token ids; this server takes texts, and tokenizes them itself", param="input")
+    for item in texts:
+        if isinstance(item, (int, list)):
+            message = "'input' holds numbers or token ids; this server takes texts, and tokenizes them itself"
+            raise Refused(400, message, param="input")
+        if not isinstance(item, str):
+            raise Refused(400, "'input' is neither a string nor a list of strings", param="input")
     if len(texts) > limits.texts:
         raise Refused(422, f"'input' has {len(texts)} texts, at most {limits.texts} are taken; split it", param="input")
     for index, text in enumerate(texts):
         if len(text) > limits.text_chars:
             message = f"text {index} has {len(text)} characters, at most {limits.text_chars} are taken; cut it"
             raise Refused(422, message, param="input")
-    return body, texts
+    return texts
 
 
-def _explained(err: ValidationError, value: object) -> Refused:
-    """Pydantic's findings in one sentence; a union's branches are not listed."""
-    if not isinstance(value, dict):
-        return Refused(400, f"the body is a {type(value).__name__}; send an object with 'input' and 'model'")
+def _explained(err: ValidationError) -> Refused:
+    """Pydantic's first finding in one sentence."""
     first = err.errors(include_url=False, include_input=False)[0]
     name = str(first["loc"][0])
-    if name == "input" and "input" in value:
-        return Refused(400, "'input' is neither a string nor a list of strings", param="input")
-    words = {"missing": f"'{name}' is missing", "extra_forbidden": f"'{name}' is not known"}
-    message = words.get(first["type"], f"'{name}' does not fit: {first['msg'].lower()}")
-    fields = ", ".join(f"'{field}'" for field in EmbeddingsBody.model_fields)
-    return Refused(400, f"{message}; the fields are {fields}", param=name)
+    message = f"'{name}' is missing" if first["type"] == "missing" else f"'{name}' does not fit: {first['msg'].lower()}"
+    return Refused(400, f"{message}; {FIELDS}", param=name)

@@ -167,6 +167,7 @@ def test_each_no_of_tensorrt_is_named(
     check(backend, 32, 100)
     if call == "create_execution_context":
         backend._idle.clear()
+        backend._workers = 0
     bindings.fail[call] = [*outcome]
     with pytest.raises(EngineError, match=f"TensorRT: {message}") as caught:
         backend.run(make_batch(3, 7))
@@ -338,20 +339,43 @@ def test_compiled_kernels_are_kept_for_the_next_start(
     opened: Callable, bindings: FakeBindings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    check(opened(), 3, 7)
+    backend = opened()
+    for shape in SIZES:
+        check(backend, *shape)
     file = next((tmp_path / "nvembed-deploy").iterdir())
     assert file.name.endswith(f"-{VERSION}-sm89.kernels")
     assert file.read_bytes().startswith(b"kernels")
     assert "deserialize" not in bindings.calls
-    written = file.stat().st_mtime_ns
-    check(opened(), 3, 7)
+    del backend  # as the program's end does: what was compiled since is kept
+    assert len(file.read_text().split()) == 1 + len(set(SIZES))
+    written, compiled = file.stat().st_mtime_ns, bindings.calls.count("compile")
+    backend = opened()
+    for shape in SIZES:
+        check(backend, *shape)
+    del backend
     assert bindings.calls.count("deserialize") == 1
-    assert file.stat().st_mtime_ns == written  # nothing new was compiled
+    assert bindings.calls.count("compile") == compiled  # the second start compiles nothing
+    assert file.stat().st_mtime_ns == written
     file.write_bytes(b"of another driver")
     check(opened(), 3, 7)
     assert file.read_bytes().startswith(b"kernels")
+    bindings.fail["serialize"] = [None] * 9
+    check(opened(), 3, 8)  # vectors all the same
+    bindings.fail.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # a file where a folder should be
     check(opened(), 3, 7)
+
+
+def test_no_memory_for_a_second_context(opened: Callable, bindings: FakeBindings) -> None:
+    """A device with room for one context runs batch after batch, whatever the threads ask for."""
+    backend = opened()
+    assert backend.in_flight == CONTEXTS
+    check(backend, 3, 7)
+    bindings.fail["create_execution_context"] = [None] * 99
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: check(backend, *SIZES[seed % len(SIZES)], seed=seed), range(64)))
+    assert backend.in_flight in (1, CONTEXTS)  # CONTEXTS where no two threads ever met
+    assert len(bindings.contexts) == 1
 
 
 def test_tensorrt_proper_has_no_such_cache(

@@ -1,5 +1,6 @@
 """FP16's limit: a model whose values pass it either matches FP32 or is not built."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from export import source
 from export.graph import check, trace, write
-from export.parts import POOLER, Parts
+from export.parts import POOLER, Parts, folded_form
 from export.ranges import FP16_MAX, HEADROOM, Ranges, probe, wide_modules
 from export.state import MemoryState
 from nvembed_deploy.config import Dialect, Precision
@@ -124,6 +125,34 @@ def test_values_near_the_limit_are_kept_in_fp32(
     assert kept <= wide
     assert bool(kept) == bool(wide)
     assert worst_cosine(model, text, tmp_path, dialect, wide) >= 0.9999
+
+
+@pytest.mark.parametrize("what", ["product", "scores", "residual", "unfolded scores"])
+def test_what_overflows_inside_the_pooler_is_seen(
+    checkpoint: Path, text: TextEncoder, tmp_path: Path, what: str
+) -> None:
+    """None of these is the output of a layer, and in FP16 all of them end in NaN or in zeros."""
+    model = load_checkpoint(checkpoint)
+    cross, feed_forward = model.latent_attention_model.cross_attend_blocks
+    weight, tensor = {
+        "product": (feed_forward.fn.net[0].weight, f"{POOLER}.feed_forward.fn.net.1"),
+        "scores": (cross.norm.weight, f"{POOLER}.scores"),
+        "residual": (cross.fn.to_out.weight, f"{POOLER}.feed_forward.residual"),
+        "unfolded scores": (cross.norm.weight, f"{POOLER}.cross_attend_blocks.0.fn.scores"),
+    }[what]
+    found = 0.0
+    for _ in range(2):  # folding comes behind the change of a weight
+        form = folded_form(copy.deepcopy(model), fold=what != "unfolded scores")
+        found = probe(Parts(form), text, longest=LONGEST).largest[tensor]
+        with torch.no_grad():
+            weight.mul_(100_000.0 / found if what != "product" else (100_000.0 / found) ** 0.5)
+    form = folded_form(copy.deepcopy(model), fold=what != "unfolded scores")
+    ranges = probe(Parts(form), text, longest=LONGEST)
+    assert ranges.largest[tensor] > FP16_MAX / HEADROOM
+    wide = wide_modules(form, ranges)
+    assert POOLER in wide
+    if "scores" not in what:  # a softmax of such scores takes one latent or another by the last bit of the tokens
+        assert worst_cosine(model, text, tmp_path, Dialect.FUSED, wide) >= 0.9999
 
 
 def test_without_the_care_the_same_model_breaks(checkpoint: Path, text: TextEncoder, tmp_path: Path) -> None:
