@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nvembed_deploy.bundle import MANIFEST, Manifest, bundle_folder
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.version import __version__
 
 DEFAULT_BUNDLE = Path("bundles") / "nv-embed-mini-fp16"
+INT8_BUNDLE = Path("bundles") / "nv-embed-mini-int8"
 MAX_FILE_SIZE = "20mb"
 MAX_QUEUE = 64
 THREADS = 32
@@ -85,9 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         demo.queue(max_size=MAX_QUEUE)
         from .page import CSS
 
+        port = flags.port or free_port(flags.host)
+        require_free(flags.host, port)
         _, url, _ = demo.launch(
             server_name=flags.host,
-            server_port=flags.port or free_port(flags.host),
+            server_port=port,
             inbrowser=not flags.no_browser,
             share=False,
             ssr_mode=False,
@@ -135,12 +139,21 @@ def sides(
     """Engines for Compare, opened when they are asked for."""
     found: dict[str, Callable[[], Encoder]] = {f"{bundle.name} ({encoder.manifest.precision.value})": lambda: encoder}
     for other in others:
-        found[f"{other.name} ({Encoder(other, device=device).manifest.precision.value})"] = partial(
+        manifest = Manifest.from_bytes((bundle_folder(other) / MANIFEST).read_bytes())  # its files are checked later
+        name = f"{other.name} ({manifest.precision.value})"
+        found[name if name not in found else f"{other} ({manifest.precision.value})"] = partial(
             Encoder, other, device=device
         )
+    if bundle == DEFAULT_BUNDLE:
+        found[f"{INT8_BUNDLE.name} (int8, made when first chosen)"] = partial(_int8, device)
     if reference is not None:
         found["PyTorch (fp32)"] = partial(_reference, reference, encoder)
     return found
+
+
+def _int8(device: str) -> Encoder:
+    _export_where_missing(INT8_BUNDLE, "int8")
+    return Encoder(INT8_BUNDLE, device=device)
 
 
 def _reference(checkpoint: Path, encoder: Encoder) -> Encoder:
@@ -157,16 +170,20 @@ def default_bundle() -> Path:
     Raises:
         ConfigError: It could not be made.
     """
-    if not (DEFAULT_BUNDLE / "manifest.json").is_file():
+    _export_where_missing(DEFAULT_BUNDLE, "fp16")
+    return DEFAULT_BUNDLE
+
+
+def _export_where_missing(bundle: Path, precision: str) -> None:
+    if not (bundle / MANIFEST).is_file():
         try:
             from export.trt import main as export
         except ImportError as err:
             raise ConfigError(
                 "the embedded model is in the repository only; name a bundle: python -m app BUNDLE"
             ) from err
-        if export(["--precision", "fp16", "--out", str(DEFAULT_BUNDLE)]):
-            raise ConfigError(f"{DEFAULT_BUNDLE} could not be made; name a bundle: python -m app BUNDLE")
-    return DEFAULT_BUNDLE
+        if export(["--precision", precision, "--out", str(bundle)]):
+            raise ConfigError(f"{bundle} could not be made; name a bundle: python -m app BUNDLE")
 
 
 def _default_checkpoint() -> Path | None:
@@ -189,6 +206,24 @@ def read_accounts(path: Path) -> list[tuple[str, str]]:
     if not found:
         raise ConfigError(f"{path} is empty; write NAME:PASSWORD in each line")
     return found
+
+
+def require_free(host: str, port: int) -> None:
+    """Looks whether somebody listens on a port already.
+
+    Raises:
+        ConfigError: It is so, or the address is not this machine's.
+    """
+    import socket
+
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as err:
+            raise ConfigError(
+                f"{host}:{port} cannot be listened on ({err.strerror}); pass another one, or --port 0 for a free one"
+            ) from err
 
 
 def free_port(host: str) -> int:

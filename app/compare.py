@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from .search import Searcher, check_query
 from .store import FolderStore
 
 CANDIDATES = 40
-"""The first engine's nearest passages, which both engines then rank."""
+"""The nearest passages by the page's own engine, which both sides then rank."""
 SHOWN = 10
+CALLS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,9 @@ class Comparison:
     largest_difference: float
     """Of two cosines of the same passage."""
     milliseconds: tuple[float, float]
-    """Of the query's embedding."""
+    """Of the query's embedding, the medians of `CALLS` in turn."""
+    candidates: int
+    """Passages that both ranked."""
 
 
 def compare(
@@ -51,13 +55,14 @@ def compare(
     vector = searcher.embed([query], instruction=instruction)[0]
     hits = store.search(searcher.engine, vector, count=CANDIDATES)
     texts = [hit.passage.text for hit in hits]
-    scores, times = [], []
-    for encoder in (left, right):
-        prompt = encoder.query_prompt(instruction) if instruction else None
-        started = time.perf_counter()
-        asked = encoder.encode(query, prompt=prompt)
-        times.append((time.perf_counter() - started) * 1000)
-        scores.append(encoder.encode(texts) @ asked)
+    sides = [(encoder, encoder.query_prompt(instruction) if instruction else None) for encoder in (left, right)]
+    scores = [encoder.encode(texts) @ encoder.encode(query, prompt=prompt) for encoder, prompt in sides]
+    times: list[list[float]] = [[], []]
+    for _ in range(CALLS):  # both have run once: an engine's first call is no measure
+        for own, (encoder, prompt) in zip(times, sides, strict=True):
+            started = time.perf_counter()
+            encoder.encode(query, prompt=prompt)
+            own.append((time.perf_counter() - started) * 1000)
     ranks = [np.argsort(np.argsort(-own, kind="stable"), kind="stable") for own in scores]
     best = np.argsort(ranks[0])[:SHOWN]
     shown = min(SHOWN, len(texts))
@@ -75,5 +80,6 @@ def compare(
         ],
         overlap=both / max(1, shown),
         largest_difference=float(np.abs(scores[0] - scores[1]).max(initial=0.0)),
-        milliseconds=(times[0], times[1]),
+        milliseconds=(statistics.median(times[0]), statistics.median(times[1])),
+        candidates=len(texts),
     )

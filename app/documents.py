@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import lzma
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -45,28 +47,43 @@ def read_files(paths: list[Path], limits: Limits) -> list[tuple[str, str]]:
             for name, content in _members(path, limits, limits.unpacked_bytes - unpacked):
                 unpacked += len(content)
                 found += _texts(name, content)
+                _require_few(found, limits)
         else:
             found += _texts(path.name, path.read_bytes())
-        if len(found) > limits.files:
-            raise InputError(f"there are more than {limits.files} texts; bring fewer at a time")
-        if sum(len(text) for _, text in found) > limits.chars:
-            raise InputError(f"the texts have more than {limits.chars:,} characters; bring fewer at a time")
+            _require_few(found, limits)
     return [(name, text) for name, text in found if text.strip()]
+
+
+def _require_few(found: list[tuple[str, str]], limits: Limits) -> None:
+    if len(found) > limits.files:
+        raise InputError(f"there are more than {limits.files} texts; bring fewer at a time")
+    if sum(len(text) for _, text in found) > limits.chars:
+        raise InputError(f"the texts have more than {limits.chars:,} characters; bring fewer at a time")
 
 
 def _members(path: Path, limits: Limits, budget: int) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                if info.is_dir() or PurePosixPath(info.filename).suffix.lower() not in READERS:
+                member = PurePosixPath(info.filename)
+                hidden = member.name.startswith(".") or "__MACOSX" in member.parts  # what a Mac puts beside each file
+                if info.is_dir() or hidden or member.suffix.lower() not in READERS:
                     continue
                 with archive.open(info) as file:  # what the archive says of its sizes is not believed
                     content = file.read(min(limits.file_bytes, budget) + 1)
                 budget -= len(content)
                 if len(content) > limits.file_bytes or budget < 0:
                     raise InputError(f"{path.name} unpacks to more than is allowed; bring fewer files at a time")
-                yield PurePosixPath(info.filename).name, content
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as err:
+                yield member.name, content
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        OSError,
+    ) as err:
         raise InputError(f"{path.name} is damaged or encrypted ({err}); pack it again") from err
 
 
@@ -102,7 +119,7 @@ def _rows(name: str, content: bytes) -> list[tuple[str, str]]:
 def _json_lines(name: str, content: bytes) -> list[tuple[str, str]]:
     """JSON lines: the `text` of each, or all its strings."""
     texts = []
-    for number, line in enumerate(_decoded(name, content).splitlines(), 1):
+    for number, line in enumerate(_decoded(name, content).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -138,18 +155,20 @@ READERS: dict[str, Callable[[str, bytes], list[tuple[str, str]]]] = {
 }
 
 
-def chunks(name: str, text: str, spans: list[tuple[int, int]]) -> Iterator[Passage]:
-    """Cuts a text at every `CHUNK_TOKENS - OVERLAP_TOKENS`th token.
+def chunks(name: str, text: str, spans: list[tuple[int, int]], *, most: int = CHUNK_TOKENS) -> Iterator[Passage]:
+    """Cuts a text into passages of `CHUNK_TOKENS` tokens, of which the last `OVERLAP_TOKENS` stand in the next one too.
 
     Args:
         name: The file's, which becomes the passages' source.
         text: The whole text.
         spans: First character of each token and the one behind its last; empty ones are special tokens.
+        most: Tokens that the engine takes, if they are fewer than `CHUNK_TOKENS`.
     """
+    size = max(1, min(CHUNK_TOKENS, most))
+    overlap = min(OVERLAP_TOKENS, size // 4)
     real = [span for span in spans if span[0] < span[1]]
-    step = CHUNK_TOKENS - OVERLAP_TOKENS
-    for number, first in enumerate(range(0, max(1, len(real) - OVERLAP_TOKENS), step), 1):
-        part = real[first : first + CHUNK_TOKENS]
+    for number, first in enumerate(range(0, max(1, len(real) - overlap), size - overlap), 1):
+        part = real[first : first + size]
         if part:
             body = text[part[0][0] : part[-1][1]].strip()
             yield Passage(source=name, title=f"{name}, part {number}", text=body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nvembed_deploy import Encoder
-from nvembed_deploy.errors import ConfigError, InputError
+from nvembed_deploy.errors import BundleError, ConfigError, DeployError, InputError
 
 from .index import EXACT, opener
 from .passages import Passage, library_passages
@@ -69,19 +70,26 @@ class Library:
         return self._open[name]
 
     def add_steps(self, name: str, passages: Sequence[Passage]) -> Iterator[tuple[int, int]]:
-        """Embeds passages and adds them to a collection, which is made where it is missing.
+        """Embeds passages and adds them to a collection of the user's own, which is made where it is missing.
 
         Args:
             name: Letters, digits, spaces, dots and hyphens.
             passages: What to add.
 
         Yields:
-            How many are embedded, and of how many. Nothing is kept of what is not carried to its end.
+            How many are embedded, and of how many; once more before they are written. Nothing is kept of what is not
+            carried to its end.
 
         Raises:
             ConfigError: The name does not fit, or the collection is another engine's.
             InputError: There is nothing to add.
+            BundleError: The collection is damaged.
         """
+        if name.casefold().startswith(PYTHON.casefold()):
+            raise ConfigError(f"{name!r} is kept for Python's own documentation; take another name")
+        yield from self._add(name, passages)
+
+    def _add(self, name: str, passages: Sequence[Passage]) -> Iterator[tuple[int, int]]:
         path = self._path(name)
         if not passages:
             raise InputError("there is no text in these files; bring others")
@@ -95,6 +103,7 @@ class Library:
         for start in range(0, len(passages), BLOCK):
             yield start, len(passages)
             blocks.append(self.encoder.encode([passage.text for passage in passages[start : start + BLOCK]]))
+        yield len(passages), len(passages)
         with self._writing:
             # Another user may have added to it in the meantime.
             old = self.open(name) if (path / RECORD).is_file() else None
@@ -104,15 +113,18 @@ class Library:
             self._open[name] = FolderStore.write(path, self.engine, whole, vectors, self._open_index)
             if old is not None:
                 old.drop_index()
-        yield len(passages), len(passages)
 
     def add_python(self, passages: Iterable[Passage] | None = None) -> FolderStore:
-        """Python's documentation, as this engine sees it: indexed once, with a progress bar."""
-        if not (self._path(PYTHON) / RECORD).is_file():
-            found = list(library_passages() if passages is None else passages)
-            with tqdm(total=len(found), desc=f"indexing {PYTHON}", unit="passage", disable=None) as bar:
-                for done, _ in self.add_steps(PYTHON, found):
-                    bar.update(done - bar.n)
+        """Python's documentation, as this engine sees it: indexed once with a progress bar, again if damaged."""
+        if (self._path(PYTHON) / RECORD).is_file():
+            try:
+                return self.open(PYTHON)
+            except BundleError:
+                shutil.rmtree(self._path(PYTHON))
+        found = list(library_passages() if passages is None else passages)
+        with tqdm(total=len(found), desc=f"indexing {PYTHON}", unit="passage", disable=None) as bar:
+            for done, _ in self._add(PYTHON, found):
+                bar.update(done - bar.n)
         return self.open(PYTHON)
 
     def delete(self, name: str) -> None:
@@ -123,8 +135,15 @@ class Library:
         """
         if name == PYTHON:
             raise ConfigError("Python's documentation would be indexed again at the next start; it stays")
-        self.open(name).delete()
-        del self._open[name]
+        path = self._path(name)
+        with self._writing:  # not while somebody adds to it
+            if not (path / RECORD).is_file():
+                raise ConfigError(f"there is no collection {name!r}; it may have been deleted already")
+            try:
+                self.open(name).delete()
+            except DeployError:  # damaged, or its index cannot be reached
+                shutil.rmtree(path)
+            self._open.pop(name, None)
 
     def _path(self, name: str) -> Path:
         if not NAME.fullmatch(name):

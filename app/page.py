@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -37,18 +38,28 @@ EXAMPLES = (
     "what does the with statement do?",
 )
 DEFAULT_RESULTS = 5
+HOUR = 3600
+"""Uploaded files and exports are kept so long."""
 MARK_COLOURS = {MATCH: "#f2c94c"}
-PLANE_COLOURS = {OTHERS: "#c3c9d4", RESULT: "#d62828", QUERY: "#111111"}
+PLANE_COLOURS = {OTHERS: "#c3c9d4", RESULT: "#d62828", QUERY: "#c800c8"}
 SOURCE_COLOURS = ("#4e79a7", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
 """One for each of the plane's named sources."""
+SPECIAL_TOKENS = 8
+"""Of a passage, left room for: what stands around a text, and a cut that tokenizes into more."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 CSS = """
 .results textarea, .results .textfield { font-size: 0.95rem; }
-.score progress { width: 100%; }
+#plane { overflow: visible; padding-bottom: 32px; }
 #times { opacity: 0.75; }
 #engine-card textarea { font-family: monospace; }
-@media (max-width: 640px) { .gradio-container { padding: 4px !important; } }
+.results { overflow-wrap: anywhere; word-break: normal; }
+@media (max-width: 640px) { .gradio-container main { padding: 4px !important; } }
 """
+
+
+def refusal(message: str) -> gr.Error:
+    """What is shown instead of a result. Gradio takes the message for HTML, and names of files stand in it."""
+    return gr.Error(html.escape(message, quote=False), print_exception=False)
 
 
 def safe_cell(value: str) -> str:
@@ -78,10 +89,13 @@ class Page:
         self._opened: dict[str, Encoder] = {}
         self._planes: dict[str, Plane] = {}
         self._opening = threading.Lock()
+        self._stops: dict[str, threading.Event] = {}
+        """What `Cancel` sets, for each session that adds documents."""
+        self._exports = tempfile.TemporaryDirectory(prefix="nvembed-results-")
 
     def build(self) -> gr.Blocks:
         """The components and what they do."""
-        with gr.Blocks(title="Semantic search", analytics_enabled=False) as page:
+        with gr.Blocks(title="Semantic search", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
             gr.Markdown(
                 "# Semantic search\nAsk in your own words; what answers need not share a word with the question."
             )
@@ -211,9 +225,9 @@ class Page:
 
     def _csv(self, found: Found | None) -> Any:
         if found is None:
-            raise gr.Error("there are no results yet; search first", print_exception=False)
+            raise refusal("there are no results yet; search first")
         with tempfile.NamedTemporaryFile(
-            "w", suffix=".csv", prefix="results-", delete=False, newline="", encoding="utf-8"
+            "w", suffix=".csv", prefix="results-", dir=self._exports.name, delete=False, newline="", encoding="utf-8"
         ) as file:
             writer = csv.writer(file)
             writer.writerow(["rank", "cosine", "source", "title", "text"])
@@ -238,42 +252,65 @@ class Page:
         with gr.Row():
             unwanted = gr.Dropdown(self._own(), label="Collection to delete", elem_id="unwanted")
             delete = gr.Button("Delete", variant="stop", elem_id="delete")
-        running = add.click(
+        add.click(
             self._add, [files, name], [state, collection, unwanted], api_visibility="private", concurrency_limit=2
         )
-        stop.click(lambda: "cancelled; nothing was added", None, state, cancels=[running], api_visibility="private")
+        stop.click(self._cancel, None, None, api_visibility="private")
         delete.click(self._delete, unwanted, [state, collection, unwanted], api_visibility="private")
         return unwanted
 
-    def _add(self, files: list[str] | None, name: str, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
-        """A generator: Gradio stops it between two steps when it is cancelled."""
+    def _add(
+        self,
+        files: list[str] | None,
+        name: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Any:
+        """Embeds step by step; `_cancel` stops it between two of them."""
         if not files:
-            raise gr.Error("there are no files yet; choose some", print_exception=False)
+            raise refusal("there are no files yet; choose some")
+        session = str(request.session_hash)
+        stop = self._stops[session] = threading.Event()
+        try:
+            yield from self._add_until(stop, files, name.strip(), progress)
+        finally:
+            self._stops.pop(session, None)
+
+    def _cancel(self, request: gr.Request) -> None:
+        if (stop := self._stops.get(str(request.session_hash))) is None:
+            raise refusal("nothing is being added, so there is nothing to cancel")
+        stop.set()
+
+    def _add_until(self, stop: threading.Event, files: list[str], name: str, progress: gr.Progress) -> Any:
         texts = self._guarded(lambda: read_files([Path(path) for path in files], self.limits))
-        passages = [passage for title, text in texts for passage in self._chunks(title, text)]
+        passages = self._guarded(lambda: [part for title, text in texts for part in self._chunks(title, text)])
         yield f"embedding {len(passages)} passages of {len(texts)} texts", gr.update(), gr.update()
-        steps = self._guarded(lambda: self.library.add_steps(name.strip(), passages))
+        steps = self._guarded(lambda: self.library.add_steps(name, passages))
         while True:
             step = self._guarded(lambda: next(steps, None))
             if step is None:
                 break
+            if stop.is_set():
+                steps.close()
+                yield "cancelled; nothing was added", gr.update(), gr.update()
+                return
             done, total = step
             progress((done, total), desc="embedding", unit="passages")
             yield f"{done} of {total} passages embedded", gr.update(), gr.update()
-        self._planes.pop(name.strip(), None)
+        self._planes.pop(name, None)
         yield (
-            f"{len(passages)} passages of {len(texts)} texts were added to {name.strip()!r}",
-            gr.update(choices=self.library.names(), value=name.strip()),
+            f"{len(passages)} passages of {len(texts)} texts were added to {name!r}",
+            gr.update(choices=self.library.names(), value=name),
             gr.update(choices=self._own()),
         )
 
     def _chunks(self, title: str, text: str) -> list[Passage]:
-        rows = self.searcher.encoder.token_spans(text)
-        return list(chunks(title, text, rows))
+        encoder = self.searcher.encoder
+        return list(chunks(title, text, encoder.token_spans(text), most=encoder.max_length - SPECIAL_TOKENS))
 
     def _delete(self, name: str | None) -> Any:
         if not name:
-            raise gr.Error("choose a collection to delete", print_exception=False)
+            raise refusal("choose a collection to delete")
         self._guarded(lambda: self.library.delete(name))
         names = self.library.names()
         return (
@@ -325,17 +362,19 @@ class Page:
         )
         times = f"{left} {found.milliseconds[0]:.1f} ms, {right} {found.milliseconds[1]:.1f} ms"
         text = (
-            f"{found.overlap:.0%} of the ten best are the same; largest difference of two cosines "
-            f"{found.largest_difference:.4f}; the query's embedding: {times}"
+            f"{found.overlap:.0%} of the ten best are the same, among {found.candidates} that the page's engine found; "
+            f"largest difference of two cosines {found.largest_difference:.4f}; the query's embedding: {times}"
         )
+        if left == right:
+            text = f"both sides are the same engine; for another one start with --compare BUNDLE. {text}"
         return text, found.rows
 
     def _side(self, name: str) -> Encoder:
         with self._opening:
             if name not in self._opened:
                 if name not in self._sides:
-                    raise gr.Error(f"there is no engine {name!r}; choose one of the list", print_exception=False)
-                self._opened[name] = self._sides[name]()
+                    raise refusal(f"there is no engine {name!r}; choose one of the list")
+                self._opened[name] = self._guarded(self._sides[name])
             return self._opened[name]
 
     def _map_tab(self, collection: gr.Dropdown, last: gr.State) -> None:
@@ -348,7 +387,7 @@ class Page:
             color_title=" ",
             x_title=" ",
             y_title=" ",
-            label="Near means alike. Red: results, black: your query, grey: smaller sources",
+            label="Near means alike. Red: results, magenta: your query, grey: smaller sources",
             height=520,
             elem_id="plane",
         )
@@ -358,6 +397,8 @@ class Page:
         store = self._guarded(lambda: self.library.open(collection))
         if collection not in self._planes:
             self._planes[collection] = Plane.of(store.vectors)
+        if found is not None and store.engine != self.searcher.engine:
+            found = None  # another engine's query has no place among these vectors
         columns = draw(store, self._planes[collection], found)
         named = sorted(set(columns["source"]) - PLANE_COLOURS.keys())
         colours = PLANE_COLOURS | dict(zip(named, SOURCE_COLOURS, strict=False))
@@ -368,4 +409,4 @@ class Page:
         try:
             return action()
         except DeployError as err:
-            raise gr.Error(str(err), print_exception=False) from err
+            raise refusal(str(err)) from err

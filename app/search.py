@@ -20,7 +20,7 @@ from .store import Engine, FolderStore, Hit
 LONGEST_QUERY = 2000
 """Characters; the page's own limit is not enforced on the server."""
 MOST_RESULTS = 20
-SENTENCE = re.compile(r".+?(?:[.!?:](?=\s)\s*|\n\s*\n\s*|\Z)", re.DOTALL)
+SENTENCE = re.compile(r".+?(?:[.!?](?=\s)\s*|\n\s*\n\s*|\Z)", re.DOTALL)
 MOST_SENTENCES = 10
 """Of a passage that are looked at; the rest of a long one stays unmarked."""
 NEAR = 0.03
@@ -99,16 +99,19 @@ class Searcher:
     def mark(self, query: Vectors, texts: Sequence[str]) -> list[list[tuple[str, str | None]]]:
         """Cuts texts into sentences, and marks those nearest to the query."""
         parts = [sentences(text) for text in texts]
-        flat = [part for found in parts for part in found]
+        flat = [part[:LONGEST_SENTENCE] for found in parts for part in found[:MOST_SENTENCES]]
         if not flat:
             return [[(text, None)] for text in texts]
         scores = self.embed(flat) @ query
-        marked, start = [], 0
+        marked: list[list[tuple[str, str | None]]] = []
+        start = 0
         for found in parts:
-            own = scores[start : start + len(found)]
-            start += len(found)
+            looked_at, rest = found[:MOST_SENTENCES], found[MOST_SENTENCES:]
+            own = scores[start : start + len(looked_at)]
+            start += len(looked_at)
             bound = float(np.max(own, initial=-2.0)) - NEAR
-            marked.append([(part, MATCH if score >= bound else None) for part, score in zip(found, own, strict=True)])
+            near = [(part, MATCH if score >= bound else None) for part, score in zip(looked_at, own, strict=True)]
+            marked.append(near + [(part, None) for part in rest])
         return marked
 
     def close(self) -> None:

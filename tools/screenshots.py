@@ -60,8 +60,16 @@ def _search(page: Any) -> None:
 
 def _other_views(page: Any) -> None:
     page.get_by_role("tab", name="Your documents").click()
+    page.locator("#files input[type=file]").set_input_files("CHANGELOG.md")
+    page.locator("#files").get_by_text("CHANGELOG").first.wait_for()
+    page.locator("#add").click()
+    page.wait_for_function("document.querySelector('#state textarea, #state input').value.includes('were added to')")
     page.wait_for_timeout(1500)
     _picture(page, "documents")
+    page.get_by_label("Collection to delete").click()
+    page.get_by_role("option", name="my documents").click()
+    page.locator("#delete").click()
+    page.wait_for_function("document.querySelector('#state textarea, #state input').value.includes('was deleted')")
     page.get_by_role("tab", name="Engine").click()
     page.wait_for_timeout(1500)
     _picture(page, "engine")
@@ -81,7 +89,7 @@ def _other_views(page: Any) -> None:
 
 def _picture(page: Any, name: str) -> None:
     path = OUT / f"{name}.png"
-    page.screenshot(path=path)
+    page.screenshot(path=path, full_page=name == "phone")
     say(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

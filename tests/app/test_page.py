@@ -1,5 +1,6 @@
 """The page in a real browser, and its interface for programs."""
 
+import csv
 import time
 import urllib.error
 import urllib.request
@@ -101,13 +102,19 @@ def test_examples_fill_the_query(tab: Any) -> None:
 
 
 def test_documents_are_added_found_and_deleted(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
-    (tmp_path / "note.txt").write_text("The spare key lies under the third flower pot.")
-    upload(tab, tmp_path / "note.txt", "keys")
+    (tmp_path / "=note.txt").write_text("The spare key lies under the third flower pot.")
+    upload(tab, tmp_path / "=note.txt", "keys")
     tab.get_by_role("tab", name="Search").click()
     search(tab, "where is the key?")
     assert "flower pot" in tab.locator("#result-1").inner_text()
     tab.locator("#export").click()
-    tab.locator("#csv").get_by_role("link").first.wait_for()
+    link = tab.locator("#csv").get_by_role("link").first
+    link.wait_for()
+    with tab.expect_download() as download:
+        link.click()
+    rows = list(csv.reader(Path(download.value.path()).read_text(encoding="utf-8").splitlines()))
+    assert rows[0] == ["rank", "cosine", "source", "title", "text"]
+    assert rows[1][2] == "'=note.txt"  # no formula for a spreadsheet
     tab.get_by_role("tab", name="Your documents").click()
     tab.get_by_label("Collection to delete").click()
     tab.get_by_role("option", name="keys").click()
@@ -130,14 +137,37 @@ def state_is(tab: Any, text: str) -> None:
     tab.wait_for_function(f"document.querySelector('#state textarea, #state input').value.includes({text!r})")
 
 
-def test_adding_can_be_cancelled(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
+def test_adding_can_be_cancelled(
+    tab: Any, page: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    encode = page.encoder.encode
+
+    def counted(texts: Any, **options: Any) -> Any:
+        calls.append(len(texts))
+        return encode(texts, **options)
+
+    monkeypatch.setattr(page.encoder, "encode", counted)
     (tmp_path / "long.txt").write_text("a sentence that is one of many. " * 12_000)
     upload(tab, tmp_path / "long.txt", "long", wait=False)
     state_is(tab, "passages embedded")
     tab.locator("#cancel").click()
     state_is(tab, "cancelled; nothing was added")
+    stopped = len(calls)
     time.sleep(1)
+    assert len(calls) == stopped
     assert "long" not in page.library.names()
+    tab.locator("#cancel").click()
+    tab.get_by_text("nothing is being added, so there is nothing to cancel").first.wait_for()
+
+
+def test_names_of_files_are_no_html(tab: Any, tmp_path: Path) -> None:
+    """In a message too: Gradio takes those for HTML, and an image would be asked for."""
+    name = "<img src=&#47;&#47;evil.example&#47;x.png>.txt"
+    upload(tab, make_zip(tmp_path / "hostile.zip", {name: b"\xff\xff"}), name[:38], wait=False)
+    tab.get_by_text("is not UTF-8 text").first.wait_for()
+    assert tab.locator("img[src*=evil]").count() == 0  # and `tab` looks at every request
+    assert "<img src=" in tab.get_by_text("is not UTF-8 text").first.inner_text()
 
 
 def test_wrong_files_are_explained(tab: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from app.compare import compare
 from app.documents import CHUNK_TOKENS, OVERLAP_TOKENS, Limits, chunks, read_files
 from app.library import PYTHON, Library
 from app.passages import LONGEST_TEXT, Passage, library_passages
@@ -74,6 +75,33 @@ def test_collections_grow_persist_and_go(library: Library, encoder: Encoder) -> 
             list(again.add_steps(name, few_passages()))
 
 
+@pytest.mark.parametrize("name", [PYTHON, f"{PYTHON}.mine", PYTHON.lower()])
+def test_the_name_of_pythons_documentation_is_taken(library: Library, name: str) -> None:
+    library.add_python(few_passages())
+    with pytest.raises(ConfigError, match="is kept for Python's own documentation"):
+        list(library.add_steps(name, few_passages()))
+    assert len(library.open(PYTHON)) == len(few_passages())
+
+
+@pytest.mark.parametrize("file", [RECORD, PASSAGES, VECTORS])
+def test_a_damaged_collection_can_be_deleted_and_pythons_is_made_again(
+    encoder: Encoder, tmp_path: Path, file: str
+) -> None:
+    first = Library(tmp_path, encoder)
+    first.add_python(few_passages())
+    list(first.add_steps("mine", few_passages()))
+    for record in tmp_path.glob(f"*/{file}"):
+        record.write_bytes(b"damaged")
+    again = Library(tmp_path, encoder)
+    with pytest.raises(BundleError, match="delete it and index again"):
+        again.open("mine")
+    again.delete("mine")
+    assert again.names() == [PYTHON]
+    assert len(again.add_python(few_passages())) == len(few_passages())
+    with pytest.raises(ConfigError, match="there is no collection 'mine'; it may have been deleted"):
+        again.delete("mine")
+
+
 def test_what_is_stopped_leaves_nothing(library: Library) -> None:
     steps = library.add_steps("mine", few_passages())
     next(steps)
@@ -136,6 +164,60 @@ def make_pdf(text: str) -> bytes:
         + table
         + (b"trailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(out))
     )
+
+
+def test_what_a_mac_packs_and_lines_within_strings(tmp_path: Path) -> None:
+    row = json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False).encode()
+    path = make_zip(
+        tmp_path / "mac.zip",
+        {"a.txt": b"text", "__MACOSX/._a.txt": b"\x00\xff", ".hidden.txt": b"\xff", "b.jsonl": row},
+    )
+    assert read_files([path], Limits()) == [("a.txt", "text"), ("b.jsonl", "one\u2028two\u0085three")]
+
+
+def test_a_corrupt_stream_is_named(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "bad.zip", {"a.txt": bytes(range(256)) * 400})
+    content = bytearray(path.read_bytes())
+    content[60:90] = b"\xff" * 30
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"bad\.zip is damaged or encrypted"):
+        read_files([path], Limits())
+
+
+def test_chunks_fit_a_short_engine(encoder: Encoder) -> None:
+    text = "a word and another one " * 200
+    for passage in chunks("a.txt", text, encoder.token_spans(text), most=40):
+        assert len(encoder.tokenize([passage.text])[0]) <= 40 + 8
+
+
+def test_two_engines_side_by_side(library: Library, encoder: Encoder, bundles: dict[str, Path]) -> None:
+    store = library.add_python(few_passages())
+    other = Encoder(bundles["int8"], device="cpu", backend="onnxruntime")
+    searcher = Searcher(encoder)
+    try:
+        same = compare(searcher, store, encoder, encoder, "rows of a table", instruction="")
+        found = compare(searcher, store, encoder, other, "rows of a table", instruction="Find passages")
+    finally:
+        searcher.close()
+    assert (same.overlap, same.largest_difference, same.candidates) == (1.0, 0.0, 3)
+    assert [row[0] for row in found.rows] == ["1", "2", "3"]
+    prompt = encoder.query_prompt("Find passages")
+    texts = [passage.text for passage in few_passages()]
+    scores = [side.encode(texts) @ side.encode("rows of a table", prompt=prompt) for side in (encoder, other)]
+    assert found.largest_difference == pytest.approx(np.abs(scores[0] - scores[1]).max(), abs=1e-6)
+    assert found.largest_difference > 0
+    assert [row[1] for row in found.rows] == [f"{score:.4f}" for score in sorted(scores[0], reverse=True)]
+
+
+def test_the_rest_of_a_long_passage_is_not_marked(encoder: Encoder) -> None:
+    searcher = Searcher(encoder)
+    try:
+        text = "Another sentence. " * 10 + "The rest of it. " * 20
+        marked = searcher.mark(encoder.encode("The rest of it."), [text])[0]
+    finally:
+        searcher.close()
+    assert "".join(part for part, _ in marked) == text
+    assert marked[-1][1] is None
 
 
 def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
