@@ -329,9 +329,10 @@ class Page:
         names = list(self._sides)
         with gr.Row():
             query = gr.Textbox(label="Query to compare", placeholder=EXAMPLES[1], scale=3, elem_id="compare-query")
+            button = gr.Button("Compare", variant="primary", elem_id="compare-button")
+        with gr.Row():
             left = gr.Dropdown(names, value=names[0], label="Left", elem_id="left")
             right = gr.Dropdown(names, value=names[-1], label="Right", elem_id="right")
-            button = gr.Button("Compare", variant="primary", elem_id="compare-button")
         summary = gr.Textbox(label="Difference", interactive=False, elem_id="difference")
         table = gr.Dataframe(
             headers=["rank left", "cosine left", "rank right", "cosine right", "passage"],

@@ -63,6 +63,10 @@ class Latency:
     p99: float
 
 
+METERED_SECONDS = 5.0
+"""The tools read ten times a second, and need a moment to start."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Side:
     """What was measured of one engine."""
@@ -173,9 +177,13 @@ def _metered(encoder: Encoder, passages: Sequence[str]) -> tuple[float | None, f
     """Joules a text and the device's MiB over a bulk run, where the device tells."""
     if not _runs_plan(encoder) and not encoder.backend.endswith("(CUDA)"):
         return None, None
+    runs = 0
     with PowerMeter() as meter:
-        encoder.encode(passages)
-    joules = None if meter.joules is None else round(meter.joules / len(passages), 4)
+        started = time.monotonic()
+        while time.monotonic() - started < METERED_SECONDS:
+            encoder.encode(passages)
+            runs += 1
+    joules = None if meter.joules is None else round(meter.joules / (runs * len(passages)), 4)
     return joules, meter.peak_memory_mib
 
 

@@ -12,8 +12,11 @@ from threading import Thread
 INTERVAL_MS = 100
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=power.draw,memory.used", "--format=csv,noheader,nounits", "-lms")
 TEGRASTATS = ("tegrastats", "--interval")
-TEGRA_WATTS = re.compile(r"\b(?:VDD_IN|VIN_SYS_5V0|VIN) (\d+)mW")
-"""The whole board's rail; its name differs between boards. Source: NVIDIA Jetson Linux Developer Guide, tegrastats."""
+TEGRA_BOARD = re.compile(r"\b(?:VDD_IN|VIN) (\d+)mW")
+"""The whole board's rail, where a board has one (Orin NX and Nano, Thor)."""
+TEGRA_RAILS = re.compile(r"\b(?:VDD_\w+|VIN_SYS_5V0|VDDQ_\w+) (\d+)mW")
+"""AGX Orin's rails, which together are the board: VIN_SYS_5V0 is that of its peripherals alone. Source: NVIDIA Jetson
+Linux Developer Guide, tegrastats."""
 TEGRA_MEMORY = re.compile(r"\bRAM (\d+)/")
 
 
@@ -21,19 +24,26 @@ TEGRA_MEMORY = re.compile(r"\bRAM (\d+)/")
 class Reading:
     """One line of the tool."""
 
-    watts: float
-    memory_mib: float
+    watts: float | None
+    memory_mib: float | None
 
 
 def read_line(line: str) -> Reading | None:
     """A line of either tool; None where it tells nothing."""
-    watts, memory = TEGRA_WATTS.search(line), TEGRA_MEMORY.search(line)
-    if watts and memory:
-        return Reading(int(watts[1]) / 1000, float(memory[1]))
+    if memory := TEGRA_MEMORY.search(line):
+        board, rails = TEGRA_BOARD.search(line), TEGRA_RAILS.findall(line)
+        milliwatts = int(board[1]) if board else sum(map(int, rails)) if rails else None
+        return Reading(None if milliwatts is None else milliwatts / 1000, float(memory[1]))
+    watts, _, used = line.partition(",")
+    found = Reading(_number(watts), _number(used))
+    return None if found == Reading(None, None) else found
+
+
+def _number(text: str) -> float | None:
+    """What nvidia-smi prints; "[N/A]" where a device does not tell."""
     try:
-        first, second = line.split(",")
-        return Reading(float(first), float(second))
-    except ValueError:  # "[N/A]" among them
+        return float(text)
+    except ValueError:
         return None
 
 
@@ -51,10 +61,10 @@ class PowerMeter:
 
     def __enter__(self) -> PowerMeter:
         command: list[str] = []
-        if shutil.which(NVIDIA_SMI[0]):
-            command = [*NVIDIA_SMI, str(INTERVAL_MS), "-i", str(self.device)]
-        elif shutil.which(TEGRASTATS[0]):
+        if shutil.which(TEGRASTATS[0]):  # first: a Jetson has nvidia-smi as well, which tells nothing there
             command = [*TEGRASTATS, str(INTERVAL_MS)]
+        elif shutil.which(NVIDIA_SMI[0]):
+            command = [*NVIDIA_SMI, str(INTERVAL_MS), "-i", str(self.device)]
         self._process: subprocess.Popen[str] | None = None
         if command:
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -80,11 +90,10 @@ class PowerMeter:
     @property
     def joules(self) -> float | None:
         """Mean power times the time; None where nothing was read."""
-        if not self.readings:
-            return None
-        return self.seconds * sum(item.watts for item in self.readings) / len(self.readings)
+        watts = [item.watts for item in self.readings if item.watts is not None]
+        return self.seconds * sum(watts) / len(watts) if watts else None
 
     @property
     def peak_memory_mib(self) -> float | None:
         """Most memory in use, of all programs on the device; None where nothing was read."""
-        return max((item.memory_mib for item in self.readings), default=None)
+        return max((item.memory_mib for item in self.readings if item.memory_mib is not None), default=None)

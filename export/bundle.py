@@ -26,7 +26,7 @@ from nvembed_deploy.bundle import GRAPH, MANIFEST, PLAN, TRUTH, Bundle
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.config import Dialect
 from nvembed_deploy.errors import ConfigError, MissingExtra
-from nvembed_deploy.targets import TARGETS, Target
+from nvembed_deploy.targets import TARGETS, Target, capable
 from nvembed_deploy.version import __version__
 
 from .options import ExportOptions, add_flags, from_flags
@@ -134,6 +134,7 @@ def pack(folder: Path, target: Target, archive: Path) -> None:
     """
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
+    capable(replace(target, on_device=False), manifest.precision)  # by the target's GPUs, whatever this machine has
     if target.dialect is Dialect.PORTABLE:
         if manifest.dialect is Dialect.FUSED:
             raise ConfigError(

@@ -20,7 +20,7 @@ from nvembed_deploy.atomic import write_file
 from nvembed_deploy.bundle import Bundle
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.encoder import Encoder
-from nvembed_deploy.errors import ConfigError, InputError, MissingExtra
+from nvembed_deploy.errors import ConfigError, DeployError, InputError, MissingExtra
 from nvembed_deploy.jsonl import read_rows
 
 RECORD = "job.json"
@@ -178,10 +178,12 @@ class Embedder:
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
         """Embeds a shard and writes its file; an error comes back as its text, so that other shards go on."""
+        import pyarrow as pa
+
         try:
             table = _read(shard)
             self._write(table, self.out / shard["name"])
-        except (InputError, ConfigError, OSError, TypeError) as err:
+        except (DeployError, OSError, TypeError, pa.ArrowInvalid) as err:
             return {"rows": 0, "error": f"{shard['path']} from row {shard['start']}: {err}"}
         return {"rows": table.num_rows, "error": ""}
 
@@ -208,7 +210,9 @@ def _read(shard: dict[str, Any]) -> Any:
     if path.suffix == ".parquet":
         return pq.ParquetFile(path).read_row_group(shard["start"])
     start = shard["start"]
-    return pa.Table.from_pylist(list(itertools.islice(read_rows(path), start, start + shard["rows"])))
+    rows = list(itertools.islice(read_rows(path), start, start + shard["rows"]))
+    columns = dict.fromkeys(key for row in rows for key in row)  # pyarrow alone would take the first row's
+    return pa.table({key: [row.get(key) for row in rows] for key in columns})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from nvembed_deploy.atomic import staged_folder, switch_in
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.bundle import CPU_GRAPH, GRAPH, PLAN, TOKENIZER, WEIGHTS, Bundle, Manifest
 from nvembed_deploy.cli import run, say
-from nvembed_deploy.config import Shape
+from nvembed_deploy.config import ShapeProfile
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.records import to_json
 
@@ -42,14 +42,15 @@ class Word(str):
     __slots__ = ()
 
 
-def buckets(profile_max: Shape) -> tuple[int, ...]:
-    """Lengths that the tokenizer pads to: powers of two, then the engine's longest."""
+def buckets(profile: ShapeProfile) -> tuple[int, ...]:
+    """Lengths that the tokenizer pads to: powers of two that the engine takes, then its longest."""
     found = []
     length = SHORTEST_BUCKET
-    while length < profile_max.tokens:
-        found.append(length)
+    while length < profile.max.tokens:
+        if length >= profile.min.tokens:
+            found.append(length)
         length *= 2
-    return (*found, profile_max.tokens)
+    return (*found, profile.max.tokens)
 
 
 def engine_config(manifest: Manifest, name: str, *, platform: str, instances: int) -> dict[str, Any]:
@@ -72,13 +73,21 @@ def engine_config(manifest: Manifest, name: str, *, platform: str, instances: in
             {"name": OUTPUTS[0], "data_type": Word("TYPE_FP32"), "dims": [manifest.dimension]},
             {"name": OUTPUTS[1], "data_type": Word("TYPE_FP32"), "dims": [1], "reshape": {"shape": []}},
         ],
-        "instance_group": [{"count": instances, "kind": Word("KIND_GPU" if platform == TENSORRT else "KIND_AUTO")}],
+        "instance_group": [_instances(manifest, platform, instances)],
         "dynamic_batching": {
             "preferred_batch_size": [manifest.profile.max.batch],
             "max_queue_delay_microseconds": MAX_DELAY_US,
         },
         "model_warmup": [warm],
     }
+
+
+def _instances(manifest: Manifest, platform: str, count: int) -> dict[str, Any]:
+    """Copies of the engine; of a plan's profiles Triton takes the one that is nearest to a batch, if all are named."""
+    if platform != TENSORRT or manifest.plan is None:
+        return {"count": count, "kind": Word("KIND_AUTO")}
+    profiles = [str(number) for number in range(len(manifest.plan.profiles))]
+    return {"count": count, "kind": Word("KIND_GPU"), "profile": profiles}
 
 
 def tokenizer_config(manifest: Manifest, name: str) -> dict[str, Any]:
@@ -163,6 +172,16 @@ def write_repository(bundle: Bundle, out: Path, *, name: str, platform: str, ins
             f"--platform tensorrt: {bundle.folder} has {built}, and Triton runs TensorRT's: build one on the GPU "
             "itself (python -m export.trt --target datacenter), or pass --platform onnxruntime"
         )
+    if platform == TENSORRT and manifest.plan is not None and manifest.plan.stripped:
+        raise ConfigError(
+            f"{bundle.folder} has a plan without weights, which nothing puts in within Triton; build it again without "
+            "--strip-weights"
+        )
+    if manifest.profile.min.batch > 1:
+        raise ConfigError(
+            f"{bundle.folder} takes batches of {manifest.profile.min.batch} texts and more, and Triton sends single "
+            "requests; export it again without --min"
+        )
     if out.exists() and not (out / MARK).is_file():
         raise ConfigError(f"--out {out} exists and was not made by this command; name another folder")
     with staged_folder(out) as folder:
@@ -199,7 +218,7 @@ def _write_tokenizer(bundle: Bundle, folder: Path, *, name: str) -> None:
     version = folder / "1"
     version.mkdir(parents=True)
     (version / TOKENIZER).write_bytes(bundle.read(TOKENIZER))
-    contract = {"text": to_json(manifest.text), "buckets": buckets(manifest.profile.max)}
+    contract = {"text": to_json(manifest.text), "buckets": buckets(manifest.profile)}
     (version / CONTRACT).write_text(json.dumps(contract, indent=1) + "\n", encoding="utf-8")
     (version / "model.py").write_text(MODEL, encoding="utf-8")
     (folder / "config.pbtxt").write_text(as_text(tokenizer_config(manifest, name)), encoding="utf-8")

@@ -60,7 +60,8 @@ class Gate:
             width = self.model.hidden_size
             candidate = TrtBackend(content, info, dimension=width, device=device, cuda=cuda, graph=graph)
         except (DeviceMismatchError, MissingExtra) as err:
-            say(f"  the plan was not run ({err}); its graph was compared. On its GPU: python -m export.check BUNDLE")
+            cure = "On its GPU: python -m export.check BUNDLE --device cuda"
+            say(f"  the plan was not run ({err}); its graph was compared. {cure}")
             return []
         with step("comparing the plan with PyTorch"):
             return [self._judge(candidate)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from nvembed_deploy.atomic import write_file
 from nvembed_deploy.backends.bindings import ask
+from nvembed_deploy.errors import EngineError
 from nvembed_deploy.machine import cache_folder
 
 _log = logging.getLogger(__name__)
@@ -30,11 +31,18 @@ class TimingCache:
     def load(self, config: Any, logger: Any) -> None:
         """Gives the builder what is known; a file that TensorRT does not take is left out."""
         content = self.path.read_bytes() if self.path.is_file() else b""
-        cache = ask(logger, "creating the timing cache", config.create_timing_cache, content)
-        if not config.set_timing_cache(cache, False):
+        try:
+            self._give(config, logger, content)
+        except EngineError:
+            if not content:
+                raise
             _log.warning("%s is of another GPU or damaged, and begun anew", self.path)
-            empty = ask(logger, "creating the timing cache", config.create_timing_cache, b"")
-            ask(logger, "setting the timing cache", config.set_timing_cache, empty, False)
+            self._give(config, logger, b"")
+
+    @staticmethod
+    def _give(config: Any, logger: Any, content: bytes) -> None:
+        cache = ask(logger, "creating the timing cache", config.create_timing_cache, content)
+        ask(logger, "setting the timing cache", config.set_timing_cache, cache, False)
 
     def store(self, config: Any) -> None:
         """Keeps what was measured. A cache that cannot be written costs time at the next build, and nothing else."""

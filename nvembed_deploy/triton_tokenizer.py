@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nvembed_deploy.errors import DeployError
+from nvembed_deploy.errors import DeployError, InputError
 from nvembed_deploy.records import from_json
 from nvembed_deploy.text import TextContract, TextEncoder, TokenBatch, TokenRow, check_pooled, check_texts
 
@@ -41,15 +41,17 @@ class TritonPythonModel:
 
         rows: list[list[TokenRow] | DeployError] = []
         for request in requests:
-            texts, instructions = (
-                [
-                    item.decode("utf-8")
-                    for item in backend.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
-                ]
-                for name in ("text", "instruction")
-            )
             try:
+                texts, instructions = (
+                    [
+                        item.decode("utf-8")
+                        for item in backend.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
+                    ]
+                    for name in ("text", "instruction")
+                )
                 rows.append(self._rows(texts, instructions))
+            except UnicodeDecodeError as err:
+                rows.append(InputError(f"a text is not UTF-8 ({err.reason} at byte {err.start}); encode it as UTF-8"))
             except DeployError as err:
                 rows.append(err)
         answers = []

@@ -92,6 +92,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command)
 
 
+PIP_ELSEWHERE = """
+import sys
+from pip._vendor.packaging import markers
+own, version = markers.default_environment, sys.argv[1]
+there = {"python_version": version, "python_full_version": f"{version}.0", "platform_machine": "aarch64"}
+markers.default_environment = lambda: {**own(), **there}
+from pip._internal.cli.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+"""pip chooses wheels by `--python-version`, but judges `python_version < "3.11"` by the Python that it runs on."""
+
+
 def _unpack(archive: Path, work: Path) -> Path:
     with tarfile.open(archive) as tar:
         tar.extractall(work / "device", filter="data")
@@ -104,7 +116,8 @@ def resolve(requirements: Path, version: str, folder: Path) -> dict[str, str]:
     Raises:
         DeployError: A requirement has no wheel there.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-c", PIP_ELSEWHERE, version, "download", "--quiet", "--only-binary=:all:"]
+    command += ["--dest", str(folder)]
     command += ["--python-version", version, "--implementation", "cp", *(f"--platform={item}" for item in PLATFORMS)]
     done = subprocess.run([*command, "-r", str(requirements)], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -74,6 +74,13 @@ def test_one_run(
             4.852,
             2048,
         ),
+        (
+            "tegrastats",
+            "RAM 9000/62800MB (lfb 4x4MB) VDD_GPU_SOC 20300mW/9000mW VDD_CPU_CV 5200mW/5000mW VIN_SYS_5V0 4400mW/40mW "
+            "VDDQ_VDD2_1V8AO 1100mW/1000mW",  # AGX Orin: the board is all of its rails
+            31.0,
+            9000,
+        ),
     ],
 )
 def test_power_is_what_the_vendors_tool_tells(
@@ -89,6 +96,24 @@ def test_power_is_what_the_vendors_tool_tells(
     assert len(meter.readings) > 3
     assert meter.joules == pytest.approx(watts * meter.seconds)
     assert meter.peak_memory_mib == mib
+
+
+def test_a_device_that_tells_one_of_the_two() -> None:
+    assert read_line("35.20, [N/A]") == Reading(35.2, None)  # DGX Spark
+    assert read_line("[N/A], 1024") == Reading(None, 1024.0)
+    assert read_line("[N/A], [N/A]") is None
+    assert read_line("no such device") is None
+
+
+def test_a_jetson_is_asked_by_its_own_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JetPack has nvidia-smi too, which tells nothing there."""
+    for tool, line in (("nvidia-smi", "[N/A], [N/A]"), ("tegrastats", "RAM 2048/7620MB VDD_IN 4852mW/4852mW")):
+        (tmp_path / tool).write_text(f"#!/bin/sh\nwhile true; do echo '{line}'; sleep 0.02; done\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with PowerMeter() as meter:
+        time.sleep(0.3)
+    assert meter.joules == pytest.approx(4.852 * meter.seconds)
 
 
 def test_without_a_tool_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

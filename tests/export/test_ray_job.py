@@ -90,3 +90,12 @@ def test_wrong_rows_and_files_are_named(
     with pytest.raises(SystemExit):
         run(bundle, corpus, tmp_path / "w", "--workers", "0")
     assert ray_job.SHARD_ROWS > 0
+
+
+def test_columns_that_only_some_rows_have_are_kept(tmp_path: Path) -> None:
+    from export.ray_job import _read
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two", "title": "second"}\n')
+    table = _read({"path": str(path), "start": 0, "rows": 2})
+    assert table.to_pydict() == {"text": ["one", "two"], "title": [None, "second"]}

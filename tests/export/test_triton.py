@@ -4,16 +4,17 @@ import importlib.util
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from export.triton import MARK, buckets, main
-from nvembed_deploy import Encoder
-from nvembed_deploy.bundle import Bundle
-from nvembed_deploy.config import Shape
+from export.triton import MARK, buckets, main, write_repository
+from nvembed_deploy import ConfigError, Encoder
+from nvembed_deploy.bundle import PLAN, Bundle, PlanInfo
+from nvembed_deploy.config import Shape, ShapeProfile
 from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.text import TokenBatch
 
@@ -37,15 +38,19 @@ def bundle(repository: Path, bundles: dict[str, Path]) -> Bundle:
 @pytest.fixture(scope="module")
 def configs(repository: Path) -> dict:
     """Each configuration, read by Triton's own message types."""
-    spec = importlib.util.find_spec("tritonclient")
-    if spec is None or importlib.util.find_spec("google.protobuf") is None:
+    if importlib.util.find_spec("tritonclient") is None or importlib.util.find_spec("google.protobuf") is None:
         pytest.skip("tritonclient is not installed: pip install --no-deps tritonclient")
+    return parsed(repository, NAMES)
+
+
+def parsed(repository: Path, names: tuple[str, ...]) -> dict:
     from google.protobuf import text_format
 
+    spec = importlib.util.find_spec("tritonclient")
     # The package around it imports grpc, which nothing here needs.
     path = Path(next(iter(spec.submodule_search_locations))) / "grpc" / "model_config_pb2.py"
     message = runpy.run_path(str(path))["ModelConfig"]
-    return {name: text_format.Parse((repository / name / "config.pbtxt").read_text(), message()) for name in NAMES}
+    return {name: text_format.Parse((repository / name / "config.pbtxt").read_text(), message()) for name in names}
 
 
 def test_configurations_are_tritons(configs: dict, repository: Path) -> None:
@@ -139,21 +144,60 @@ def test_text_in_vector_out_is_the_encoders(model, bundle: Bundle) -> None:
     for (texts, instruction), answer in zip(asked, model.execute([request(*item) for item in asked]), strict=True):
         assert answer.error is None
         parts = {tensor.name: tensor.array for tensor in answer.output_tensors}
-        assert parts["input_ids"].shape[1] in buckets(bundle.manifest.profile.max)
+        assert parts["input_ids"].shape[1] in buckets(bundle.manifest.profile)
         vectors = backend.run(TokenBatch(**parts)).embeddings
         np.testing.assert_allclose(vectors, encoder.encode(texts, instruction=instruction), atol=2e-3)
 
 
 def test_a_bad_request_spoils_no_other(model) -> None:
-    answers = model.execute([request(["the water"]), request(["x"], "long words " * 90), request(["in"])])
-    assert [answer.error is None for answer in answers] == [True, False, True]
+    wrong = request(["x"])
+    wrong.text[0, 0] = b"\xff\xfe"
+    answers = model.execute([request(["the water"]), request(["x"], "long words " * 90), request(["in"]), wrong])
+    assert [answer.error is None for answer in answers] == [True, False, True, False]
+    assert "a text is not UTF-8" in answers[3].error.message
     assert "no token of the text is left to pool" in answers[1].error.message
 
 
 def test_buckets_reach_the_longest_input() -> None:
-    assert buckets(Shape(batch=1, tokens=512)) == (16, 32, 64, 128, 256, 512)
-    assert buckets(Shape(batch=1, tokens=100)) == (16, 32, 64, 100)
-    assert buckets(Shape(batch=1, tokens=8)) == (8,)
+    def of(shortest: int, longest: int) -> tuple[int, ...]:
+        low, high = Shape(batch=1, tokens=shortest), Shape(batch=1, tokens=longest)
+        return buckets(ShapeProfile(min=low, opt=low, max=high))
+
+    assert of(1, 512) == (16, 32, 64, 128, 256, 512)
+    assert of(1, 100) == (16, 32, 64, 100)
+    assert of(1, 8) == (8,)
+    assert of(33, 512) == (64, 128, 256, 512)
+
+
+def test_a_plan_of_tensorrt(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a plan: the files and the configuration around it are what is looked at."""
+    made = Bundle.open(bundles["fp32"])
+    plan = PlanInfo(
+        runtime="tensorrt",
+        version="11.4.0",
+        platform="linux_x86_64",
+        compute_capabilities=("9.0",),
+        profiles=(made.manifest.profile, made.manifest.profile),
+    )
+    bundle = replace(made, manifest=replace(made.manifest, plan=plan))
+    monkeypatch.setattr(
+        Bundle, "read", lambda self, name: b"plan" if name == PLAN else (self.folder / name).read_bytes()
+    )
+    write_repository(bundle, tmp_path / "models", name="nvembed", platform="tensorrt", instances=2)
+    config = (tmp_path / "models" / "nvembed_engine" / "config.pbtxt").read_text()
+    assert 'platform: "tensorrt_plan"' in config
+    assert 'profile: ["0", "1"]' in config
+    assert (tmp_path / "models" / "nvembed_engine" / "1" / "model.plan").read_bytes() == b"plan"
+    if importlib.util.find_spec("tritonclient") is not None:
+        group = parsed(tmp_path / "models", ("nvembed_engine",))["nvembed_engine"].instance_group[0]
+        assert (group.count, list(group.profile)) == (2, ["0", "1"])
+    stripped = replace(bundle, manifest=replace(bundle.manifest, plan=replace(plan, stripped=True)))
+    with pytest.raises(ConfigError, match="a plan without weights"):
+        write_repository(stripped, tmp_path / "other", name="nvembed", platform="tensorrt", instances=1)
+    low = replace(made.manifest.profile, min=Shape(batch=2, tokens=1))
+    many = replace(made, manifest=replace(made.manifest, profile=low))
+    with pytest.raises(ConfigError, match="takes batches of 2 texts and more"):
+        write_repository(many, tmp_path / "other", name="nvembed", platform="onnxruntime", instances=1)
 
 
 def test_a_repository_is_replaced_and_nothing_else_is(
