@@ -52,7 +52,7 @@ CSS = """
 #plane { overflow: visible; padding-bottom: 32px; }
 #times { opacity: 0.75; }
 #engine-card textarea { font-family: monospace; }
-.results { overflow-wrap: anywhere; word-break: normal; }
+.results * { overflow-wrap: anywhere !important; word-break: normal !important; }
 @media (max-width: 640px) { .gradio-container main { padding: 4px !important; } }
 """
 

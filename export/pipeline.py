@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from nvembed_deploy.architecture import Pooling
-from nvembed_deploy.backends.bindings import load_bindings
 from nvembed_deploy.backends.reference import ReferenceBackend
 from nvembed_deploy.bundle import (
     CPU_GRAPH,
@@ -44,7 +43,7 @@ from nvembed_deploy.parity import observe
 from nvembed_deploy.plan_builder import build_plan
 from nvembed_deploy.probes import longest_probe
 from nvembed_deploy.publish import commit, new_bundle
-from nvembed_deploy.targets import BuildOption, local_compute_capability
+from nvembed_deploy.targets import BuildOption, load_runtime, local_compute_capability
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.version import __version__
 
@@ -324,7 +323,7 @@ def _bindings(options: ExportOptions) -> tuple[Any, str]:
             "there",
         )
     try:
-        return load_bindings(target.runtime), ""
+        return load_runtime(target), ""
     except MissingExtra as err:
         return None, str(err)
 

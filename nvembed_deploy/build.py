@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.atomic import free_bytes
-from nvembed_deploy.backends.bindings import load_bindings
 from nvembed_deploy.bundle import GRAPH, PLAN, TOKENIZER, TRUTH, Bundle, Manifest
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.config import Dialect, Shape, ShapeProfile
-from nvembed_deploy.errors import ConfigError, EngineError
+from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.gate import Gate, step
 from nvembed_deploy.machine import available_memory_bytes
 from nvembed_deploy.parity import ParityReport
@@ -33,8 +32,8 @@ from nvembed_deploy.targets import (
     Target,
     capable,
     choose,
+    load_runtime,
     local_compute_capability,
-    version_number,
 )
 from nvembed_deploy.text import TextEncoder
 
@@ -160,13 +159,7 @@ def _bindings(recipe: Target, manifest: Manifest) -> Any:
             f"the bundle's graph is in the fused dialect (opset {manifest.opset}), and --target {recipe.name} parses "
             f"up to opset {recipe.dialect.opset}; export again with --target {recipe.name}"
         )
-    bindings = load_bindings(recipe.runtime)
-    if version_number(bindings.__version__) < version_number(recipe.oldest_runtime):
-        raise EngineError(
-            f"--target {recipe.name} needs {recipe.runtime} {recipe.oldest_runtime} or newer, and "
-            f"{bindings.__version__} is installed; update it, or take another --target"
-        )
-    return bindings
+    return load_runtime(recipe)
 
 
 def _profile(recipe: Target, manifest: Manifest, largest: Shape | None) -> ShapeProfile:

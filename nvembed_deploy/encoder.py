@@ -118,6 +118,12 @@ class Encoder:
         """Tokens of the longest text that the plan takes, special tokens and instruction included."""
         return min(self.manifest.profile.max.tokens, self.manifest.text.max_tokens)
 
+    @property
+    def _usual_tokens(self) -> int:
+        """A plan's kernels were chosen for a batch, which on a large GPU is larger than what is best for a CPU."""
+        profile = self._backend.profile
+        return max(DEFAULT_BATCH_TOKENS, profile.opt.batch * profile.opt.tokens if profile else 0)
+
     def query_prompt(self, instruction: str) -> str:
         """The prompt of a query: the instruction in the model's template, or its own where it takes no instructions."""
         return self._text.query_prompt(instruction)
@@ -154,7 +160,8 @@ class Encoder:
                 (`manifest.source.architecture.matryoshka`).
             max_length: Most tokens of a text, special tokens and prompt included. Default: `self.max_length`.
             batch_size: Most texts of a batch.
-            batch_tokens: Most padded tokens of a batch. Batches hold texts of similar length.
+            batch_tokens: Most padded tokens of a batch (default: 4,096, or what a plan's profile is tuned for). Batches
+                hold texts of similar length.
             normalize: False gives the pooled vectors at their own length.
             truncate: True cuts longer texts at `max_length`, which drops their `</s>` as NVIDIA's code does, and logs
                 how many; False raises instead.
@@ -299,7 +306,7 @@ class Encoder:
         return _Layout(
             width=self._width(dimensions),
             rows=self._limit("batch_size", batch_size, most_rows, most_rows if self._backend.profile else None),
-            tokens=self._limit("batch_tokens", batch_tokens, DEFAULT_BATCH_TOKENS, None),
+            tokens=self._limit("batch_tokens", batch_tokens, self._usual_tokens, None),
             normalize=normalize,
         )
 

@@ -6,11 +6,12 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from nvembed_deploy.backends.bindings import TENSORRT, TENSORRT_RTX, load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
 from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
-from nvembed_deploy.errors import ConfigError, DeviceMismatchError, MissingExtra
+from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError, MissingExtra
 
 DEFAULT_PROFILE = ShapeProfile(
     min=Shape(batch=1, tokens=1), opt=Shape(batch=8, tokens=64), max=Shape(batch=32, tokens=512)
@@ -310,6 +311,22 @@ def choose(name: str) -> Target:
         )
     # The newest dialect that this TensorRT parses, and of those the recipe that is most about this GPU.
     return max(fitting, key=lambda target: (target.dialect.opset, -len(target.compute_capabilities)))
+
+
+def load_runtime(target: Target) -> Any:
+    """The bindings of a target's TensorRT.
+
+    Raises:
+        MissingExtra: It is not installed.
+        EngineError: It is too old.
+    """
+    bindings = load_bindings(target.runtime)
+    if version_number(bindings.__version__) < version_number(target.oldest_runtime):
+        raise EngineError(
+            f"--target {target.name} needs {target.runtime} {target.oldest_runtime} or newer, and "
+            f"{bindings.__version__} is installed; update it, or take another --target"
+        )
+    return bindings
 
 
 def local_compute_capability() -> str | None:

@@ -102,7 +102,7 @@ def test_what_cannot_be_built_is_refused_with_the_reason(
     orin = TARGETS["jetson-orin"]
     with pytest.raises(ConfigError, match=r"fused dialect \(opset 23\), .* parses up to opset 20"):
         build.build(bundles["fp16"], orin)
-    monkeypatch.setattr(build, "load_bindings", lambda name: type("Old", (), {"__version__": "10.0.1"}))
+    monkeypatch.setattr("nvembed_deploy.targets.load_bindings", lambda name: type("Old", (), {"__version__": "10.0.1"}))
     with pytest.raises(EngineError, match=r"needs tensorrt 10\.3 or newer, and 10\.0\.1 is installed; update it"):
         build.build(copy, orin)
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from nvembed_deploy.cli import run, say
 
 OUT = Path("docs") / "app"
 QUERY = "how do I read a CSV file?"
-WIDE, NARROW = {"width": 1100, "height": 1150}, {"width": 390, "height": 844}
+WIDE, NARROW = {"width": 1100, "height": 1150}, {"width": 390, "height": 1500}
 
 
 def take(bundle: Path, collections: Path | None, reference: Path | None, chromium: Path) -> None:
@@ -89,7 +89,7 @@ def _other_views(page: Any) -> None:
 
 def _picture(page: Any, name: str) -> None:
     path = OUT / f"{name}.png"
-    page.screenshot(path=path, full_page=name == "phone")
+    page.screenshot(path=path)
     say(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

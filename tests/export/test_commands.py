@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export import check, options, pipeline, source, to_onnx, trt
+from export import check, options, source, to_onnx, trt
 from export.forecast import forecast, require_room
 from export.state import StoredState
 from nvembed_deploy import Encoder, ExportError, MissingExtra
@@ -91,7 +91,7 @@ def test_without_the_targets_tensorrt(
     def missing(runtime: str) -> None:
         raise MissingExtra(f"{runtime} is not installed here; pip install 'nvembed-deploy[rtx]'")
 
-    monkeypatch.setattr(pipeline, "load_bindings", missing)
+    monkeypatch.setattr("nvembed_deploy.targets.load_bindings", missing)
     assert trt.main(arguments(checkpoint, tmp_path / "b", "--target", "rtx")) == 0
     captured = capsys.readouterr().err
     assert "no engine.plan was built: tensorrt_rtx is not installed here; pip install" in captured
