@@ -33,7 +33,7 @@ from nvembed_deploy.bundle import (
 )
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
-from nvembed_deploy.errors import ExportError, MaskError, MissingExtra, ParityError
+from nvembed_deploy.errors import MaskError, MissingExtra, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.gate import Gate, step
 from nvembed_deploy.machine import peak_memory_bytes, return_large_blocks
@@ -248,18 +248,14 @@ def _quantize(parts: Parts, text: TextEncoder, origin: Source, options: ExportOp
 
 
 def _write_record(record: QuantizationRecord, staging: Path, options: ExportOptions) -> None:
-    """The record, and the picture of its ranking.
-
-    Raises:
-        ExportError: Nothing is quantized.
-    """
+    """The record, and the picture of its ranking."""
     from .quantization_picture import draw_ranking  # matplotlib takes a second to load
 
     if all(item.kept for item in record.groups):
         base = options.precision.base.value
-        raise ExportError(
-            f"no layer of this model can be {options.precision.value} within its bound, so the bundle would be {base} "
-            f"under another name; export with --precision {base}"
+        say(
+            f"  note: no layer can be {options.precision.value} within the bound on these texts, so this bundle is {base} "
+            f"under another name; calibrate on more texts, or export with --precision {base}"
         )
     write_record(record, staging / QUANTIZATION)
     draw_ranking(record, staging / QUANTIZATION_PICTURE)

@@ -183,10 +183,11 @@ class Held:
     def __init__(self, encoder: Encoder) -> None:
         self.inner = encoder._backend
         self.name, self.profile, self.in_flight = self.inner.name, self.inner.profile, 1
-        self.go, self.error = threading.Event(), None
+        self.go, self.entered, self.error = threading.Event(), threading.Event(), None
         self.go.set()
 
     def run(self, batch: TokenBatch) -> Output:
+        self.entered.set()
         assert self.go.wait(30)
         if self.error is not None:
             raise self.error
@@ -210,7 +211,9 @@ def test_a_full_queue_refuses_at_once_whatever_the_size(encoder: Encoder, held: 
     """Requirement 35: within 100 ms, without a look at the texts, health and metrics beside it."""
     with client_of(encoder) as client, ThreadPoolExecutor(4) as pool:
         held.go.clear()
-        taken = [pool.submit(client.post, "/v1/embeddings", json=body(1)) for _ in range(2)]
+        taken = [pool.submit(client.post, "/v1/embeddings", json=body(1))]
+        assert held.entered.wait(20)
+        taken.append(pool.submit(client.post, "/v1/embeddings", json=body(1)))
         _until(lambda: client.get("/metrics").text, "nvembed_waiting_texts 1.0")  # one runs, one waits
         taken.append(pool.submit(client.post, "/v1/embeddings", json=body(7)))
         _until(lambda: client.get("/metrics").text, "nvembed_waiting_texts 8.0")

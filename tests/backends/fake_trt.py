@@ -86,7 +86,7 @@ class FakeCuda:
         return getattr(self._thread, "device", 0)
 
     def find(self, memory: dict[int, np.ndarray], address: int, size: int) -> np.ndarray:
-        base = next((base for base, array in memory.items() if base <= address < base + array.size), 0)
+        base = next((base for base, array in list(memory.items()) if base <= address < base + array.size), 0)
         self.rule(base > 0, f"{address:#x} is no live {'pinned' if memory is self.host else 'device'} memory")
         part = memory[base][address - base : address - base + size]
         self.rule(part.size == size, f"{size} bytes at {address:#x} leave their allocation")
