@@ -254,8 +254,8 @@ def _write_record(record: QuantizationRecord, staging: Path, options: ExportOpti
     if all(item.kept for item in record.groups):
         base = options.precision.base.value
         say(
-            f"  note: no layer can be {options.precision.value} within the bound on these texts, so this bundle is {base} "
-            f"under another name; calibrate on more texts, or export with --precision {base}"
+            f"  note: no layer can be {options.precision.value} within the bound on these texts, so this bundle is "
+            f"{base} under another name; calibrate on more texts, or export with --precision {base}"
         )
     write_record(record, staging / QUANTIZATION)
     draw_ranking(record, staging / QUANTIZATION_PICTURE)
