@@ -14,6 +14,7 @@ EXTRAS ?= export,cpu,openvino,rtx,train,evaluation,serve,app,qdrant,ray,dev
 DATA ?= ../shared/data/eval
 # What builds engines for this machine's GPU: TensorRT-RTX for RTX cards, TensorRT for those it does not build for.
 GPU_RUNTIME ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -qE '^(8\.0|9\.0|10\.|12\.1)' && echo trt || echo rtx)
+GPU_TARGET ?= $(if $(filter trt,$(GPU_RUNTIME)),datacenter,rtx)
 PEERS ?= build/peers
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,7 +40,7 @@ bench: $(READY)
 bench-gpu: $(READY)
 	$(PIP) --editable '.[$(GPU_RUNTIME)]'
 	NVEMBED_GPU=required $(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m export.trt --precision fp16 --out bundles/gpu-fp16
+	$(BIN)/python -m export.trt --precision fp16 --target $(GPU_TARGET) --out bundles/gpu-fp16
 	$(BIN)/python -m engines.bench bundles/gpu-fp16 reference@models/nv-embed-mini --device cuda --out build/gpu-bench.json
 
 check: $(READY)

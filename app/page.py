@@ -274,7 +274,8 @@ class Page:
         try:
             yield from self._add_until(stop, files, name.strip(), progress)
         finally:
-            self._stops.pop(session, None)
+            if self._stops.get(session) is stop:  # another upload of the same session may have begun
+                del self._stops[session]
 
     def _cancel(self, request: gr.Request) -> None:
         if (stop := self._stops.get(str(request.session_hash))) is None:

@@ -29,6 +29,7 @@ class RuntimeCache:
         engine: The plan, loaded.
         path: Their file; a missing one, or one that the runtime does not take, is begun anew.
         logger: See `bindings.make_logger`.
+        bindings: TensorRT-RTX's module, for its enumerations.
     """
 
     def __init__(self, engine: Any, path: Path, logger: Any, bindings: Any) -> None:

@@ -132,8 +132,7 @@ class TrtBackend:
         with self._changed:
             self._idle.append(worker)
             self._changed.notify()
-        if self._kernels is not None:
-            self._keep_kernels((index, shape))
+        self._keep_kernels((index, shape))
         return Output(output.embeddings[:rows], output.norms[:rows])
 
     def _borrow(self) -> _Worker:
