@@ -4,6 +4,7 @@ import gc
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -371,10 +372,18 @@ def test_no_memory_for_a_second_context(opened: Callable, bindings: FakeBindings
     backend = opened()
     assert backend.in_flight == CONTEXTS
     check(backend, 3, 7)
-    bindings.fail["create_execution_context"] = [None] * 99
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda seed: check(backend, *SIZES[seed % len(SIZES)], seed=seed), range(64)))
-    assert backend.in_flight in (1, CONTEXTS)  # CONTEXTS where no two threads ever met
+    bindings.fail["create_execution_context"] = [None]
+    only = backend._borrow()  # another thread is at work
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(check, backend, 2, 90)
+        deadline = time.monotonic() + 20
+        while backend.in_flight > 1:  # the second context was tried, and is not asked for again
+            assert time.monotonic() < deadline
+        assert not second.done()
+        backend._idle.append(only)
+        with backend._changed:
+            backend._changed.notify()
+        second.result(20)
     assert len(bindings.contexts) == 1
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import graph, pipeline, to_onnx
+from export import graph, pipeline, source, to_onnx
 from export.state import StoredState
-from nvembed_deploy import BundleError, Encoder
+from nvembed_deploy import BundleError, CheckpointError, Encoder
 from nvembed_deploy.bundle import WEIGHTS, Bundle, HashedFile, hash_file
 from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
@@ -210,3 +210,22 @@ def test_hashes_that_are_known_are_compared(own: Path, tmp_path: Path, capsys: p
         shard.symlink_to(blobs / name)
         assert to_onnx.main(["--model", str(own), *flags]) == expected
     assert "that of the hub's name for it ffffffffffff" in capsys.readouterr().err
+
+
+def test_a_fine_tuned_models_shards_are_not_called_damaged(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shards have the published sizes and none of the hashes; beside a published shard another one is damaged."""
+    config = read_checkpoint_architecture(checkpoint)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    for name, content in (("a.safetensors", b"one"), ("b.safetensors", b"other")):
+        (tmp_path / name).write_bytes(content)
+    weights = {"weight_map": {"first": "a.safetensors", "second": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(weights))
+    monkeypatch.setattr(source, "KNOWN_SHARDS", {3: "0" * 64, 5: "1" * 64})
+    assert len(source.describe(tmp_path, "mine", None, config).files) == 4
+    published = hash_file(tmp_path / "a.safetensors").sha256
+    monkeypatch.setattr(source, "KNOWN_SHARDS", {3: published, 5: "1" * 64})
+    with pytest.raises(CheckpointError, match=r"b\.safetensors is damaged: .* NV-Embed-v2's shard of this size"):
+        source.describe(tmp_path, "mine", None, config)
