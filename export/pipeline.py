@@ -35,7 +35,7 @@ from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import MaskError, MissingExtra, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
-from nvembed_deploy.gate import Gate, step
+from nvembed_deploy.gate import Gate, step, verdict
 from nvembed_deploy.machine import peak_memory_bytes, return_large_blocks
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredWeights
@@ -340,10 +340,5 @@ def _report(manifest: Manifest, out: Path, *, missing: str, seconds: float) -> N
     if missing:
         say(f"no {PLAN} was built: {missing}. The ONNX bundle is complete and runs on ONNX Runtime.")
     what = f"{manifest.precision.value} bundle" + (" with a plan" if manifest.plan else " without a plan")
-    ran = manifest.plan is not None and any(manifest.plan.runtime in report.candidate for report in manifest.parity)
-    checked = "parity NOT checked (--no-parity)"
-    if manifest.parity:
-        checked = (
-            "parity passed" if ran or manifest.plan is None else "parity of its graph passed, the plan was not run"
-        )
+    checked = verdict(manifest.parity, manifest.plan)
     say(f"done: {what}, {checked}, {seconds:.0f} s, peak memory {peak_memory_bytes() / GIB:.2f} GiB")

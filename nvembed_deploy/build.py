@@ -20,7 +20,7 @@ from nvembed_deploy.bundle import GRAPH, PLAN, TOKENIZER, TRUTH, Bundle, Manifes
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.config import Dialect, Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.gate import Gate, step
+from nvembed_deploy.gate import Gate, step, verdict
 from nvembed_deploy.machine import available_memory_bytes
 from nvembed_deploy.parity import ParityReport
 from nvembed_deploy.plan_builder import add_option_flags, asked_options, build_memory_bytes, build_plan
@@ -143,12 +143,8 @@ def build(
             versions=manifest.versions | {info.runtime: info.version},
         )
         commit(staging, destination, changed, known=known)
-    ran = any(info.runtime in report.candidate for report in reports)
-    checked = "parity NOT checked: the bundle was exported with --no-parity"
-    if reports:
-        checked = "parity passed" if ran else "parity of its graph passed, the plan was not run"
     size = (destination / PLAN).stat().st_size / 1e6
-    say(f"done: {PLAN} {size:.1f} MB for {recipe.name}, {checked}, {time.monotonic() - started:.0f} s")
+    say(f"done: {PLAN} {size:.1f} MB for {recipe.name}, {verdict(reports, info)}, {time.monotonic() - started:.0f} s")
     return destination
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,15 @@ class Gate:
         report = compare(self.truth, candidate, self.text, precision=self.precision, largest=self.largest)
         say(f"  {report.summary()}")
         return require(report)
+
+
+def verdict(reports: Sequence[ParityReport], info: PlanInfo | None) -> str:
+    """What the reports say of a bundle, in words: a graph that passed is no plan that ran."""
+    if not reports:
+        return "parity NOT checked: the bundle was exported with --no-parity"
+    if info is None or any(info.runtime in report.candidate for report in reports):
+        return "parity passed"
+    return "parity of its graph passed, the plan was not run"
 
 
 @contextmanager
