@@ -24,7 +24,7 @@ from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.jsonl import read_rows
 from nvembed_deploy.probes import INSTRUCTION
 from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order, library_files, topic_pairs
-from nvembed_deploy.text import TextEncoder, TokenRow, check_texts
+from nvembed_deploy.text import TextEncoder, TokenBatch, TokenRow, check_texts
 
 from .linear_groups import LinearGroup
 from .parts import Parts
@@ -170,6 +170,14 @@ def texts_sha256(rows: Sequence[TokenRow]) -> str:
     return digest.hexdigest()
 
 
+def in_batches(text: TextEncoder, rows: Sequence[TokenRow]) -> tuple[list[int], list[TokenBatch]]:
+    """Padded batches of like length, and the rows' numbers in their order."""
+    order = list(plan_batches([len(row) for row in rows], max_rows=64, max_tokens=BATCH_TOKENS))
+    return [index for batch in order for index in batch], [
+        text.pad([rows[index] for index in batch]) for batch in order
+    ]
+
+
 class Collector:
     """Keeps the ranges and some rows of what groups of layers read, while a model runs over batches of rows.
 
@@ -181,8 +189,7 @@ class Collector:
 
     def __init__(self, parts: Parts, text: TextEncoder, rows: Sequence[TokenRow]) -> None:
         self.parts = parts
-        order = list(plan_batches([len(row) for row in rows], max_rows=64, max_tokens=BATCH_TOKENS))
-        self.batches = [text.pad([rows[index] for index in indices]) for indices in order]
+        _, self.batches = in_batches(text, rows)
         total = sum(map(len, rows))
         chosen = torch.zeros(total, dtype=torch.bool)
         generator = np.random.default_rng(SEED)

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -109,7 +109,15 @@ def trace(
     return program.model
 
 
-def write(model: ir.Model, state: State, folder: Path, *, name: str, reference: bool = False) -> dict[str, FileEntry]:
+def write(
+    model: ir.Model,
+    state: State,
+    folder: Path,
+    *,
+    name: str,
+    reference: bool = False,
+    reached: Callable[[Path, int], None] | None = None,
+) -> dict[str, FileEntry]:
     """Writes the weights block by block, then the graph that refers to them.
 
     Args:
@@ -119,6 +127,7 @@ def write(model: ir.Model, state: State, folder: Path, *, name: str, reference: 
         name: File name of the graph.
         reference: Leave weights where they lie if their bytes are what the graph takes: the graph then refers to the
             checkpoint's files, which are linked into the folder, and turns matrices itself.
+        reached: Called behind each tensor with the file that it was read from and the offset of its end.
 
     Returns:
         Size and hash of the weights' file, and of none but it.
@@ -152,6 +161,9 @@ def write(model: ir.Model, state: State, folder: Path, *, name: str, reference: 
             for block in _blocks(value, state):
                 file.write(block)
                 bar.update(len(block))
+            place = state.place(str(value.name))
+            if reached is not None and place is not None:
+                reached(place.path, place.offset + place.bytes)
             _refer(value, WEIGHTS, offset, file.size - offset, folder)
     ir.save(model, folder / name)
     return {WEIGHTS: file.entry()}

@@ -38,7 +38,7 @@ from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.gate import Gate, step, verdict
 from nvembed_deploy.machine import peak_memory_bytes, return_large_blocks
 from nvembed_deploy.model.nvembed import NVEmbed
-from nvembed_deploy.model.weights import StoredWeights
+from nvembed_deploy.model.weights import StoredWeights, weight_files
 from nvembed_deploy.parity import observe
 from nvembed_deploy.plan_builder import build_plan
 from nvembed_deploy.probes import longest_probe
@@ -55,6 +55,7 @@ from .forecast import GIB, Forecast, forecast, require_room
 from .formats import FORMATS
 from .graph import check, trace, write
 from .options import ExportOptions
+from .pace import Pace
 from .parts import Parts, folded_form
 from .qdq import insert
 from .quantization import (
@@ -98,11 +99,12 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
     bindings, missing = _bindings(options) if plan else (None, "")
     needed = forecast(weights, options, plan=bindings is not None)
     say(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needed}")
-    with new_bundle(options.out) as staging:
+    streamed = () if options.runs_model or options.reference else tuple(weight_files(folder))
+    with new_bundle(options.out) as staging, Pace(streamed) as pace:
         require_room(needed, options.out, force=options.force)
         _note_small_gpus(needed, options)
         name = options.model if revision else Path(options.model).resolve().name
-        hashing = InBackground(lambda: source.describe(folder, name, revision, config))
+        hashing = InBackground(lambda: source.describe(folder, name, revision, config, pace))
         tokenizer = (folder / "tokenizer.json").read_bytes()
         (staging / TOKENIZER).write_bytes(tokenizer)
         text = TextEncoder(tokenizer, contract)
@@ -122,7 +124,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                 wide = _probe(parts, text, options)
         record = record and keep_wide(record, wide)
         while True:
-            opset, known = _write_graphs(options, weights, parts, record, staging, wide)
+            opset, known = _write_graphs(options, weights, parts, record, staging, wide, pace)
             try:
                 reports = gate.graphs(staging) if gate is not None else []
                 break
@@ -280,6 +282,7 @@ def _write_graphs(
     record: QuantizationRecord | None,
     staging: Path,
     wide: frozenset[str],
+    pace: Pace,
 ) -> tuple[int, dict[str, FileEntry]]:
     """Writes what the engine is built from, and what CPUs run where that is not for them.
 
@@ -297,7 +300,8 @@ def _write_graphs(
     for path in (staging / name for name in (GRAPH, CPU_GRAPH, WEIGHTS)):  # of an attempt that did not pass
         path.unlink(missing_ok=True)
     with step("writing the weights"):
-        known = write(traced, folding.result(), staging, name=GRAPH, reference=options.reference)
+        known = write(traced, folding.result(), staging, name=GRAPH, reference=options.reference, reached=pace.reached)
+        pace.release()
         if quantized is not None:
             quantized.close()
     with step("checking the graph"):

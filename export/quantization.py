@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,10 +28,10 @@ from nvembed_deploy.probes import probe_rows
 from nvembed_deploy.records import from_json, to_json
 from nvembed_deploy.text import TextEncoder, TokenRow
 
-from .calibration import Collector, Inputs, pack, texts_sha256, unpack
+from .calibration import Collector, Inputs, in_batches, pack, texts_sha256, unpack
 from .formats import FORMATS, Format
 from .linear_groups import LinearGroup, linear_groups, smooth, weight_of
-from .parts import Parts, part_of
+from .parts import Parts, Watch, part_of, unwatched
 from .qdq import CODES, SCALE
 
 EXPONENTS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -40,6 +40,8 @@ SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 RANKING_TOKENS = 1024
 """Tokens of calibration text that rank the groups, beside the gate's shorter probes."""
 RANKING_LONGEST = 128
+SEARCHED_OUTPUTS = 3072
+"""Most outputs of a layer that the search of scales computes; a 7 B model's have up to 32,768."""
 STREAMED_TRIES = 16
 MARGIN = 0.25
 """Part of the gate's allowance that is kept for what differs between this simulation and the engine."""
@@ -111,7 +113,7 @@ def quantize(
     number = FORMATS[precision]
     groups = linear_groups(parts.model)
     ranking, probes = _ranking_rows(text, rows, longest), probe_rows(text, longest)[1]
-    before = parts.embed(text, probes)
+    before = _embed(parts, text, probes)
     records = _search_all(parts, groups, Collector(parts, text, rows), number)
     if parts.streamed:
         costs = {record.name: record.error for record in records if not record.kept}
@@ -282,7 +284,7 @@ def read_record(path: Path, *, precision: Precision, model_sha256: str, texts: s
 
 def _search(model: NVEmbed, group: LinearGroup, seen: Inputs, number: Format) -> GroupRecord:
     """The exponent and the share with the smallest error; a group that does not fit the format is kept."""
-    weights = [weight_of(model, name) for name in group.linears]
+    weights = [_some_outputs(weight_of(model, name)) for name in group.linears]
     unsmoothed = GroupRecord(
         name=group.name,
         linears=group.linears,
@@ -313,6 +315,13 @@ def _search(model: NVEmbed, group: LinearGroup, seen: Inputs, number: Format) ->
             if error < best.error:
                 best = replace(best, exponent=exponent, share=share, input_scale=scale, error=error)
     return best
+
+
+def _some_outputs(weight: Tensor) -> Tensor:
+    """Rows of a weight [N, K] from its whole length: an error's mean needs no more, and each has scales of its own."""
+    if len(weight) <= SEARCHED_OUTPUTS:
+        return weight
+    return weight[torch.linspace(0, len(weight) - 1, SEARCHED_OUTPUTS).long()]
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
@@ -359,21 +368,26 @@ def _ranking_rows(text: TextEncoder, rows: Sequence[TokenRow], longest: int) -> 
     return chosen
 
 
-def simulation(
-    model: NVEmbed, records: Sequence[GroupRecord], number: Format
-) -> Callable[[str], AbstractContextManager[None]]:
+def simulation(model: NVEmbed, records: Sequence[GroupRecord], number: Format) -> Watch:
     """`simulated` for each part while it is in memory."""
     return lambda part: simulated(model, [item for item in records if part_of(item.name) == part], number)
+
+
+def _embed(parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], *, watch: Watch = unwatched) -> Tensor:
+    """float32 [N, D] of rows, many at a time: reading a wide model's weights takes longer than computing a row."""
+    order, batches = in_batches(text, rows)
+    found = parts.forward(batches, watch=watch, what="embedding, layer by layer")
+    return found[torch.tensor(order).argsort()]
 
 
 def _rank(
     parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], candidates: Sequence[GroupRecord], number: Format
 ) -> dict[str, float]:
     """What quantizing each group alone costs."""
-    truth = parts.embed(text, rows)
+    truth = _embed(parts, text, rows)
     costs = {}
     for record in tqdm(candidates, desc="ranking groups", unit="group", disable=None, leave=False):
-        found = parts.embed(text, rows, watch=simulation(parts.model, [record], number))
+        found = _embed(parts, text, rows, watch=simulation(parts.model, [record], number))
         costs[record.name] = 1 - float((truth * found).sum(dim=1).mean())
     return costs
 
@@ -393,7 +407,7 @@ def _keep_until_it_holds(
     for kept in (*range(0, len(worst_first), step), len(worst_first)):
         names = {item.name for item in worst_first[:kept]}
         taken = [item for item in worst_first if item.name not in names]
-        cosines = (truth * parts.embed(text, probes, watch=simulation(parts.model, taken, number))).sum(dim=1)
+        cosines = (truth * _embed(parts, text, probes, watch=simulation(parts.model, taken, number))).sum(dim=1)
         if all(
             1 - float(found) <= (1 - bound) * (1 - MARGIN)
             for found, bound in ((cosines.min(), tolerance.min_cosine), (cosines.mean(), tolerance.min_mean_cosine))

@@ -14,6 +14,8 @@ from nvembed_deploy.family import FAMILY, Relative
 from nvembed_deploy.model.weights import weight_files
 from nvembed_deploy.text import TextContract, parse_tokenizer
 
+from .pace import Pace
+
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ("*.json", "*.safetensors")
 """No code and no pickles: neither is ever needed."""
@@ -66,18 +68,25 @@ def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
     return path, path.name
 
 
-def describe(folder: Path, name: str, revision: str | None, config: ModelConfig) -> Source:
+def describe(folder: Path, name: str, revision: str | None, config: ModelConfig, pace: Pace | None = None) -> Source:
     """Hashes the checkpoint's files, which for a large one takes as long as reading it.
 
     What is known of them is compared: NVIDIA's published hashes, a list that lies beside them, and the hub's cache,
     whose files have their hash for a name.
+
+    Args:
+        folder: The checkpoint.
+        name: What the user calls it.
+        revision: Commit of the hub repository.
+        config: Its architecture.
+        pace: Another reader of the weights' files that hashing must not leave behind.
 
     Raises:
         CheckpointError: A file has another hash than it should.
     """
     listed = _listed_hashes(folder)
     paths = (folder / "config.json", folder / "tokenizer.json", *weight_files(folder))
-    files = {path.name: hash_file(path) for path in paths}
+    files = {path.name: hash_file(path, before=pace.wait if pace else None) for path in paths}
     # A fine-tuned model has shards of the same sizes: only beside a published shard must the others be published ones.
     is_published = any(entry.sha256 in KNOWN_SHARDS.values() for entry in files.values())
     for path in paths:

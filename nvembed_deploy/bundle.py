@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -288,13 +289,22 @@ def bundle_folder(path: str | Path) -> Path:
     return folder.resolve()
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file."""
+def hash_file(path: Path, *, before: Callable[[Path, int], None] | None = None) -> FileEntry:
+    """Size and SHA-256 of a file.
+
+    Args:
+        path: The file.
+        before: Called with the file and the offset before each chunk is read.
+    """
     digest, size = hashlib.sha256(), 0
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
+            while True:
+                if before is not None:
+                    before(path, size)
+                if not (count := file.readinto(buffer)):
+                    break
                 digest.update(buffer[:count])
                 size += count
     except OSError as err:

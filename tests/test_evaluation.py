@@ -1,6 +1,7 @@
 """Evaluation: mteb's own smoke test, who is instructed, local data, and parity on the built-in tasks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.__main__ import main
 from nvembed_deploy.evaluation.built_in import built_in_tasks
-from nvembed_deploy.evaluation.compare import TOLERANCES, compare, tolerance_of
+from nvembed_deploy.evaluation.compare import TOLERANCES, Comparison, TaskResult, as_table, compare, tolerance_of
 from nvembed_deploy.evaluation.instructions import OFFICIAL, QUESTION, instruction_for
 from nvembed_deploy.evaluation.model import MtebModel
+from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.reference import ReferenceEncoder
 from nvembed_deploy.evaluation.tasks import folder_tasks
 from tests.conftest import ROOT
@@ -73,6 +75,25 @@ def test_another_checkpoint_is_refused(bundles: dict[str, Path], tmp_path: Path)
     other = make_checkpoint(tmp_path / "other", seed=5)
     with pytest.raises(ConfigError, match="is not what the bundle was made from"):
         ReferenceEncoder(other, like=Encoder(bundles["fp32"], device="cpu"))
+
+
+def test_the_makers_scores_stand_beside_the_reference() -> None:
+    known = published_scores("nvidia/NV-Embed-v2")
+    assert len(known) == 56
+    assert set(published_scores("NV-Embed-v1")) < set(known)
+    assert published_scores("my-own-NV-Embed-v2-tuned") == {}
+    assert sum(known.values()) / len(known) == pytest.approx(72.31, abs=0.005)  # the mean that NVIDIA gives
+    rows = [
+        TaskResult(task=name, kind="Retrieval", size=500, reference=80.1, engine=80.1, tolerance=0.1, published=score)
+        for name, score in (("SciFact", known["SciFact"]), ("Mine", None))
+    ]
+    comparison = Comparison(
+        bundle="NV-Embed-v2", precision=Precision.FP16, reference="", engine="", revision="", results=(), versions={}
+    )
+    first, second = as_table(replace(comparison, results=tuple(rows))).splitlines()[2:]
+    assert first.endswith("| 0.100 | 80.13 |")
+    assert second.endswith("| 0.100 | - |")
+    assert "published" not in as_table(replace(comparison, results=(rows[1],)))
 
 
 def test_small_tasks_get_room_for_their_noise() -> None:

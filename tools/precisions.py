@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from export.graph import DTYPES
 from export.options import default_model
-from nvembed_deploy.bundle import GRAPH, PLAN, QUANTIZATION, WEIGHTS, Bundle
+from nvembed_deploy.bundle import GRAPH, PLAN, QUANTIZATION, WEIGHTS, Bundle, Manifest
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
 from nvembed_deploy.encoder import Encoder
@@ -73,6 +74,7 @@ def measure(precision: Precision, folder: Path) -> dict[str, Any]:
         "export_peak_gib": float(told[1]),
         "plan_bytes": manifest.files[PLAN].bytes if manifest.plan else None,
         "graph_bytes": manifest.files[GRAPH].bytes + manifest.files[WEIGHTS].bytes,
+        "matrix_bytes": manifest.files[WEIGHTS].bytes - _embedding_bytes(manifest),
         "kept_groups": kept,
         "min_cosine": report.min_cosine,
         "mean_cosine": report.mean_cosine,
@@ -83,7 +85,13 @@ def measure(precision: Precision, folder: Path) -> dict[str, Any]:
     }
 
 
-def score(folder: Path, tasks: list[LocalTask]) -> dict[str, list[dict[str, Any]]]:
+def _embedding_bytes(manifest: Manifest) -> int:
+    """Token embeddings are never quantized; all else of the weights' file is matrices, and norms of a few kilobytes."""
+    model = manifest.source.architecture
+    return model.vocab_size * model.hidden_size * DTYPES[manifest.precision.base].itemsize
+
+
+def score(folder: Path, tasks: list[LocalTask]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """MTEB's scores of every precision's bundle against PyTorch.
 
     Args:
@@ -91,14 +99,16 @@ def score(folder: Path, tasks: list[LocalTask]) -> dict[str, list[dict[str, Any]
         tasks: What to run.
 
     Returns:
-        Precision to its tasks: name, type, size, both scores and the tolerance, in points.
+        Precision to its tasks: name, type, size, both scores and the tolerance, in points; and versions.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     wanted: dict[str, float] | None = None
+    versions: dict[str, str] = {}
     for precision in Precision:
         say(f"scoring {precision.value}")
         encoder = Encoder(folder / precision.value, device="cpu", backend="onnxruntime")
         result = compare(encoder, ReferenceEncoder(default_model(), like=encoder), tasks, wanted=wanted)
+        versions = result.versions
         wanted = {item.task: item.reference for item in result.results}
         found[precision.value] = [
             {
@@ -111,7 +121,7 @@ def score(folder: Path, tasks: list[LocalTask]) -> dict[str, list[dict[str, Any]
             }
             for item in result.results
         ]
-    return found
+    return found, versions
 
 
 def main() -> int:
@@ -126,7 +136,7 @@ def main() -> int:
         for precision in Precision:
             say(f"measuring {precision.value}")
             rows.append(measure(precision, Path(folder)))
-        scores = score(Path(folder), tasks)
+        scores, versions = score(Path(folder), tasks)
     cut = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
     record = {
         "command": f"python -m tools.precisions --data {flags.data}{cut}",
@@ -134,6 +144,7 @@ def main() -> int:
         "machine": f"{describe_machine()}, no GPU",
         "rows": rows,
         "scores": scores,
+        "score_versions": versions,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     say(f"done: {RESULTS.relative_to(ROOT)}; now python -m tools.readme")

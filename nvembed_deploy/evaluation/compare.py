@@ -15,6 +15,7 @@ from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.evaluation.model import MtebModel, revision
+from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.tasks import LocalTask
 
 TOLERANCES: dict[Precision, float] = {
@@ -43,6 +44,8 @@ class TaskResult:
     reference: float
     engine: float
     tolerance: float
+    published: float | None = None
+    """What the model's makers published; see `published.py`."""
 
     @property
     def difference(self) -> float:
@@ -109,6 +112,7 @@ def compare(
         wanted = scores(reference, own)
     say(f"  {len(own)} tasks on {encoder.backend} ...")
     found = scores(encoder, own)
+    published = published_scores(encoder.manifest.source.name)
     precision = encoder.manifest.precision
     return Comparison(
         bundle=encoder.manifest.source.name,
@@ -124,6 +128,7 @@ def compare(
                 reference=wanted[item.task.metadata.name],
                 engine=found[item.task.metadata.name],
                 tolerance=tolerance_of(precision, item.size),
+                published=published.get(item.task.metadata.name),
             )
             for item in tasks
         ),
@@ -132,15 +137,17 @@ def compare(
 
 
 def as_table(comparison: Comparison) -> str:
-    """The results as Markdown."""
+    """The results as Markdown; with the makers' own scores where there are some."""
+    known = any(item.published is not None for item in comparison.results)
     lines = [
-        "| task | type | size | PyTorch fp32 | engine | difference | tolerance |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| task | type | size | PyTorch fp32 | engine | difference | tolerance |" + " published |" * known,
+        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * known,
     ]
     for item in comparison.results:
         mark = "" if item.passed else " **beyond**"
         lines.append(
             f"| {item.task} | {item.kind} | {item.size or '?'} | {item.reference:.3f} | {item.engine:.3f} | "
             f"{item.difference:+.3f}{mark} | {item.tolerance:.3f} |"
+            + ("" if not known else " - |" if item.published is None else f" {item.published:.2f} |")
         )
     return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
-from export import source
+from export import quantization, source
 from export.calibration import CalibrationText, Collector, built_in_texts, pack, read_texts, tokenize, unpack
 from export.cpu_graph import write_cpu_graph
 from export.formats import FORMATS, rounded_scale
@@ -131,6 +131,19 @@ def test_smoothing_changes_nothing(checkpoint: Path, text: TextEncoder, fold: bo
         smooth(model, group, group.tie(torch.rand(width, generator=generator) * 3 + 0.3))
         assert not torch.equal(weight, model.get_parameter(f"{group.linears[0]}.weight"))
     assert (Parts(model).embed(text, rows) - before).abs().max() < 2e-6
+
+
+def test_rows_in_batches_are_rows_alone(plain: NVEmbed, text: TextEncoder) -> None:
+    rows = probe_rows(text, LONGEST)[1]
+    alone, together = Parts(plain).embed(text, rows), quantization._embed(Parts(plain), text, rows)
+    assert (alone - together).abs().max() < 2e-6
+
+
+def test_the_search_computes_some_of_many_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.arange(10.0)[:, None].expand(10, 4)
+    assert quantization._some_outputs(weight) is weight
+    monkeypatch.setattr(quantization, "SEARCHED_OUTPUTS", 4)
+    assert quantization._some_outputs(weight)[:, 0].tolist() == [0, 3, 6, 9]
 
 
 def collected(model: NVEmbed, groups: Sequence[LinearGroup], text: TextEncoder, rows: list[TokenRow]) -> dict:

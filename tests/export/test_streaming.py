@@ -6,6 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export import graph, pipeline, source, to_onnx
+from export.pace import Pace
 from export.state import StoredState
 from nvembed_deploy import BundleError, CheckpointError, Encoder
 from nvembed_deploy.bundle import WEIGHTS, Bundle, HashedFile, hash_file
@@ -30,6 +34,13 @@ TEXTS = ["the water over the passage", "a", "question and answer " * 9]
 def export(checkpoint: Path, out: Path, *flags: str) -> Path:
     assert to_onnx.main(["--model", str(checkpoint), "--out", str(out), "--max", "4x64", *flags]) == 0
     return out
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def vectors(bundle: Path) -> np.ndarray:
@@ -229,3 +240,53 @@ def test_a_fine_tuned_models_shards_are_not_called_damaged(
     monkeypatch.setattr(source, "KNOWN_SHARDS", {3: published, 5: "1" * 64})
     with pytest.raises(CheckpointError, match=r"b\.safetensors is damaged: .* NV-Embed-v2's shard of this size"):
         source.describe(tmp_path, "mine", None, config)
+
+
+def test_hashing_stays_near_the_writer(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        path.write_bytes(bytes(100))
+    seen: list[tuple[str, int]] = []
+    with Pace(paths, ahead=50) as pace:
+
+        def read() -> None:
+            for path in paths:
+                for offset in range(0, 100, 20):
+                    pace.wait(path, offset)
+                    seen.append((path.name, offset))
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        wait_until(lambda: len(seen) == 3)
+        time.sleep(0.05)
+        assert seen == [("a", 0), ("a", 20), ("a", 40)]
+        pace.reached(paths[0], 90)
+        wait_until(lambda: len(seen) == 8)
+        time.sleep(0.05)
+        assert seen[-1] == ("b", 40)  # 140 of 200: 50 ahead of 90
+        pace.wait(tmp_path / "config.json", 10**9)  # a file that only one of them reads
+        assert thread.is_alive()
+    thread.join(timeout=5)
+    assert seen[-1] == ("b", 80)
+
+
+def test_the_writer_tells_hashing_how_far_it_is(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no byte ahead allowed, hashing ends only since the writer and then the export let it."""
+    waits: list[tuple[str, int]] = []
+
+    class Slow(Pace):
+        def __init__(self, paths: Sequence[Path]) -> None:
+            super().__init__(paths, ahead=0)
+
+        def reached(self, path: Path, offset: int) -> None:
+            waits.append((path.name, offset))
+            super().reached(path, offset)
+
+    monkeypatch.setattr(pipeline, "Pace", Slow)
+    made = export(checkpoint, tmp_path / "made", "--precision", "fp16", "--no-parity")
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    assert waits == sorted(waits)
+    assert {name for name, _ in waits} == {path.name for path in shards}
+    assert all(Bundle.open(made).manifest.source.files[path.name] == hash_file(path) for path in shards)
