@@ -4,7 +4,7 @@ Per group of layers that read one tensor: SmoothQuant's exponent and the share o
 covers are searched for the smallest error of the layers' outputs. Then every group alone is quantized in the model and
 ranked by what that costs, in cosine on real text; the worst stay in the base precision until the gate's bound holds.
 
-A model that is streamed is ranked by those errors instead: a run for each group would read it a hundred times.
+A large model, or one that is streamed, is ranked by those errors instead: a run for each group would take hours.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ RANKING_TOKENS = 1024
 RANKING_LONGEST = 128
 SEARCHED_OUTPUTS = 3072
 """Most outputs of a layer that the search of scales computes; a 7 B model's have up to 32,768."""
-STREAMED_TRIES = 16
+RANKED_PARAMETERS = 300_000_000
+"""Most of a model whose groups are ranked by one run each."""
+LARGE_TRIES = 16
+"""Most sets of kept groups that are tried for a large model."""
 MARGIN = 0.25
 """Part of the gate's allowance that is kept for what differs between this simulation and the engine."""
 FLOOR = 1e-5
@@ -115,7 +118,7 @@ def quantize(
     ranking, probes = _ranking_rows(text, rows, longest), probe_rows(text, longest)[1]
     before = _embed(parts, text, probes)
     records = _search_all(parts, groups, Collector(parts, text, rows), number)
-    if parts.streamed:
+    if _is_large(parts):
         costs = {record.name: record.error for record in records if not record.kept}
     else:
         candidates = [record for record in records if not record.kept]
@@ -131,6 +134,10 @@ def quantize(
         tokens=sum(map(len, rows)),
         groups=tuple(records),
     )
+
+
+def _is_large(parts: Parts) -> bool:
+    return parts.streamed or sum(item.numel() for item in parts.model.parameters()) > RANKED_PARAMETERS
 
 
 def _search_all(parts: Parts, groups: Sequence[LinearGroup], collector: Collector, number: Format) -> list[GroupRecord]:
@@ -402,8 +409,7 @@ def _keep_until_it_holds(
 ) -> list[GroupRecord]:
     tolerance = TOLERANCES[number.precision]
     worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.cost)
-    # A streamed model is read anew for each try.
-    step = max(1, len(worst_first) // STREAMED_TRIES) if parts.streamed else 1
+    step = max(1, len(worst_first) // LARGE_TRIES) if _is_large(parts) else 1
     for kept in (*range(0, len(worst_first), step), len(worst_first)):
         names = {item.name for item in worst_first[:kept]}
         taken = [item for item in worst_first if item.name not in names]

@@ -146,6 +146,16 @@ def test_the_search_computes_some_of_many_outputs(monkeypatch: pytest.MonkeyPatc
     assert quantization._some_outputs(weight)[:, 0].tolist() == [0, 3, 6, 9]
 
 
+def test_a_large_model_is_ranked_by_its_errors(
+    plain: NVEmbed, text: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "RANKED_PARAMETERS", 0)
+    rows = tokenize(built_in_texts(), text, tokens=500)
+    record = quantize(Parts(copy.deepcopy(plain)), text, rows, Precision.INT8, model_sha256="m", longest=LONGEST)
+    assert [item.cost for item in record.groups] == [item.error for item in record.groups]
+    assert all(item.cost > 0 for item in record.groups)
+
+
 def collected(model: NVEmbed, groups: Sequence[LinearGroup], text: TextEncoder, rows: list[TokenRow]) -> dict:
     collector = Collector(Parts(model), text, rows)
     with collector.watching(groups) as seen:
