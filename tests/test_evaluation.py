@@ -22,7 +22,7 @@ from nvembed_deploy.evaluation.instructions import OFFICIAL, QUESTION, instructi
 from nvembed_deploy.evaluation.model import MtebModel
 from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.reference import ReferenceEncoder
-from nvembed_deploy.evaluation.tasks import folder_tasks
+from nvembed_deploy.evaluation.tasks import folder_tasks, reranking_data
 from tests.conftest import ROOT
 
 MINI = ROOT / "models" / "nv-embed-mini"
@@ -94,6 +94,21 @@ def test_the_makers_scores_stand_beside_the_reference() -> None:
     assert first.endswith("| 0.100 | 80.13 |")
     assert second.endswith("| 0.100 | - |")
     assert "published" not in as_table(replace(comparison, results=(rows[1],)))
+
+
+def test_candidates_of_several_queries_are_embedded_once() -> None:
+    rows = [
+        {"query": "a", "positive": ["one"], "negative": ["two", "one"]},
+        {"query": "b", "positive": ["two"], "negative": ["one", "three"]},
+    ]
+    data = reranking_data(rows)["default"]["test"]
+    texts = {row["id"]: row["text"] for row in data["corpus"]}
+    assert sorted(texts.values()) == ["one", "one", "three", "two"]
+    assert [[texts[name] for name in data["top_ranked"][query]] for query in ("q0", "q1")] == [
+        ["one", "two", "one"],
+        ["two", "one", "three"],
+    ]
+    assert [[texts[name] for name in data["relevant_docs"][query]] for query in ("q0", "q1")] == [["one"], ["two"]]
 
 
 def test_small_tasks_get_room_for_their_noise() -> None:
@@ -204,7 +219,8 @@ def test_parity_of_the_embedded_model(tmp_path: Path) -> None:
     }  # fmt: skip
     wanted = None
     for precision in ("fp32", "fp16", "int8"):
-        assert export(["--precision", precision, "--out", str(tmp_path / precision), "--model", str(MINI)]) == 0
+        out, fewer = tmp_path / precision, ["--calibration-tokens", "4096"]
+        assert export(["--precision", precision, "--out", str(out), "--model", str(MINI), *fewer]) == 0
         encoder = Encoder(tmp_path / precision, device="cpu")
         comparison = compare(encoder, ReferenceEncoder(MINI, like=encoder), tasks, wanted=wanted)
         wanted = {item.task: item.reference for item in comparison.results}

@@ -26,7 +26,7 @@ QUERIES = 500
 """A score is a mean over so many, so that one of them counts for 0.2 points."""
 PASSAGES = 600
 CANDIDATES = 3
-CHARS = 160
+CHARS = 120
 """Of a text: a minute for both sides on two cores."""
 CLASS_TEXTS = 60
 """Of each class: a third to learn from, the rest to test on."""

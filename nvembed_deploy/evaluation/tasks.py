@@ -194,13 +194,20 @@ def retrieval_data(
 
 
 def reranking_data(rows: Rows) -> dict[str, Any]:
-    """For reranking: each query's own candidates."""
+    """For reranking: each query's own candidates; one that several queries have is in the corpus once."""
     corpus, queries, judged, ranked = [], [], {}, {}
+    known: dict[str, str] = {}
     for number, row in enumerate(rows):
         query = f"q{number}"
         candidates = [(text, 1) for text in row["positive"]] + [(text, 0) for text in row["negative"]]
-        names = [f"{query}-{place}" for place in range(len(candidates))]
-        corpus += [{"id": name, "text": text} for name, (text, _) in zip(names, candidates, strict=True)]
+        names: list[str] = []
+        for place, (text, _) in enumerate(candidates):
+            name = known.get(text, "")
+            if not name or name in names:  # twice among a query's own candidates, it counts twice
+                name = f"{query}-{place}"
+                corpus.append({"id": name, "text": text})
+            known.setdefault(text, name)
+            names.append(name)
         queries.append({"id": query, "text": row["query"]})
         judged[query] = {name: relevant for name, (_, relevant) in zip(names, candidates, strict=True) if relevant}
         ranked[query] = names
