@@ -27,7 +27,7 @@ QUERIES = 500
 PASSAGES = 600
 CANDIDATES = 3
 CHARS = 120
-"""Of a text: a minute for both sides on two cores."""
+"""Of a text: enough to tell it from others, and short, since PyTorch embeds it on a CPU as well."""
 CLASS_TEXTS = 60
 """Of each class: a third to learn from, the rest to test on."""
 CLUSTERS, CLUSTER_TEXTS = ("email", "tkinter", "unittest"), 170

@@ -274,19 +274,19 @@ def test_the_writer_tells_hashing_how_far_it_is(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With no byte ahead allowed, hashing ends only since the writer and then the export let it."""
-    waits: list[tuple[str, int]] = []
+    told: list[tuple[str, int]] = []
 
     class Slow(Pace):
         def __init__(self, paths: Sequence[Path]) -> None:
             super().__init__(paths, ahead=0)
 
         def reached(self, path: Path, offset: int) -> None:
-            waits.append((path.name, offset))
+            told.append((path.name, offset))
             super().reached(path, offset)
 
     monkeypatch.setattr(pipeline, "Pace", Slow)
     made = export(checkpoint, tmp_path / "made", "--precision", "fp16", "--no-parity")
     shards = sorted(checkpoint.glob("*.safetensors"))
-    assert waits == sorted(waits)
-    assert {name for name, _ in waits} == {path.name for path in shards}
+    assert told == sorted(told)
+    assert {name for name, _ in told} == {path.name for path in shards}
     assert all(Bundle.open(made).manifest.source.files[path.name] == hash_file(path) for path in shards)
