@@ -114,9 +114,12 @@ def _functions() -> list[str]:
     found = []
     for path in library_files(under=PACKAGES[:3]):
         source = path.read_text(encoding="utf-8")
+        lines = source.encode().split(b"\n")  # ast counts bytes; its own get_source_segment splits the file each time
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and 4 <= (node.end_lineno or 0) - node.lineno <= 40:
-                found.append(ast.get_source_segment(source, node) or "")
+                own = lines[node.lineno - 1 : node.end_lineno]
+                own[-1] = own[-1][: node.end_col_offset]
+                found.append(b"\n".join((own[0][node.col_offset :], *own[1:])).decode())
     return [text for text, _ in in_mixed_order((text, "") for text in found)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import re
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator
@@ -46,12 +47,18 @@ def library_root() -> Path:
 def library_files(library: Path | None = None, *, under: Collection[str] = ()) -> list[Path]:
     """Python files of a library, by default the running Python's own, without its tests and what is installed in it."""
     root = library or library_root()
-    parts = {path: path.relative_to(root).with_suffix("").parts for path in root.rglob("*.py")}
-    return sorted(
-        path
-        for path, names in parts.items()
-        if not any(name in SKIPPED_FOLDERS for name in names) and (not under or names[0] in under)
-    )
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        inside = Path(folder).relative_to(root).parts
+        if not inside and under:
+            folders[:] = [name for name in folders if name in under]
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]  # installed packages have many files
+        for name in files:
+            path = Path(folder, name)
+            module = (*inside, path.stem)
+            if path.suffix == ".py" and module[-1] not in SKIPPED_FOLDERS and (not under or module[0] in under):
+                found.append(path)
+    return sorted(found)
 
 
 def in_mixed_order(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -11,10 +11,13 @@ import numpy as np
 from nvembed_deploy.backends import Output
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.errors import EngineError, MissingExtra
+from nvembed_deploy.machine import eight_bit_products_overflow
 from nvembed_deploy.text import TokenBatch
 
 CPU = "CPU"
 BF16 = "BF16"
+LOW_PRECISION = "LP_TRANSFORMS_MODE"
+"""Whether INT8 codes are multiplied as they are."""
 
 
 class OvBackend:
@@ -42,6 +45,8 @@ class OvBackend:
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time on all cores: the batches are large
             "INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32",
         }
+        if eight_bit_products_overflow():
+            settings[LOW_PRECISION] = False  # what the codes stand for is multiplied; at the same speed, as measured
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:

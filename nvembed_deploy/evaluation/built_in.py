@@ -26,8 +26,10 @@ QUERIES = 500
 """A score is a mean over so many, so that one of them counts for 0.2 points."""
 PASSAGES = 600
 CANDIDATES = 3
-CHARS = 120
+CHARS = 80
 """Of a text: enough to tell it from others, and short, since PyTorch embeds it on a CPU as well."""
+SHARED_WORDS = 12
+"""Most words that the two texts of an STS pair share."""
 CLASS_TEXTS = 60
 """Of each class: a third to learn from, the rest to test on."""
 CLUSTERS, CLUSTER_TEXTS = ("email", "tkinter", "unittest"), 170
@@ -82,7 +84,7 @@ def _sts(asked: Pairs) -> LocalTask:
     """A text beside another one of which a growing part is its own."""
     rows: Rows = []
     for number, (query, body) in enumerate(asked):
-        words, others = body.split()[:20], asked[(number + 1) % len(asked)][1].split()[:20]
+        words, others = body.split()[:SHARED_WORDS], asked[(number + 1) % len(asked)][1].split()[:SHARED_WORDS]
         score = number % 6
         kept = len(words) * score // 5
         rows.append({"a": f"{query} {' '.join(words)}", "b": " ".join(words[:kept] + others[kept:]), "score": score})

@@ -21,6 +21,7 @@ from nvembed_deploy.architecture import LatentAttention
 from nvembed_deploy.machine import describe_machine
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.training.ablation import VARIANTS, Variant
+from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.loop import Trainable
 from nvembed_deploy.training.options import StageOptions
@@ -150,7 +151,7 @@ def embed(student: Student, texts: Sequence[str], instruction: str) -> Vectors:
     trainable = Trainable(student.model).eval()
     out = np.zeros((len(rows), student.config["hidden_size"]), dtype=np.float32)
     device = next(trainable.parameters()).device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast()):
         for start in range(0, len(order), EVAL_BATCH):
             chosen = order[start : start + EVAL_BATCH]
             batch = encoder.pad([rows[index] for index in chosen])

@@ -24,6 +24,7 @@ from transformers import Trainer, TrainingArguments
 from nvembed_deploy.architecture import Pooling
 from nvembed_deploy.model.nvembed import masked_mean
 from nvembed_deploy.training.batches import Collator
+from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.length_parts import length_parts
 from nvembed_deploy.training.losses import (
     distillation,
@@ -227,6 +228,10 @@ def train(
     trainable = Trainable(model)
     optimizer = None
     if stage.muon_learning_rate:
+        if not bf16_is_fast():
+            log.warning(
+                "Muon computes in bf16, which takes this CPU tens of seconds a step; AdamW alone is faster here"
+            )
         optimizer = MuonWithAdamW(
             trainable,
             muon_learning_rate=stage.muon_learning_rate,
@@ -280,7 +285,7 @@ def arguments(folder: Path, stage: StageOptions, *, rows: int = 1, evaluated: bo
         warmup_steps=stage.warmup_steps,
         lr_scheduler_type=stage.schedule,
         optim="adamw_torch",
-        bf16=stage.bf16,
+        bf16=stage.bf16 and bf16_is_fast(),
         use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="sequential",
         remove_unused_columns=False,

@@ -75,7 +75,7 @@ class StageOptions:
     log_steps: int = 10
     seed: int = 1
     bf16: bool = True
-    """Autocast: faster than FP32 where the processor has bf16 matrix units."""
+    """Autocast, where `device.bf16_is_fast`."""
     gradient_checkpointing: bool = False
     """Computes activations again instead of keeping them: for large models."""
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.training.alignment import AFTER, BEFORE, Span
+from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.length_parts import length_parts
 
 BATCH_TOKENS = 4096
@@ -21,7 +22,7 @@ TEACHER_TOKENS = 512
 
 
 class Teacher:
-    """A sentence-transformers model in bf16, frozen.
+    """A sentence-transformers model, frozen; in bf16 where that is fast.
 
     Args:
         folder: A local sentence-transformers folder; by default the package's all-MiniLM-L6-v2.
@@ -45,7 +46,7 @@ class Teacher:
             ) from err
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: nn.Module = SentenceTransformer(
-            folder, device=device, model_kwargs={"dtype": torch.bfloat16}
+            folder, device=device, model_kwargs={"dtype": torch.bfloat16 if bf16_is_fast() else torch.float32}
         ).requires_grad_(False)
         self.tokenizer: Any = self.model.tokenizer
         if not self.tokenizer.is_fast:
