@@ -37,6 +37,7 @@ from export.quantization import (
 from export.quantize import main as quantize_command
 from export.trt import main
 from nvembed_deploy import Encoder
+from nvembed_deploy.backends.ort import WHOLE_PRODUCTS
 from nvembed_deploy.bundle import QUANTIZATION, QUANTIZATION_PICTURE, Bundle
 from nvembed_deploy.config import Dialect, Precision
 from nvembed_deploy.errors import ConfigError
@@ -206,6 +207,7 @@ def test_the_graph_computes_what_was_simulated(
         check(tmp_path / name)
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        options.add_session_config_entry(*WHOLE_PRODUCTS)
         session = onnxruntime.InferenceSession(tmp_path / name, options)
         for row, vector in zip(rows, wanted, strict=True):
             feed = dict(zip(("input_ids", "attention_mask", "pool_mask"), text.pad([row]), strict=True))
