@@ -1,4 +1,4 @@
-"""What the machine computes fast."""
+"""Which number formats this machine computes fast."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ WITHOUT_BF16 = ("DEFAULT", "AVX2", "NO AVX")
 
 
 def bf16_is_fast() -> bool:
-    """True on GPUs, and on CPUs whose matrix products in bf16 are at least as fast as in FP32."""
+    """False on CPUs of `WITHOUT_BF16`; one with AVX-512 and no bf16 of its own was not measured, and counts as fast."""
     return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() not in WITHOUT_BF16

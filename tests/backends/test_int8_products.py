@@ -35,18 +35,14 @@ def graph(tmp_path: Path) -> Path:
         "last": np.array([1], dtype=np.int64),
     }
     nodes = [
-        helper.make_node("Cast", ["input_ids"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["input_ids", "attention_mask"], ["attended"]),  # an input without a use is dropped
+        helper.make_node("Mul", ["attended", "pool_mask"], ["ids"]),
+        helper.make_node("Cast", ["ids"], ["x"], to=TensorProto.FLOAT),
         helper.make_node("QuantizeLinear", ["x", "scale", "zero_unsigned"], ["x_codes"]),
         helper.make_node("DequantizeLinear", ["x_codes", "scale", "zero_unsigned"], ["x_again"]),
         helper.make_node("DequantizeLinear", ["codes", "scales", "zeros"], ["weights"], axis=1),
         helper.make_node("MatMul", ["x_again", "weights"], ["sentence_embedding"]),
         helper.make_node("ReduceSum", ["sentence_embedding", "last"], ["sentence_norm"], keepdims=0),
-    ]
-    # All inputs are to be used, or they are dropped.
-    nodes[0].input[0] = "ids"
-    nodes[:0] = [
-        helper.make_node("Mul", ["input_ids", "attention_mask"], ["attended"]),
-        helper.make_node("Mul", ["attended", "pool_mask"], ["ids"]),
     ]
     built = helper.make_graph(
         nodes,
