@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredTensor, read_columns
 
 from .ranges import widen
+from .repeat import TRACED_LAYERS, repeat_layers
 from .simplify import simplify
 from .state import State
 
@@ -61,7 +63,7 @@ PAGE_BYTES = 4096
 def trace(
     config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: bool, wide: frozenset[str] = frozenset()
 ) -> ir.Model:
-    """Traces the model of a configuration; its weights are names without values.
+    """Traces the model of a configuration; its weights are names without values. Layers beyond the third are repeated.
 
     Args:
         config: The architecture.
@@ -73,6 +75,17 @@ def trace(
     Returns:
         A model with inputs int64 [batch, tokens] x 3 and outputs float32 [batch, D] and [batch].
     """
+    if config.layers > TRACED_LAYERS and not any(".layers." in name for name in wide):
+        few = replace(config, layers=TRACED_LAYERS)
+        traced = _trace(few, precision=precision, dialect=dialect, fold=fold, wide=wide)
+        if repeat_layers(traced, config.layers):
+            return traced
+    return _trace(config, precision=precision, dialect=dialect, fold=fold, wide=wide)
+
+
+def _trace(
+    config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: bool, wide: frozenset[str]
+) -> ir.Model:
     with FakeTensorMode(), _default_dtype(DTYPES[precision.base]):
         model = NVEmbed(config).requires_grad_(False).eval()
         if fold and isinstance(model.latent_attention_model, LatentAttentionModel):

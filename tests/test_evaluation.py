@@ -235,7 +235,7 @@ def test_parity_of_the_embedded_model(tmp_path: Path, monkeypatch: pytest.Monkey
     for precision in ("fp32", "fp16", "int8"):
         out, fewer = tmp_path / precision, ["--calibration-tokens", "4096"]
         assert export(["--precision", precision, "--out", str(out), "--model", str(MINI), *fewer]) == 0
-        encoder = Encoder(tmp_path / precision, device="cpu")
+        encoder = Encoder(tmp_path / precision, backend="onnxruntime", device="cpu")
         reference = ReferenceEncoder(MINI, like=encoder)
         for one in (encoder, reference):
             monkeypatch.setattr(one, "encode", remembering(one.encode))

@@ -23,8 +23,7 @@ from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order
 PACKAGES = ("asyncio", "ctypes", "email", "http", "logging", "multiprocessing", "tkinter", "unittest", "urllib", "xml")
 """Of Python's library; also the classes."""
 QUERIES = 500
-"""A score is a mean over so many, so that one of them counts for 0.2 points."""
-PASSAGES = 600
+"""And as many passages. A score is a mean over so many, so that one of them counts for 0.2 points."""
 CANDIDATES = 3
 CHARS = 80
 """Of a text: enough to tell it from others, and short, since PyTorch embeds it on a CPU as well."""
@@ -51,7 +50,7 @@ def built_in_tasks() -> list[LocalTask]:
     asked = unique[:QUERIES]
     rng = random.Random(SEED)
     return [
-        make_task("PythonDocsRetrieval", "retrieval", lambda: _retrieval(unique), size=len(asked)),
+        make_task("PythonDocsRetrieval", "retrieval", lambda: _retrieval(asked), size=len(asked)),
         make_task("PythonDocsReranking", "reranking", lambda: reranking_data(_candidates(asked)), size=len(asked)),
         _sts(asked),
         _pairs(asked, rng),
@@ -59,10 +58,10 @@ def built_in_tasks() -> list[LocalTask]:
     ]
 
 
-def _retrieval(unique: Pairs) -> dict[str, Any]:
+def _retrieval(asked: Pairs) -> dict[str, Any]:
     """Summary to what stands below it."""
-    corpus = [{"id": f"d{number}", "text": body} for number, (_, body) in enumerate(unique[:PASSAGES])]
-    queries = [{"id": f"q{number}", "text": query} for number, (query, _) in enumerate(unique[:QUERIES])]
+    corpus = [{"id": f"d{number}", "text": body} for number, (_, body) in enumerate(asked)]
+    queries = [{"id": f"q{number}", "text": query} for number, (query, _) in enumerate(asked)]
     judged = {f"q{number}": {f"d{number}": 1} for number in range(len(queries))}
     return retrieval_data(corpus, queries, judged)
 
@@ -81,13 +80,13 @@ def _candidates(asked: Pairs) -> list[dict[str, Any]]:
 
 
 def _sts(asked: Pairs) -> LocalTask:
-    """A text beside another one of which a growing part is its own."""
+    """A passage beside another one of which a growing part is its own."""
     rows: Rows = []
-    for number, (query, body) in enumerate(asked):
+    for number, (_, body) in enumerate(asked):
         words, others = body.split()[:SHARED_WORDS], asked[(number + 1) % len(asked)][1].split()[:SHARED_WORDS]
         score = number % 6
         kept = len(words) * score // 5
-        rows.append({"a": f"{query} {' '.join(words)}", "b": " ".join(words[:kept] + others[kept:]), "score": score})
+        rows.append({"a": body, "b": " ".join(words[:kept] + others[kept:]), "score": score})
     return make_task(
         "PythonDocsSTS",
         "sts",
