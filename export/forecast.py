@@ -133,10 +133,10 @@ def _cpu_weight_bytes(parameters: int, linear: int, precision: Precision) -> int
 
 
 def _streaming_bytes(weights: StoredWeights, options: ExportOptions) -> int:
-    """Most that is in memory while weights are written: a matrix that is turned, or a head of the pooler."""
+    """Most that is in memory while weights are written: a matrix and the same turned, or a head of the pooler."""
     fold, wanted = options.fold, DTYPES[options.precision.base]
     matrices = [
-        min(item.bytes, PANEL_BYTES)
+        2 * min(math.prod(item.shape) * wanted.itemsize, PANEL_BYTES)
         for name, item in weights.tensors.items()
         if len(item.shape) == 2
         and "embed_tokens" not in name

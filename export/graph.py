@@ -26,14 +26,15 @@ from tqdm import tqdm
 
 from nvembed_deploy.architecture import ModelConfig
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
-from nvembed_deploy.bundle import WEIGHTS, FileEntry, HashedFile
+from nvembed_deploy.bundle import WEIGHTS, FileEntry
 from nvembed_deploy.config import Dialect, Precision
 from nvembed_deploy.errors import ConfigError, ExportError
+from nvembed_deploy.hashed_file import HashedFile
 from nvembed_deploy.model.decoder import Decoder
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.latent_attention import LatentAttentionModel
 from nvembed_deploy.model.nvembed import NVEmbed
-from nvembed_deploy.model.weights import StoredTensor, read_columns
+from nvembed_deploy.model.weights import StoredTensor
 
 from .ranges import widen
 from .repeat import TRACED_LAYERS, repeat_layers
@@ -52,10 +53,16 @@ STORED = {
 TRACE_SHAPE = (3, 7)
 """Both above 1, or the tracer takes them for constants."""
 CODES_DTYPES = (torch.int8, torch.float8_e4m3fn)
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""By size."""
 BLOCK_BYTES = 8 * 2**20
 """Written at a time."""
 PANEL_BYTES = 128 * 2**20
-"""Of a matrix that is turned: all of a 7 B decoder's layers fit, and the pooler's largest is read twice."""
+"""Of a matrix that is turned: all of a 7 B decoder's layers fit in 16 bits, and the pooler's largest is read twice."""
+READ_BYTES = 2**19
+"""Read into a panel at a time: what large blocks cost the system (`machine.return_large_blocks`) is not paid for it."""
+UNCACHED_BYTES = 4 * 2**30
+"""Weights beyond this are not left in the system's memory: they would drive out what is still to be read."""
 PAGE_BYTES = 4096
 """Tensors start on pages, so that a runtime can map the file into memory."""
 
@@ -165,13 +172,14 @@ def write(
     written.sort(key=lambda value: _order(state.place(str(value.name))))
     total = sum(_stored_bytes(value, state) for value in written)
     with (
-        HashedFile(folder / WEIGHTS) as file,
+        HashedFile(folder / WEIGHTS, direct=total > UNCACHED_BYTES) as file,
         tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
+        turner = Turner(file.drain)
         for value in written:
             file.write(b"\0" * (-file.size % PAGE_BYTES))
             offset = file.size
-            for block in _blocks(value, state):
+            for block in _blocks(value, state, turner):
                 file.write(block)
                 bar.update(len(block))
             place = state.place(str(value.name))
@@ -251,7 +259,44 @@ def _without_weights(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _blocks(value: ir.Value, state: State) -> Iterator[memoryview]:
+class Turner:
+    """Exchanges rows and columns, panel by panel, in memory that is asked for once.
+
+    Args:
+        drain: Returns once nobody needs what was turned last.
+    """
+
+    def __init__(self, drain: Callable[[], None]) -> None:
+        self._drain = drain
+        self._read = self._turned = torch.empty(0, dtype=torch.uint8)
+
+    def panels(self, state: State, name: str, dtype: torch.dtype) -> Iterator[memoryview]:
+        """The bytes of a matrix [N, K] as [K, N]; each panel is gone when the next is asked for."""
+        N, K = state.shape(name) or (0, 0)
+        row_bytes = N * dtype.itemsize
+        wide = min(K, max(1, PANEL_BYTES // row_bytes))
+        if len(self._read) < wide * row_bytes:
+            self._read, self._turned = (torch.empty(wide * row_bytes, dtype=torch.uint8) for _ in range(2))
+        step = max(1, READ_BYTES // (K * dtype.itemsize))
+        for left in range(0, K, wide):
+            right = min(left + wide, K)
+            size = (right - left) * row_bytes
+            panel, turned = self._read[:size].view(dtype).view(N, -1), self._turned[:size]
+            state.read(name, rows=(0, 1))  # what has to be computed is, on all cores
+            with (
+                _one_thread()
+            ):  # hashing and writing have the others, and threads that wait for one another wait for them
+                for first in range(0, N, step):
+                    rows = (first, min(first + step, N))
+                    panel[slice(*rows)] = state.read(name, rows=rows)[:, left:right]
+                _refuse_infinite(panel, name, state)
+                self._drain()
+                # As integers: torch turns these fast, whole matrices that is, and parts of them slowly.
+                turned.view(INTEGERS[dtype.itemsize]).view(-1, N).copy_(panel.view(INTEGERS[dtype.itemsize]).T)
+            yield _bytes(turned)
+
+
+def _blocks(value: ir.Value, state: State, turner: Turner) -> Iterator[memoryview]:
     """The bytes of a weight as the graph takes it: converted, and turned where every use would turn it."""
     name, dtype = str(value.name), STORED[value.dtype or ir.DataType.FLOAT]
     shape = state.shape(name) or ()
@@ -259,44 +304,28 @@ def _blocks(value: ir.Value, state: State) -> Iterator[memoryview]:
         yield _bytes(_packed(state.read(name)))
         return
     if _take_turns(value):
-        yield from _turned(state, name, shape, dtype)
+        yield from turner.panels(state, name, dtype)
         return
     step = max(1, BLOCK_BYTES * shape[0] // max(1, math.prod(shape) * dtype.itemsize)) if shape else 1
     for first in range(0, shape[0] if shape else 1, step):
         rows = (first, min(first + step, shape[0])) if shape else None
-        yield _bytes(_converted(state.read(name, rows=rows), dtype, name).contiguous())
-
-
-def _turned(state: State, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[memoryview]:
-    """A matrix's bytes with rows and columns exchanged; one that is large is read once for each of its panels."""
-    row_bytes = shape[0] * dtype.itemsize
-    step, wide = max(1, BLOCK_BYTES // row_bytes), max(1, PANEL_BYTES // row_bytes)
-    for left in range(0, shape[1], wide):
-        right = min(left + wide, shape[1])
-        if right - left == shape[1]:
-            panel = state.read(name)
-        else:
-            panel = read_columns(lambda rows: state.read(name, rows=rows), shape[0], left, right)
-        for first in range(0, right - left, step):
-            block = panel[:, first : first + step].contiguous()  # torch turns whole matrices fast, and parts slowly
-            yield _bytes(_converted(block, dtype, name).T.contiguous())
-        del panel  # before the next one is read
+        block = state.read(name, rows=rows).to(dtype).contiguous()
+        _refuse_infinite(block, name, state)
+        yield _bytes(block)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if dtype in CODES_DTYPES:
-        return tensor  # codes, as MatMul takes them
-    converted = tensor.to(dtype)
+def _refuse_infinite(converted: Tensor, name: str, state: State) -> None:
+    if converted.dtype in CODES_DTYPES:
+        return
     if not all(math.isfinite(float(end)) for end in converted.aminmax()):  # NaN wins both; abs() would copy it all
         raise ExportError(
-            f"weight {name} reaches {float(tensor.abs().max()):.3g}, which {str(dtype).removeprefix('torch.')} cannot "
-            "hold; export with --precision bf16 or fp32"
+            f"weight {name} reaches {float(state.read(name).abs().max()):.3g}, which "
+            f"{str(converted.dtype).removeprefix('torch.')} cannot hold; export with --precision bf16 or fp32"
         )
-    return converted
 
 
 def _take_turns(value: ir.Value) -> bool:
@@ -335,6 +364,16 @@ def _use_rotary_operator(backbone: Decoder) -> None:
 
     for layer in backbone.layers:
         layer.self_attn.rotate = rotate
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
 
 
 @contextmanager

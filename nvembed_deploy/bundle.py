@@ -12,9 +12,8 @@ import json
 import os
 import re
 import stat
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +46,6 @@ _SELF_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _ZEROS = b"0" * 64
 _CHUNK_BYTES = 2**24
 """Large: between two blocks a hashing thread asks for the interpreter, and a busy one makes it wait."""
-_BLOCKS_WAITING = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,51 +308,6 @@ def hash_file(path: Path, *, before: Callable[[Path, int], None] | None = None) 
     except OSError as err:
         raise BundleError(f"{path} cannot be read ({err.strerror}); copy the bundle again") from err
     return FileEntry(bytes=size, sha256=digest.hexdigest())
-
-
-class HashedFile:
-    """A new file, written and hashed behind the caller's back, each on a thread of its own.
-
-    Args:
-        path: Must not exist.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
-        self._digest = hashlib.sha256()
-        self._hashing, self._writing = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
-        self._waiting: deque[Future[None]] = deque()
-
-    def __enter__(self) -> HashedFile:
-        self._file = self.path.open("xb", buffering=0)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            while kind is None and self._waiting:
-                self._waiting.popleft().result()  # a full disk is told here
-        finally:
-            self._hashing.shutdown(cancel_futures=True)
-            self._writing.shutdown(cancel_futures=True)
-            self._file.close()
-
-    def write(self, content: bytes | memoryview) -> None:
-        """Appends; the content must stay as it is. A failure may be raised by a later call, or on the way out."""
-        while len(self._waiting) >= 2 * _BLOCKS_WAITING:
-            self._waiting.popleft().result()
-        self._waiting.append(self._hashing.submit(self._digest.update, content))
-        self._waiting.append(self._writing.submit(self._write_all, content))
-        self.size += len(content)
-
-    def _write_all(self, content: bytes | memoryview) -> None:
-        rest = memoryview(content)
-        while len(rest):
-            rest = rest[self._file.write(rest) :]
-
-    def entry(self) -> FileEntry:
-        """Size and hash, once it is closed."""
-        return FileEntry(bytes=self.size, sha256=self._digest.hexdigest())
 
 
 _SIZE = 2

@@ -20,7 +20,7 @@ from export import graph, pipeline, source, to_onnx
 from export.pace import Pace
 from export.state import StoredState
 from nvembed_deploy import BundleError, CheckpointError, Encoder
-from nvembed_deploy.bundle import WEIGHTS, Bundle, HashedFile, hash_file
+from nvembed_deploy.bundle import WEIGHTS, Bundle, hash_file
 from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.fold import FoldedLatentAttention
@@ -67,18 +67,15 @@ def test_stored_weights_are_the_models(checkpoint: Path, fold: bool) -> None:
     assert state.shape("nothing") is None
 
 
-def test_small_blocks_write_the_same_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export(checkpoint, tmp_path / "whole", "--precision", "fp32", "--no-parity")
-    monkeypatch.setattr(graph, "BLOCK_BYTES", 96)
-    export(checkpoint, tmp_path / "blocks", "--precision", "fp32", "--no-parity")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_small_blocks_write_the_same_file(
+    checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(checkpoint, tmp_path / "whole", "--precision", precision, "--no-parity")
+    for name, size in (("BLOCK_BYTES", 96), ("READ_BYTES", 96), ("PANEL_BYTES", 700), ("UNCACHED_BYTES", 0)):
+        monkeypatch.setattr(graph, name, size)
+    export(checkpoint, tmp_path / "blocks", "--precision", precision, "--no-parity")
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "blocks" / WEIGHTS).read_bytes()
-
-
-def test_hash_of_what_is_written(tmp_path: Path) -> None:
-    with HashedFile(tmp_path / "file") as file:
-        for index in range(50):
-            file.write(bytes([index]) * 1000)
-    assert file.entry() == hash_file(tmp_path / "file")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
