@@ -23,8 +23,8 @@ from .parts import part_of
 GIB = 2**30
 BASE_BYTES = int(0.41 * GIB)
 """Python with torch and onnx, after tracing."""
-LAYER_BYTES = 4_300_000
-"""Nodes of one layer while the graph is traced."""
+LAYER_BYTES = 2_000_000
+"""Nodes of one layer, traced or repeated."""
 HEAD_BYTES = 6
 """Bytes for each entry of a head's matrix while the pooler is folded: 16 bits, and a copy in FP32."""
 PROBE_TOKENS = 2048

@@ -1,9 +1,10 @@
 """`python -m tools.full_size WORK`: exports 7.85 B parameters, beside `cp` of the same bytes, on one disk in one run.
 
 Makes the synthetic checkpoint (once), then in turn: a read of it, `cp`, the export with `--weights copy`, with
-`--weights reference`, and the same with what it reads in memory already; and two layers of it at full width, compared
-with PyTorch and built for TensorRT-RTX, in FP16 and INT8. Each is a process of its own, whose peak memory the system
-tells. All but the last of the exports find none of the checkpoint in the system's memory. Writes docs/full_size.json.
+`--weights reference`, and the same with what it reads in memory already; two layers of it at full width, compared with
+PyTorch and built for TensorRT-RTX, in FP16 and INT8; and the same two calibrated for INT8 part by part. Each is a
+process of its own, whose peak memory the system tells. Only `reference_warm` and the slices may find something of the
+checkpoint in the system's memory. Writes docs/full_size.json.
 """
 
 from __future__ import annotations
@@ -35,8 +36,14 @@ GIB = 2**30
 RESULT = Path("docs") / "full_size.json"
 SLACK_SECONDS, MOST_TIMES_CP, MOST_REFERENCE_SECONDS = 30, 1.2, 60
 MOST_BYTES, MOST_FORECAST_ERROR = 10**9, 0.15
-SLICE_OPTIONS = {"fp16": ["--max", "4x256"], "int8": ["--max", "4x32", "--calibration-tokens", "2048"]}
-"""INT8's gate embeds 240 more texts, by a reference whose pooler is not folded: they are cut to the plan's longest."""
+SLICES = {
+    "fp16": ["export.trt", "--layers", "2", "--precision", "fp16", "--target", "rtx", "--max", "4x256"],
+    # INT8's gate embeds 240 more texts, by a reference whose pooler is not folded: they are cut to the plan's longest.
+    "int8": ["export.trt", "--layers", "2", "--precision", "int8", "--target", "rtx", "--max", "4x32"],
+    "int8_streamed": ["export.to_onnx", "--layers", "2", "--precision", "int8", "--no-parity"],
+}
+"""Commands on the first layers; INT8 is calibrated on `CALIBRATION_TOKENS`."""
+CALIBRATION_TOKENS = 2048
 FORECAST = re.compile(r"up to ([\d.]+) GiB of memory")
 
 
@@ -77,26 +84,27 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def measure_slice(work: Path, precision: str) -> dict[str, Any]:
-    """Two layers of true width: the gate, and a plan."""
+def measure_slice(work: Path, name: str) -> dict[str, Any]:
+    """Some layers of true width, with a gate and a plan, or calibrated part by part without either."""
     bundle = work / "slice"
-    command = [sys.executable, "-m", "export.trt", "--model", str(work / "checkpoint"), "--layers", "2"]
-    command += ["--precision", precision, "--out", str(bundle), "--target", "rtx", *SLICE_OPTIONS[precision]]
+    command = [sys.executable, "-m", *SLICES[name], "--model", str(work / "checkpoint"), "--out", str(bundle)]
+    if "int8" in command:
+        command += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
     try:
         found = measure(command)
         manifest = Bundle.open(bundle).manifest
     finally:
         shutil.rmtree(bundle, ignore_errors=True)
-    worst = min(manifest.parity, key=lambda report: report.min_cosine)
-    row = {
+    row: dict[str, Any] = {
+        "layers": manifest.source.architecture.layers,
         "seconds": round(found.seconds, 1),
         "peak_gib": round(found.peak_gib, 3),
-        "min_cosine": worst.min_cosine,
-        "mean_cosine": worst.mean_cosine,
-        "overlap": worst.overlap,
-        "plan_bytes": manifest.files[PLAN].bytes,
         "versions": manifest.versions,
     }
+    if manifest.parity:
+        worst = min(manifest.parity, key=lambda report: report.min_cosine)
+        row |= {"min_cosine": worst.min_cosine, "mean_cosine": worst.mean_cosine, "overlap": worst.overlap}
+        row["plan_bytes"] = manifest.files[PLAN].bytes
     if forecast := FORECAST.search(found.output):
         row["forecast_gib"] = float(forecast[1])
     return row
@@ -145,26 +153,29 @@ def measure_all(work: Path) -> Iterator[dict[str, Any]]:
         "runs": rows,
         "slices": {},
         "copy_over_cp": round(rows["copy"]["seconds"] / rows["cp"]["seconds"], 3),
-        "outside": outside(rows),
+        "outside": outside(rows, {}),
     }
     yield result
-    for precision in SLICE_OPTIONS:
-        result["slices"][precision] = measure_slice(work, precision)
-        say(f"two layers, {precision}: {result['slices'][precision]}")
+    for name in SLICES:
+        result["slices"][name] = measure_slice(work, name)
+        result["outside"] = outside(rows, result["slices"])
+        say(f"{name}: {result['slices'][name]}")
         yield result
 
 
-def outside(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """The bounds that the runs miss, in words."""
+def outside(rows: dict[str, dict[str, Any]], slices: dict[str, dict[str, Any]]) -> list[str]:
+    """The bounds that the runs and slices miss, in words."""
     bounds = {"copy": MOST_TIMES_CP * rows["cp"]["seconds"] + SLACK_SECONDS, "reference": MOST_REFERENCE_SECONDS}
     found = [
         f"{name} takes {rows[name]['seconds']:.0f} s, at most {most:.0f} s are allowed"
         for name, most in bounds.items()
         if rows[name]["seconds"] > most
     ]
-    for name in (*bounds, "reference_warm"):
-        peak, said = rows[name]["peak_gib"], rows[name]["forecast_gib"]
-        if peak * GIB > MOST_BYTES:
+    for name, row in (rows | slices).items():
+        if "forecast_gib" not in row:
+            continue
+        peak, said = row["peak_gib"], row["forecast_gib"]
+        if name in rows and peak * GIB > MOST_BYTES:
             found.append(f"{name} takes {peak:.2f} GiB, at most {MOST_BYTES / GIB:.2f} GiB are allowed")
         if abs(said / peak - 1) > MOST_FORECAST_ERROR:
             found.append(f"{name} takes {peak:.2f} GiB and {said:.2f} GiB were forecast")

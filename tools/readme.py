@@ -122,10 +122,17 @@ def full_size_table() -> str:
         taken = f"{row['seconds']:.0f} s | {row['peak_gib']:.2f} GiB"
         lines.append(f"| {names[name]} | {taken} | {forecast} | {written} |")
     for name, row in record["slices"].items():
+        precision, _, streamed = name.partition("_")
+        what = f"{row['layers']} layers, {precision}, "
+        if streamed:
+            what += "calibrated part by part with `--no-parity`"
+        else:
+            what += (
+                f"compared and built for TensorRT-RTX: lowest cosine {row['min_cosine']:.5f}, plan "
+                f"{row['plan_bytes'] / 1e9:.2f} GB"
+            )
         lines.append(
-            f"| two layers, {name}, compared and built for TensorRT-RTX: lowest cosine {row['min_cosine']:.5f}, plan "
-            f"{row['plan_bytes'] / 1e9:.2f} GB | {row['seconds']:.0f} s | {row['peak_gib']:.1f} GiB | "
-            f"{row['forecast_gib']:.1f} GiB | |"
+            f"| {what} | {row['seconds']:.0f} s | {row['peak_gib']:.1f} GiB | {row['forecast_gib']:.1f} GiB | |"
         )
     lines += [
         "",
