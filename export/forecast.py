@@ -29,6 +29,8 @@ HEAD_BYTES = 6
 """Bytes for each entry of a head's matrix while the pooler is folded: 16 bits, and a copy in FP32."""
 PROBE_TOKENS = 2048
 """Of the probes, but for a longest one."""
+RANKED_TOKENS = 400
+"""Of the rows that rank a large model's groups: their states are held once for each group."""
 SMALL_FILES_BYTES = 16 * 2**20
 """Graph, tokenizer and manifest."""
 RUNTIME_BYTES_A_PARAMETER = 8
@@ -159,12 +161,14 @@ def _part_bytes(weights: StoredWeights, options: ExportOptions) -> int:
         if not (options.fold and ".cross_attend_blocks.0." in name):
             part = part_of(name)
             sizes[part] = sizes.get(part, 0) + 4 * math.prod(item.shape)
+    ranked = 4 * (4 * config.layers + 2) * RANKED_TOKENS * config.hidden_size if options.precision.quantized else 0
     tokens = max(options.calibration_tokens if options.precision.quantized else 0, PROBE_TOKENS)
     widest = max(config.hidden_size * 2, config.intermediate_size)
     sampled = (
         SAMPLED_ROWS * (2 * config.hidden_size + config.intermediate_size) * 8 if options.precision.quantized else 0
     )
-    return max(sizes.values()) * 5 // 4 + 4 * tokens * config.hidden_size + 12 * BATCH_TOKENS * widest + sampled
+    states = 4 * tokens * config.hidden_size + 12 * BATCH_TOKENS * widest
+    return ranked + max(sizes.values()) * 5 // 4 + states + sampled
 
 
 def _written_bytes(weights: StoredWeights, options: ExportOptions, size: int) -> int:

@@ -7,7 +7,7 @@ next part begins, so a model larger than memory is read once for all batches, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -109,16 +109,53 @@ class Parts:
         Returns:
             float32 [N, D], rows of unit length, batch after batch.
         """
-        inputs = [tuple(torch.from_numpy(item) for item in batch) for batch in batches]
+        inputs = _tensors(batches)
         states: list[Tensor] = [ids for ids, _, _ in inputs]
         bar = tqdm(self.names, desc=what, unit="part", disable=None if self.streamed else True, leave=False)
         for name in bar:
             with self.part(name) as module, watch(name):
                 for self.batch, (_, attended, _) in enumerate(inputs):
                     states[self.batch] = self._step(name, module, states[self.batch], attended)
-        return torch.cat(
-            [self.model.pool(state, pooled)[0] for state, (_, _, pooled) in zip(states, inputs, strict=True)]
-        )
+        return self._pooled(states, inputs)
+
+    @torch.no_grad()
+    def variants(
+        self,
+        batches: Sequence[TokenBatch],
+        changes: Mapping[str, Callable[[], AbstractContextManager[None]]],
+        what: str,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embeds batches, and again for each change of a part: what comes before that part is computed once for all.
+
+        Args:
+            batches: Right-padded rows.
+            changes: By the name of a module in the changed part: what stands around the part's work then.
+            what: Said by the progress bar.
+
+        Returns:
+            float32 [N, D] without a change, and with each.
+        """
+        inputs = _tensors(batches)
+        plain: list[Tensor] = [ids for ids, _, _ in inputs]
+        changed: dict[str, list[Tensor]] = {}
+        for name in tqdm(self.names, desc=what, unit="part", disable=None, leave=False):
+            with self.part(name) as module:
+
+                def forward(states: list[Tensor], name: str = name, module: nn.Module = module) -> list[Tensor]:
+                    return [
+                        self._step(name, module, state, item[1]) for state, item in zip(states, inputs, strict=True)
+                    ]
+
+                changed = {key: forward(states) for key, states in changed.items()}
+                for key, change in changes.items():
+                    if part_of(key) == name:
+                        with change():
+                            changed[key] = forward(plain)
+                plain = forward(plain)
+        return self._pooled(plain, inputs), {key: self._pooled(states, inputs) for key, states in changed.items()}
+
+    def _pooled(self, states: Sequence[Tensor], inputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        return torch.cat([self.model.pool(state, item[2])[0] for state, item in zip(states, inputs, strict=True)])
 
     def _step(self, name: str, module: nn.Module, state: Tensor, attended: Tensor) -> Tensor:
         if name in (EMBEDDINGS, NORM, POOLER):
@@ -132,6 +169,10 @@ class Parts:
     def embed(self, text: TextEncoder, rows: Sequence[TokenRow], *, watch: Watch = unwatched) -> Tensor:
         """float32 [N, D] of rows, each alone."""
         return self.forward([text.pad([row]) for row in rows], watch=watch, what="embedding, layer by layer")
+
+
+def _tensors(batches: Sequence[TokenBatch]) -> list[tuple[Tensor, ...]]:
+    return [tuple(torch.from_numpy(item) for item in batch) for batch in batches]
 
 
 def part_of(name: str) -> str:

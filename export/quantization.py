@@ -3,12 +3,12 @@
 Per group of layers that read one tensor: SmoothQuant's exponent and the share of the range that the input's scale
 covers are searched for the smallest error of the layers' outputs. Then every group alone is quantized in the model and
 ranked by what that costs, in cosine on real text; the worst stay in the base precision until the gate's bound holds.
-
-A large model, or one that is streamed, is ranked by those errors instead: a run for each group would take hours.
+The error of a group's own outputs does not tell that: what lies behind makes some of them large.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
@@ -43,7 +43,8 @@ RANKING_LONGEST = 128
 SEARCHED_OUTPUTS = 3072
 """Most outputs of a layer that the search of scales computes; a 7 B model's have up to 32,768."""
 RANKED_PARAMETERS = 300_000_000
-"""Most of a model whose groups are ranked by one run each."""
+"""Most of a model whose groups are ranked on all of these rows; the larger one is, the fewer."""
+LEAST_RANKING_ROWS = 8
 LARGE_TRIES = 16
 """Most sets of kept groups that are tried for a large model."""
 MARGIN = 0.25
@@ -111,18 +112,14 @@ def quantize(
         longest: Tokens of the gate's longest probe.
 
     Raises:
-        ParityError: The gate's bound does not hold even with every group kept.
+        ParityError: The gate's bound does not hold with any group quantized, or none fits the format.
     """
     number = FORMATS[precision]
     groups = linear_groups(parts.model)
-    ranking, probes = _ranking_rows(text, rows, longest), probe_rows(text, longest)[1]
+    ranking, probes = _ranking_rows(parts, text, rows, longest), probe_rows(text, longest)[1]
     before = _embed(parts, text, probes)
     records = _search_all(parts, groups, Collector(parts, text, rows), number)
-    if _is_large(parts):
-        costs = {record.name: record.error for record in records if not record.kept}
-    else:
-        candidates = [record for record in records if not record.kept]
-        costs = _rank(parts, text, ranking, candidates, number)
+    costs = _rank(parts, text, ranking, [record for record in records if not record.kept], number)
     records = [replace(record, cost=costs.get(record.name, 0.0)) for record in records]
     records = _keep_until_it_holds(parts, text, probes, before, records, number)
     return QuantizationRecord(
@@ -136,8 +133,8 @@ def quantize(
     )
 
 
-def _is_large(parts: Parts) -> bool:
-    return parts.streamed or sum(item.numel() for item in parts.model.parameters()) > RANKED_PARAMETERS
+def _parameters(parts: Parts) -> int:
+    return sum(item.numel() for item in parts.model.parameters())
 
 
 def _search_all(parts: Parts, groups: Sequence[LinearGroup], collector: Collector, number: Format) -> list[GroupRecord]:
@@ -236,9 +233,9 @@ class QuantizedState:
 
 
 def keep_next(record: QuantizationRecord, reason: str) -> QuantizationRecord | None:
-    """The record with the costliest quantized group kept as well; None where none is left."""
+    """The record with the costliest quantized group kept as well; None where it is the last."""
     open_groups = [item for item in record.groups if not item.kept]
-    if not open_groups:
+    if len(open_groups) < 2:
         return None
     worst = max(open_groups, key=lambda item: item.cost)
     groups = tuple(replace(item, kept=True, reason=reason) if item is worst else item for item in record.groups)
@@ -365,14 +362,15 @@ def _rounding(scale: float, number: Format) -> Callable[[nn.Module, tuple[Tensor
     return lambda _, args: (number.round_trip(args[0], scale),)
 
 
-def _ranking_rows(text: TextEncoder, rows: Sequence[TokenRow], longest: int) -> list[TokenRow]:
+def _ranking_rows(parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], longest: int) -> list[TokenRow]:
     chosen = [row for row in probe_rows(text, longest)[1] if len(row) <= RANKING_LONGEST]
     tokens = 0
     for row in rows:
         if len(row) <= RANKING_LONGEST and tokens < RANKING_TOKENS:
             chosen.append(row)
             tokens += len(row)
-    return chosen
+    wanted = max(LEAST_RANKING_ROWS, len(chosen) * RANKED_PARAMETERS // max(RANKED_PARAMETERS, _parameters(parts)))
+    return chosen[:: max(1, len(chosen) // wanted)]
 
 
 def simulation(model: NVEmbed, records: Sequence[GroupRecord], number: Format) -> Watch:
@@ -391,12 +389,9 @@ def _rank(
     parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], candidates: Sequence[GroupRecord], number: Format
 ) -> dict[str, float]:
     """What quantizing each group alone costs."""
-    truth = _embed(parts, text, rows)
-    costs = {}
-    for record in tqdm(candidates, desc="ranking groups", unit="group", disable=None, leave=False):
-        found = _embed(parts, text, rows, watch=simulation(parts.model, [record], number))
-        costs[record.name] = 1 - float((truth * found).sum(dim=1).mean())
-    return costs
+    changes = {item.name: functools.partial(simulated, parts.model, [item], number) for item in candidates}
+    truth, found = parts.variants(in_batches(text, rows)[1], changes, "ranking groups")
+    return {name: 1 - float((truth * vectors).sum(dim=1).mean()) for name, vectors in found.items()}
 
 
 def _keep_until_it_holds(
@@ -409,8 +404,8 @@ def _keep_until_it_holds(
 ) -> list[GroupRecord]:
     tolerance = TOLERANCES[number.precision]
     worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.cost)
-    step = max(1, len(worst_first) // LARGE_TRIES) if _is_large(parts) else 1
-    for kept in (*range(0, len(worst_first), step), len(worst_first)):
+    step = max(1, len(worst_first) // LARGE_TRIES) if _parameters(parts) > RANKED_PARAMETERS else 1
+    for kept in range(0, len(worst_first), step):
         names = {item.name for item in worst_first[:kept]}
         taken = [item for item in worst_first if item.name not in names]
         cosines = (truth * _embed(parts, text, probes, watch=simulation(parts.model, taken, number))).sum(dim=1)
@@ -422,4 +417,7 @@ def _keep_until_it_holds(
                 replace(item, kept=True, reason="among the costliest") if item.name in names else item
                 for item in records
             ]
-    raise ParityError(f"{number.precision.value} is outside its bound even where no layer is quantized; this is a bug")
+    raise ParityError(
+        f"no group of this model's layers can be {number.precision.value} within the gate's bound; calibrate "
+        f"on more text and other kinds of it, or export with --precision {number.precision.base.value}"
+    )

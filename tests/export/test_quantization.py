@@ -32,6 +32,7 @@ from export.quantization import (
     quantize,
     read_record,
     simulated,
+    simulation,
     write_record,
 )
 from export.quantize import main as quantize_command
@@ -40,7 +41,7 @@ from nvembed_deploy import Encoder
 from nvembed_deploy.backends.ort import WHOLE_PRODUCTS
 from nvembed_deploy.bundle import QUANTIZATION, QUANTIZATION_PICTURE, Bundle
 from nvembed_deploy.config import Dialect, Precision
-from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.errors import ConfigError, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.nvembed import NVEmbed
@@ -147,14 +148,49 @@ def test_the_search_computes_some_of_many_outputs(monkeypatch: pytest.MonkeyPatc
     assert quantization._some_outputs(weight)[:, 0].tolist() == [0, 3, 6, 9]
 
 
-def test_a_large_model_is_ranked_by_its_errors(
+@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
+def test_the_ranking_is_what_each_group_alone_costs(
+    checkpoint: Path, plain: NVEmbed, text: TextEncoder, streamed: bool, made: Callable[[Precision], Made]
+) -> None:
+    """States before a group are shared with the other groups' runs; the costs are those of a run for each."""
+    weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
+    parts = Parts.of_checkpoint(weights, fold=True) if streamed else Parts(plain)
+    records, number, rows = made(Precision.INT8)[1].groups, FORMATS[Precision.INT8], probe_rows(text, LONGEST)[1][:20]
+    costs = quantization._rank(parts, text, rows, records, number)
+    truth = quantization._embed(Parts(plain), text, rows)
+    assert costs.keys() == {record.name for record in records}
+    for record in records:
+        alone = quantization._embed(Parts(plain), text, rows, watch=simulation(plain, [record], number))
+        assert costs[record.name] == pytest.approx(1 - float((truth * alone).sum(dim=1).mean()), abs=2e-6)
+    assert max(costs.values()) > 1e-4
+    if streamed:
+        assert all(parameter.is_meta for parameter in parts.model.parameters())
+
+
+def test_a_large_model_is_ranked_on_fewer_rows(
     plain: NVEmbed, text: TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantization, "RANKED_PARAMETERS", 0)
     rows = tokenize(built_in_texts(), text, tokens=500)
-    record = quantize(Parts(copy.deepcopy(plain)), text, rows, Precision.INT8, model_sha256="m", longest=LONGEST)
-    assert [item.cost for item in record.groups] == [item.error for item in record.groups]
-    assert all(item.cost > 0 for item in record.groups)
+    parts = Parts(plain)
+    every = quantization._ranking_rows(parts, text, rows, LONGEST)
+    parameters = sum(item.numel() for item in plain.parameters())
+    monkeypatch.setattr(quantization, "RANKED_PARAMETERS", parameters // 4)
+    monkeypatch.setattr(quantization, "LEAST_RANKING_ROWS", 1)
+    assert quantization._ranking_rows(parts, text, rows, LONGEST) == every[::4]
+    monkeypatch.setattr(quantization, "LEAST_RANKING_ROWS", 8)
+    monkeypatch.setattr(quantization, "RANKED_PARAMETERS", 1)
+    assert 8 <= len(quantization._ranking_rows(parts, text, rows, LONGEST)) < 16
+
+
+def test_a_model_of_which_nothing_can_be_quantized_is_refused(
+    plain: NVEmbed, text: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "MARGIN", 1.0)  # no cosine but 1 is enough
+    rows = tokenize(built_in_texts(), text, tokens=300)
+    with pytest.raises(
+        ParityError, match=r"no group of this model's layers can be int8 .* or export with --precision fp16"
+    ):
+        quantize(Parts(copy.deepcopy(plain)), text, rows, Precision.INT8, model_sha256="", longest=LONGEST)
 
 
 def collected(model: NVEmbed, groups: Sequence[LinearGroup], text: TextEncoder, rows: list[TokenRow]) -> dict:
@@ -264,10 +300,11 @@ def test_keeping_more(made: Callable[[Precision], Made]) -> None:
     assert record is not None
     now = next(item for item in record.groups if item.name == costliest.name)
     assert (now.kept, now.reason) == (True, "because")
-    for _ in range(left - 1):
+    for _ in range(left - 2):
         assert record is not None
         record = keep_next(record, "because")
     assert record is not None
+    assert sum(not item.kept for item in record.groups) == 1
     assert keep_next(record, "because") is None
     wide = keep_wide(made(Precision.INT8)[1], {"embedding_model.layers.0.mlp.up_proj"})
     reasons = {item.name: item.reason for item in wide.groups}
@@ -389,14 +426,13 @@ def test_the_command_alone_and_its_record_used_again(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = tmp_path / "texts.jsonl"
-    texts.write_text(
-        "\n".join(json.dumps({"text": f"water {n} over the question", "instruction": "Find it"}) for n in range(9))
-    )
+    varied = [item.text for item in built_in_texts()[:40]]  # on nine of a kind nothing could be quantized
+    texts.write_text("\n".join(json.dumps({"text": item, "instruction": "Find it"}) for item in varied))
     first, second = tmp_path / "first", tmp_path / "second"
     common = ["--model", str(checkpoint), "--max", "4x48"]
     assert quantize_command([*common, "--calibration", str(texts), "--out", str(first)]) == 0
     assert Bundle.open(first).manifest.plan is None
-    assert "quantizing to int8 on 9 texts" in capsys.readouterr().err
+    assert "quantizing to int8 on 40 texts" in capsys.readouterr().err
     again = [*common, "--dialect", "portable", "--reuse", str(first), "--out", str(second)]
     assert quantize_command(again) == 0
     assert "smoothing as" in capsys.readouterr().err
