@@ -104,9 +104,9 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     while_building = build_memory_bytes(size) if plan else 0
     if options.parity:
         folded = 4 * parameters
-        # The reference, beside which smoothing has a copy of its own; behind it what is exported, and the runtime.
+        # The reference, beside which smoothing has a copy of its own; behind it what is exported, and writer or runtime.
         loading = 4 * count_parameters(config, fold=False) + (folded if precision.quantized else 0)
-        in_memory = max(loading, folded + RUNTIME_BYTES_A_PARAMETER * parameters)
+        in_memory = max(loading, folded + max(streaming, RUNTIME_BYTES_A_PARAMETER * parameters))
     elif options.runs_model:
         streaming = max(streaming, _part_bytes(weights, options))
     written = _written_bytes(weights, options, size)
