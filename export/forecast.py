@@ -104,7 +104,7 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     while_building = build_memory_bytes(size) if plan else 0
     if options.parity:
         folded = 4 * parameters
-        # The reference, beside which smoothing has a copy of its own; behind it what is exported, and writer or runtime.
+        # The reference, beside which smoothing has a copy of its own; then the export beside writer or runtime.
         loading = 4 * count_parameters(config, fold=False) + (folded if precision.quantized else 0)
         in_memory = max(loading, folded + max(streaming, RUNTIME_BYTES_A_PARAMETER * parameters))
     elif options.runs_model:
