@@ -283,9 +283,8 @@ class Turner:
             size = (right - left) * row_bytes
             panel, turned = self._read[:size].view(dtype).view(N, -1), self._turned[:size]
             state.read(name, rows=(0, 1))  # what has to be computed is, on all cores
-            with (
-                _one_thread()
-            ):  # hashing and writing have the others, and threads that wait for one another wait for them
+            # Hashing and writing have the other cores: threads that wait for one another would wait for them.
+            with _one_thread():
                 for first in range(0, N, step):
                     rows = (first, min(first + step, N))
                     panel[slice(*rows)] = state.read(name, rows=rows)[:, left:right]

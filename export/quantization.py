@@ -243,11 +243,17 @@ def keep_next(record: QuantizationRecord, reason: str) -> QuantizationRecord | N
 
 
 def keep_wide(record: QuantizationRecord, wide: Set[str]) -> QuantizationRecord:
-    """The record with the groups kept whose layers compute in FP32."""
+    """The record with the groups kept whose layers compute in FP32.
+
+    Raises:
+        ParityError: No group is left, by this or in the record.
+    """
     groups = tuple(
         replace(item, kept=True, reason="near FP16's limit") if wide & set(item.linears) else item
         for item in record.groups
     )
+    if all(item.kept for item in groups):
+        raise _nothing_left(record.precision)
     return replace(record, groups=groups)
 
 
@@ -417,7 +423,11 @@ def _keep_until_it_holds(
                 replace(item, kept=True, reason="among the costliest") if item.name in names else item
                 for item in records
             ]
-    raise ParityError(
-        f"no group of this model's layers can be {number.precision.value} within the gate's bound; calibrate "
-        f"on more text and other kinds of it, or export with --precision {number.precision.base.value}"
+    raise _nothing_left(number.precision)
+
+
+def _nothing_left(precision: Precision) -> ParityError:
+    return ParityError(
+        f"no group of this model's layers can be {precision.value} within the gate's bound; calibrate "
+        f"on more text and other kinds of it, or export with --precision {precision.base.value}"
     )

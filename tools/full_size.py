@@ -36,14 +36,14 @@ GIB = 2**30
 RESULT = Path("docs") / "full_size.json"
 SLACK_SECONDS, MOST_TIMES_CP, MOST_REFERENCE_SECONDS = 30, 1.2, 60
 MOST_BYTES, MOST_FORECAST_ERROR = 10**9, 0.15
+TWO_LAYERS = ["--layers", "2", "--precision"]
+INT8 = [*TWO_LAYERS, "int8", "--calibration-tokens", "2048"]
 SLICES = {
-    "fp16": ["export.trt", "--layers", "2", "--precision", "fp16", "--target", "rtx", "--max", "4x256"],
+    "fp16": ["export.trt", *TWO_LAYERS, "fp16", "--target", "rtx", "--max", "4x256"],
     # INT8's gate embeds 240 more texts, by a reference whose pooler is not folded: they are cut to the plan's longest.
-    "int8": ["export.trt", "--layers", "2", "--precision", "int8", "--target", "rtx", "--max", "4x32"],
-    "int8_streamed": ["export.to_onnx", "--layers", "2", "--precision", "int8", "--no-parity"],
+    "int8": ["export.trt", *INT8, "--target", "rtx", "--max", "4x32"],
+    "int8_streamed": ["export.to_onnx", *INT8, "--no-parity"],
 }
-"""Commands on the first layers; INT8 is calibrated on `CALIBRATION_TOKENS`."""
-CALIBRATION_TOKENS = 2048
 FORECAST = re.compile(r"up to ([\d.]+) GiB of memory")
 
 
@@ -88,8 +88,6 @@ def measure_slice(work: Path, name: str) -> dict[str, Any]:
     """Some layers of true width, with a gate and a plan, or calibrated part by part without either."""
     bundle = work / "slice"
     command = [sys.executable, "-m", *SLICES[name], "--model", str(work / "checkpoint"), "--out", str(bundle)]
-    if "int8" in command:
-        command += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
     try:
         found = measure(command)
         manifest = Bundle.open(bundle).manifest

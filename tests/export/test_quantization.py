@@ -306,6 +306,8 @@ def test_keeping_more(made: Callable[[Precision], Made]) -> None:
     assert record is not None
     assert sum(not item.kept for item in record.groups) == 1
     assert keep_next(record, "because") is None
+    with pytest.raises(ParityError, match="no group"):
+        keep_wide(record, {name for item in record.groups for name in item.linears})
     wide = keep_wide(made(Precision.INT8)[1], {"embedding_model.layers.0.mlp.up_proj"})
     reasons = {item.name: item.reason for item in wide.groups}
     assert reasons["embedding_model.layers.0.mlp.gate_up"] == "near FP16's limit"
