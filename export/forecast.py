@@ -31,11 +31,15 @@ PROBE_TOKENS = 2048
 """Of the probes, but for a longest one."""
 RANKED_TOKENS = 400
 """Of the rows that rank a large model's groups: their states are held once for each group."""
+CODING_BYTES = 5
+"""For each entry of a matrix while its codes are made: its quotient in FP32, and the code."""
 SMALL_FILES_BYTES = 16 * 2**20
 """Graph, tokenizer and manifest."""
 RUNTIME_BYTES_A_PARAMETER = 5
 """ONNX Runtime's CPU provider holds FP32 copies of weights where it has no kernel for their type, and some as they are:
 4.3 on an AMD EPYC of the third generation, 6.4 on a Xeon with more kinds of instructions."""
+RUNTIME_BYTES_A_CODE = 4.5
+"""More for each quantized weight, while it turns codes into numbers: measured for INT8 on the former machine."""
 CUDA_BYTES = int(0.5 * GIB)
 """CUDA's own, and the kernels."""
 RUNTIME_BASE_BYTES = int(0.15 * GIB)
@@ -104,9 +108,12 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     while_building = build_memory_bytes(size) if plan else 0
     if options.parity:
         folded = 4 * parameters
-        # The reference, beside which smoothing has a copy of its own; then the export beside writer or runtime.
-        loading = 4 * count_parameters(config, fold=False) + (folded if precision.quantized else 0)
-        in_memory = max(loading, folded + max(streaming, RUNTIME_BYTES_A_PARAMETER * parameters))
+        # The reference; then, its pooler folded, beside what stands for its codes, the writer, or the runtime.
+        beside = max(streaming, RUNTIME_BYTES_A_PARAMETER * parameters)
+        if precision.quantized:
+            simulating = 4 * linear + CODING_BYTES * _largest_matrix(weights)
+            beside = max(simulating, beside + int(RUNTIME_BYTES_A_CODE * linear))
+        in_memory = max(4 * count_parameters(config, fold=False), folded + beside)
     elif options.runs_model:
         streaming = max(streaming, _part_bytes(weights, options))
     written = _written_bytes(weights, options, size)
@@ -162,14 +169,21 @@ def _part_bytes(weights: StoredWeights, options: ExportOptions) -> int:
         if not (options.fold and ".cross_attend_blocks.0." in name):
             part = part_of(name)
             sizes[part] = sizes.get(part, 0) + 4 * math.prod(item.shape)
-    ranked = 4 * (4 * config.layers + 2) * RANKED_TOKENS * config.hidden_size if options.precision.quantized else 0
-    tokens = max(options.calibration_tokens if options.precision.quantized else 0, PROBE_TOKENS)
     widest = max(config.hidden_size * 2, config.intermediate_size)
-    sampled = (
-        SAMPLED_ROWS * (2 * config.hidden_size + config.intermediate_size) * 8 if options.precision.quantized else 0
-    )
-    states = 4 * tokens * config.hidden_size + 12 * BATCH_TOKENS * widest
-    return ranked + max(sizes.values()) * 5 // 4 + states + sampled
+    activations = 12 * BATCH_TOKENS * widest
+    if not options.precision.quantized:
+        return max(sizes.values()) * 5 // 4 + 4 * PROBE_TOKENS * config.hidden_size + activations
+    ranked = 4 * (4 * config.layers + 2) * RANKED_TOKENS * config.hidden_size
+    states = 4 * max(options.calibration_tokens, PROBE_TOKENS) * config.hidden_size
+    sampled = SAMPLED_ROWS * (2 * config.hidden_size + config.intermediate_size) * 8
+    # The part, what stands for its codes, and what is at work: codes being made, or a batch.
+    working = max(CODING_BYTES * _largest_matrix(weights), activations)
+    return 2 * max(sizes.values()) + working + ranked + states + sampled
+
+
+def _largest_matrix(weights: StoredWeights) -> int:
+    """Entries of the largest linear layer."""
+    return max(math.prod(item.shape) for name, item in weights.tensors.items() if "_proj." in name)
 
 
 def _written_bytes(weights: StoredWeights, options: ExportOptions, size: int) -> int:

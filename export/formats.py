@@ -45,8 +45,8 @@ class Format:
         """Codes of values; ties go to even, what is too large is clipped."""
         scaled = values / scale
         if self.dtype == torch.int8:
-            return scaled.round().clamp(-self.largest, self.largest).to(torch.int8)
-        return scaled.clamp(-self.largest, self.largest).to(self.dtype)
+            scaled.round_()
+        return scaled.clamp_(-self.largest, self.largest).to(self.dtype)
 
     def encode_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales of a linear layer's weight.
@@ -75,9 +75,9 @@ class Format:
     def decode_weight(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Weight float32 [out, in] that stands for codes and scales of `encode_weight`."""
         if self.block is None:
-            return (codes.float() * scale).T
+            return codes.float().mul_(scale).T
         blocks = codes.float().reshape(-1, self.block, codes.shape[1])
-        return (blocks * scale[:, None]).reshape(codes.shape).T
+        return blocks.mul_(scale[:, None]).reshape(codes.shape).T
 
     def scale_shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
         """Shape of the scales of a weight [out, in]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import hashlib
 import importlib.metadata
@@ -37,7 +36,6 @@ from nvembed_deploy.errors import MaskError, MissingExtra, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.gate import Gate, step, verdict
 from nvembed_deploy.machine import peak_memory_bytes, return_large_blocks
-from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredWeights, weight_files
 from nvembed_deploy.parity import observe
 from nvembed_deploy.plan_builder import build_plan
@@ -197,7 +195,7 @@ def _gate_and_parts(
         with step("reading the checkpoint"):
             reference = ReferenceBackend(folder, layers=options.layers)
         gate = _gate(reference, text, options)
-        return gate, Parts(exported_form(reference.model, fold=options.fold, own_weights=options.precision.quantized))
+        return gate, Parts(folded_form(reference.model, fold=options.fold))  # nobody else needs it any more
     return_large_blocks()  # what a model in memory computes takes a third less time where they are kept
     return None, Parts.of_checkpoint(weights, fold=options.fold) if options.runs_model else None
 
@@ -209,21 +207,6 @@ def _gate(reference: ReferenceBackend, text: TextEncoder, options: ExportOptions
         truth = observe(reference, text, precision=options.precision, largest=largest)
     model = reference.model.config
     return Gate(truth=truth, text=text, model=model, precision=options.precision, largest=largest)
-
-
-def exported_form(model: NVEmbed, *, fold: bool, own_weights: bool) -> NVEmbed:
-    """The reference as it will be traced.
-
-    Args:
-        model: The reference.
-        fold: Whether to fold the pooler.
-        own_weights: Whether its weights may be changed; otherwise they are the reference's.
-    """
-    if own_weights:
-        return folded_form(copy.deepcopy(model), fold=fold)
-    form = copy.copy(model)
-    form._modules = dict(model._modules)
-    return folded_form(form, fold=fold)
 
 
 def _quantize(parts: Parts, text: TextEncoder, origin: Source, options: ExportOptions) -> QuantizationRecord:

@@ -117,10 +117,9 @@ def full_size_table() -> str:
         "reference_warm": "the same, its input in the system's memory already",
     }
     for name, row in record["runs"].items():
-        forecast = f"{row['forecast_gib']:.2f} GiB" if "forecast_gib" in row else "-"
+        memory = f"{row['peak_gib']:.2f} GiB | {row['forecast_gib']:.2f} GiB" if "forecast_gib" in row else "- | -"
         written = f"{row.get('written_bytes', record['checkpoint_bytes']) / 1e9:.2f} GB" if name != "read" else "-"
-        taken = f"{row['seconds']:.0f} s | {row['peak_gib']:.2f} GiB"
-        lines.append(f"| {names[name]} | {taken} | {forecast} | {written} |")
+        lines.append(f"| {names[name]} | {row['seconds']:.0f} s | {memory} | {written} |")
     for name, row in record["slices"].items():
         precision, _, streamed = name.partition("_")
         what = f"{row['layers']} layers, {precision}, "

@@ -19,8 +19,7 @@ from export.cpu_graph import write_cpu_graph
 from export.formats import FORMATS, rounded_scale
 from export.graph import check, trace, write
 from export.linear_groups import LinearGroup, linear_groups, smooth
-from export.parts import Parts
-from export.pipeline import exported_form
+from export.parts import Parts, folded_form
 from export.qdq import CODES, insert
 from export.quantization import (
     GroupRecord,
@@ -72,7 +71,7 @@ def text(checkpoint: Path) -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def plain(checkpoint: Path) -> NVEmbed:
-    return exported_form(load_checkpoint(checkpoint), fold=True, own_weights=True)
+    return folded_form(load_checkpoint(checkpoint), fold=True)
 
 
 Made = tuple[NVEmbed, QuantizationRecord]
@@ -123,7 +122,7 @@ def test_every_linear_layer_is_in_one_group(plain: NVEmbed) -> None:
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_smoothing_changes_nothing(checkpoint: Path, text: TextEncoder, fold: bool) -> None:
-    model = exported_form(load_checkpoint(checkpoint), fold=fold, own_weights=True)
+    model = folded_form(load_checkpoint(checkpoint), fold=fold)
     rows = probe_rows(text, LONGEST)[1]
     before = Parts(model).embed(text, rows)
     generator = torch.Generator().manual_seed(1)
@@ -209,17 +208,6 @@ def test_ranges_are_over_every_token(plain: NVEmbed, text: TextEncoder) -> None:
     for group in groups:
         largest = torch.stack([found[group.name].largest for found in alone]).amax(dim=0)
         assert torch.allclose(together[group.name].largest, largest, atol=1e-5)
-
-
-def test_an_exported_form_leaves_the_reference_alone(checkpoint: Path) -> None:
-    model = load_checkpoint(checkpoint)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for own_weights in (False, True):
-        form = exported_form(model, fold=True, own_weights=own_weights)
-        assert type(form.latent_attention_model) is not type(model.latent_attention_model)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("precision", QUANTIZED)
