@@ -18,7 +18,7 @@ from nvembed_deploy.plan_builder import build_memory_bytes
 from .calibration import BATCH_TOKENS, SAMPLED_ROWS
 from .graph import BLOCK_BYTES, DTYPES, PANEL_BYTES
 from .options import ExportOptions
-from .parts import part_of
+from .parts import EMBEDDINGS, part_of
 
 GIB = 2**30
 BASE_BYTES = int(0.41 * GIB)
@@ -39,7 +39,7 @@ RUNTIME_BYTES_A_PARAMETER = 5
 """ONNX Runtime's CPU provider holds FP32 copies of weights where it has no kernel for their type, and some as they are:
 4.3 on an AMD EPYC of the third generation, 6.4 on a Xeon with more kinds of instructions."""
 RUNTIME_BYTES_A_CODE = 4.5
-"""More for each quantized weight, while it turns codes into numbers: measured for INT8 on the former machine."""
+"""More for each quantized weight, while it turns codes into numbers: measured for INT8 on that EPYC."""
 CUDA_BYTES = int(0.5 * GIB)
 """CUDA's own, and the kernels."""
 RUNTIME_BASE_BYTES = int(0.15 * GIB)
@@ -108,12 +108,11 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     while_building = build_memory_bytes(size) if plan else 0
     if options.parity:
         folded = 4 * parameters
-        # The reference; then, its pooler folded, beside what stands for its codes, the writer, or the runtime.
-        beside = max(streaming, RUNTIME_BYTES_A_PARAMETER * parameters)
-        if precision.quantized:
-            simulating = 4 * linear + CODING_BYTES * _largest_matrix(weights)
-            beside = max(simulating, beside + int(RUNTIME_BYTES_A_CODE * linear))
-        in_memory = max(4 * count_parameters(config, fold=False), folded + beside)
+        runtime = RUNTIME_BYTES_A_PARAMETER * parameters
+        if precision.quantized:  # which is more than what stands for the codes while they are searched for
+            runtime += int(RUNTIME_BYTES_A_CODE * linear)
+        # The reference; then, its pooler folded, beside the writer or the runtime.
+        in_memory = max(4 * count_parameters(config, fold=False), folded + max(streaming, runtime))
     elif options.runs_model:
         streaming = max(streaming, _part_bytes(weights, options))
     written = _written_bytes(weights, options, size)
@@ -164,26 +163,24 @@ def _streaming_bytes(weights: StoredWeights, options: ExportOptions) -> int:
 def _part_bytes(weights: StoredWeights, options: ExportOptions) -> int:
     """Most that is in memory while a model runs part by part: the largest part in FP32, and states of its tokens."""
     config = weights.config
-    sizes: dict[str, int] = {}
+    parts: dict[str, list[int]] = {}
     for name, item in weights.tensors.items():
         if not (options.fold and ".cross_attend_blocks.0." in name):
-            part = part_of(name)
-            sizes[part] = sizes.get(part, 0) + 4 * math.prod(item.shape)
-    widest = max(config.hidden_size * 2, config.intermediate_size)
-    activations = 12 * BATCH_TOKENS * widest
+            parts.setdefault(part_of(name), []).append(math.prod(item.shape))
+    activations = 12 * BATCH_TOKENS * max(config.hidden_size * 2, config.intermediate_size)
+    loading = max(5 * sum(entries) for entries in parts.values())
     if not options.precision.quantized:
-        return max(sizes.values()) * 5 // 4 + 4 * PROBE_TOKENS * config.hidden_size + activations
+        return loading + 4 * PROBE_TOKENS * config.hidden_size + activations
     ranked = 4 * (4 * config.layers + 2) * RANKED_TOKENS * config.hidden_size
     states = 4 * max(options.calibration_tokens, PROBE_TOKENS) * config.hidden_size
     sampled = SAMPLED_ROWS * (2 * config.hidden_size + config.intermediate_size) * 8
     # The part, what stands for its codes, and what is at work: codes being made, or a batch.
-    working = max(CODING_BYTES * _largest_matrix(weights), activations)
-    return 2 * max(sizes.values()) + working + ranked + states + sampled
-
-
-def _largest_matrix(weights: StoredWeights) -> int:
-    """Entries of the largest linear layer."""
-    return max(math.prod(item.shape) for name, item in weights.tensors.items() if "_proj." in name)
+    simulating = max(
+        8 * sum(entries) + max(CODING_BYTES * max(entries), activations)
+        for part, entries in parts.items()
+        if part != EMBEDDINGS
+    )
+    return max(loading, simulating) + ranked + states + sampled
 
 
 def _written_bytes(weights: StoredWeights, options: ExportOptions, size: int) -> int:

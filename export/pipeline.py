@@ -125,7 +125,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
                     raise
                 say(f"  {err}; keeping the next costliest layers in {options.precision.base.value}")
         if record is not None:
-            _write_record(record, staging, options)
+            _write_record(record, staging)
         del parts
         with step("hashing the checkpoint"):
             origin = hashing.result()
@@ -238,16 +238,10 @@ def _quantize(parts: Parts, text: TextEncoder, origin: Source, options: ExportOp
     return record
 
 
-def _write_record(record: QuantizationRecord, staging: Path, options: ExportOptions) -> None:
+def _write_record(record: QuantizationRecord, staging: Path) -> None:
     """The record, and the picture of its ranking."""
     from .quantization_picture import draw_ranking  # matplotlib takes a second to load
 
-    if all(item.kept for item in record.groups):
-        base = options.precision.base.value
-        say(
-            f"  note: no layer can be {options.precision.value} within the bound on these texts, so this bundle is "
-            f"{base} under another name; calibrate on more texts, or export with --precision {base}"
-        )
     write_record(record, staging / QUANTIZATION)
     draw_ranking(record, staging / QUANTIZATION_PICTURE)
 

@@ -131,7 +131,8 @@ def measure_all(work: Path) -> Iterator[dict[str, Any]]:
                 forget(checkpoint)
             found = measure(command)
             row = {"seconds": round(found.seconds, 1)}
-            if forecast := FORECAST.search(found.output):  # what cat and cp take is less than this process behind them
+            # The peaks of cat and cp are this process's: they begin as a copy of it.
+            if forecast := FORECAST.search(found.output):
                 row["peak_gib"], row["forecast_gib"] = round(found.peak_gib, 3), float(forecast[1])
                 row["written_bytes"] = sum(
                     path.stat().st_size for path in bundle.iterdir() if path.stat().st_nlink == 1
