@@ -8,6 +8,7 @@ leaves no token to pool is an error instead of NaN.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,8 @@ WORD_PATTERN = r"▁?[\p{L}\p{M}]+|▁?\p{N}+|▁?[^\p{L}\p{M}\p{N}▁]+|▁+"
 """How the embedded model's tokenizer splits text: words, numbers, runs of punctuation, runs of spaces."""
 INSIDE_PATTERN = r"(?<=[^\p{L}\p{M}\p{N}▁])(?=[\p{L}\p{N}])"
 """Where it puts a space mark: between punctuation and the word or number behind it."""
+_FIXED_WORDS = re.compile(r"(?:\\[^\w]|\(\?:|[^\\*+{.^$(])*")
+"""A regular expression of given words alone: it looks no further than the longest of them."""
 Ids = NDArray[np.int64]
 
 
@@ -312,11 +315,16 @@ def _cut_is_safe(tokenizer: dict[str, Any]) -> bool:
 
     That holds for BPE with byte fallback (no fused unknowns) behind replacements of a character by one character,
     behind lower case, which never makes fewer characters of more, and behind the embedded model's own splitting, which
-    looks no further than one character.
+    looks no further than one character for words and no further than a token's length inside them.
     """
-    splits = (tokenizer.get("pre_tokenizer") or {}).get("pattern", {}).get("Regex", WORD_PATTERN)
-    splitter = (tokenizer.get("pre_tokenizer") or {}).get("type", "Split")
-    if not tokenizer.get("model", {}).get("byte_fallback") or (splitter, splits) != ("Split", WORD_PATTERN):
+    splitter = tokenizer.get("pre_tokenizer") or {"pretokenizers": []}
+    patterns = [
+        step.get("pattern", {}).get("Regex") if step.get("type") == "Split" else None
+        for step in splitter.get("pretokenizers", [splitter])
+    ]
+    if not tokenizer.get("model", {}).get("byte_fallback") or patterns[:1] not in ([], [WORD_PATTERN]):
+        return False
+    if not all(pattern and _FIXED_WORDS.fullmatch(pattern) for pattern in patterns[1:]):
         return False
     normalizer = tokenizer.get("normalizer") or {}
     for step in normalizer.get("normalizers", [normalizer] if normalizer else []):

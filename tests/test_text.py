@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvembed_deploy.errors import BundleError, ConfigError, InputError, InputTypeError
-from nvembed_deploy.text import TextContract, TextEncoder, check_pooled, check_texts
+from nvembed_deploy.text import WORD_PATTERN, TextContract, TextEncoder, check_pooled, check_texts
+from nvembed_deploy.training.tokenizer import LETTERS, piece_tokenizer
 from tests.tiny import make_tokenizer
 
 CONTRACT = TextContract(prefix_ids=(1,), suffix_ids=(2,), pad_id=2, mask_prompt=True, max_tokens=4096)
@@ -111,6 +112,28 @@ def test_no_cut_where_it_is_not_safe() -> None:
     config["normalizer"] = {"type": "NFC"}
     encoder = TextEncoder(json.dumps(config).encode(), CONTRACT)
     assert encoder._longest_token_chars is None
+
+
+def test_cutting_words_that_are_split_into_given_pieces() -> None:
+    pieces = ["▁the", "▁water", "wat", "er", "xxxxx", "xx", "▁中"]
+    tokenizer = piece_tokenizer(pieces, vocab_size=3 + 256 + 1 + 2 * len(LETTERS) + len(pieces))
+    encoder = TextEncoder(tokenizer.to_str().encode(), CONTRACT)
+    assert encoder._longest_token_chars == max(map(len, tokenizer.get_vocab()))
+    rng = random.Random(8)
+    for _ in range(50):
+        body = "".join(rng.choices("the water (中é) 19\n" + "x" * 15, k=3000))
+        whole = [1, *tokenizer.encode(body, add_special_tokens=False).ids, 2]
+        assert encoder.tokenize([body], max_length=40)[0].ids == whole[:40]
+
+
+@pytest.mark.parametrize("pattern", ["ab(?=c)", "a+b", "a.b", "(ab)", "\\p{L}", "a{2}", "^a", "a$"])
+def test_no_cut_behind_expressions_that_may_look_far(pattern: str) -> None:
+    splits = [
+        {"type": "Split", "pattern": {"Regex": found}, "behavior": "Isolated", "invert": False}
+        for found in (WORD_PATTERN, pattern)
+    ]
+    config = json.loads(TOKENIZER.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": splits}}
+    assert TextEncoder(json.dumps(config).encode(), CONTRACT)._longest_token_chars is None
 
 
 def test_prompt_and_instruction(text: TextEncoder) -> None:

@@ -2,6 +2,7 @@
 
     data      data sets and documentation        -> examples (JSON lines)
     mine      examples                           -> examples with hard negatives
+    start     a small BERT and examples          -> a base whose layers start from the BERT's
     train     a base and examples                -> a checkpoint in NVIDIA's layout; once for each stage
     mini      data sets                          -> the embedded mini checkpoint, all of the above in one
     ablate    examples and a base                -> a table and a plot of what each part of the recipe brings
@@ -54,7 +55,14 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, add in (("data", _data), ("mine", _mine), ("train", _train), ("mini", _mini), ("ablate", _ablate)):
+    for name, add in (
+        ("data", _data),
+        ("mine", _mine),
+        ("start", _start),
+        ("train", _train),
+        ("mini", _mini),
+        ("ablate", _ablate),
+    ):
         text = (add.__doc__ or "").strip()
         command = commands.add_parser(
             name, help=text.splitlines()[0], description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -130,6 +138,30 @@ def _run_mine(options: argparse.Namespace) -> Path:
     return out
 
 
+def _start(parser: argparse.ArgumentParser) -> None:
+    """Makes a small base whose layers start from a teacher's, a BERT, by least squares: no training, a few minutes."""
+    _path(parser, "--examples", "examples file: its queries choose the vocabulary and are what weights are solved on")
+    _path(parser, "--out", "base folder to make or to replace; `train --relative-steps` goes on from it")
+    parser.add_argument("--vocab-size", type=int, default=16_000, help="tokens, most of them the teacher's pieces")
+    parser.add_argument("--neurons", type=int, help="of each feed-forward block; by default as many as the teacher has")
+    _teacher_flag(parser)
+    parser.set_defaults(command=_run_start)
+
+
+def _run_start(options: argparse.Namespace) -> Path:
+    from nvembed_deploy.training.examples import read_examples
+    from nvembed_deploy.training.teacher import Teacher
+    from nvembed_deploy.training.transplant import make_base
+
+    texts = [example.query for example in read_examples(options.examples)]
+    found = make_base(
+        options.out, Teacher(options.teacher), texts, vocab_size=options.vocab_size, neurons=options.neurons
+    )
+    cli.say(f"mean cosine to the teacher on the texts that it was solved on: {found.agreement:.3f}")
+    out: Path = options.out
+    return out
+
+
 def _train(parser: argparse.ArgumentParser) -> None:
     """Runs one contrastive stage on a base: a Mistral, or the checkpoint of the stage before."""
     add = parser.add_argument
@@ -156,6 +188,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
             default = str(getattr(STAGE_1, name))
         add(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--relative-steps", action="store_true", help="steps in units of each row: for bases that `start` made")
     add("--no-bf16", action="store_true", help="FP32 throughout")
     add("--distillation", type=float, default=0.0, help="weight of 1 - cosine to the teacher")
     add("--token-distillation", type=float, default=0.0, help="weight of the error to the teacher's token states")
@@ -197,6 +230,7 @@ def stage_options(options: argparse.Namespace) -> StageOptions:
         chosen,
         **changes,
         weights=weights,
+        relative_steps=options.relative_steps,
         bf16=not options.no_bf16,
         gradient_checkpointing=options.gradient_checkpointing,
     )

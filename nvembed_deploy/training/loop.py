@@ -36,8 +36,9 @@ from nvembed_deploy.training.losses import (
     token_distillation,
     towards_partners,
 )
-from nvembed_deploy.training.optimizer import MuonWithAdamW
+from nvembed_deploy.training.optimizer import MuonWithAdamW, RelativeAdamW
 from nvembed_deploy.training.options import StageOptions
+from nvembed_deploy.training.student import POOLER
 from nvembed_deploy.training.teacher import Teacher
 
 PLAIN_ATTENTION_TOKENS = 96
@@ -226,8 +227,15 @@ def train(
     """
     last = last_checkpoint(folder)
     trainable = Trainable(model)
-    optimizer = None
-    if stage.muon_learning_rate:
+    optimizer: torch.optim.Optimizer | None = None
+    if stage.relative_steps:
+        optimizer = RelativeAdamW(
+            trainable,
+            learning_rate=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+            absolute=POOLER,
+        )
+    elif stage.muon_learning_rate:
         if not bf16_is_fast():
             log.warning(
                 "Muon computes in bf16, which takes this CPU tens of seconds a step; AdamW alone is faster here"

@@ -55,6 +55,8 @@ class StageOptions:
     learning_rate: float = 2e-5
     muon_learning_rate: float = 0.0
     """Of weight matrices by Muon; 0 for AdamW alone. For training from scratch, not for a trained base."""
+    relative_steps: bool = False
+    """The decoder's learning rate counts in units of its own rows; see `optimizer.RelativeAdamW`."""
     weight_decay: float = 0.03
     warmup_steps: int = 500
     schedule: str = "linear"

@@ -29,7 +29,7 @@ INIT_STD = 0.02
 RESIDUAL_SCALE = 0.1
 """The pooler's projections back into the residual stream start small, so that it starts as nearly a plain mean."""
 _RESIDUAL = re.compile(r"(to_out|fn\.net\.2)\.weight$")
-_POOLER = "latent_attention_model."
+POOLER = "latent_attention_model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +140,12 @@ def _with_pooler(folder: Path, config: ModelConfig, seed: int) -> NVEmbed:
         if wanted.get(name) != tensor.shape:
             raise CheckpointError(f"{folder}: {name} has shape {list(tensor.shape)}, not what config.json asks for")
         loaded[name] = tensor.float()
-    missing = [name for name in wanted if name not in loaded and not name.startswith(_POOLER)]
+    missing = [name for name in wanted if name not in loaded and not name.startswith(POOLER)]
     if missing:
         raise CheckpointError(f"{folder} lacks {missing[0]}; its weights are not those of its config.json")
     source = torch.Generator().manual_seed(seed)
     for name, shape in wanted.items():
-        if name.startswith(_POOLER):
+        if name.startswith(POOLER):
             loaded[name] = _fresh(name, shape, source)
     model.load_state_dict(loaded, strict=True, assign=True)
     return model
@@ -172,4 +172,4 @@ def _fresh(name: str, shape: Sequence[int], source: torch.Generator) -> Tensor:
 
 def trained_in_full(model: nn.Module) -> list[str]:
     """Names of the pooler's modules, which are trained in full beside low-rank adapters."""
-    return [name for name, _ in model.named_parameters() if name.startswith(_POOLER)]
+    return [name for name, _ in model.named_parameters() if name.startswith(POOLER)]

@@ -14,7 +14,7 @@ from nvembed_deploy.training.__main__ import _parser, main, stage_options
 from nvembed_deploy.training.options import STAGE_1, STAGE_2
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("data", "mine", "train", "mini", "ablate")
+COMMANDS = ("data", "mine", "start", "train", "mini", "ablate")
 
 
 def test_help_needs_no_torch():

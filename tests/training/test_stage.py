@@ -135,9 +135,20 @@ def test_parts_of_like_length_change_nothing(base_folder, encoder):
     assert torch.allclose(states[real], hidden[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("weights_", [LossWeights(), LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)])
-def test_a_cut_run_ends_at_the_same_weights_and_learns(tmp_path, base_folder, weights_):
-    options = replace(TINY, weights=weights_, held_out=6, epochs=2, muon_learning_rate=2e-3 if weights_.tokens else 0)
+FOLLOWING = LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)
+
+
+@pytest.mark.parametrize(
+    ("weights_", "changes"),
+    [
+        (LossWeights(), {}),
+        (FOLLOWING, {"muon_learning_rate": 2e-3}),
+        (FOLLOWING, {"relative_steps": True, "learning_rate": 1e-2}),
+    ],
+    ids=["AdamW", "Muon", "relative"],
+)
+def test_a_cut_run_ends_at_the_same_weights_and_learns(tmp_path, base_folder, weights_, changes):
+    options = replace(TINY, weights=weights_, held_out=6, epochs=2, **changes)
     teacher = TinyTeacher() if weights_.need_teacher else None
 
     def run(name: str, numbers):
