@@ -157,7 +157,7 @@ def _run_start(options: argparse.Namespace) -> Path:
     found = make_base(
         options.out, Teacher(options.teacher), texts, vocab_size=options.vocab_size, neurons=options.neurons
     )
-    cli.say(f"mean cosine to the teacher on the texts that it was solved on: {found.agreement:.3f}")
+    cli.say(f"mean cosine to the teacher, run on the same tokens of the same texts: {found.agreement:.3f}")
     out: Path = options.out
     return out
 

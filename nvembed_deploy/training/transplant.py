@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -213,7 +213,7 @@ def make_base(
     calibrated = texts[:CALIBRATION_TEXTS]
     found = transplant(teacher, calibrated, config=config, tokenizer_json=tokenizer_json, max_length=CALIBRATION_TOKENS)
     with staged_folder(out) as staged:
-        save_file({name: tensor.contiguous() for name, tensor in found.weights.items()}, staged / "model.safetensors")
+        (staged / "model.safetensors").write_bytes(save(found.weights))
         (staged / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         switch_in(staged, out)
