@@ -28,10 +28,11 @@ def teacher_pieces(teacher: Teacher, texts: Sequence[str]) -> list[str]:
     own = Tokenizer.from_str(teacher.tokenizer.backend_tokenizer.to_str())
     own.no_truncation()
     own.no_padding()
-    counts: Counter[str] = Counter()
+    ids: Counter[int] = Counter()
     for start in tqdm(range(0, len(texts), TEXTS_AT_A_TIME), desc="counting pieces", unit="batch", disable=None):
         for encoding in own.encode_batch_fast(texts[start : start + TEXTS_AT_A_TIME], add_special_tokens=False):
-            counts.update(encoding.tokens)
+            ids.update(encoding.ids)
+    counts = Counter({own.id_to_token(number): count for number, count in ids.items()})
     known = _vocabulary(teacher)
     ranked = [piece for piece in known if len(piece.removeprefix(INSIDE)) > 1]
     first = sum(counts.values()) / sum(1 / rank for rank in range(1, len(ranked) + 1))

@@ -20,6 +20,7 @@ the teacher computes on real text and from what the decoder computes so far, so 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,8 +47,11 @@ from nvembed_deploy.training.teacher import Teacher
 from nvembed_deploy.training.tokenizer import BOS, EOS, SPACE, piece_tokenizer, token_strings
 
 TEXTS_AT_A_TIME = 32
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 4000, 256
-"""Texts that weights are solved for on, and most tokens of one."""
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 4000, 200_000
+"""Most texts that weights are solved for on, and most tokens of all of them: the teacher's states are in memory."""
+TEXT_TOKENS = 256
+TOKENS_A_FEATURE = 10
+"""Least tokens for each number that a matrix reads: with fewer, it would fit these texts alone."""
 POSITION_HEADS = 2
 """More heads than the teacher's: the first layer's tell places."""
 ROPE_THETA = 1e12
@@ -111,7 +115,9 @@ def _bert(teacher: Teacher) -> Any:
     if bert is None or bert.config.model_type != "bert":
         kind = "none" if bert is None else bert.config.model_type
         raise ConfigError(f"the teacher's model type is {kind}; layers can start from a BERT's alone")
-    return copy.deepcopy(bert).float()
+    if bert.config.hidden_act != "gelu":
+        raise ConfigError(f"the teacher's activation is {bert.config.hidden_act}; layers can start from GELU's alone")
+    return copy.deepcopy(bert).float().cpu()
 
 
 def _norms(bert: Any) -> list[Any]:
@@ -172,14 +178,14 @@ def make_base(
 
     Args:
         out: Folder to make, a Mistral in Hugging Face layout; its head for the next token is left out.
-        teacher: A BERT.
+        teacher: A BERT with GELU; best one that pools its tokens' mean, as the agreement tells of means.
         texts: Real text of the kind that will be embedded. All of it chooses the vocabulary, the weights are solved
-            for on the first `CALIBRATION_TEXTS`.
+            for on the first `CALIBRATION_TEXTS`, or fewer where they have more than `CALIBRATION_TOKENS`.
         vocab_size: Tokens, of which the text picks the teacher's pieces.
         neurons: Of each feed-forward block; by default as many as the teacher has. Of fewer, those that matter most.
 
     Raises:
-        ConfigError: The teacher is no BERT, or a size does not fit.
+        ConfigError: The teacher is no such BERT, a size does not fit, or the texts are too few.
     """
     stated = _bert(teacher).config
     neurons = stated.intermediate_size if neurons is None else neurons
@@ -210,8 +216,13 @@ def make_base(
         "torch_dtype": "float32",
         "vocab_size": vocab_size,
     }
-    calibrated = texts[:CALIBRATION_TEXTS]
-    found = transplant(teacher, calibrated, config=config, tokenizer_json=tokenizer_json, max_length=CALIBRATION_TOKENS)
+    found = transplant(
+        teacher,
+        texts[:CALIBRATION_TEXTS],
+        config=config,
+        tokenizer_json=tokenizer_json,
+        max_length=min(TEXT_TOKENS, stated.max_position_embeddings),
+    )
     with staged_folder(out) as staged:
         (staged / "model.safetensors").write_bytes(save(found.weights))
         (staged / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
@@ -227,7 +238,7 @@ class Transplant:
     weights: dict[str, Tensor]
     """Of a `Decoder`, float32."""
     agreement: float
-    """Mean cosine of the means over tokens, to the teacher's, on the calibration texts."""
+    """Mean cosine of the means over tokens to the teacher's, which runs on the same tokens of the calibration texts."""
 
 
 def transplant(
@@ -242,17 +253,19 @@ def transplant(
 
     Args:
         teacher: A BERT.
-        texts: Real text to solve on; several thousand, or the weights fit these texts alone.
+        texts: Real text to solve on; the first ones up to `CALIBRATION_TOKENS`.
         config: Fields of `MistralConfig`; width, layers and head width are the teacher's, heads as many or more.
         tokenizer_json: Content of the decoder's `tokenizer.json`.
         max_length: Most tokens of a text.
 
     Raises:
-        ConfigError: The teacher is no BERT, or of other sizes.
+        ConfigError: The teacher is no BERT, or of other sizes, or the texts are too few.
     """
     sizes = read_architecture(nvembed_config(config, LatentAttention(head_dim=config["hidden_size"])))
     encoder = TextEncoder(tokenizer_json.encode(), contract(sizes))
-    tokenized = sorted(encoder.tokenize(texts, max_length=max_length), key=len)
+    tokenized = encoder.tokenize(texts, max_length=max_length)
+    ends = itertools.accumulate(map(len, tokenized))
+    tokenized = sorted((row for row, end in zip(tokenized, ends, strict=True) if end <= CALIBRATION_TOKENS), key=len)
     parts = [tokenized[start : start + TEXTS_AT_A_TIME] for start in range(0, len(tokenized), TEXTS_AT_A_TIME)]
     bert, rows = _bert(teacher), token_rows(Tokenizer.from_str(tokenizer_json), teacher)
     batches = list(calibration(bert, rows, (encoder.pad(part) for part in parts)))
@@ -281,6 +294,10 @@ class _Solver:
                 f"width, layers, key/value heads and their width are {asked}; from this teacher they must be {given}, "
                 f"with {heads} heads or more"
             )
+        tokens = sum(int(batch.real.sum()) for batch in batches)
+        least = TOKENS_A_FEATURE * max(width, config.intermediate_size)
+        if tokens < least:
+            raise ConfigError(f"the texts have {tokens} tokens; layers of this size need {least}; pass more text")
         self.heads = heads
         self.norms = _norms(self.bert)
         self.decoder = Decoder(config).requires_grad_(False)

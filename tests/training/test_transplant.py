@@ -17,6 +17,7 @@ from nvembed_deploy.model.decoder import Decoder  # noqa: E402
 from nvembed_deploy.text import TextEncoder  # noqa: E402
 from nvembed_deploy.training import transplant as tested  # noqa: E402
 from nvembed_deploy.training.batches import Collator  # noqa: E402
+from nvembed_deploy.training.pieces import teacher_pieces  # noqa: E402
 from nvembed_deploy.training.student import contract, nvembed_config  # noqa: E402
 from nvembed_deploy.training.teacher import Teacher  # noqa: E402
 from nvembed_deploy.training.tokenizer import LETTERS, SPACE, piece_tokenizer  # noqa: E402
@@ -131,6 +132,31 @@ def test_teachers_that_layers_cannot_start_from_are_refused(teacher):
     other.__dict__ |= {**teacher.__dict__, "model": torch.nn.Sequential(torch.nn.Identity())}
     with pytest.raises(ConfigError, match="can start from a BERT's alone"):
         started(config(), other)
+    with pytest.raises(ConfigError, match=r"the texts have \d+ tokens; layers of this size need 640; pass more text"):
+        started(config())
+
+
+def test_activations_other_than_gelu_are_refused(teacher, monkeypatch):
+    monkeypatch.setattr(next(teacher.model.children()).auto_model.config, "hidden_act", "relu")
+    with pytest.raises(ConfigError, match="the teacher's activation is relu"):
+        tested.token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
+
+
+def test_no_more_tokens_are_held_than_allowed(teacher, monkeypatch):
+    seen = []
+    solver = tested._Solver
+    monkeypatch.setattr(tested, "CALIBRATION_TOKENS", 1000)
+    monkeypatch.setattr(tested, "_Solver", lambda *args: seen.append(args[3]) or solver(*args))
+    tested.transplant(teacher, texts(600, 1), config=config(), tokenizer_json=tokenizer_json(), max_length=64)
+    assert 980 < sum(int(batch.real.sum()) for batch in seen[0]) <= 1000
+
+
+def test_a_teachers_pieces_by_their_number_and_their_rank(teacher):
+    found = teacher_pieces(teacher, [" ".join(["nug"] * 50), "bofs"])
+    assert found[:2] == ["▁nug", "▁bab"]  # the frequent one, and the first of the vocabulary
+    assert found.index("▁bof") < found.index("▁bug")  # which stands before it, but not in the text
+    assert {"s", "▁kid"} <= set(found)
+    assert not any("[" in piece or "#" in piece for piece in found)
 
 
 def test_a_base_is_made_and_trained_on(teacher, tmp_path, capsys, monkeypatch):
