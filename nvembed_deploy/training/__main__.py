@@ -150,8 +150,8 @@ def _start(parser: argparse.ArgumentParser) -> None:
 
 def _run_start(options: argparse.Namespace) -> Path:
     from nvembed_deploy.training.examples import read_examples
+    from nvembed_deploy.training.start import make_base
     from nvembed_deploy.training.teacher import Teacher
-    from nvembed_deploy.training.transplant import make_base
 
     texts = [example.query for example in read_examples(options.examples)]
     found = make_base(

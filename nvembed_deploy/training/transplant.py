@@ -19,48 +19,35 @@ the teacher computes on real text and from what the decoder computes so far, so 
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from nvembed_deploy.architecture import LatentAttention, ModelConfig
-from nvembed_deploy.atomic import staged_folder, switch_in
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.family import read_architecture
 from nvembed_deploy.model.decoder import Attention, Decoder, DecoderLayer, RMSNorm, rotate
-from nvembed_deploy.text import TextEncoder, TokenBatch
-from nvembed_deploy.training.pieces import teacher_pieces
+from nvembed_deploy.text import TextEncoder
+from nvembed_deploy.training.bert_states import Batch, bert_of, calibration, norms_of, token_rows, unit
+from nvembed_deploy.training.least_squares import fit, largest_directions, root, solve
 from nvembed_deploy.training.student import contract, nvembed_config
 from nvembed_deploy.training.teacher import Teacher
-from nvembed_deploy.training.tokenizer import BOS, EOS, SPACE, piece_tokenizer, token_strings
 
 TEXTS_AT_A_TIME = 32
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 4000, 200_000
-"""Most texts that weights are solved for on, and most tokens of all of them: the teacher's states are in memory."""
-TEXT_TOKENS = 256
+CALIBRATION_TOKENS = 200_000
+"""Most tokens that weights are solved for on: the teacher's states of them are in memory."""
 TOKENS_A_FEATURE = 10
 """Least tokens for each number that a matrix reads: with fewer, it would fit these texts alone."""
-POSITION_HEADS = 2
-"""More heads than the teacher's: the first layer's tell places."""
-ROPE_THETA = 1e12
-"""So high that most rotary pairs hardly turn within a text."""
-MOST_POSITIONS = 4096
 CONSTANT = 0.2
 """Size of the constant beside n, whose root mean square is 1."""
-RIDGE = 1e-4
-"""Of least squares, as a share of the features' mean square."""
 SLOW_TURN, NEAR = 0.5, 128
 """Radians that a rotary pair may turn within so many tokens to hold what a head compares."""
 PLACES = 40
@@ -79,156 +66,6 @@ CURVE_SLOPE, CURVE_LIMIT, CURVE_PLACES = 1.5, 6.0, 384
 BOS_ID, EOS_ID = 1, 2
 END_SCORE = 40.0
 """What both ends score above all other tokens in a position head."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One batch of calibration text, float32."""
-
-    ids: Tensor
-    """int64 [R, T]."""
-    real: Tensor
-    """bool [R, T]."""
-    states: list[Tensor]
-    """The teacher's states [R, T, D], without mean and of unit size: the input of its first layer, then behind each
-    layer's attention and behind its feed-forward; gain and bias not applied."""
-    sizes: list[Tensor]
-    """[R, T, 1]: the size that each of them had in front of its norm."""
-
-
-def calibration(bert: Any, rows: Tensor, batches: Iterable[TokenBatch]) -> Iterator[Batch]:
-    """Runs the teacher over the decoder's tokens and keeps its states.
-
-    Args:
-        bert: The teacher's model.
-        rows: See `token_rows`: what stands for each of the decoder's tokens.
-        batches: Right-padded rows.
-    """
-    for batch in tqdm(batches, desc="teacher's states", unit="batch", disable=None):
-        ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
-        found = [_unit(state) for state in _sums(bert, rows[ids], mask)]
-        yield Batch(ids=ids, real=mask.bool(), states=[unit for unit, _ in found], sizes=[size for _, size in found])
-
-
-def _bert(teacher: Teacher) -> Any:
-    bert = getattr(next(teacher.model.children()), "auto_model", None)
-    if bert is None or bert.config.model_type != "bert":
-        kind = "none" if bert is None else bert.config.model_type
-        raise ConfigError(f"the teacher's model type is {kind}; layers can start from a BERT's alone")
-    if bert.config.hidden_act != "gelu":
-        raise ConfigError(f"the teacher's activation is {bert.config.hidden_act}; layers can start from GELU's alone")
-    return copy.deepcopy(bert).float().cpu()
-
-
-def _norms(bert: Any) -> list[Any]:
-    """The layer norms in the order of the data."""
-    blocks = (block for layer in bert.encoder.layer for block in (layer.attention.output, layer.output))
-    return [bert.embeddings.LayerNorm, *(block.LayerNorm for block in blocks)]
-
-
-@torch.no_grad()
-def _sums(bert: Any, rows: Tensor, mask: Tensor) -> list[Tensor]:
-    """What each norm reads, [R, T, D]."""
-    found: list[Tensor] = []
-    hooks = [norm.register_forward_pre_hook(lambda _, args: found.append(args[0])) for norm in _norms(bert)]
-    bert(inputs_embeds=rows, attention_mask=mask)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows without their mean and of unit root mean square, and what that was."""
-    x = x - x.mean(dim=-1, keepdim=True)
-    size = x.square().mean(dim=-1, keepdim=True).sqrt()
-    return x / size.clamp_min(1e-9), size
-
-
-@torch.no_grad()
-def token_rows(tokenizer: Tokenizer, teacher: Teacher) -> Tensor:
-    """Rows of the teacher's own table that stand for each token, float32 [V, D].
-
-    A token that the teacher spells in several gets their mean; letters inside a word count as inside a word. Control
-    tokens are the teacher's own; what it cannot spell is its unknown token.
-    """
-    words = _bert(teacher).embeddings.word_embeddings.weight
-    own = teacher.tokenizer
-    vocabulary = own.get_vocab()
-    strings = token_strings(tokenizer)
-    starts = [token.startswith(SPACE) for _, token in sorted((n, t) for t, n in tokenizer.get_vocab().items())]
-    rows = words[own.unk_token_id].repeat(len(strings), 1)
-    for number, (string, start) in enumerate(zip(strings, starts, strict=True)):
-        pieces = own.tokenize(string) if string else []
-        if pieces and not start and string.isalnum():
-            if f"##{string}" in vocabulary:
-                pieces = [f"##{string}"]
-            elif f"##{pieces[0]}" in vocabulary:
-                pieces[0] = f"##{pieces[0]}"
-        if pieces:
-            rows[number] = words[[vocabulary[piece] for piece in pieces]].mean(dim=0)
-    rows[tokenizer.token_to_id(BOS)] = words[own.cls_token_id]
-    rows[tokenizer.token_to_id(EOS)] = words[own.sep_token_id]
-    return rows
-
-
-def make_base(
-    out: Path, teacher: Teacher, texts: Sequence[str], *, vocab_size: int, neurons: int | None = None
-) -> Transplant:
-    """Makes a base for contrastive training that starts from a teacher's layers: tokenizer, sizes and weights.
-
-    Args:
-        out: Folder to make, a Mistral in Hugging Face layout; its head for the next token is left out.
-        teacher: A BERT with GELU; best one that pools its tokens' mean, as the agreement tells of means.
-        texts: Real text of the kind that will be embedded. All of it chooses the vocabulary, the weights are solved
-            for on the first `CALIBRATION_TEXTS`, or fewer where they have more than `CALIBRATION_TOKENS`.
-        vocab_size: Tokens, of which the text picks the teacher's pieces.
-        neurons: Of each feed-forward block; by default as many as the teacher has. Of fewer, those that matter most.
-
-    Raises:
-        ConfigError: The teacher is no such BERT, a size does not fit, or the texts are too few.
-    """
-    stated = _bert(teacher).config
-    neurons = stated.intermediate_size if neurons is None else neurons
-    if not 1 <= neurons <= stated.intermediate_size:
-        raise ConfigError(f"--neurons is {neurons}; it must be from 1 to {stated.intermediate_size}, the teacher's")
-    tokenizer_json = piece_tokenizer(teacher_pieces(teacher, texts), vocab_size=vocab_size).to_str()
-    heads = stated.num_attention_heads + POSITION_HEADS
-    config: dict[str, Any] = {
-        "_name_or_path": out.name,
-        "architectures": ["MistralModel"],
-        "attention_dropout": 0.0,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        "head_dim": stated.hidden_size // stated.num_attention_heads,
-        "hidden_act": "silu",
-        "hidden_size": stated.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": neurons,
-        "max_position_embeddings": MOST_POSITIONS,
-        "model_type": "mistral",
-        "num_attention_heads": heads,
-        "num_hidden_layers": stated.num_hidden_layers,
-        "num_key_value_heads": heads,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": ROPE_THETA,
-        "sliding_window": MOST_POSITIONS,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "vocab_size": vocab_size,
-    }
-    found = transplant(
-        teacher,
-        texts[:CALIBRATION_TEXTS],
-        config=config,
-        tokenizer_json=tokenizer_json,
-        max_length=min(TEXT_TOKENS, stated.max_position_embeddings),
-    )
-    with staged_folder(out) as staged:
-        (staged / "model.safetensors").write_bytes(save(found.weights))
-        (staged / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-        (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        switch_in(staged, out)
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +104,7 @@ def transplant(
     ends = itertools.accumulate(map(len, tokenized))
     tokenized = sorted((row for row, end in zip(tokenized, ends, strict=True) if end <= CALIBRATION_TOKENS), key=len)
     parts = [tokenized[start : start + TEXTS_AT_A_TIME] for start in range(0, len(tokenized), TEXTS_AT_A_TIME)]
-    bert, rows = _bert(teacher), token_rows(Tokenizer.from_str(tokenizer_json), teacher)
+    bert, rows = bert_of(teacher), token_rows(Tokenizer.from_str(tokenizer_json), teacher)
     batches = list(calibration(bert, rows, (encoder.pad(part) for part in parts)))
     solver = _Solver(bert, sizes, rows, batches)
     return Transplant(weights=solver.run(), agreement=solver.agreement())
@@ -299,7 +136,7 @@ class _Solver:
         if tokens < least:
             raise ConfigError(f"the texts have {tokens} tokens; layers of this size need {least}; pass more text")
         self.heads = heads
-        self.norms = _norms(self.bert)
+        self.norms = norms_of(self.bert)
         self.decoder = Decoder(config).requires_grad_(False)
         self.decoder.embed_tokens.weight.copy_(self._table(rows) + CONSTANT)
         self.stream = [self.decoder.embed_tokens(batch.ids) for batch in batches]
@@ -313,7 +150,7 @@ class _Solver:
         places = embeddings.position_embeddings.weight
         table = rows + embeddings.token_type_embeddings.weight[0] + places[1 : PLACES + 1].mean(dim=0)
         table[BOS_ID] += places[0] - places[1 : PLACES + 1].mean(dim=0)
-        return _unit(table)[0]
+        return unit(table)[0]
 
     @torch.no_grad()
     def run(self) -> dict[str, Tensor]:
@@ -378,25 +215,25 @@ class _Solver:
             gain = torch.where(gain < 0, -1.0, 1.0) * gain.abs().clamp_min(LEAST_GAIN)
             offset = float(middle) * self.norms[after].bias / gain
         missing = sizes * self._units(after) + offset - self._known(self.stream) / self.scale
-        return _solve(features, missing, weights=(middle / sizes).square()) * self.scale[:, None]
+        return solve(features, missing, weights=(middle / sizes).square()) * self.scale[:, None]
 
     def _attention(self, own: DecoderLayer, other: Any, place: int, *, first: bool) -> None:
         theirs, attention, config = other.attention.self, own.self_attn, self.config
         sizes = self._sizes(place)
         normed = self._normed(own.input_layernorm)
         features, wanted = self._known(normed), self._targets(place)
-        one = _solve(features, torch.ones(len(features), 1))[0]
-        query, key, value = (_solve(features, linear(wanted)) for linear in (theirs.query, theirs.key, theirs.value))
+        one = solve(features, torch.ones(len(features), 1))[0]
+        query, key, value = (solve(features, linear(wanted)) for linear in (theirs.query, theirs.key, theirs.value))
         h, half = config.head_dim, config.head_dim // 2
         speeds = config.rope_theta ** -(torch.arange(half) / half)
         slow = [pair for pair in reversed(range(half)) if speeds[pair] * NEAR <= SLOW_TURN]
         fast = [pair for pair in range(half) if pair not in slow]
         places = [dim for pair in slow for dim in (pair, pair + half)]
         q, k, v = torch.zeros(3, config.heads, h, config.hidden_size)
-        roots = _root(features), _root(features - features.mean(dim=0))
+        roots = root(features), root(features - features.mean(dim=0))
         for head in range(self.heads):
             rows = slice(head * h, (head + 1) * h)
-            q[head, places], k[head, places] = _cut(query[rows], key[rows], roots, len(places))
+            q[head, places], k[head, places] = largest_directions(query[rows], key[rows], roots, len(places))
             v[head] = value[rows]
         self._set(attention, q, k)
         for head, sizes_of in enumerate(
@@ -444,7 +281,7 @@ class _Solver:
             still: One that does not.
         """
         ids = self._known([batch.ids[:, :, None] for batch in self.batches])
-        front, back = (_solve(features, (ids == number).float())[0] for number in (BOS_ID, EOS_ID))
+        front, back = (solve(features, (ids == number).float())[0] for number in (BOS_ID, EOS_ID))
         scale, half = math.sqrt(self.config.head_dim), self.config.head_dim // 2
         speeds = self.config.rope_theta ** -(torch.tensor(fast) / half)
         places = torch.arange(CURVE_PLACES).float()
@@ -456,7 +293,7 @@ class _Solver:
         for number, head in enumerate(heads):
             centre = first + (last - first) * number / max(1, len(heads) - 1)
             curve = ((centre - (places + 1).log()) * CURVE_SLOPE).clamp(-CURVE_LIMIT, CURVE_LIMIT)
-            *sizes, level = (_fit(basis, curve, near) * scale).tolist()
+            *sizes, level = (fit(basis, curve, near) * scale).tolist()
             for pair, cosine, sine in zip(fast, sizes[: len(fast)], sizes[len(fast) :], strict=True):
                 size = math.sqrt(math.hypot(cosine, sine)) or 1.0
                 q[head, pair] = size * one
@@ -517,8 +354,8 @@ class _Solver:
         kept = weight.argsort(descending=True)[: self.config.intermediate_size].sort().values
         mlp.gate_proj.weight.zero_()
         mlp.up_proj.weight.zero_()
-        mlp.gate_proj.weight[: len(kept)] = GELU_SLOPE * _solve(features, inner[:, kept])
-        mlp.up_proj.weight[: len(kept)] = _solve(features, sizes / sizes.mean())
+        mlp.gate_proj.weight[: len(kept)] = GELU_SLOPE * solve(features, inner[:, kept])
+        mlp.up_proj.weight[: len(kept)] = solve(features, sizes / sizes.mean())
         inside = [F.silu(mlp.gate_proj(x)) * mlp.up_proj(x) for x in normed]
         mlp.down_proj.weight.copy_(self._write(self._known(inside), place, sizes))
         self.stream = [x + mlp.down_proj(y) for x, y in zip(self.stream, inside, strict=True)]
@@ -528,41 +365,5 @@ def _waves(left: Tensor, seen: Tensor, speeds: Tensor) -> Tensor:
     """Sizes of the cosines and sines [H, pairs, 2] that sum to given scores by distance, a constant apart."""
     angles = torch.arange(-FARTHEST, FARTHEST + 1)[:, None] * speeds
     basis = torch.cat((angles.cos(), angles.sin(), torch.ones(len(angles), 1)), dim=1)
-    found = _fit(basis, left.T, seen)[:-1]
+    found = fit(basis, left.T, seen)[:-1]
     return found.T.reshape(-1, 2, len(speeds)).transpose(1, 2)
-
-
-def _fit(basis: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """Least squares of a few functions, [N, B] and [N] or [N, H] to [B] or [B, H]."""
-    weighted = (basis * weights[:, None]).double()
-    gram = weighted.T @ basis.double()
-    gram += torch.eye(len(gram), dtype=torch.float64) * weights.sum() * RIDGE
-    return torch.linalg.solve(gram, weighted.T @ wanted.double()).float()
-
-
-def _solve(features: Tensor, wanted: Tensor, *, weights: Tensor | None = None) -> Tensor:
-    """Least squares: [N, F] and [N, D], rows weighted by [N, 1], to [D, F]."""
-    weighted = features if weights is None else features * weights
-    gram = (weighted.T @ features).double()
-    gram += torch.eye(len(gram), dtype=torch.float64) * gram.diagonal().mean() * RIDGE
-    return torch.linalg.solve(gram, (weighted.T @ wanted).double()).float().T
-
-
-def _root(features: Tensor) -> Tensor:
-    """[D, D], whose product with its own transpose is the features' mean square."""
-    gram = (features.T @ features / len(features)).double()
-    gram += torch.eye(len(gram), dtype=torch.float64) * gram.diagonal().mean() * RIDGE
-    found: Tensor = torch.linalg.cholesky(gram).float()
-    return found
-
-
-def _cut(query: Tensor, key: Tensor, roots: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """A head's query and key [h, D] turned so that the largest directions of their product on real text come first.
-
-    The keys' mean adds the same to all of a query's scores, so `roots` are the queries' and the centred keys'.
-    """
-    factors = [torch.linalg.qr((weight @ root).double().T).R for weight, root in zip((query, key), roots, strict=True)]
-    left, values, right = torch.linalg.svd(factors[0] @ factors[1].T)
-    size = values.sqrt()[:, None]
-    q, k = (size * turned @ torch.linalg.inv(factor.T) for turned, factor in zip((left.T, right), factors, strict=True))
-    return (q.float() @ query)[:rank], (k.float() @ key)[:rank]

@@ -17,7 +17,9 @@ from nvembed_deploy.model.decoder import Decoder  # noqa: E402
 from nvembed_deploy.text import TextEncoder  # noqa: E402
 from nvembed_deploy.training import transplant as tested  # noqa: E402
 from nvembed_deploy.training.batches import Collator  # noqa: E402
+from nvembed_deploy.training.bert_states import token_rows  # noqa: E402
 from nvembed_deploy.training.pieces import teacher_pieces  # noqa: E402
+from nvembed_deploy.training.start import ROPE_THETA  # noqa: E402
 from nvembed_deploy.training.student import contract, nvembed_config  # noqa: E402
 from nvembed_deploy.training.teacher import Teacher  # noqa: E402
 from nvembed_deploy.training.tokenizer import LETTERS, SPACE, piece_tokenizer  # noqa: E402
@@ -68,7 +70,7 @@ def tokenizer_json() -> str:
 
 def config(**changes):
     tokens = Tokenizer.from_str(tokenizer_json()).get_vocab_size()
-    own = {"rope_theta": tested.ROPE_THETA, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": tokens}
+    own = {"rope_theta": ROPE_THETA, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": tokens}
     return {**sizes(), **own, **changes}
 
 
@@ -105,7 +107,7 @@ def test_a_decoder_starts_near_its_teacher_on_texts_it_was_not_solved_on(teacher
 
 
 def test_tokens_stand_for_the_teachers_own_pieces(teacher):
-    rows = tested.token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
+    rows = token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
     found = Tokenizer.from_str(tokenizer_json()).get_vocab()
     table = next(teacher.model.children()).auto_model.embeddings.word_embeddings.weight
     own = teacher.tokenizer.get_vocab()
@@ -139,7 +141,7 @@ def test_teachers_that_layers_cannot_start_from_are_refused(teacher):
 def test_activations_other_than_gelu_are_refused(teacher, monkeypatch):
     monkeypatch.setattr(next(teacher.model.children()).auto_model.config, "hidden_act", "relu")
     with pytest.raises(ConfigError, match="the teacher's activation is relu"):
-        tested.token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
+        token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
 
 
 def test_no_more_tokens_are_held_than_allowed(teacher, monkeypatch):
