@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from nvembed_deploy.backends.bindings import TENSORRT, TENSORRT_RTX, load_bindings
+from nvembed_deploy.backends.bindings import RTX_GPUS, TENSORRT, TENSORRT_RTX, load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
 from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError, MissingExtra
@@ -94,8 +94,7 @@ TARGETS: dict[str, Target] = {
             runtime=TENSORRT_RTX,
             oldest_runtime="1.7",
             dialect=Dialect.FUSED,
-            # What TensorRT-RTX 1.7 builds for by default ahead of time; 7.5 and 12.1 exist on request.
-            compute_capabilities=("8.0", "8.6", "8.9", "12.0"),
+            compute_capabilities=RTX_GPUS,
             on_device=False,
             memory_gib=None,
             lacks={

@@ -20,6 +20,9 @@ CURES = {
     "made with --system-site-packages",
     TENSORRT_RTX: "pip install 'nvembed-deploy[rtx]' (wheels exist for Linux and Windows on x86-64)",
 }
+RTX_GPUS = ("8.0", "8.6", "8.9", "12.0")
+"""Compute capabilities that TensorRT-RTX 1.7 builds for by default ahead of time; 7.5 and 12.1 exist on request. On an
+H200 (9.0) it says that it does not support it."""
 KEPT_ERRORS = 100
 
 _log = logging.getLogger(__name__)

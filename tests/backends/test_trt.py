@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from nvembed_deploy.backends.bindings import this_platform
-from nvembed_deploy.backends.cuda import CudaRuntime
-from nvembed_deploy.backends.trt import CONTEXTS, TrtBackend
+from nvembed_deploy.backends.cuda import CudaDevice, CudaRuntime
+from nvembed_deploy.backends.trt import CONTEXTS, TrtBackend, check_fit
 from nvembed_deploy.bundle import PlanInfo
 from nvembed_deploy.config import Shape
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError
@@ -243,6 +243,17 @@ def test_a_plan_for_something_else_never_reaches_tensorrt(
     with pytest.raises(DeviceMismatchError, match=rf"{message}\. Rebuild it here: python -m nvembed_deploy\.build"):
         opened(PlanInfo(**fields))
     assert not bindings.calls
+
+
+def test_where_tensorrt_rtx_makes_no_plans_tensorrt_is_named() -> None:
+    """To build again on an H100 ends at the same plan: TensorRT-RTX does not know the GPU."""
+    h100 = CudaDevice(index=0, name="H100", compute_capability="9.0")
+    with pytest.raises(
+        DeviceMismatchError, match=r"has 9\.0\. TensorRT-RTX makes no plans for 9\.0.*--target datacenter$"
+    ):
+        check_fit(INFO, version=INFO.version, device=h100)
+    with pytest.raises(DeviceMismatchError, match=r"Rebuild it here: python -m nvembed_deploy\.build BUNDLE$"):
+        check_fit(replace(INFO, runtime="tensorrt"), version=INFO.version, device=h100)
 
 
 def test_a_foreign_plan_is_refused(opened: Callable, bindings: FakeBindings) -> None:
