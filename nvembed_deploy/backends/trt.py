@@ -19,7 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed_deploy.backends import Output
-from nvembed_deploy.backends.bindings import RTX_GPUS, TENSORRT_RTX, ask, load_bindings, make_logger, this_platform
+from nvembed_deploy.backends.bindings import (
+    CURES,
+    RTX_GPUS,
+    TENSORRT,
+    TENSORRT_RTX,
+    ask,
+    load_bindings,
+    make_logger,
+    this_platform,
+)
 from nvembed_deploy.backends.cuda import Buffer, CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.backends.runtime_cache import RuntimeCache
@@ -326,13 +335,15 @@ def check_fit(info: PlanInfo, *, version: str, device: CudaDevice) -> None:
     }
     for what, (built_for, here, fits) in found.items():
         if not fits:
-            cure = "Rebuild it here: python -m nvembed_deploy.build BUNDLE"
+            first = "Rebuild it here"
             if info.runtime == TENSORRT_RTX and device.compute_capability not in RTX_GPUS:
-                cure = (
-                    f"TensorRT-RTX makes no plans for {device.compute_capability}, TensorRT does: "
-                    f"{cure.removeprefix('Rebuild it here: ')} --target datacenter"
+                first = (
+                    f"TensorRT-RTX would give the same plan: install TensorRT ({CURES[TENSORRT]}), then rebuild it here"
                 )
-            raise DeviceMismatchError(f"{PLAN} was built for {what} {built_for}; this machine has {here}. {cure}")
+            raise DeviceMismatchError(
+                f"{PLAN} was built for {what} {built_for}; this machine has {here}. {first}: "
+                "python -m nvembed_deploy.build BUNDLE"
+            )
 
 
 def _pad_up(batch: TokenBatch, shape: Shape) -> TokenBatch:

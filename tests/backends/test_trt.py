@@ -249,7 +249,8 @@ def test_where_tensorrt_rtx_makes_no_plans_tensorrt_is_named() -> None:
     """To build again on an H100 ends at the same plan: TensorRT-RTX does not know the GPU."""
     h100 = CudaDevice(index=0, name="H100", compute_capability="9.0")
     with pytest.raises(
-        DeviceMismatchError, match=r"has 9\.0\. TensorRT-RTX makes no plans for 9\.0.*--target datacenter$"
+        DeviceMismatchError,
+        match=r"has 9\.0\. TensorRT-RTX .* install TensorRT .*, then rebuild it here: python -m \S+ BUNDLE$",
     ):
         check_fit(INFO, version=INFO.version, device=h100)
     with pytest.raises(DeviceMismatchError, match=r"Rebuild it here: python -m nvembed_deploy\.build BUNDLE$"):
