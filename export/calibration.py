@@ -10,7 +10,8 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import string
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.jsonl import read_rows
-from nvembed_deploy.probes import INSTRUCTION
+from nvembed_deploy.probes import INSTRUCTION, PROBES
 from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order, library_files, topic_pairs
 from nvembed_deploy.text import TextEncoder, TokenBatch, TokenRow, check_texts
 
@@ -36,6 +37,8 @@ SAMPLED_ROWS = 384
 EXTREME_ROWS = 32
 """... beside those with the largest values, which random choice would miss."""
 SEED = 0
+SHORT_TEXTS = 12
+"""Beside one text of each other kind: they have few tokens."""
 PACKAGES = (
     "json",
     "argparse",
@@ -49,6 +52,8 @@ PACKAGES = (
     "zipfile",
 )
 """Of Python's library: enough text, and read in a second."""
+REPEATS = (4, 8, 16, 32)
+"""How often a word stands in a text that is nothing else."""
 OTHER_LANGUAGES = (
     "Der Zug nach München fährt heute von Gleis 7 ab und hat etwa zehn Minuten Verspätung.",
     "Pourquoi le pain rassis devient-il dur alors que les biscuits deviennent mous ?",
@@ -92,7 +97,7 @@ class Inputs:
 
 
 def built_in_texts() -> list[CalibrationText]:
-    """Instructed queries, passages, code and other languages in turn.
+    """Instructed queries, passages, code, other languages and texts of a word or two, in turn.
 
     They are the documentation and the source that every Python carries, and sentences of this module.
     """
@@ -105,8 +110,24 @@ def built_in_texts() -> list[CalibrationText]:
         CalibrationText(text=text, instruction=INSTRUCTION if index % 3 == 1 else "")
         for index, text in enumerate(OTHER_LANGUAGES)
     )
+    short = (CalibrationText(text=text) for text in _short_texts(summaries))
+    few = itertools.zip_longest(*[short] * SHORT_TEXTS)
     kinds = itertools.zip_longest(queries, topics, passages, code, other)
-    return [item for row in kinds for item in row if item is not None]
+    rounds = zip(kinds, itertools.chain(few, itertools.repeat(())), strict=False)
+    return [item for kind, brief in rounds for item in (*kind, *brief) if item is not None]
+
+
+def _short_texts(sentences: Iterable[str]) -> Iterator[str]:
+    """One character, one word, two words, and one word again and again.
+
+    In such texts attention has little or nothing to take a mean of, so what comes out of it is several times larger.
+    """
+    words = dict.fromkeys(word for sentence in sentences for word in sentence.split())
+    marks = itertools.cycle(string.punctuation + string.digits + string.ascii_letters)
+    probes = {text for _, text in PROBES}  # the gate judges by what was not calibrated on
+    for number, (first, second, third, fourth) in enumerate(zip(*[iter(words)] * 4, strict=False)):
+        again = " ".join([fourth] * REPEATS[number % len(REPEATS)])
+        yield from (text for text in (next(marks), first, f"{second} {third}", again) if text not in probes)
 
 
 def _functions() -> list[str]:

@@ -1,15 +1,17 @@
 """From an FP32 model and real text to quantized linear layers: smoothing, scales, ranking, and what stays as it is.
 
 Per group of layers that read one tensor: SmoothQuant's exponent and the share of the range that the input's scale
-covers are searched for the smallest error of the layers' outputs. Then every group alone is quantized in the model and
-ranked by what that costs, in cosine on real text; the worst stay in the base precision until the gate's bound holds.
-The error of a group's own outputs does not tell that: what lies behind makes some of them large.
+covers are searched for the smallest error of the layers' outputs. Then every group alone is quantized in the model, in
+the best of these settings and, in a small model, the next ones, and what that costs is measured in cosine on real text:
+what lies behind a group makes more or less of its outputs' error. The cheapest setting is taken. Groups that cost
+most for the weights that they make small stay in the base precision until the gate's bound holds.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -43,14 +45,17 @@ RANKING_LONGEST = 128
 SEARCHED_OUTPUTS = 3072
 """Most outputs of a layer that the search of scales computes; a 7 B model's have up to 32,768."""
 RANKED_PARAMETERS = 300_000_000
-"""Most of a model whose groups are ranked on all of these rows; the larger one is, the fewer."""
+"""Most of a model whose groups are ranked on all of these rows and in several settings; a larger one's on fewer."""
+SETTINGS = 4
+"""Exponents of a group, each with its best share, that are ranked."""
 LEAST_RANKING_ROWS = 8
 LARGE_TRIES = 16
 """Most sets of kept groups that are tried for a large model."""
-MARGIN = 0.25
-"""Part of the gate's allowance that is kept for what differs between this simulation and the engine."""
+MARGIN = 0.1
+"""Part of the gate's allowance that is kept for what differs between this simulation and the engine (INT8's mean cosine
+differs by 5e-5 of the 2e-3 allowed); where that is more, `keep_next` follows."""
 FLOOR = 1e-5
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +74,19 @@ class GroupRecord:
     """Mean squared error of the layers' outputs over their mean square, on sampled inputs."""
     cost: float
     """1 - mean cosine of the vectors when this group alone is quantized."""
+    weights: int
+    """Numbers in its matrices."""
     kept: bool
     """True where it stays in the base precision."""
     reason: str
     """Why it is kept; empty where it is quantized."""
     channel_ranges: str
     """float32 [K], base64: each input channel's largest value before smoothing."""
+
+    @property
+    def price(self) -> float:
+        """What each of its weights costs."""
+        return self.cost / self.weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +130,10 @@ def quantize(
     groups = linear_groups(parts.model)
     ranking, probes = _ranking_rows(parts, text, rows, longest), probe_rows(text, longest)[1]
     before = _embed(parts, text, probes)
-    records = _search_all(parts, groups, Collector(parts, text, rows), number)
-    costs = _rank(parts, text, ranking, [record for record in records if not record.kept], number)
-    records = [replace(record, cost=costs.get(record.name, 0.0)) for record in records]
+    settings = _search_all(parts, groups, Collector(parts, text, rows), number)
+    records = _cheapest(parts, text, ranking, groups, settings, number)
+    for group, record in zip(groups, records, strict=True):
+        parts.edit(part_of(group.name), _smoothing(parts.model, group, record))
     records = _keep_until_it_holds(parts, text, probes, before, records, number)
     return QuantizationRecord(
         version=RECORD_VERSION,
@@ -137,9 +150,11 @@ def _parameters(parts: Parts) -> int:
     return sum(item.numel() for item in parts.model.parameters())
 
 
-def _search_all(parts: Parts, groups: Sequence[LinearGroup], collector: Collector, number: Format) -> list[GroupRecord]:
-    """Every group's record; the model is smoothed as they say. Smoothing changes nothing for the parts behind."""
-    records: dict[str, GroupRecord] = {}
+def _search_all(
+    parts: Parts, groups: Sequence[LinearGroup], collector: Collector, number: Format
+) -> list[tuple[GroupRecord, ...]]:
+    """Every group's settings, the one with the smallest error first."""
+    found: dict[str, tuple[GroupRecord, ...]] = {}
     bar = tqdm(total=len(groups), desc="searching scales", unit="group", disable=None, leave=False)
 
     @contextmanager
@@ -148,14 +163,12 @@ def _search_all(parts: Parts, groups: Sequence[LinearGroup], collector: Collecto
         with collector.watching(here) as seen:
             yield
         for group in here:
-            record = _search(parts.model, group, seen.pop(group.name), number)
-            records[group.name] = record
-            parts.edit(part, _smoothing(parts.model, group, record))
+            found[group.name] = _search(parts.model, group, seen.pop(group.name), number)
             bar.update()
 
     parts.forward(collector.batches, watch=watch, what="calibrating, layer by layer")
     bar.close()
-    return [records[group.name] for group in groups]
+    return [found[group.name] for group in groups]
 
 
 def _smoothing(model: NVEmbed, group: LinearGroup, record: GroupRecord) -> Callable[[], None]:
@@ -233,11 +246,11 @@ class QuantizedState:
 
 
 def keep_next(record: QuantizationRecord, reason: str) -> QuantizationRecord | None:
-    """The record with the costliest quantized group kept as well; None where it is the last."""
+    """The record with the dearest quantized group kept as well; None where it is the last."""
     open_groups = [item for item in record.groups if not item.kept]
     if len(open_groups) < 2:
         return None
-    worst = max(open_groups, key=lambda item: item.cost)
+    worst = max(open_groups, key=lambda item: item.price)
     groups = tuple(replace(item, kept=True, reason=reason) if item is worst else item for item in record.groups)
     return replace(record, groups=groups)
 
@@ -292,8 +305,8 @@ def read_record(path: Path, *, precision: Precision, model_sha256: str, texts: s
     return record
 
 
-def _search(model: NVEmbed, group: LinearGroup, seen: Inputs, number: Format) -> GroupRecord:
-    """The exponent and the share with the smallest error; a group that does not fit the format is kept."""
+def _search(model: NVEmbed, group: LinearGroup, seen: Inputs, number: Format) -> tuple[GroupRecord, ...]:
+    """For each exponent the share with the smallest error, the best first; a group that does not fit is kept."""
     weights = [_some_outputs(weight_of(model, name)) for name in group.linears]
     unsmoothed = GroupRecord(
         name=group.name,
@@ -303,18 +316,20 @@ def _search(model: NVEmbed, group: LinearGroup, seen: Inputs, number: Format) ->
         input_scale=0.0,
         error=0.0,
         cost=0.0,
+        weights=sum(weight_of(model, name).numel() for name in group.linears),
         kept=True,
         reason="does not divide into blocks",
         channel_ranges=pack(seen.largest),
     )
     if not all(number.fits(weight) for weight in weights):
-        return unsmoothed
+        return (unsmoothed,)
     truth = [F.linear(seen.rows, weight) for weight in weights]
-    best = replace(unsmoothed, error=torch.inf, kept=False, reason="")
+    found = []
     for exponent in EXPONENTS:
         factors = _factors(model, group, seen.largest, exponent)
         rows, largest = seen.rows / factors, float((seen.largest / factors).max())
         stored = [number.decode_weight(*number.encode_weight(weight * factors)) for weight in weights]
+        best = replace(unsmoothed, exponent=exponent, error=torch.inf, kept=False, reason="")
         for share in SHARES if number.inputs else (1.0,):
             scale = number.input_scale(largest * share) if number.inputs else 0.0
             given = number.round_trip(rows, scale) if number.inputs else rows
@@ -323,8 +338,9 @@ def _search(model: NVEmbed, group: LinearGroup, seen: Inputs, number: Format) ->
             ]
             error = float(torch.stack(errors).mean())
             if error < best.error:
-                best = replace(best, exponent=exponent, share=share, input_scale=scale, error=error)
-    return best
+                best = replace(best, share=share, input_scale=scale, error=error)
+        found.append(best)
+    return tuple(sorted(found, key=lambda item: item.error))
 
 
 def _some_outputs(weight: Tensor) -> Tensor:
@@ -351,21 +367,44 @@ def _factors(model: NVEmbed, group: LinearGroup, largest: Tensor, exponent: floa
 
 @contextmanager
 def simulated(model: NVEmbed, records: Sequence[GroupRecord], number: Format) -> Iterator[None]:
-    """The model with the layers of some groups computing on what their codes stand for."""
-    with ExitStack() as undo, torch.no_grad():
+    """The model, smoothed already, with the layers of some groups computing on what their codes stand for."""
+    with ExitStack() as undo:
         for record in records:
-            for name in record.linears:
-                linear = model.get_submodule(name)
-                undo.callback(setattr, linear, "weight", linear.weight)
-                stored = number.decode_weight(*number.encode_weight(weight_of(model, name)))
-                linear.weight = nn.Parameter(stored, requires_grad=False)
-                if number.inputs:
-                    undo.callback(linear.register_forward_pre_hook(_rounding(record.input_scale, number)).remove)
+            undo.enter_context(_computing_on_codes(model, record, number))
         yield
 
 
-def _rounding(scale: float, number: Format) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    return lambda _, args: (number.round_trip(args[0], scale),)
+@contextmanager
+def _computing_on_codes(
+    model: NVEmbed, record: GroupRecord, number: Format, factors: Tensor | float = 1.0
+) -> Iterator[None]:
+    with torch.no_grad(), ExitStack() as undo:
+        for name in record.linears:
+            linear = model.get_submodule(name)
+            undo.callback(setattr, linear, "weight", linear.weight)
+            stored = number.decode_weight(*number.encode_weight(weight_of(model, name) * factors))
+            linear.weight = nn.Parameter(stored, requires_grad=False)
+            hook = _smoothing_and_rounding(record.input_scale, number, factors)
+            undo.callback(linear.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _smoothing_and_rounding(
+    scale: float, number: Format, factors: Tensor | float
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def given(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        smoothed = args[0] / factors
+        return (number.round_trip(smoothed, scale) if number.inputs else smoothed,)
+
+    return given
+
+
+@contextmanager
+def _alone(model: NVEmbed, group: LinearGroup, record: GroupRecord, number: Format) -> Iterator[None]:
+    """One group smoothed and quantized in a model that is neither."""
+    factors = _factors(model, group, unpack(record.channel_ranges), record.exponent)
+    with _computing_on_codes(model, record, number, factors):
+        yield
 
 
 def _ranking_rows(parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], longest: int) -> list[TokenRow]:
@@ -391,13 +430,41 @@ def _embed(parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], *, watch: 
     return found[torch.tensor(order).argsort()]
 
 
-def _rank(
-    parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], candidates: Sequence[GroupRecord], number: Format
-) -> dict[str, float]:
-    """What quantizing each group alone costs."""
-    changes = {item.name: functools.partial(simulated, parts.model, [item], number) for item in candidates}
-    truth, found = parts.variants(in_batches(text, rows)[1], changes, "ranking groups")
-    return {name: 1 - float((truth * vectors).sum(dim=1).mean()) for name, vectors in found.items()}
+def _cheapest(
+    parts: Parts,
+    text: TextEncoder,
+    rows: Sequence[TokenRow],
+    groups: Sequence[LinearGroup],
+    settings: Sequence[tuple[GroupRecord, ...]],
+    number: Format,
+) -> list[GroupRecord]:
+    """Each group in the setting that costs least, when it alone is quantized. The model is not smoothed yet.
+
+    Further settings are tried for the dearer half of the groups: the others cost little in any of the first ones.
+    """
+    best = [found[0] for found in settings]
+    batches = in_batches(text, rows)[1]
+    for place in range(1 if _parameters(parts) > RANKED_PARAMETERS else SETTINGS):
+        middle = statistics.median(item.price for item in best)
+        tried = {
+            found[place].name: found[place]
+            for found, item in zip(settings, best, strict=True)
+            if place < len(found) and not item.kept and (place == 0 or item.price >= middle)
+        }
+        changes = {
+            group.name: functools.partial(_alone, parts.model, group, tried[group.name], number)
+            for group in groups
+            if group.name in tried
+        }
+        truth, vectors = parts.variants(batches, changes, f"ranking groups, setting {place + 1}")
+        costs = {name: 1 - float((truth * found).sum(dim=1).mean()) for name, found in vectors.items()}
+        best = [
+            replace(tried[item.name], cost=costs[item.name])
+            if item.name in costs and (place == 0 or costs[item.name] < item.cost)
+            else item
+            for item in best
+        ]
+    return best
 
 
 def _keep_until_it_holds(
@@ -409,7 +476,7 @@ def _keep_until_it_holds(
     number: Format,
 ) -> list[GroupRecord]:
     tolerance = TOLERANCES[number.precision]
-    worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.cost)
+    worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.price)
     step = max(1, len(worst_first) // LARGE_TRIES) if _parameters(parts) > RANKED_PARAMETERS else 1
     for kept in range(0, len(worst_first), step):
         names = {item.name for item in worst_first[:kept]}
@@ -420,7 +487,7 @@ def _keep_until_it_holds(
             for found, bound in ((cosines.min(), tolerance.min_cosine), (cosines.mean(), tolerance.min_mean_cosine))
         ):
             return [
-                replace(item, kept=True, reason="among the costliest") if item.name in names else item
+                replace(item, kept=True, reason="among the dearest for their size") if item.name in names else item
                 for item in records
             ]
     raise _nothing_left(number.precision)

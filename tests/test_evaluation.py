@@ -1,7 +1,6 @@
 """Evaluation: mteb's own smoke test, who is instructed, local data, and parity on the built-in tasks."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.reference import ReferenceEncoder
 from nvembed_deploy.evaluation.tasks import folder_tasks, reranking_data
 from tests.conftest import ROOT
+from tools.precisions import remembering
 
 MINI = ROOT / "models" / "nv-embed-mini"
 
@@ -207,19 +207,6 @@ def test_a_cut_corpus_keeps_what_is_judged(tmp_path: Path) -> None:
     task.load_data()
     split = task.dataset["default"]["test"]
     assert set(split["corpus"]["id"]) == {f"d{number}" for number in range(4)}
-
-
-def remembering(encode: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """The same with each text embedded once: retrieval and reranking ask for the same passages."""
-    known: dict[tuple[str | None, str], np.ndarray] = {}
-
-    def remembered(texts: list[str], *, prompt: str | None = None) -> np.ndarray:
-        new = list(dict.fromkeys(text for text in texts if (prompt, text) not in known))
-        if new:
-            known.update(zip(((prompt, text) for text in new), encode(new, prompt=prompt), strict=True))
-        return np.stack([known[prompt, text] for text in texts])
-
-    return remembered
 
 
 @pytest.mark.skipif(not MINI.is_dir(), reason="the embedded model is part of the repository only")
