@@ -1,6 +1,6 @@
 """A small base language model: a Mistral trained to tell the next token, with the causal mask on.
 
-transformers' own model, loss and `Trainer`; ours is only how the text is packed and how the embeddings may start.
+transformers' own model, loss and `Trainer`; ours is only how the text is packed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
-from torch import Tensor
 from tqdm import tqdm
 from transformers import MistralConfig, MistralForCausalLM, Trainer, default_data_collator
 
@@ -23,8 +22,37 @@ from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.training.loop import arguments, last_checkpoint
 from nvembed_deploy.training.options import StageOptions
 
-HEAD_SCALE = 0.01
-"""The language model's head starts as the token embeddings times this, so that the first logits are small."""
+SIZES: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 384,
+    "initializer_range": 0.02,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "model_type": "mistral",
+    "num_attention_heads": 6,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+}
+"""Fields of `MistralConfig` for a base that a CPU can train; the vocabulary's size is missing."""
+OPTIONS = StageOptions(
+    in_batch=False,
+    learning_rate=6e-4,
+    weight_decay=0.01,
+    warmup_steps=15,
+    schedule="cosine",
+    batch_tokens=4096,
+    max_length=256,
+    save_steps=100,
+    seed=1,
+)
 TEXTS_AT_A_TIME = 1000
 
 
@@ -37,7 +65,6 @@ def pretrain(
     folder: Path,
     options: StageOptions,
     tokens: int,
-    token_vectors: Tensor | None = None,
 ) -> list[dict[str, float]]:
     """Trains a base from random weights and writes its folder; resumed where it was killed.
 
@@ -49,7 +76,6 @@ def pretrain(
         folder: Where checkpoints lie.
         options: Optimizer, length and rows of a batch; the losses are not used.
         tokens: How many to train on.
-        token_vectors: [V, D] starting values of the token embeddings; rows of zeros stay random.
 
     Returns:
         The logged steps.
@@ -59,8 +85,6 @@ def pretrain(
     """
     torch.manual_seed(options.seed)
     model = MistralForCausalLM(MistralConfig(**config))
-    if token_vectors is not None:
-        start_embeddings(model, token_vectors)
     data = packed(texts, Tokenizer.from_str(tokenizer_json), length=options.max_length, tokens=tokens)
     rows = max(1, options.batch_tokens // options.max_length)
     trainer = Trainer(
@@ -79,34 +103,6 @@ def pretrain(
         (staged / "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
         switch_in(staged, out)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def start_embeddings(model: MistralForCausalLM, token_vectors: Tensor) -> None:
-    """Starts token embeddings, and the head, from given vectors.
-
-    Raises:
-        ConfigError: They have another shape than the embeddings.
-    """
-    table = model.get_input_embeddings().weight
-    if token_vectors.shape != table.shape:
-        raise ConfigError(f"token vectors are {list(token_vectors.shape)}, embeddings {list(table.shape)}")
-    known = token_vectors.abs().sum(dim=-1) > 0
-    with torch.no_grad():
-        table.div_(model.config.initializer_range)  # entries of size 1, as `token_start` makes them
-        table[known] = token_vectors[known].to(table.dtype)
-        model.get_output_embeddings().weight.copy_(table * HEAD_SCALE)
-
-
-def token_start(vectors: Tensor, strings: list[str]) -> Tensor:
-    """Starting values of token embeddings: a teacher's vectors of the token strings, centred; 0 without a string.
-
-    They are scaled to entries of size 1. At the teacher's own scale (unit rows) the first steps of training throw the
-    start away: behind the first norm, gradients grow as the embeddings shrink.
-    """
-    known = torch.tensor([bool(string) for string in strings])
-    start = vectors.float() - vectors.float()[known].mean(dim=0)
-    start = start / start[known].pow(2).mean().sqrt()
-    return torch.where(known[:, None], start, torch.zeros(()))
 
 
 def packed(texts: Iterable[str], tokenizer: Tokenizer, *, length: int, tokens: int) -> Dataset:

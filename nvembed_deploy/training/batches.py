@@ -19,7 +19,14 @@ from nvembed_deploy.training.alignment import overlaps, student_spans
 from nvembed_deploy.training.blend import Group, Row, length_batches
 from nvembed_deploy.training.teacher import Teacher
 
-FEATURES = Features({"text": List(Value("string")), "prompt": List(Value("string")), "group": List(Value("int32"))})
+FEATURES = Features(
+    {
+        "text": List(Value("string")),
+        "prompt": List(Value("string")),
+        "question": List(Value("bool")),
+        "group": List(Value("int32")),
+    }
+)
 """One batch. Rows of a group stand together in the order query, positive, negatives."""
 
 
@@ -57,6 +64,7 @@ def batch_dataset(
             rows = [(row, place) for place, index in enumerate(batch) for row in epoch[index]]
             entries["text"].append([row.text for row, _ in rows])
             entries["prompt"].append([row.prompt for row, _ in rows])
+            entries["question"].append([row.question for row, _ in rows])
             entries["group"].append([place for _, place in rows])
     return Dataset.from_dict(entries, features=FEATURES)
 
@@ -93,8 +101,8 @@ class Collator:
         owner: list[int] = []
         for entry in entries:
             offset = owner[-1] + 1 if owner else 0
-            pairs = zip(entry["text"], entry["prompt"], strict=True)
-            rows += [Row(text=text, prompt=prompt) for text, prompt in pairs]
+            parts = zip(entry["text"], entry["prompt"], entry["question"], strict=True)
+            rows += [Row(text=text, prompt=prompt, question=question) for text, prompt, question in parts]
             owner += [group + offset for group in entry["group"]]
         wanted = self.teacher is not None
         token_rows = tokenize_rows(rows, self.encoder, max_length=self.max_length, with_spans=wanted)
@@ -107,6 +115,7 @@ class Collator:
             "pool_mask": torch.from_numpy(pool_mask),
             "numbers": torch.tensor([numbers.setdefault(row.text, len(numbers)) for row in rows]),
             "owner": torch.tensor(owner),
+            "questions": torch.tensor([place for place, row in enumerate(rows) if row.question], dtype=torch.int64),
             "queries": queries,
             "positives": positives,
         }

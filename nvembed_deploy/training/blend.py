@@ -25,6 +25,8 @@ class Row:
     text: str
     prompt: str = ""
     """Prefix that attends and is not pooled; empty without an instruction."""
+    question: bool = False
+    """True for an instructed query of kind `retrieval`: it looks for an answer."""
 
 
 Group = tuple[Row, ...]
@@ -77,7 +79,9 @@ def groups(examples: Sequence[Example], *, template: str, negatives: int, seed: 
         other_prompt = prompt if example.kind in SYMMETRIC else ""
         rng.shuffle(others)
         texts = [text for text in (positive, *others[:negatives]) if text]
-        yield (Row(text=example.query, prompt=prompt), *(Row(text=text, prompt=other_prompt) for text in texts))
+        question = bool(prompt) and example.kind is Kind.RETRIEVAL
+        query = Row(text=example.query, prompt=prompt, question=question)
+        yield (query, *(Row(text=text, prompt=other_prompt) for text in texts))
 
 
 def _classes(examples: Iterable[Example]) -> dict[str, dict[str, list[str]]]:

@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainingArguments
 
 from nvembed_deploy.architecture import Pooling
@@ -30,11 +31,9 @@ from nvembed_deploy.training.losses import (
     distillation,
     find_positives,
     in_batch_blocked,
-    instructed_rows,
     match_targets,
     own_only_blocked,
     token_distillation,
-    towards_partners,
 )
 from nvembed_deploy.training.optimizer import MuonWithAdamW, RelativeAdamW
 from nvembed_deploy.training.options import StageOptions
@@ -101,10 +100,13 @@ class Trainable(nn.Module):
 class EmbeddingTrainer(Trainer):
     """`Trainer` for a model that returns unit vectors and token states."""
 
-    def __init__(self, *, stage: StageOptions, teacher: Teacher | None, **settings: Any) -> None:
+    def __init__(
+        self, *, stage: StageOptions, teacher: Teacher | None, answers: Tensor | None, **settings: Any
+    ) -> None:
         super().__init__(**settings)
         self.stage = stage
         self.teacher = teacher
+        self.answers = None if answers is None else answers.to(self.args.device)
         if teacher is not None:
             teacher.model.to(self.args.device)
 
@@ -117,7 +119,7 @@ class EmbeddingTrainer(Trainer):
     ) -> Any:
         """The weighted sum of the losses of one batch."""
         vectors, states = model(inputs["input_ids"], inputs["attention_mask"], inputs["pool_mask"])
-        loss = batch_loss(vectors, states, inputs, stage=self.stage, teacher=self.teacher)
+        loss = batch_loss(vectors, states, inputs, stage=self.stage, teacher=self.teacher, answers=self.answers)
         return (loss, {"vectors": vectors}) if return_outputs else loss
 
     def evaluate(
@@ -154,7 +156,13 @@ def _quick_attention(input_ids: Tensor) -> AbstractContextManager[Any]:
 
 
 def batch_loss(
-    vectors: Tensor, states: Tensor, inputs: dict[str, Tensor], *, stage: StageOptions, teacher: Teacher | None
+    vectors: Tensor,
+    states: Tensor,
+    inputs: dict[str, Tensor],
+    *,
+    stage: StageOptions,
+    teacher: Teacher | None,
+    answers: Tensor | None = None,
 ) -> Tensor:
     """Loss of a batch as made by `Collator`.
 
@@ -164,6 +172,7 @@ def batch_loss(
         inputs: The batch.
         stage: Weights of the parts (a part of weight 0 is not computed), and which rows compete.
         teacher: Needed where a part compares with it.
+        answers: [D, D], see `losses.answer_map`: what the teacher's states of instructed questions go through.
     """
     weights, queries, positives = stage.weights, inputs["queries"], inputs["positives"]
     loss = vectors.sum() * 0.0
@@ -171,18 +180,15 @@ def batch_loss(
     if teacher is not None:
         targets, tokens = teacher.forward(inputs["teacher_ids"], inputs["teacher_mask"])
         known = inputs["known"] & inputs["attention_mask"].bool()
-        wanted = targets
-        if weights.partners and len(queries):
-            instructed = instructed_rows(inputs["attention_mask"], inputs["pool_mask"])
-            wanted = towards_partners(
-                targets, queries=queries, positives=positives, instructed=instructed, share=weights.partners
-            )
-            paired = torch.cat((queries, positives))
-            known[paired[instructed[paired]]] = False  # their tokens are to mean something else than the teacher's
+        wanted, tokens = targets.float(), tokens.float()
+        if answers is not None:
+            rows = inputs["questions"]
+            wanted = wanted.index_copy(0, rows, F.normalize(wanted[rows] @ answers, dim=-1))
+            tokens = tokens.index_copy(0, rows, tokens[rows] @ answers)
         if weights.distillation:
             loss = loss + weights.distillation * distillation(vectors, wanted)
         if weights.tokens:
-            laid = torch.bmm(inputs["overlaps"], tokens.float())
+            laid = torch.bmm(inputs["overlaps"], tokens)
             loss = loss + weights.tokens * token_distillation(states, laid, known)
         if weights.match:
             matched = match_targets(vectors, wanted, inputs["numbers"], temperature=stage.temperature)
@@ -209,6 +215,7 @@ def train(
     folder: Path,
     stage: StageOptions,
     teacher: Teacher | None = None,
+    answers: Tensor | None = None,
     held_out: Dataset | None = None,
 ) -> list[dict[str, float]]:
     """Trains in place, from the last checkpoint in `folder` where there is one.
@@ -220,6 +227,7 @@ def train(
         folder: Where checkpoints lie.
         stage: Losses, optimizer and checkpoints.
         teacher: Where the stage's losses need one.
+        answers: See `batch_loss`.
         held_out: Batches for evaluation at every save.
 
     Returns:
@@ -255,15 +263,31 @@ def train(
         optimizers=(optimizer, None),
         stage=stage,
         teacher=teacher,
+        answers=answers,
     )
     log.info("training on %s, %d batches, from %s", trainer.args.device, len(dataset), last or "the start")
+    hooks = add_noise(trainable, stage.noise) if stage.noise else []
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    for hook in hooks:
+        hook.remove()
     return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 
 def is_main_process() -> bool:
     """True in the one process of a launch that writes results."""
     return bool(PartialState().is_main_process)
+
+
+def add_noise(model: nn.Module, share: float) -> list[RemovableHandle]:
+    """Adds noise to what linear layers give while the model is in training; each output channel's in its own size."""
+
+    def noisy(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+        if not layer.training:
+            return output
+        size = output.detach().square().mean(dim=tuple(range(output.dim() - 1)), keepdim=True).sqrt()
+        return output + share * size * torch.randn_like(output)
+
+    return [layer.register_forward_hook(noisy) for layer in model.modules() if isinstance(layer, nn.Linear)]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -53,36 +53,19 @@ def match_targets(vectors: Tensor, targets: Tensor, numbers: Tensor, *, temperat
     return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(scores), device=scores.device))
 
 
-def instructed_rows(attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
-    """Bool [R]: rows with an instruction, whose tokens attend and are not pooled. Masks are int64 [R, T]."""
-    return (pool_mask < attention_mask).any(dim=1)
-
-
-def towards_partners(
-    targets: Tensor, *, queries: Tensor, positives: Tensor, instructed: Tensor, share: float
-) -> Tensor:
-    """The teacher's vectors, those of instructed rows of a pair turned towards the other row's.
-
-    Retrieval instructs the query alone, which then looks for its passage; likeness and classes instruct both.
+def answer_map(questions: Tensor, answers: Tensor, *, share: float) -> Tensor:
+    """The linear map that brings a teacher's vectors of questions nearer to where their answers lie.
 
     Args:
-        targets: [R, D], unit rows.
-        queries: int64 [P].
-        positives: int64 [P].
-        instructed: bool [R].
-        share: Of the partner's vector that is added: 1 is half-way. Where both rows are instructed, half of it is
-            added to each.
+        questions: [P, D], unit rows.
+        answers: [P, D], unit rows.
+        share: Of the mean of question x (answer - question) over the pairs, added to the identity.
 
     Returns:
-        float32 [R, D], unit rows.
+        float32 [D, D]; rows are multiplied with it from the left.
     """
-    moved = targets.float().clone()
-    for rows, partners in ((queries, positives), (positives, queries)):
-        asked = instructed[rows]
-        rows, partners = rows[asked], partners[asked]
-        added = torch.where(instructed[partners], share / 2, share)[:, None] * targets.float()[partners]
-        moved[rows] = F.normalize(targets.float()[rows] + added, dim=-1)
-    return moved
+    questions, answers = questions.float(), answers.float()
+    return torch.eye(questions.shape[1]) + share * questions.T @ (answers - questions) / len(questions)
 
 
 def find_positives(

@@ -7,95 +7,52 @@ from __future__ import annotations
 
 import logging
 import random
-import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from nvembed_deploy.architecture import LatentAttention
-from nvembed_deploy.training import base, blend, corpora, loop, mining, stage
+from nvembed_deploy.text import TextEncoder
+from nvembed_deploy.training import blend, corpora, mining, stage
+from nvembed_deploy.training.cancelling import settle_neurons
+from nvembed_deploy.training.checkpoint_folder import write_checkpoint
 from nvembed_deploy.training.examples import Example, read_examples, read_exclusion, write_examples
 from nvembed_deploy.training.instructions import Kind
 from nvembed_deploy.training.options import LossWeights, StageOptions
+from nvembed_deploy.training.start import make_base
+from nvembed_deploy.training.student import read_base
 from nvembed_deploy.training.teacher import Teacher
-from nvembed_deploy.training.tokenizer import token_strings, train_tokenizer
 
 log = logging.getLogger(__name__)
-_WORD = re.compile(r"[^\W\d_]{2,}|(?<!\d)\d{2,4}(?!\d)")
-"""Words, and numbers up to years."""
 
-NAME = "nv-embed-mini"
-FEWEST_OF_A_WORD = 2
-LEARNED_TOKENS = 4_500
-"""Control tokens, bytes, and what BPE learns to spell rare words with."""
-VOCAB_SIZE = 28_800
-"""The others are whole words: those of the teacher's vocabulary, then the most frequent ones of the text."""
-SIZES: dict[str, Any] = {
-    "_name_or_path": NAME,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 384,
-    "initializer_range": 0.02,
-    "intermediate_size": 1024,
-    "max_position_embeddings": 4096,
-    "model_type": "mistral",
-    "num_attention_heads": 6,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "sliding_window": 4096,
-    "tie_word_embeddings": False,
-    "vocab_size": VOCAB_SIZE,
-}
+VOCAB_SIZE, NEURONS = 16_000, 1024
 LATENT = LatentAttention(latents=64, heads=4, head_dim=64)
 
-BASE_TOKENS = 400_000
-BASE = StageOptions(
-    in_batch=False,
-    learning_rate=6e-4,
-    weight_decay=0.01,
-    warmup_steps=15,
-    schedule="cosine",
-    batch_tokens=4096,
-    max_length=256,
-    save_steps=100,
-    seed=1,
-)
-
 WORD_LISTS = "word_lists"
-LISTS, LIST_WORDS = 20_000, (2, 8)
+LISTS, LIST_WORDS = 6_000, (2, 8)
 STAGE_1_MIX = {
-    "text_wikipedia_en": 75_000,
-    "text_wikipedia_en_runs": 22_000,
-    "text_wikipedia_en_halves": 6_000,
-    "text_wikipedia_en_whole": 4_000,
-    "text_books_speeches": 9_000,
-    "text_books_speeches_runs": 2_000,
-    "wiki_title_intro": 9_000,
-    "wordnet": 9_000,
-    "wordnet_entries": 25_000,
-    "debian_packages": 25_000,
+    "text_wikipedia_en": 40_000,
+    "text_wikipedia_en_runs": 16_000,
+    "text_wikipedia_en_halves": 2_500,
+    "text_wikipedia_en_whole": 3_000,
+    "text_books_speeches": 4_000,
+    "text_books_speeches_runs": 1_000,
+    "wiki_title_intro": 4_000,
+    "wordnet": 5_000,
+    "wordnet_entries": 10_000,
+    "debian_packages": 12_000,
     WORD_LISTS: LISTS,
-    "python_docstrings": 5_000,
+    "python_docstrings": 2_500,
     "python_topics": 800,
     "covidfaq": 1_400,
     "stackfaq": 1_200,
-    "snli": 40_000,
-    "clinc150": 14_000,
-    "hwu64": 9_000,
-    "snips": 5_000,
-    "sst2": 9_000,
-    "trec_questions": 6_000,
+    "snli": 16_000,
+    "clinc150": 8_000,
+    "hwu64": 6_000,
+    "snips": 2_000,
+    "sst2": 5_000,
+    "trec_questions": 5_000,
     "rte": 2_700,
 }
 """Most examples of a source. Sources of stage two are in it as texts: their labels and pairs are not used yet. Lists of
@@ -105,59 +62,63 @@ STAGE_1 = StageOptions(
     negatives=2,
     temperature=0.05,
     weights=LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0),
-    learning_rate=1e-3,
-    muon_learning_rate=2e-3,
-    weight_decay=0.01,
-    warmup_steps=60,
+    learning_rate=7e-4,
+    relative_steps=True,
+    weight_decay=0.0,
+    warmup_steps=20,
     schedule="cosine",
-    max_steps=2600,
-    epochs=2,
+    max_steps=900,
     batch_rows=192,
-    batch_tokens=4608,
+    batch_tokens=2304,
     max_length=384,
-    held_out=400,
-    save_steps=200,
+    held_out=200,
+    save_steps=100,
     seed=1,
 )
 
 STAGE_2_MIX = {
-    "wiki_title_intro": 5_000,
-    "text_wikipedia_en": 4_000,
-    "text_wikipedia_en_halves": 3_000,
-    "debian_packages": 2_000,
-    WORD_LISTS: 2_000,
-    "wordnet": 3_000,
-    "python_docstrings": 3_000,
-    "python_topics": 300,
-    "covidfaq": 1_000,
-    "stackfaq": 1_200,
-    "snli": 12_000,
-    "rte": 1_200,
-    "clinc150": 4_000,
-    "hwu64": 3_000,
-    "snips": 800,
-    "sst2": 2_500,
-    "trec_questions": 2_500,
+    "snli": 6_000,
+    "rte": 600,
+    "wiki_title_intro": 1_000,
+    "text_wikipedia_en_halves": 400,
+    "wordnet": 600,
+    "python_docstrings": 600,
+    "python_topics": 200,
+    "covidfaq": 500,
+    "stackfaq": 600,
+    "text_wikipedia_en": 1_500,
+    "debian_packages": 500,
+    WORD_LISTS: 300,
+    "clinc150": 800,
+    "hwu64": 600,
+    "snips": 200,
+    "sst2": 400,
+    "trec_questions": 400,
 }
 STAGE_2 = StageOptions(
     in_batch=False,
     negatives=2,
     temperature=0.05,
-    weights=LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0, partners=1.0),
-    learning_rate=3e-4,
-    muon_learning_rate=6e-4,
-    weight_decay=0.01,
-    warmup_steps=20,
+    weights=LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0, answers=100.0),
+    learning_rate=6e-4,
+    relative_steps=True,
+    noise=0.02,
+    weight_decay=0.0,
+    warmup_steps=10,
     schedule="linear",
-    max_steps=400,
+    max_steps=200,
     batch_rows=192,
-    batch_tokens=4608,
+    batch_tokens=2304,
     max_length=384,
     held_out=200,
     save_steps=100,
     seed=2,
 )
+SETTLING_TEXTS = 2_500
+"""See `cancelling.settle_neurons`."""
 PAIR_KINDS = (Kind.RETRIEVAL, Kind.TEXT)
+OTHER_KINDS = {Kind.RETRIEVAL: 0.3, Kind.SIMILARITY: 0.3}
+"""Of stage two's texts without a partner, the shares that are instructed as another kind is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,13 +165,16 @@ def make(out: Path, *, work: Path, sources: Sources) -> Path:
     stage.claim(work, {name: str(value) for name, value in vars(sources).items()})
     teacher = Teacher(sources.teacher)
     prepare_examples(work, sources, teacher)
-    tokenizer_json = _tokenizer(work, sources, teacher)
-    _base(work, sources, tokenizer_json, teacher)
     start = work / "base"
+    if not (start / "config.json").is_file():
+        learned = read_examples(_examples_file(work, ROUNDS[0]))[STAGE_1.held_out :]
+        texts = [example.query for example in learned]
+        found = make_base(start, teacher, texts, vocab_size=VOCAB_SIZE, neurons=NEURONS)
+        log.info("base: cosine to the teacher %.3f", found.agreement)
     for item in ROUNDS:
         folder = work / item.name
-        checkpoint = out if item is ROUNDS[-1] else folder / "checkpoint"
-        if item is ROUNDS[-1] or not (checkpoint / "config.json").is_file():
+        checkpoint = folder / "checkpoint"
+        if not (checkpoint / "config.json").is_file():
             stage.run_stage(
                 start,
                 read_examples(_examples_file(work, item)),
@@ -221,7 +185,22 @@ def make(out: Path, *, work: Path, sources: Sources) -> Path:
                 latent=LATENT if start == work / "base" else None,
             )
         start = checkpoint
-    return out
+    return _settled(start, out, read_examples(_examples_file(work, ROUNDS[0]))[STAGE_1.held_out :])
+
+
+def _settled(checkpoint: Path, out: Path, examples: list[Example]) -> Path:
+    student = read_base(checkpoint)
+    encoder = TextEncoder(student.tokenizer_json.encode(), student.contract)
+    texts = [example.query for example in examples[:SETTLING_TEXTS]]
+    settle_neurons(student.model, encoder, texts, max_length=STAGE_2.max_length)
+    return write_checkpoint(
+        out,
+        student.model,
+        config=student.config,
+        tokenizer_json=student.tokenizer_json,
+        max_length=STAGE_2.max_length,
+        card="",
+    )
 
 
 def _examples_file(work: Path, item: Round) -> Path:
@@ -243,6 +222,8 @@ def prepare_examples(work: Path, sources: Sources, teacher: Teacher) -> None:
             chosen = list(excluded.keep(bar))
         if item.options.in_batch:
             chosen = [_text_only(example) if example.kind not in PAIR_KINDS else example for example in chosen]
+        else:
+            chosen = _of_other_kinds(chosen, seed=item.options.seed)
         paired = [example for example in chosen if example.positive]
         table = blend.text_table(paired)
         vectors = teacher.embed(list(table), description=f"teacher, {item.name}")
@@ -254,61 +235,28 @@ def prepare_examples(work: Path, sources: Sources, teacher: Teacher) -> None:
 def word_lists(teacher: Teacher, *, seed: int) -> list[Example]:
     """Texts of a few words each, drawn from the teacher's vocabulary."""
     rng = random.Random(seed)
-    words = _vocabulary(teacher)
+    words = _words(teacher)
     lists = (" ".join(rng.sample(words, rng.randint(*LIST_WORDS))) for _ in range(LISTS))
     return [Example(query=text, kind=Kind.TEXT, source=WORD_LISTS) for text in lists]
 
 
 def _text_only(example: Example) -> Example:
-    return Example(query=example.query, kind=Kind.TEXT, source=example.source)
+    return replace(example, positive="", negatives=(), label="")
 
 
-def whole_words(teacher: Teacher, counts: Mapping[str, int]) -> list[str]:
-    """The words that may be entries of the vocabulary: the teacher's that our text has, then others, by count."""
-    known = [word for word in _vocabulary(teacher) if counts.get(word, 0) >= FEWEST_OF_A_WORD]
-    others = counts.keys() - set(known)
-    return known + sorted(others, key=lambda word: (-counts[word], word))
+def _of_other_kinds(examples: list[Example], *, seed: int) -> list[Example]:
+    """Some texts on their own become questions, or something to compare, so that an instruction goes with any text."""
+    rng = random.Random(seed)
+    kinds = [*OTHER_KINDS, Kind.TEXT]
+    shares = [*OTHER_KINDS.values(), 1 - sum(OTHER_KINDS.values())]
+    return [
+        replace(example, kind=rng.choices(kinds, shares)[0]) if example.kind is Kind.TEXT else example
+        for example in examples
+    ]
 
 
-def _vocabulary(teacher: Teacher) -> list[str]:
+def _words(teacher: Teacher) -> list[str]:
     """The teacher's whole words and numbers, by their ids: in a WordPiece vocabulary from frequent to rare."""
     vocabulary = teacher.tokenizer.get_vocab()
     words = sorted(vocabulary, key=vocabulary.__getitem__)
     return [word for word in words if word.isascii() and word.isalnum() and len(word) > 1]
-
-
-def _tokenizer(work: Path, sources: Sources, teacher: Teacher) -> str:
-    path = work / "tokenizer.json"
-    if not path.is_file():
-        log.info("tokenizer: learning %d tokens", VOCAB_SIZE)
-        texts = list(corpora.tokenizer_text(sources.data, wordnet=sources.wordnet, packages=sources.packages))
-        counts = Counter(chain.from_iterable(_WORD.findall(text.lower()) for text in texts))
-        words = whole_words(teacher, counts)
-        whole = set(words[: VOCAB_SIZE - LEARNED_TOKENS])
-        # Merges are for what is no entry: they are learned from what is left of the text.
-        rest = (_WORD.sub(lambda found: "" if found[0] in whole else found[0], text.lower()) for text in texts)
-        content = train_tokenizer(rest, vocab_size=VOCAB_SIZE, learned=LEARNED_TOKENS, words=words)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        temporary.write_text(content.to_str(), encoding="utf-8")
-        temporary.replace(path)
-    return path.read_text(encoding="utf-8")
-
-
-def _base(work: Path, sources: Sources, tokenizer_json: str, teacher: Teacher) -> None:
-    if (work / "base" / "config.json").is_file():
-        return
-    strings = token_strings(Tokenizer.from_str(tokenizer_json))
-    vectors = teacher.embed(strings, description="teacher, token strings")
-    history = base.pretrain(
-        work / "base",
-        corpora.plain_text(sources.data, seed=BASE.seed),
-        config=SIZES,
-        tokenizer_json=tokenizer_json,
-        folder=work / "base-training",
-        options=BASE,
-        tokens=BASE_TOKENS,
-        token_vectors=base.token_start(vectors, strings),
-    )
-    if loop.is_main_process():
-        stage.write_history(work / "base-training", history)

@@ -23,9 +23,9 @@ class LossWeights:
     """Of the squared error to the teacher's token states."""
     match: float = 0.0
     """Of finding one's own teacher vector in the batch."""
-    partners: float = 0.0
-    """How far the target of an instructed row of a pair moves towards the other row's: 1 is half-way. The teacher knows
-    no instructions; without this, distillation teaches that they mean nothing."""
+    answers: float = 0.0
+    """How far the target of an instructed question moves to where answers lie; `losses.answer_map` tells the unit. The
+    teacher knows no instructions; without this, distillation teaches that they mean nothing."""
 
     @property
     def need_teacher(self) -> bool:
@@ -57,6 +57,8 @@ class StageOptions:
     """Of weight matrices by Muon; 0 for AdamW alone. For training from scratch, not for a trained base."""
     relative_steps: bool = False
     """The decoder's learning rate counts in units of its own rows; see `optimizer.RelativeAdamW`."""
+    noise: float = 0.0
+    """Of every linear layer's output, as a share of its size, during training: what stands it can be quantized."""
     weight_decay: float = 0.03
     warmup_steps: int = 500
     schedule: str = "linear"

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from nvembed_deploy.architecture import LatentAttention, Pooling
+from nvembed_deploy.atomic import write_file
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.training import blend, loop
@@ -19,6 +22,8 @@ from nvembed_deploy.training.batches import Collator, batch_dataset
 from nvembed_deploy.training.checkpoint_folder import write_checkpoint
 from nvembed_deploy.training.curve import plot_history
 from nvembed_deploy.training.examples import Example
+from nvembed_deploy.training.instructions import Kind
+from nvembed_deploy.training.losses import answer_map
 from nvembed_deploy.training.options import Lora, StageOptions
 from nvembed_deploy.training.student import Student, read_base
 from nvembed_deploy.training.teacher import Teacher
@@ -29,6 +34,9 @@ log = logging.getLogger(__name__)
 SETTINGS_NAME = "settings.json"
 HISTORY_NAME = "history.json"
 CURVE_NAME = "loss.png"
+ANSWERS_NAME = "answers.safetensors"
+MOST_PAIRS = 4096
+"""Of a stage's examples, for the map from questions to answers."""
 
 
 def run_stage(
@@ -114,6 +122,7 @@ def train_student(
         folder=work / "training",
         stage=stage,
         teacher=teacher,
+        answers=_answers(kept, teacher, stage, work / ANSWERS_NAME) if stage.weights.answers else None,
         held_out=_batches(held_out, encoder, stage, 1) if held_out else None,
     )
     if adapted is not None:
@@ -134,6 +143,19 @@ def _batches(examples: list[Example], encoder: TextEncoder, stage: StageOptions,
         max_length=stage.max_length,
         seed=stage.seed,
     )
+
+
+def _answers(examples: list[Example], teacher: Teacher | None, stage: StageOptions, path: Path) -> Tensor:
+    """The map of `losses.answer_map` for these examples; a run that is taken up again finds it at `path`."""
+    if not path.is_file():
+        pairs = [example for example in examples if example.kind is Kind.RETRIEVAL and example.positive][:MOST_PAIRS]
+        if teacher is None or not pairs:
+            raise ConfigError("questions can move to their answers only with a teacher and pairs of kind retrieval")
+        sides = ([example.query for example in pairs], [example.positive for example in pairs])
+        vectors = [teacher.embed(texts, description="teacher, pairs") for texts in sides]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, save({"answers": answer_map(*vectors, share=stage.weights.answers)}))
+    return load_file(path)["answers"]
 
 
 def write_history(work: Path, history: list[dict[str, float]]) -> None:

@@ -2,9 +2,8 @@
 
 The finished `tokenizer.json` has Mistral's parts: byte fallback, space marks, decoder, post-processor and low ids. What
 is ours serves a small table of embeddings. All text is lower case, and a word behind a hyphen or a bracket gets a space
-mark, so that each word is one entry. Text is split into words first, and a word that is an entry is taken whole
-(`ignore_merges`, as in Llama 3): such words need no merges on the way to them. All others are spelled by BPE; or, where
-the pieces are given (`piece_tokenizer`), cut from left to right into the longest of them, as WordPiece does it.
+mark, so that each word is one entry. Text is split into words first; they are spelled by BPE or, where the pieces are
+given (`piece_tokenizer`), cut from left to right into the longest of them, as WordPiece does it.
 """
 
 from __future__ import annotations
@@ -34,16 +33,12 @@ _LEARNED = r"▁?[\p{L}\p{M}]+|\p{N}|▁?[^\p{L}\p{M}\p{N}▁]+|▁+"
 """What merges stay inside: words, single digits (as in Mistral), runs of punctuation, runs of spaces."""
 
 
-def train_tokenizer(
-    texts: Iterable[str], *, vocab_size: int, learned: int | None = None, words: Iterable[str] = ()
-) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Learns merges from texts.
 
     Args:
         texts: Lines or paragraphs; their order does not matter.
         vocab_size: Tokens in all, the 3 control tokens and the 256 bytes included.
-        learned: Of them, those that are not `words`; by default all.
-        words: Words or numbers in lower case that become entries, until `vocab_size` is reached.
 
     Returns:
         A tokenizer that adds `<s>` and nothing else, as Mistral's does.
@@ -51,17 +46,16 @@ def train_tokenizer(
     Raises:
         ConfigError: The vocabulary is too small for the bytes, or the texts are too few for its size.
     """
-    learned = learned or vocab_size
     floor = len(CONTROL_TOKENS) + len(BYTE_TOKENS)
-    if learned <= floor:
-        raise ConfigError(f"--vocab-size is {learned}; the bytes and control tokens alone take {floor}")
+    if vocab_size <= floor:
+        raise ConfigError(f"--vocab-size is {vocab_size}; the bytes and control tokens alone take {floor}")
     learner = Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
     learner.normalizer = _normalizer()
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(_LEARNED), behavior="isolated")
     texts = list(texts)
     alphabet = _alphabet(texts)
     trainer = trainers.BpeTrainer(
-        vocab_size=learned,
+        vocab_size=vocab_size,
         special_tokens=[*CONTROL_TOKENS, *BYTE_TOKENS],
         limit_alphabet=len(alphabet),
         initial_alphabet=alphabet,
@@ -71,13 +65,10 @@ def train_tokenizer(
     learner.train_from_iterator(texts, trainer=trainer)
     found: dict[str, Any] = json.loads(learner.to_str())["model"]
     vocab: dict[str, int] = found["vocab"]
-    if len(vocab) == learned:
-        for word in words:
-            if len(vocab) == vocab_size:
-                break
-            vocab.setdefault(SPACE + word, len(vocab))
     if len(vocab) != vocab_size:
-        raise ConfigError(f"the texts gave {len(vocab)} tokens, --vocab-size asks for {vocab_size}; pass more text")
+        raise ConfigError(
+            f"the texts gave {len(vocab)} tokens, --vocab-size asks for {vocab_size}; pass more text or ask for fewer"
+        )
     return assemble(vocab, [tuple(merge) for merge in found["merges"]])
 
 

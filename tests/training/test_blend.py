@@ -54,6 +54,8 @@ def test_documents_get_no_instruction_and_symmetric_tasks_get_it_on_both_sides()
         wordings = {TEMPLATE.format(instruction=wording) for wording in WORDINGS[example.kind]}
         assert {row.prompt for row in group} <= wordings | {""}
         seen[example.kind] += bool(group[0].prompt)
+        asks = example.kind is Kind.RETRIEVAL and bool(group[0].prompt)
+        assert [row.question for row in group] == [asks] + [False] * (len(group) - 1)
     assert all(0 < count < 100 for count in seen.values())
 
 

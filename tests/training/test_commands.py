@@ -14,7 +14,7 @@ from nvembed_deploy.training.__main__ import _parser, main, stage_options
 from nvembed_deploy.training.options import STAGE_1, STAGE_2
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("data", "mine", "start", "train", "mini", "ablate")
+COMMANDS = ("data", "mine", "start", "pretrain", "train", "mini", "ablate")
 
 
 def test_help_needs_no_torch():
@@ -29,6 +29,7 @@ def test_help_needs_no_torch():
     assert done.returncode == 0, done.stderr
     assert all(f"nvembed_deploy.training {command}" in done.stdout for command in COMMANDS)
     assert done.stdout.count("--teacher") >= 4
+    assert not re.search(r"default:\s+(None|False)", done.stdout)
 
 
 def test_the_documentations_commands_are_understood():
@@ -123,6 +124,15 @@ def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkey
     assert capsys.readouterr().out.splitlines()[-1] == out
     assert load_checkpoint(out).config.hidden_size == 16
     assert (tmp_path / "out-work" / "loss.png").is_file()
+
+    lines = [f"{example.query} {example.positive} {example.query} {example.positive}" for example in pairs * 9]
+    (tmp_path / "data" / "pairs" / "plain.txt").write_text("\n".join(lines))
+    own = ["pretrain", "--data", str(tmp_path / "data"), "--layers", "1", "--vocab-size", "370", "--tokens", "5000"]
+    assert main([*own, "--out", str(tmp_path / "own")]) == 0
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["vocab_size"] == 370
+    assert (tmp_path / "own-work" / "loss.png").is_file()
+    assert main([*own, "--layers", "2", "--out", str(tmp_path / "own")]) == 1
+    assert "run with other settings" in last_error(capsys)
 
     table = ["ablate", "--base", base, "--first", mined, "--second", mined, "--eval", str(tmp_path / "eval")]
     table += ["--out", str(tmp_path / "table"), "--steps", "4", "--batch-tokens", "300", "--latents", "4"]

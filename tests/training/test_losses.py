@@ -5,14 +5,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
 
 from nvembed_deploy.training.losses import (  # noqa: E402
+    answer_map,
     distillation,
     find_positives,
     in_batch_blocked,
-    instructed_rows,
     match_targets,
     own_only_blocked,
     token_distillation,
-    towards_partners,
 )
 
 TEMPERATURE = 0.05
@@ -117,18 +116,17 @@ def test_false_negatives_follow_the_95_percent_rule():
     assert blocked.tolist() == [[True, False, False, True, False, False]]
 
 
-def test_instructed_rows_of_a_pair_move_towards_each_other():
-    attention = torch.ones(6, 4, dtype=torch.int64)
-    pooled = attention.clone()
-    pooled[[0, 2, 3], :2] = 0  # row 0 alone; rows 2 and 3 both; row 4 none
-    queries, positives = torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5])
-    instructed = instructed_rows(attention, pooled)
-    assert instructed.tolist() == [True, False, True, True, False, False]
-    targets = unit_rows(6).float()
-    pairs = {"queries": queries, "positives": positives, "instructed": instructed}
-    moved = towards_partners(targets, **pairs, share=1.0)
-    for row, partner, added in ((0, 1, 1.0), (2, 3, 0.5), (3, 2, 0.5)):
-        wanted = torch.nn.functional.normalize(targets[row] + added * targets[partner], dim=0)
-        assert torch.allclose(moved[row], wanted, atol=1e-6)
-    assert torch.equal(moved[[1, 4, 5]], targets[[1, 4, 5]])
-    assert torch.allclose(towards_partners(targets, **pairs, share=0.0), targets, atol=1e-6)
+def test_the_map_brings_questions_to_where_their_answers_lie():
+    generator = torch.Generator().manual_seed(1)
+    questions = torch.nn.functional.normalize(torch.randn(400, 8, generator=generator), dim=-1)
+    turned, _ = torch.linalg.qr(torch.eye(8) + 0.3 * torch.randn(8, 8, generator=generator))
+    answers = questions @ turned
+    found = answer_map(questions[:200], answers[:200], share=4.0)
+    expected = torch.eye(8) + 4.0 * torch.stack(
+        [torch.outer(q, a - q) for q, a in zip(questions[:200], answers[:200], strict=True)]
+    ).mean(dim=0)
+    assert torch.allclose(found, expected, atol=1e-5)
+    unseen, wanted = questions[200:], answers[200:]
+    moved = torch.nn.functional.normalize(unseen @ found, dim=-1)
+    assert (moved * wanted).sum(-1).mean() > (unseen * wanted).sum(-1).mean() + 0.05
+    assert torch.equal(answer_map(questions, answers, share=0.0), torch.eye(8))

@@ -20,7 +20,7 @@ from nvembed_deploy.training.options import STAGE_1, STAGE_2, Lora, LossWeights 
 from nvembed_deploy.training.student import read_base  # noqa: E402
 from nvembed_deploy.training.variants import shape_model  # noqa: E402
 from tests.tiny import make_tokenizer  # noqa: E402
-from tests.training.tiny_training import LATENT, WIDTH, TinyTeacher, sizes, some_examples, some_text  # noqa: E402
+from tests.training.tiny_training import LATENT, TinyTeacher, sizes, some_examples, some_text  # noqa: E402
 
 PROMPT = "Instruct: question\nQuery: "
 TINY = replace(
@@ -92,7 +92,12 @@ def test_every_epoch_holds_every_row_once(encoder):
 
 def test_instructions_attend_and_are_not_pooled(encoder):
     collator = Collator(encoder, max_length=64)
-    entry = {"text": ["the water", "over", "in"], "prompt": [PROMPT, "", ""], "group": [0, 0, 1]}
+    entry = {
+        "text": ["the water", "over", "in"],
+        "prompt": [PROMPT, "", ""],
+        "question": [True, False, False],
+        "group": [0, 0, 1],
+    }
     batch = collator([entry])
     skipped = encoder.tokenize(["x"], prompt=PROMPT, max_length=64)[0].prompt_tokens
     lengths = [
@@ -106,7 +111,7 @@ def test_instructions_attend_and_are_not_pooled(encoder):
 
 
 def test_a_prompt_that_fills_the_row_is_dropped(encoder):
-    batch = Collator(encoder, max_length=8)([{"text": ["water"], "prompt": [PROMPT], "group": [0]}])
+    batch = Collator(encoder, max_length=8)([{"text": ["water"], "prompt": [PROMPT], "question": [True], "group": [0]}])
     assert torch.equal(batch["pool_mask"], batch["attention_mask"])
 
 
@@ -114,7 +119,7 @@ def test_pairs_are_found_also_over_joined_batches(encoder):
     queries, positives = pair_rows([0, 1, 1, 2, 2, 2, 3])
     assert (queries.tolist(), positives.tolist()) == ([1, 3], [2, 4])
     collator = Collator(encoder, max_length=64)
-    entry = {"text": ["a", "b", "c"], "prompt": [""] * 3, "group": [0, 0, 1]}
+    entry = {"text": ["a", "b", "c"], "prompt": [""] * 3, "question": [False] * 3, "group": [0, 0, 1]}
     joined = collator([entry, entry])
     assert joined["queries"].tolist() == [0, 3]
     assert joined["owner"].tolist() == [0, 0, 1, 2, 2, 3]
@@ -124,7 +129,8 @@ def test_pairs_are_found_also_over_joined_batches(encoder):
 def test_parts_of_like_length_change_nothing(base_folder, encoder):
     model = read_base(base_folder, latent=LATENT).model.eval()
     rows = [" ".join(["the water"] * (index % 9 + 1)) for index in range(50)]
-    batch = Collator(encoder, max_length=64)([{"text": rows, "prompt": [PROMPT, ""] * 25, "group": list(range(50))}])
+    entry = {"text": rows, "prompt": [PROMPT, ""] * 25, "question": [True, False] * 25, "group": list(range(50))}
+    batch = Collator(encoder, max_length=64)([entry])
     inputs = [batch[name] for name in ("input_ids", "attention_mask", "pool_mask")]
     with torch.no_grad():
         found, states = loop.Trainable(model)(*inputs)
@@ -135,6 +141,22 @@ def test_parts_of_like_length_change_nothing(base_folder, encoder):
     assert torch.allclose(states[real], hidden[real], atol=1e-5)
 
 
+def test_noise_is_in_each_channels_size_and_in_training_alone():
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(8, 3)
+    layer.weight.data[1] *= 100
+    x = torch.randn(500, 40, 8)
+    plain = layer(x)
+    hooks = loop.add_noise(torch.nn.Sequential(layer), 0.05)
+    with torch.no_grad():
+        share = (layer.train()(x) - plain).square().mean(dim=(0, 1)).sqrt() / plain.square().mean(dim=(0, 1)).sqrt()
+    assert torch.allclose(share, torch.full((3,), 0.05), rtol=0.05)
+    assert torch.equal(layer.eval()(x), plain)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(layer.train()(x), plain)
+
+
 FOLLOWING = LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)
 
 
@@ -143,7 +165,7 @@ FOLLOWING = LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)
     [
         (LossWeights(), {}),
         (FOLLOWING, {"muon_learning_rate": 2e-3}),
-        (FOLLOWING, {"relative_steps": True, "learning_rate": 1e-2}),
+        (FOLLOWING, {"relative_steps": True, "learning_rate": 1e-2, "noise": 0.01}),
     ],
     ids=["AdamW", "Muon", "relative"],
 )
@@ -218,25 +240,9 @@ def test_a_base_cut_in_training_ends_the_same(tmp_path):
     assert equal(first, second)
 
 
-def test_token_vectors_start_centred_and_leave_silent_tokens_random():
-    from transformers import MistralConfig, MistralForCausalLM
-
-    start = base.token_start(torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [2.0, 2.0]]), ["", "a", "b", "c"])
-    expected = torch.tensor([[0.0, 0.0], [0.0, -1.0], [-1.0, 0.0], [1.0, 1.0]]) * 1.5**0.5  # mean square 4/6 before
-    assert torch.allclose(start, expected)
-    model = MistralForCausalLM(MistralConfig(**sizes()))
-    table = torch.zeros(sizes()["vocab_size"], WIDTH)
-    table[5] = 0.5
-    base.start_embeddings(model, table)
-    assert torch.equal(model.get_input_embeddings().weight[5], table[5])
-    assert model.get_input_embeddings().weight[4].abs().sum() > 0
-    with pytest.raises(ConfigError, match="token vectors are"):
-        base.start_embeddings(model, table[:-1])
-
-
 def test_shapes_of_the_ablation_compute_what_they_say(base_folder, encoder):
     collator = Collator(encoder, max_length=64)
-    batch = collator([{"text": ["the water over", "in"], "prompt": ["", ""], "group": [0, 1]}])
+    batch = collator([{"text": ["the water over", "in"], "prompt": ["", ""], "question": [False] * 2, "group": [0, 1]}])
     inputs = [batch[name] for name in ("input_ids", "attention_mask", "pool_mask")]
     changed = inputs[0].clone()
     changed[0, 3] = 300  # a token in the middle of the first row

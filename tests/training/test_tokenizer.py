@@ -35,14 +35,6 @@ def test_parts_are_mistrals(tokenizer):
     assert parts["post_processor"]["single"][0]["SpecialToken"]["id"] == "<s>"
 
 
-def test_words_are_entries_wherever_they_stand():
-    tokenizer = train_tokenizer(TEXTS, vocab_size=422, learned=420, words=["mitochondrial", "1984", "unused"])
-    found = tokenizer.encode("Non-mitochondrial (MITOCHONDRIAL) mitochondrial? 1984 19845").tokens
-    assert found.count("▁mitochondrial") == 3
-    assert found.count("▁1984") == 1
-    assert tokenizer.get_vocab_size() == 422
-
-
 @pytest.mark.parametrize("text", ["the question", "panic \n\t at", "  two  spaces ", "日本 naïve € 🙂", "x"])
 def test_every_text_comes_back(tokenizer, text: str):
     ids = tokenizer.encode(text).ids

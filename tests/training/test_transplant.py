@@ -84,7 +84,12 @@ def cosines(weights, stated, teacher, found_texts):
     decoder = Decoder(architecture)
     decoder.load_state_dict(weights)
     encoder = TextEncoder(tokenizer_json().encode(), contract(architecture))
-    entry = {"text": found_texts, "prompt": [""] * len(found_texts), "group": list(range(len(found_texts)))}
+    entry = {
+        "text": found_texts,
+        "prompt": [""] * len(found_texts),
+        "question": [False] * len(found_texts),
+        "group": list(range(len(found_texts))),
+    }
     batch = Collator(encoder, max_length=64, teacher=teacher)([entry])
     mask = batch["attention_mask"]
     with torch.no_grad():

@@ -5,9 +5,9 @@ import random
 import torch
 
 from nvembed_deploy.architecture import LatentAttention
+from nvembed_deploy.training.base import SIZES
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.instructions import Kind
-from nvembed_deploy.training.mini import SIZES
 from tests.tiny import make_tokenizer
 
 LATENT = LatentAttention(latents=4, heads=2, head_dim=8)
