@@ -33,7 +33,7 @@ CLASS_TEXTS = 60
 """Of each class: a third to learn from, the rest to test on."""
 CLUSTERS, CLUSTER_TEXTS = ("email", "tkinter"), 250
 """Two, far apart, each text with its package's name in front. Where clusters touch, or are more than two, k-means moves
-the score by one to three points when vectors move by as little as FP16's or INT8's do."""
+the score by one to three points when vectors move by as little as BF16's or INT8's do."""
 SEED = 0
 Pairs = list[tuple[str, str]]
 

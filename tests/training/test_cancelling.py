@@ -11,8 +11,10 @@ from export.source import text_contract  # noqa: E402
 from nvembed_deploy.family import read_checkpoint_architecture  # noqa: E402
 from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
 from nvembed_deploy.text import TextEncoder  # noqa: E402
-from nvembed_deploy.training.cancelling import RIDGE, settle_neurons  # noqa: E402
+from nvembed_deploy.training.cancelling import settle_neurons  # noqa: E402
 
+MOVED = 0.999
+"""Lowest cosine of a text before and behind: the price is 1e-3 of each neuron's power."""
 WORDS = ("water", "question", "over", "passage", "in", "and", "a", "phrase", "of", "retrieved", "words", "ice", "7")
 
 
@@ -54,7 +56,7 @@ def test_what_cancels_is_solved_for_again_and_bf16_loses_less(cancelling, encode
         for layer, size in zip(model.embedding_model.layers, largest, strict=True)
     )
     after = embed(model, encoder, texts[:50])
-    assert (before * after).sum(dim=1).min() > 1 - RIDGE
+    assert (before * after).sum(dim=1).min() > MOVED
     losses = [
         1 - (embed(copy.deepcopy(one).bfloat16(), encoder, texts[:50]) * vectors).sum(dim=1).mean()
         for one, vectors in ((cancelling, before), (model, after))
@@ -70,4 +72,4 @@ def test_a_block_without_such_neurons_stays_what_it_is(checkpoint, encoder):
     settle_neurons(model, encoder, texts, max_length=64)
     assert not any(layer.mlp.down_proj._forward_pre_hooks for layer in model.embedding_model.layers)
     first, second = (embed(one, encoder, texts[:50]) for one in (start, model))
-    assert (first * second).sum(dim=1).min() > 1 - RIDGE
+    assert (first * second).sum(dim=1).min() > MOVED
