@@ -4,7 +4,8 @@ Per group of layers that read one tensor: SmoothQuant's exponent and the share o
 covers are searched for the smallest error of the layers' outputs. Then every group alone is quantized in the model, in
 the best of these settings and, in a small model, the next ones, and what that costs is measured in cosine on real text:
 what lies behind a group makes more or less of its outputs' error. The cheapest setting is taken. Groups that cost
-most for the weights that they make small stay in the base precision until the gate's bound holds.
+most for the weights that they make small stay in the base precision until the gate's bound holds; then those that it
+holds without are quantized after all, the largest first.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SETTINGS = 4
 """Exponents of a group, each with its best share, that are ranked."""
 LEAST_RANKING_ROWS = 8
 LARGE_TRIES = 16
-"""Most sets of kept groups that are tried for a large model."""
+"""Most sets of kept groups that are tried for a large model, and again as many kept groups without which it may do."""
 MARGIN = 0.1
 """Part of the gate's allowance that is kept for what differs between this simulation and the engine (INT8's mean cosine
 differs by 5e-5 of the 2e-3 allowed); where that is more, `keep_next` follows."""
@@ -476,21 +477,32 @@ def _keep_until_it_holds(
     number: Format,
 ) -> list[GroupRecord]:
     tolerance = TOLERANCES[number.precision]
-    worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.price)
-    step = max(1, len(worst_first) // LARGE_TRIES) if _parameters(parts) > RANKED_PARAMETERS else 1
-    for kept in range(0, len(worst_first), step):
-        names = {item.name for item in worst_first[:kept]}
-        taken = [item for item in worst_first if item.name not in names]
+    large = _parameters(parts) > RANKED_PARAMETERS
+
+    def holds(kept: Set[str]) -> bool:
+        taken = [item for item in records if not item.kept and item.name not in kept]
         cosines = (truth * _embed(parts, text, probes, watch=simulation(parts.model, taken, number))).sum(dim=1)
-        if all(
+        return all(
             1 - float(found) <= (1 - bound) * (1 - MARGIN)
             for found, bound in ((cosines.min(), tolerance.min_cosine), (cosines.mean(), tolerance.min_mean_cosine))
-        ):
-            return [
-                replace(item, kept=True, reason="among the dearest for their size") if item.name in names else item
-                for item in records
-            ]
-    raise _nothing_left(number.precision)
+        )
+
+    worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.price)
+    step = -(-len(worst_first) // LARGE_TRIES) if large else 1
+    kept: set[str] = set()
+    while not worst_first or not holds(kept):
+        dearest = worst_first[len(kept) : len(kept) + step]
+        if len(kept) + len(dearest) >= len(worst_first):
+            raise _nothing_left(number.precision)
+        kept |= {item.name for item in dearest}
+    largest_first = sorted((item for item in worst_first if item.name in kept), key=lambda item: -item.weights)
+    for item in largest_first[: LARGE_TRIES if large else None]:
+        if holds(kept - {item.name}):
+            kept.remove(item.name)
+    return [
+        replace(item, kept=True, reason="among the dearest for their size") if item.name in kept else item
+        for item in records
+    ]
 
 
 def _nothing_left(precision: Precision) -> ParityError:
