@@ -32,7 +32,7 @@ app: $(READY)
 	$(BIN)/python -m app
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m tools.peers $(PEERS) --data $(DATA)
