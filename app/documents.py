@@ -169,6 +169,5 @@ def chunks(name: str, text: str, spans: list[tuple[int, int]], *, most: int = CH
     real = [span for span in spans if span[0] < span[1]]
     for number, first in enumerate(range(0, max(1, len(real) - overlap), size - overlap), 1):
         part = real[first : first + size]
-        if part:
-            body = text[part[0][0] : part[-1][1]].strip()
+        if part and (body := text[part[0][0] : part[-1][1]].strip()):
             yield Passage(source=name, title=f"{name}, part {number}", text=body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nvembed_deploy import Encoder
+from nvembed_deploy.atomic import remove_leftovers
 from nvembed_deploy.errors import BundleError, ConfigError, DeployError, InputError
 
 from .index import EXACT, opener
@@ -23,6 +25,8 @@ PYTHON = "Python documentation"
 NAME = re.compile(r"\w[\w .-]{0,39}")
 BLOCK = 64
 """Passages between two steps, at which work can be stopped."""
+
+_log = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
@@ -49,10 +53,12 @@ class Library:
         self._open_index = opener(index)
         self._writing = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
 
     def names(self) -> list[str]:
         """Names of the collections, Python's documentation first; its copies for other engines are left out."""
         found = sorted(path.parent.name for path in self.folder.glob(f"*/{RECORD}"))
+        found = [name for name in found if NAME.fullmatch(name)]  # not what is being written
         own = [name for name in found if not name.startswith(f"{PYTHON}.")]
         return ([PYTHON] if self._path(PYTHON).is_dir() else []) + own
 
@@ -110,9 +116,20 @@ class Library:
             kept = [*old.passages] if old else []
             vectors = np.concatenate([old.vectors, *blocks] if old else blocks)
             whole = [*kept, *passages]
-            self._open[name] = FolderStore.write(path, self.engine, whole, vectors, self._open_index)
+            try:
+                self._open[name] = FolderStore.write(path, self.engine, whole, vectors, self._open_index)
+            except DeployError:  # the index failed, behind the files
+                self._open.pop(name, None)
+                if old is None:
+                    shutil.rmtree(path)
+                else:
+                    FolderStore.write(path, old.engine, old.passages, old.vectors)
+                raise
             if old is not None:
-                old.drop_index()
+                try:
+                    old.drop_index()
+                except DeployError as err:
+                    _log.warning("the index of what %s was before stays: %s", name, err)
 
     def add_python(self, passages: Iterable[Passage] | None = None) -> FolderStore:
         """Python's documentation, as this engine sees it: indexed once with a progress bar, again if damaged."""

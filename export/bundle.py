@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import IO
 from tqdm import tqdm
 
 import nvembed_deploy
-from nvembed_deploy.atomic import fsync
+from nvembed_deploy.atomic import staged_file
 from nvembed_deploy.bundle import GRAPH, MANIFEST, PLAN, TRUTH, Bundle
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.config import Dialect
@@ -150,18 +148,10 @@ def pack(folder: Path, target: Target, archive: Path) -> None:
     top = archive.name.removesuffix(".tar")
     files = dict(_texts(bundle, target, top))
     archive.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{archive.name}.", dir=archive.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for inside, content in files.items():
-                _add(tar, f"{top}/{inside}", io.BytesIO(content), len(content))
-            _add_bundle(tar, bundle, f"{top}/bundle")
-        temporary.chmod(0o644)
-        fsync(temporary)
-        temporary.replace(archive)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staged_file(archive) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for inside, content in files.items():
+            _add(tar, f"{top}/{inside}", io.BytesIO(content), len(content))
+        _add_bundle(tar, bundle, f"{top}/bundle")
     say(f"done: {archive} {archive.stat().st_size / 1e6:.1f} MB for {target.summary}; its README.md has the steps")
 
 

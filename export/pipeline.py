@@ -32,7 +32,7 @@ from nvembed_deploy.bundle import (
 )
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
-from nvembed_deploy.errors import MaskError, MissingExtra, ParityError
+from nvembed_deploy.errors import ConfigError, MaskError, MissingExtra, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.gate import Gate, step, verdict
 from nvembed_deploy.machine import peak_memory_bytes, return_large_blocks
@@ -92,6 +92,10 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
     folder, revision = source.resolve(options.model, options.revision)
     config = read_checkpoint_architecture(folder).slice(options.layers)
     contract = source.text_contract(folder, config)
+    if options.profile.max.tokens > contract.max_tokens:
+        raise ConfigError(
+            f"--max {options.profile.max} is longer than the model's {contract.max_tokens} tokens; pass fewer"
+        )
     weights = StoredWeights(folder, config)
     bindings, missing = _bindings(options) if plan else (None, "")
     needed = forecast(weights, options, plan=bindings is not None)

@@ -163,7 +163,7 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
                 f"--out {out} holds vectors of another bundle, input or setting (see its {RECORD}); name another folder"
             )
         return
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):  # hidden: what a kill left
         raise ConfigError(f"--out {out} is not empty and holds no {RECORD}; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_file(path, content)

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
@@ -31,9 +32,8 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     destination.parent.mkdir(parents=True, exist_ok=True)
     if _aside(destination).exists() and not destination.exists():
         os.rename(_aside(destination), destination)  # a run was killed between the two renames of `exchange`
+    remove_leftovers(destination.parent, destination.name)
     prefix = f".{destination.name}.staging-"
-    for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
-        _remove_if_abandoned(leftover)
     folder, lock = _new_locked_folder(prefix, destination.parent)
     try:
         folder.chmod(0o755)
@@ -41,6 +41,17 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def remove_leftovers(parent: Path, name: str | None = None) -> None:
+    """Removes what killed runs of `staged_folder` left in a folder.
+
+    Args:
+        parent: The folder.
+        name: Only of this destination.
+    """
+    for leftover in parent.glob(f".{'*' if name is None else glob.escape(name)}.staging-*"):
+        _remove_if_abandoned(leftover)
 
 
 def switch_in(folder: Path, destination: Path) -> None:
@@ -98,14 +109,30 @@ def _aside(destination: Path) -> Path:
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
     """Writes a file of a folder that exists: readers see the old content or the new."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    with staged_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def staged_file(destination: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `destination` on the way out, unless an exception goes through.
+
+    Leftovers of killed runs are removed first; a file that another process still writes is locked and stays.
+    """
+    prefix = f".{destination.name}.part-"
+    for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError), leftover.open("rb") as abandoned:
+            fcntl.flock(abandoned, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
+    temporary, file = _new_locked_file(prefix, destination.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        temporary.chmod(0o644)
-        fsync(temporary)
-        temporary.replace(path)
+        with file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+            temporary.replace(destination)
+        fsync(destination.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -135,6 +162,17 @@ def _new_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
             if folder.exists():
                 return folder, lock
             os.close(lock)
+
+
+def _new_locked_file(prefix: str, parent: Path) -> tuple[Path, BinaryIO]:
+    """A new file, locked by its handle; until it is, another run may take it for a leftover."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=prefix, dir=parent)
+        file = os.fdopen(descriptor, "wb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if Path(name).exists():
+            return Path(name), file
+        file.close()
 
 
 def _remove_if_abandoned(folder: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import logging
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from types import FrameType
@@ -23,7 +24,8 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
         The exit code: 0, or 1 for a `DeployError`, a full disk, Ctrl-C or SIGTERM.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    in_main = threading.current_thread() is threading.main_thread()  # others may set no handlers
+    previous = signal.signal(signal.SIGTERM, _interrupt) if in_main else None
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -43,7 +45,8 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
             raise
         return _fail(f"{err.filename}: {err.strerror}; check the path and its permissions")
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if in_main:
+            signal.signal(signal.SIGTERM, previous)
     return 0
 
 

@@ -34,6 +34,8 @@ class _Request:
     taken: int = 0
     """Rows that have run, or run now."""
     parts: list[Vectors] = field(default_factory=list)
+    started: bool = False
+    """Whether the future was marked as running, or told that it was cancelled: either is allowed once."""
 
     @property
     def left(self) -> int:
@@ -172,7 +174,13 @@ class Coalescer:
             self._claims.discard(claim)
 
     def _count(self) -> int:
-        self._waiting = deque(request for request in self._waiting if not request.future.done())
+        kept: deque[_Request] = deque()
+        for request in self._waiting:
+            if request.future.done():
+                self._start(request)
+            else:
+                kept.append(request)
+        self._waiting = kept
         return sum(request.left for request in self._waiting) + sum(claim.texts for claim in self._claims)
 
     def _work(self) -> None:
@@ -189,6 +197,7 @@ class Coalescer:
                 while self._waiting and tokens < self._group_tokens:
                     request = self._waiting.popleft()
                     if request.future.done():  # cancelled, or failed in a piece
+                        self._start(request)
                         continue
                     first = request.taken
                     while request.left:
@@ -214,15 +223,23 @@ class Coalescer:
                     self._run([piece])
                 return
             for piece in group:
-                if piece.request.future.set_running_or_notify_cancel():
+                if self._start(piece.request):
                     piece.request.future.set_exception(err)
             return
         for piece, part in zip(group, vectors, strict=True):
             request = piece.request
             request.parts.append(part)
             # Until its last piece a future counts as pending, so that it can be cancelled.
-            if not request.left and request.future.set_running_or_notify_cancel():
+            if not request.left and self._start(request):
                 request.future.set_result(part if len(request.parts) == 1 else np.concatenate(request.parts))
+
+    def _start(self, request: _Request) -> bool:
+        """Marks a future as running; False where it was cancelled, which those who wait for it are told once."""
+        with self._changed:
+            if request.started:
+                return False
+            request.started = True
+            return request.future.set_running_or_notify_cancel()
 
     def _embed(self, group: list[_Piece]) -> list[Vectors]:
         found: dict[int, Vectors] = {}

@@ -228,8 +228,7 @@ class Encoder:
         Raises:
             InputTypeError: As of `encode`, and so are all others.
         """
-        if isinstance(texts, (str, bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
-            raise InputTypeError(f"texts is a {type(texts).__name__}; pass a list of str, or a generator of str")
+        _check_container(texts)
         rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
         layout = self._layout(dimensions, batch_size=batch_size, batch_tokens=batch_tokens, normalize=normalize)
         if isinstance(texts, (Sequence, np.ndarray)) and len(texts) > WINDOW_TEXTS:
@@ -249,12 +248,13 @@ class Encoder:
         """The tokens that `encode` would run, one row a text; `encode_rows` takes them, those of several calls too.
 
         Args:
-            texts: As of `encode`, but for generators.
+            texts: As of `encode`, but for a single str.
             instruction: As of `encode`, and so are all that follow.
 
         Raises:
             InputTypeError: As of `encode`, and so are all others.
         """
+        _check_container(texts)
         rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
         return self._prepare(list(texts), 0, rules).rows
 
@@ -384,7 +384,7 @@ class Encoder:
         return width
 
     def _check_rows(self, rows: list[TokenRow], start: int, rules: _TokenRules) -> int:
-        check_pooled(rows, max_length=rules.most)
+        check_pooled(rows, start, max_length=rules.most)
         longest = self._backend.profile.max.tokens if self._backend.profile else rules.most
         for index, row in enumerate(rows, start):
             if row.truncated and not rules.truncate:
@@ -426,6 +426,12 @@ def open_parts(
         if bundle.is_current():  # else it was replaced between the check and the load; then the new one is opened
             return bundle, text, opened
     raise BundleError(f"{path} is being replaced all the time; open it when that has ended")
+
+
+def _check_container(texts: object) -> None:
+    """Refuses what iterates over something else than texts: a str over its characters, a dict over its keys."""
+    if isinstance(texts, (str, bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
+        raise InputTypeError(f"texts is a {type(texts).__name__}; pass a list of str, or a generator of str")
 
 
 def _laid_out(output: Output, layout: _Layout) -> NDArray[np.float32]:

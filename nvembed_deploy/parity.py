@@ -117,6 +117,8 @@ class ParityReport:
     def summary(self) -> str:
         """One line for people."""
         overlap = "" if self.overlap is None else f"top-{DEPTH} overlap {self.overlap:.1%}, "
+        if self.overlap is None and self.tolerance.min_overlap is not None:
+            overlap = f"top-{DEPTH} overlap not measured (its passages are longer than the engine's inputs), "
         return (
             f"{self.candidate} against {self.reference}: min cosine {self.min_cosine:.7f} "
             f"(>= {self.tolerance.min_cosine}), mean {self.mean_cosine:.7f}, {overlap}"
@@ -265,6 +267,8 @@ def require_mask(candidate: Backend, text: TextEncoder, mask: Mask) -> None:
         candidate.run(TokenBatch(input_ids=ids, attention_mask=batch.attention_mask, pool_mask=first)).embeddings
         for ids in (batch.input_ids, changed)
     )
+    if not all(np.isfinite(vectors).all() and vectors.any() for vectors in (before, after)):
+        return  # an overflow: it says nothing about the mask, and `compare` tells of it
     sees = bool(np.abs(before - after).max() > 0)
     if sees != (mask is Mask.BIDIRECTIONAL):
         found = "sees the tokens behind it, so the causal mask is lost" if sees else "is blind to those behind it"

@@ -284,21 +284,24 @@ def check_texts(texts: Sequence[object], *, first_index: int = 0) -> list[str]:
                 "UTF-8 can hold; replace it, for example text.encode('utf-16', 'surrogatepass').decode('utf-16', "
                 "'replace')"
             )
-    return [str(text) for text in texts]
+    return [str.__str__(text) for text in texts]  # a subclass may print itself as something else
 
 
-def check_pooled(rows: Sequence[TokenRow], *, max_length: int) -> None:
+def check_pooled(rows: Sequence[TokenRow], first_index: int = 0, *, max_length: int) -> None:
     """Refuses rows in which the prompt leaves no token to pool; NVIDIA's code gives NaN for them.
 
     Raises:
-        InputError: With the prompt's length and the limit.
+        InputError: With the text's index, the prompt's length and the limit.
     """
-    for row in rows:
-        if len(row) <= row.prompt_tokens:
-            raise InputError(
-                f"the instruction takes {row.prompt_tokens} tokens and max_length is {max_length}, so no token of the "
-                "text is left to pool; shorten the instruction or raise max_length"
-            )
+    for index, row in enumerate(rows, first_index):
+        if len(row) > row.prompt_tokens:
+            continue
+        if not row.truncated:
+            raise InputError(f"text {index} has no tokens, and this model pools nothing else; leave the text out")
+        raise InputError(
+            f"the instruction takes {row.prompt_tokens} tokens and max_length is {max_length}, so no token of text "
+            f"{index} is left to pool; shorten the instruction or raise max_length"
+        )
 
 
 def lone_surrogate(text: str) -> int | None:

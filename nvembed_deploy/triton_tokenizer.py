@@ -65,7 +65,7 @@ class TritonPythonModel:
 
     def _rows(self, texts: list[str], instructions: list[str]) -> list[TokenRow]:
         found = []
-        limit = self.buckets[-1]
+        limit = min(self.buckets[-1], self.text.contract.max_tokens)
         for text, instruction in zip(check_texts(texts), instructions, strict=True):
             prompt = self.text.prompt(instruction or None, None)
             found += self.text.tokenize([text], prompt=prompt, max_length=limit)

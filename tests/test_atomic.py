@@ -49,6 +49,28 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     return made
 
 
+def test_a_file_and_its_folder_reach_the_disk_in_that_order(tmp_path: Path, calls: list) -> None:
+    atomic.write_file(tmp_path / "a", b"abc")
+    (first, name, size), (second, folder, _) = calls
+    assert (first, second, size, folder) == ("fsync", "fsync", 3, str(tmp_path))
+    assert os.path.basename(name).startswith(".a.part-")
+    assert (tmp_path / "a").read_bytes() == b"abc"
+
+
+def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+    (tmp_path / ".a.part-killed").write_bytes(b"half")
+    (tmp_path / ".ab.part-other").write_bytes(b"half")
+    with atomic.staged_file(tmp_path / "a") as slow:
+        slow.write(b"slow")
+        atomic.write_file(tmp_path / "a", b"quick")
+        assert (tmp_path / "a").read_bytes() == b"quick"
+    assert (tmp_path / "a").read_bytes() == b"slow"
+    with pytest.raises(TypeError):
+        atomic.write_file(tmp_path / "a", "no bytes")  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ab.part-other", "a"]
+    assert (tmp_path / "a").read_bytes() == b"slow"
+
+
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replaced"])
 def test_files_folder_switch_and_parent_reach_the_disk_in_that_order(tmp_path: Path, calls: list, exists: bool) -> None:
     destination = tmp_path / "out"

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -78,6 +78,19 @@ def test_the_queue_is_bounded_and_cancelled_places_are_free(encoder: Encoder, ga
         gated.open.set()
         assert taken.result().shape == running.result().shape
     assert sum(gated.rows) == 4
+
+
+def test_who_waits_for_a_cancelled_future_is_told(encoder: Encoder, gated: Gate) -> None:
+    """As by an executor: `wait` and `as_completed` know no other end of a cancelled future."""
+    with Coalescer(encoder, group_tokens=1) as coalescer:
+        half_run = coalescer.submit(encoder.tokenize(["one", "two"]))
+        assert gated.entered.wait(20)
+        waiting = coalescer.submit(encoder.tokenize(["three"]))
+        assert half_run.cancel()
+        assert waiting.cancel()
+        gated.open.set()
+        assert coalescer.submit(encoder.tokenize(["after"])).result().shape[0] == 1
+        assert wait([half_run, waiting], timeout=20).not_done == set()
 
 
 def test_a_request_that_could_never_wait_is_refused_for_good(encoder: Encoder) -> None:

@@ -192,6 +192,7 @@ def test_a_wrong_engine_is_found(
         (["--benchmark", "MTEB(eng, v1)", "--tasks", "STS12"], "--benchmark names its own tasks"),
         (["--benchmark", "MTEB(none)"], "mteb knows no such task or benchmark"),
         (["--tasks", "NoSuchTask"], "mteb knows no such task or benchmark"),
+        (["--max-documents", "5"], "--max-documents cuts the corpora of --data alone"),
         (["--data", "nowhere"], "holds no data set with a meta.json"),
     ],
 )

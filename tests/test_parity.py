@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nvembed_deploy.architecture import Mask
 from nvembed_deploy.backends import Backend, Output
 from nvembed_deploy.config import Precision, Shape, ShapeProfile
 from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.errors import BundleError, ParityError
-from nvembed_deploy.parity import TOLERANCES, ParityReport, compare, observe, require
+from nvembed_deploy.parity import TOLERANCES, ParityReport, compare, observe, require, require_mask
 from nvembed_deploy.probes import Truth, probe_rows
 from nvembed_deploy.text import TextEncoder, TokenBatch
 
@@ -143,6 +144,18 @@ def test_longest_probe_fills_the_profile(sound: tuple[TextEncoder, Backend]) -> 
         assert (report.longest_tokens, report.passed) == (tokens, True)
 
 
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_an_overflow_is_no_lost_mask(sound: tuple[TextEncoder, Backend], value: float) -> None:
+    text, backend = sound
+
+    def spoilt(inner: Backend, batch: TokenBatch) -> Output:
+        output = inner.run(batch)
+        output.embeddings[:] = value
+        return output
+
+    require_mask(Faulty(backend, spoilt), text, Mask.BIDIRECTIONAL)
+
+
 def test_other_width_is_named(sound: tuple[TextEncoder, Backend]) -> None:
     text, backend = sound
 
@@ -184,6 +197,7 @@ def test_an_engine_for_shorter_inputs_is_judged_by_those_that_fit(sound: tuple[T
     report = compare(truth, backend, text, precision=Precision.INT8, largest=Shape(batch=2, tokens=90))
     assert report.passed
     assert report.overlap is None  # its passages are longer
+    assert "overlap not measured (its passages are longer" in report.summary()
     assert (report.longest_tokens <= 90, report.texts >= 10) == (True, True)
     with pytest.raises(ParityError, match="no probe is as short as 2 tokens"):
         compare(truth, backend, text, precision=Precision.INT8, largest=Shape(batch=2, tokens=2))

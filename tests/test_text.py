@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +158,7 @@ def test_limits_of_max_length(text: TextEncoder, limit: int) -> None:
 
 def test_prompt_that_fills_the_row(text: TextEncoder) -> None:
     rows = text.tokenize(["water"], prompt=PROMPT, max_length=10)
-    with pytest.raises(InputError, match="no token of the text is left to pool"):
+    with pytest.raises(InputError, match="no token of text 0 is left to pool"):
         check_pooled(rows, max_length=10)
 
 
@@ -176,8 +177,23 @@ def test_bad_texts_are_named(value: object, error: type[Exception], message: str
         check_texts(["good", value], first_index=6)
 
 
-def test_numpy_strings_are_texts() -> None:
-    assert check_texts(list(np.array(["a", "b"]))) == ["a", "b"]
+def test_a_text_that_has_no_tokens_is_named() -> None:
+    """A model without a suffix, whose own tokens are not pooled, as GritLM's."""
+    contract = TextContract(prefix_ids=(1,), suffix_ids=(), pad_id=2, mask_prompt=True, mask_prefix=True, max_tokens=99)
+    rows = TextEncoder(TOKENIZER.to_str().encode(), contract).tokenize(["water", ""], prompt=PROMPT, max_length=99)
+    with pytest.raises(InputError, match="text 8 has no tokens"):
+        check_pooled(rows, 7, max_length=99)
+
+
+def test_strings_of_other_types_are_texts() -> None:
+    """And what they hold, whatever they print."""
+
+    class Label(str, Enum):
+        GOOD = "good"
+
+    found = check_texts([*np.array(["a", "b"]), Label.GOOD])
+    assert found == ["a", "b", "good"]
+    assert {type(text) for text in found} == {str}
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b"[1, 2"])

@@ -181,7 +181,7 @@ def compare(device: Path, python: list[str], site: Path, work: Path) -> dict[str
     difference = float(np.abs(there - expected).max())
     manifest = Bundle.open(device / "bundle").manifest
     bound = TOLERANCES[Precision.FP32].max_difference
-    if manifest.precision is Precision.FP32 and difference > bound:
+    if manifest.precision is Precision.FP32 and not difference <= bound:
         raise DeployError(f"vectors differ by {difference:.1e}, more than {bound:.1e}")
     return {
         "emulated": json.loads(done.stdout.splitlines()[-1]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from nvembed_deploy.bundle import CPU_GRAPH, GRAPH, PLAN, Bundle
 from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import BundleError, ConfigError, DeviceMismatchError, MissingExtra
 from nvembed_deploy.text import TextEncoder
+
+_log = logging.getLogger(__name__)
 
 EXACT = (Precision.FP32, Precision.FP16)
 """Precisions that OpenVINO runs in FP32: BF16 is eight times coarser than what their gate allows."""
@@ -135,13 +138,21 @@ def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
             "the installed ONNX Runtime has no CUDA provider; pip install 'nvembed-deploy[gpu]' in place of [cpu]"
         )
     CudaRuntime.load().device(index)
-    ordered = tuple((provider, {"device_id": index}) for provider in installed)
-    return OrtBackend(
-        bundle.folder / GRAPH,
-        providers=(*ordered, CPU),
-        as_written=bundle.manifest.precision.quantized,  # its full optimisation refuses signed pairs (1.27 to 1.32)
-        dimension=bundle.manifest.dimension,
-    )
+    ordered = [(provider, {"device_id": index}) for provider in installed]
+    while True:
+        try:
+            return OrtBackend(
+                bundle.folder / GRAPH,
+                providers=(*ordered, CPU),
+                as_written=bundle.manifest.precision.quantized,  # full optimisation refuses signed pairs (1.27 to 1.32)
+                dimension=bundle.manifest.dimension,
+            )
+        except DeviceMismatchError as err:
+            # The CUDA build lists TensorRT whether or not its libraries are there.
+            _log.info("%s", err)
+            if not ordered[1:]:
+                raise
+            ordered = ordered[1:]
 
 
 def _on_cpu(bundle: Bundle, text: TextEncoder, wish: Wish) -> Backend:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nvembed_deploy.backends import Output
 from nvembed_deploy.config import Precision
-from nvembed_deploy.errors import EngineError, MissingExtra
+from nvembed_deploy.errors import DeviceMismatchError, EngineError, MissingExtra
 from nvembed_deploy.text import TokenBatch
 
 OUTPUTS = ("sentence_embedding", "sentence_norm")
@@ -83,7 +83,7 @@ class OrtBackend:
         wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
         self.provider: str = self._session.get_providers()[0]
         if self.provider != wanted:
-            raise EngineError(
+            raise DeviceMismatchError(
                 f"ONNX Runtime {ort.__version__} could not start {wanted} and offers {self.provider}; check the CUDA "
                 "and cuDNN versions that it asks for, or pass device='cpu'"
             )

@@ -85,6 +85,8 @@ def _choose(flags: argparse.Namespace) -> list[LocalTask]:
     names = [name for name in flags.tasks.split(",") if name]
     if flags.benchmark and (names or flags.data):
         raise ConfigError("--benchmark names its own tasks; leave out --tasks and --data")
+    if flags.max_documents is not None and flags.data is None:
+        raise ConfigError("--max-documents cuts the corpora of --data alone; pass --data, or leave it out")
     if flags.data is not None:
         return folder_tasks(flags.data, names=names, max_documents=flags.max_documents)
     if not names and not flags.benchmark:

@@ -233,11 +233,11 @@ def _rendered(vectors: NDArray[np.float32], form: str, name: str, tokens: int) -
     return (head + ", ".join(rows) + "]}").encode()
 
 
-def _error(err: Refused) -> JSONResponse:
+def _error(err: Refused) -> Response:
     """OpenAI's form of an error."""
     kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
     content = {"message": err.message, "type": kinds.get(err.status, "invalid_request_error")}
     headers = {"Retry-After": str(RETRY_SECONDS)} if err.status in (429, 503) else None
-    return JSONResponse(
-        {"error": content | {"param": err.param, "code": err.code}}, status_code=err.status, headers=headers
-    )
+    # In ASCII: a message may quote what no UTF-8 can hold.
+    body = json.dumps({"error": content | {"param": err.param, "code": err.code}})
+    return Response(body, status_code=err.status, headers=headers, media_type="application/json")

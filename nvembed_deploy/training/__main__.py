@@ -15,6 +15,7 @@ Every step that takes long resumes where it was killed. Several devices or machi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -193,7 +194,8 @@ def _run_pretrain(options: argparse.Namespace) -> Path:
     tokenizer = train_tokenizer(corpora.tokenizer_text(options.data), vocab_size=options.vocab_size)
     sizes = base.SIZES | {"num_hidden_layers": options.layers, "vocab_size": options.vocab_size}
     if loop.is_main_process():
-        stage.claim(work, {"sizes": sizes, "tokens": options.tokens, "data": str(options.data)})
+        learned = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()  # from all of the text
+        stage.claim(work, {"sizes": sizes, "tokens": options.tokens, "tokenizer": learned})
     history = base.pretrain(
         options.out,
         corpora.plain_text(options.data, seed=base.OPTIONS.seed),
@@ -306,7 +308,7 @@ def _run_train(options: argparse.Namespace) -> Path:
 
 
 def _mini(parser: argparse.ArgumentParser) -> None:
-    """Makes the embedded mini checkpoint, all steps, on two cores of a CPU in about an hour and a half."""
+    """Makes the embedded mini checkpoint, all steps, on two cores of a CPU in about three hours."""
     _sources(parser)
     _path(parser, "--out", "checkpoint folder to make or to replace; its README.md stays")
     parser.add_argument("--work", type=Path, default=Path("build/nv-embed-mini"), help="what each step keeps")

@@ -7,10 +7,11 @@ kept in the work folder, so that a killed ablation goes on where it stopped.
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from nvembed_deploy.architecture import LatentAttention
+from nvembed_deploy.atomic import write_file
 from nvembed_deploy.machine import describe_machine
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.training.ablation import VARIANTS, Variant
@@ -26,7 +28,7 @@ from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.loop import Trainable
 from nvembed_deploy.training.options import StageOptions
 from nvembed_deploy.training.scores import Vectors, score_folder
-from nvembed_deploy.training.stage import train_student
+from nvembed_deploy.training.stage import base_digest, claim, digest, train_student
 from nvembed_deploy.training.student import Student, read_base
 
 EVAL_BATCH = 64
@@ -66,6 +68,14 @@ def run(
         name: [example for example in found if example.positive or example.label][:most_examples]
         for name, found in examples.items()
     }
+    settings = {
+        "stage": {name: value for name, value in asdict(stage).items() if name != "seed"},
+        "latent": asdict(latent),
+        "base": base_digest(base),
+        "evaluation": str(evaluation),
+        "examples": {name: digest(found) for name, found in examples.items()},
+    }
+    claim(work, settings)
     rows = []
     seconds = 0.0
     for variant in variants:
@@ -82,7 +92,7 @@ def run(
                 "mean": statistics.fmean(means),
             }
         )
-    settings = {
+    told = {
         "steps": stage.max_steps,
         "batch_tokens": stage.batch_tokens,
         "learning_rate": stage.learning_rate,
@@ -94,7 +104,7 @@ def run(
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(),
         "minutes": seconds / 60,
-        "settings": settings,
+        "settings": told,
         "variants": rows,
     }
 
@@ -119,7 +129,7 @@ def _run(
     for name, in_batch in zip(variant.stages, variant.in_batch, strict=True):
         train_student(
             student,
-            _of_stage(examples, name, mined=variant.mined),
+            _of_stage(examples, name, mined=variant.mined, seed=stage.seed),
             work=folder / name,
             stage=replace(stage, in_batch=in_batch, max_steps=share),
             pooling=variant.pooling,
@@ -127,20 +137,25 @@ def _run(
         )
     scores = score_folder(evaluation, lambda texts, instruction: embed(student, texts, instruction))
     found = {"scores": scores, "seconds": time.monotonic() - started}
-    temporary = kept.with_suffix(".part")
-    temporary.write_text(json.dumps(found), encoding="utf-8")
-    temporary.replace(kept)
+    write_file(kept, json.dumps(found).encode())
     return found
 
 
-def _of_stage(examples: dict[str, list[Example]], name: str, *, mined: bool) -> list[Example]:
-    """A stage's examples; without mining, only negatives that the data set itself has stay (its triplets)."""
+def _of_stage(examples: dict[str, list[Example]], name: str, *, mined: bool, seed: int) -> list[Example]:
+    """A stage's examples; without mining, each negative is the positive of another example, drawn at random."""
     if name == "both":  # one after the other, so that a run cut short sees both in their proportion
         pairs = zip(examples["first"], examples["second"], strict=False)
         found = [example for pair in pairs for example in pair]
     else:
         found = examples[name]
-    return found if mined else [replace(example, negatives=()) for example in found]
+    if mined:
+        return found
+    rng = random.Random(seed)
+    answers = [example.positive for example in found if example.positive]
+    return [
+        replace(example, negatives=tuple(rng.choice(answers) for _ in example.negatives)) if answers else example
+        for example in found
+    ]
 
 
 def embed(student: Student, texts: Sequence[str], instruction: str) -> Vectors:
@@ -149,7 +164,7 @@ def embed(student: Student, texts: Sequence[str], instruction: str) -> Vectors:
     rows = encoder.tokenize(texts, prompt=encoder.prompt(instruction, None), max_length=EVAL_TOKENS)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     trainable = Trainable(student.model).eval()
-    out = np.zeros((len(rows), student.config["hidden_size"]), dtype=np.float32)
+    out = np.zeros((len(rows), student.model.config.hidden_size), dtype=np.float32)
     device = next(trainable.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast()):
         for start in range(0, len(order), EVAL_BATCH):

@@ -18,7 +18,7 @@ def add_adapters(model: NVEmbed, lora: Lora, *, bf16: bool) -> LoraModel:
     Args:
         model: The student.
         lora: Rank, alpha and dropout.
-        bf16: Keeps the frozen weights in bf16, half the memory; adapters and pooler stay in FP32.
+        bf16: Keeps the weights that are adapted in bf16, half the memory; all else stays in FP32. For autocast.
 
     Returns:
         What `merge` takes after training.
@@ -27,13 +27,16 @@ def add_adapters(model: NVEmbed, lora: Lora, *, bf16: bool) -> LoraModel:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(PROJECTIONS), bias="none"
     )
     if bf16:
-        model.embedding_model.to(torch.bfloat16)
+        for name, module in model.embedding_model.named_modules():
+            if name.rpartition(".")[2] in PROJECTIONS:
+                module.to(torch.bfloat16)
     adapted = LoraModel(model, config, "default")
     model.latent_attention_model.requires_grad_(True)
     return adapted
 
 
 def merge(adapted: LoraModel) -> nn.Module:
-    """Adds the adapters to the weights that they adapt; the result has the keys of a plain model."""
+    """Adds the adapters to the weights that they adapt, in FP32; the result has the keys of a plain model."""
+    adapted.model.float()
     merged: nn.Module = adapted.merge_and_unload()
     return merged

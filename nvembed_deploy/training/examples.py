@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nvembed_deploy.atomic import staged_file
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.jsonl import read_rows
 from nvembed_deploy.training.instructions import Kind
@@ -47,14 +48,12 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
         The number of examples.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
     count = 0
-    with temporary.open("w", encoding="utf-8") as out:
+    with staged_file(path) as out:
         for example in examples:
             row = {name: value for name, value in asdict(example).items() if value}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
             count += 1
-    temporary.replace(path)
     return count
 
 

@@ -140,7 +140,8 @@ def in_batch_blocked(
     blocked = same_text
     if targets is not None:
         scores = targets.float()[queries] @ targets.float().T
-        near = scores >= scores[places, positives][:, None] * margin
+        right = scores[places, positives][:, None]
+        near = scores >= right - right.abs() * (1 - margin)  # as `mining.below`
         blocked = blocked | (near & others)
     blocked[places, queries] = True
     blocked[places, positives] = False

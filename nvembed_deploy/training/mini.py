@@ -174,15 +174,13 @@ def make(out: Path, *, work: Path, sources: Sources) -> Path:
     for item in ROUNDS:
         folder = work / item.name
         checkpoint = folder / "checkpoint"
-        if not (checkpoint / "config.json").is_file():
+        examples = read_examples(_examples_file(work, item))
+        latent = LATENT if start == work / "base" else None
+        if (checkpoint / "config.json").is_file():
+            stage.claim(folder, stage.settings_of(start, examples, stage=item.options, teacher=teacher, latent=latent))
+        else:
             stage.run_stage(
-                start,
-                read_examples(_examples_file(work, item)),
-                checkpoint,
-                work=folder,
-                stage=item.options,
-                teacher=teacher,
-                latent=LATENT if start == work / "base" else None,
+                start, examples, checkpoint, work=folder, stage=item.options, teacher=teacher, latent=latent
             )
         start = checkpoint
     return _settled(start, out, read_examples(_examples_file(work, ROUNDS[0]))[STAGE_1.held_out :])

@@ -77,12 +77,17 @@ def _mine_source(
         for row, index in enumerate(block):
             example = examples[index]
             closed = answers[example.query] | ({column[example.query]} if example.query in column else set())
-            limit = float(scores[row, column[example.positive]]) * margin
+            limit = below(float(scores[row, column[example.positive]]), margin)
             wanted = negatives - len(example.negatives)
             chosen = hardest(scores[row], limit=limit, closed=closed, count=max(0, wanted))
             mined = tuple(candidates[place] for place in chosen)
             found[index] = replace(example, negatives=(*example.negatives[:negatives], *mined))
         bar.update(len(block))
+
+
+def below(score: float, margin: float) -> float:
+    """A share of a score; as far below it where it is negative."""
+    return score - abs(score) * (1 - margin)
 
 
 def hardest(scores: Tensor, *, limit: float, closed: set[int], count: int) -> list[int]:

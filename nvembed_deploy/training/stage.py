@@ -15,12 +15,15 @@ from torch import Tensor
 
 from nvembed_deploy.architecture import LatentAttention, Pooling
 from nvembed_deploy.atomic import write_file
+from nvembed_deploy.bundle import hash_file
 from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.model.weights import weight_files
 from nvembed_deploy.text import TextEncoder
 from nvembed_deploy.training import blend, loop
 from nvembed_deploy.training.batches import Collator, batch_dataset
 from nvembed_deploy.training.checkpoint_folder import write_checkpoint
 from nvembed_deploy.training.curve import plot_history
+from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.instructions import Kind
 from nvembed_deploy.training.losses import answer_map
@@ -68,13 +71,14 @@ def run_stage(
         `out`.
 
     Raises:
-        ConfigError: The work folder belongs to a run with other settings, or a teacher is missing or of another width.
+        ConfigError: The work folder belongs to a run with other settings, a teacher is missing or of another width, or
+            there is nothing to learn from.
     """
+    _check_negatives(examples, stage)
     student = read_base(base, latent=latent, seed=stage.seed)
     _check_teacher(student, stage, teacher)
     if loop.is_main_process():
-        settings = {"stage": asdict(stage), "lora": asdict(lora) if lora else None, "examples": digest(examples)}
-        claim(work, settings)
+        claim(work, settings_of(base, examples, stage=stage, teacher=teacher, lora=lora, latent=latent))
     history = train_student(student, examples, work=work, stage=stage, teacher=teacher, lora=lora)
     if not loop.is_main_process():
         return out
@@ -114,7 +118,7 @@ def train_student(
     if lora is not None:
         from nvembed_deploy.training import adapters
 
-        adapted = adapters.add_adapters(student.model, lora, bf16=stage.bf16)
+        adapted = adapters.add_adapters(student.model, lora, bf16=stage.bf16 and bf16_is_fast())
     history = loop.train(
         student.model,
         _batches(kept, encoder, stage, stage.epochs),
@@ -164,12 +168,50 @@ def write_history(work: Path, history: list[dict[str, float]]) -> None:
     plot_history(history, work / CURVE_NAME)
 
 
+def _check_negatives(examples: list[Example], stage: StageOptions) -> None:
+    learns = any(example.negatives or (example.kind is Kind.LABEL and example.label) for example in examples)
+    if not stage.in_batch and stage.weights.pairs and not stage.weights.need_teacher and not learns:
+        raise ConfigError(
+            "with in-batch negatives off a query competes with its own negatives alone, and no example has any; run "
+            "`python -m nvembed_deploy.training mine` first"
+        )
+
+
 def _check_teacher(student: Student, stage: StageOptions, teacher: Teacher | None) -> None:
     if stage.weights.need_teacher and teacher is None:
         raise ConfigError("the losses compare with a teacher and none is given; pass --teacher, or weights of 0")
-    width = student.config["hidden_size"]
+    width = student.model.config.hidden_size
     if teacher is not None and stage.weights.need_teacher and teacher.width != width:
         raise ConfigError(f"the teacher's vectors have {teacher.width} numbers, the base's {width}; they must be equal")
+
+
+def settings_of(
+    base: Path,
+    examples: list[Example],
+    *,
+    stage: StageOptions,
+    teacher: Teacher | None = None,
+    lora: Lora | None = None,
+    latent: LatentAttention | None = None,
+) -> dict[str, Any]:
+    """All that a stage's weights depend on, as `claim` takes it; see `run_stage`."""
+    return {
+        "stage": asdict(stage),
+        "lora": asdict(lora) if lora else None,
+        "latent": asdict(latent) if latent else None,
+        "base": base_digest(base),
+        "teacher": teacher.name if teacher else None,
+        "examples": digest(examples),
+    }
+
+
+def base_digest(base: Path) -> str:
+    """SHA-256 of a base's configuration, tokenizer and weights."""
+    found = hashlib.sha256()
+    for path in (base / "config.json", base / "tokenizer.json", *weight_files(base)):
+        if path.is_file():  # what is missing is named where it is read
+            found.update(hash_file(path).sha256.encode())
+    return found.hexdigest()
 
 
 def digest(examples: list[Example]) -> str:
@@ -191,6 +233,4 @@ def claim(work: Path, settings: dict[str, Any]) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{work} holds a run with other settings or examples; delete it or pass another --work")
     work.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, text.encode())

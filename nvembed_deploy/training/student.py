@@ -56,7 +56,9 @@ def read_base(folder: Path, *, latent: LatentAttention | None = None, seed: int 
     """
     stated = read_json(folder / "config.json")
     if stated.get("model_type") == NVEMBED_MODEL_TYPE:
-        config, model = stated, load_checkpoint(folder).requires_grad_(True)
+        model = load_checkpoint(folder).requires_grad_(True)
+        config = {"hidden_size": model.config.hidden_size} | stated  # NV-Embed-v1 leaves it out
+        config["text_config"] = {"max_position_embeddings": model.config.max_positions} | stated["text_config"]
     else:
         width = stated.get("hidden_size", 4096)
         config = nvembed_config(stated, latent or LatentAttention(head_dim=width), source=str(folder / "config.json"))

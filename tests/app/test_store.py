@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from app.compare import compare
 from app.documents import CHUNK_TOKENS, OVERLAP_TOKENS, Limits, chunks, read_files
+from app.index import Content, ExactIndex
 from app.library import PYTHON, Library
 from app.passages import LONGEST_TEXT, Passage, library_passages
 from app.plane import QUERY, RESULT, Plane, draw
@@ -102,6 +104,38 @@ def test_a_damaged_collection_can_be_deleted_and_pythons_is_made_again(
         again.delete("mine")
 
 
+def test_what_is_being_written_is_no_collection(library: Library, encoder: Encoder) -> None:
+    """Nor what a killed run left, which the next start removes."""
+    list(library.add_steps("mine", few_passages()))
+    left = library.folder / ".mine.staging-abc"
+    shutil.copytree(library.folder / "mine", left)
+    assert library.names() == ["mine"]
+    Library(library.folder, encoder)
+    assert not left.exists()
+
+
+def test_an_index_that_fails_leaves_what_was_there(encoder: Encoder, tmp_path: Path) -> None:
+    """Adding again must not store the same passages twice."""
+    library = Library(tmp_path, encoder)
+    ends = iter([ConfigError("down"), None, ConfigError("down"), None])
+
+    def open_index(content: Content) -> ExactIndex:
+        if (err := next(ends)) is not None:
+            raise err
+        return ExactIndex(content)
+
+    library._open_index = open_index
+    for size in (0, len(few_passages())):
+        with pytest.raises(ConfigError, match="down"):
+            list(library.add_steps("mine", few_passages()))
+        assert library.names() == (["mine"] if size else [])
+        if size:
+            assert len(library.open("mine")) == size
+        else:
+            list(library.add_steps("mine", few_passages()))
+            assert len(library.open("mine")) == len(few_passages())
+
+
 def test_what_is_stopped_leaves_nothing(library: Library) -> None:
     steps = library.add_steps("mine", few_passages())
     next(steps)
@@ -123,6 +157,12 @@ def test_nothing_is_unpickled(library: Library) -> None:
     np.save(library.folder / "mine" / VECTORS, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(BundleError, match="is damaged"):
         FolderStore(library.folder / "mine")
+
+
+def test_blank_stretches_are_no_passages(encoder: Encoder) -> None:
+    text = "intro" + "\n" * 2000 + "end"
+    found = list(chunks("a.txt", text, encoder.token_spans(text)))
+    assert [passage.text for passage in found] == ["intro", "end"]
 
 
 def test_chunks_overlap_and_lose_nothing(encoder: Encoder) -> None:

@@ -15,7 +15,7 @@ import pytest
 from nvembed_deploy import BundleError, ConfigError, DeviceMismatchError, Encoder, EngineError, MissingExtra
 from nvembed_deploy.backends.bindings import load_bindings, this_platform
 from nvembed_deploy.backends.cuda import Buffer, CudaRuntime
-from nvembed_deploy.backends.ort import CPU, OrtBackend
+from nvembed_deploy.backends.ort import CPU, GPU, OrtBackend
 from nvembed_deploy.backends.trt import open_plan
 from nvembed_deploy.bundle import GRAPH, MANIFEST, PLAN, Bundle, Manifest, PlanInfo, hash_file
 from nvembed_deploy.text import TokenBatch
@@ -133,6 +133,32 @@ def test_what_is_missing(
     assert len(caught) == 1
     assert encoder.encode(TEXTS).shape == (len(TEXTS), 32)
     assert not bindings.calls
+
+
+@pytest.mark.parametrize("working", [GPU, GPU[1:], ()])
+def test_providers_that_do_not_start(
+    planned: Path, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch, working: tuple[str, ...]
+) -> None:
+    """onnxruntime-gpu lists TensorRT without its libraries, and CUDA without cuDNN; what starts is taken."""
+    asked: list[tuple[object, ...]] = []
+
+    class Providers(OrtBackend):
+        def __init__(self, graph: Path, *, providers: tuple[object, ...] = (CPU,), **settings: object) -> None:
+            asked.append(providers)
+            first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+            if first not in (*working, CPU):
+                raise DeviceMismatchError(f"could not start {first}")
+            super().__init__(graph, **settings)
+
+    monkeypatch.setattr("nvembed_deploy.backends.choose.available_providers", lambda: [*GPU, CPU])
+    monkeypatch.setattr("nvembed_deploy.backends.choose.OrtBackend", Providers)
+    if working:
+        Encoder(planned, device="cuda:0", backend="onnxruntime")
+        assert asked[-1] == (*((name, {"device_id": 0}) for name in working), CPU)
+        return
+    with pytest.raises(DeviceMismatchError, match=f"could not start {GPU[-1]}"):
+        Encoder(planned, device="cuda:0", backend="onnxruntime")
+    assert Encoder(planned, backend="onnxruntime").encode("a").shape == (32,)
 
 
 def test_a_device_that_is_not_there(planned: Path, bindings: FakeBindings) -> None:

@@ -155,7 +155,7 @@ def test_a_bad_request_spoils_no_other(model) -> None:
     answers = model.execute([request(["the water"]), request(["x"], "long words " * 90), request(["in"]), wrong])
     assert [answer.error is None for answer in answers] == [True, False, True, False]
     assert "a text is not UTF-8" in answers[3].error.message
-    assert "no token of the text is left to pool" in answers[1].error.message
+    assert "no token of text 0 is left to pool" in answers[1].error.message
 
 
 def test_buckets_reach_the_longest_input() -> None:

@@ -138,6 +138,8 @@ def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkey
     table += ["--out", str(tmp_path / "table"), "--steps", "4", "--batch-tokens", "300", "--latents", "4"]
     monkeypatch.setattr(ablation_run.run, "__kwdefaults__", {"variants": VARIANTS[3:]})
     assert main(table) == 0
+    assert main([*table, "--learning-rate", "1e-4"]) == 1
+    assert "run with other settings" in last_error(capsys)
     result = json.loads((tmp_path / "table" / "ablation.json").read_text())
     assert [row["name"] for row in result["variants"]] == [variant.name for variant in VARIANTS[3:]]
     assert all(len(row["means"]) == 2 for row in result["variants"])

@@ -116,6 +116,14 @@ def test_false_negatives_follow_the_95_percent_rule():
     assert blocked.tolist() == [[True, False, False, True, False, False]]
 
 
+def test_false_negatives_of_a_positive_with_a_negative_score():
+    scores = torch.tensor([1.0, -0.2, -0.19, -0.205, -0.25])
+    targets = torch.stack((scores, (1 - scores**2).sqrt()), dim=1)
+    owner, one = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([0])
+    blocked = in_batch_blocked(owner, torch.arange(5), queries=one, positives=torch.tensor([1]), targets=targets)
+    assert blocked.tolist() == [[True, False, True, True, False]]
+
+
 def test_the_map_brings_questions_to_where_their_answers_lie():
     generator = torch.Generator().manual_seed(1)
     questions = torch.nn.functional.normalize(torch.randn(400, 8, generator=generator), dim=-1)

@@ -8,7 +8,7 @@ pytest.importorskip("tqdm", reason="tqdm is not installed: pip install nvembed-d
 from nvembed_deploy.training.blend import text_table  # noqa: E402
 from nvembed_deploy.training.examples import Example  # noqa: E402
 from nvembed_deploy.training.instructions import Kind  # noqa: E402
-from nvembed_deploy.training.mining import hardest, mine  # noqa: E402
+from nvembed_deploy.training.mining import below, hardest, mine  # noqa: E402
 
 
 def test_hardest_takes_the_highest_below_the_limit():
@@ -18,6 +18,11 @@ def test_hardest_takes_the_highest_below_the_limit():
     assert hardest(scores, limit=-1.0, closed=set(), count=3) == []
     assert hardest(scores, limit=2.0, closed=set(), count=0) == []
     assert scores[2] == torch.tensor(0.76)
+
+
+def test_the_limit_lies_below_a_negative_score_too():
+    assert below(0.8, 0.95) == pytest.approx(0.76)
+    assert below(-0.2, 0.95) == pytest.approx(-0.21)
 
 
 @pytest.mark.parametrize("margin", [0.95, 0.6])
@@ -41,10 +46,10 @@ def test_mined_negatives_follow_the_rule(margin):
             for other in examples
             if other.source == example.source and other.positive != example.positive
         }
-        below = sorted(
+        lower = sorted(
             (text for text in allowed if score[text] < margin * score[example.positive]), key=lambda text: -score[text]
         )
-        assert list(example.negatives) == below[:3]
+        assert list(example.negatives) == lower[:3]
     assert sum(len(example.negatives) for example in mined) > 60
 
 

@@ -219,7 +219,7 @@ def test_adapters_leave_the_embeddings_and_are_merged(tmp_path, base_folder):
         some_examples(),
         tmp_path / "out",
         work=tmp_path / "w",
-        stage=TINY,
+        stage=replace(TINY, bf16=True),  # where the CPU multiplies it
         latent=LATENT,
         lora=Lora(rank=2),
     )
@@ -286,6 +286,61 @@ def test_wrong_stages_say_what_is_wrong(tmp_path, base_folder):
     with pytest.raises(ConfigError, match="other settings or examples"):
         stage.run_stage(base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=STAGE_2, latent=LATENT)
     assert not (tmp_path / "o").exists()
+
+
+def test_what_the_weights_depend_on_is_not_changed_under_a_run(tmp_path, base_folder):
+    """Its training state would be loaded over another base, and written with that one's tokenizer."""
+    import shutil
+
+    shutil.copytree(base_folder, tmp_path / "base")
+    numbers = replace(TINY, max_steps=2, weights=FOLLOWING)
+    teacher = TinyTeacher()
+
+    def run(**changes):
+        stage.run_stage(
+            **{
+                "base": tmp_path / "base",
+                "examples": some_examples(),
+                "out": tmp_path / "o",
+                "work": tmp_path / "w",
+                "stage": numbers,
+                "teacher": teacher,
+                "latent": LATENT,
+            }
+            | changes
+        )
+
+    run()
+    run()
+    other = TinyTeacher()
+    other.name = "another"
+    for changes in ({"teacher": other}, {"latent": replace(LATENT, latents=8)}, {"examples": some_examples(seed=1)}):
+        with pytest.raises(ConfigError, match="other settings or examples"):
+            run(**changes)
+    content = bytearray((tmp_path / "base" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "base" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match="other settings or examples"):
+        run()
+
+
+def test_stage_two_needs_negatives(tmp_path, base_folder):
+    bare = [replace(example, negatives=(), label="") for example in some_examples()]
+    with pytest.raises(ConfigError, match=r"no example has any; run .*mine"):
+        stage.run_stage(
+            base_folder, bare, tmp_path / "o", work=tmp_path / "w", stage=replace(TINY, in_batch=False), latent=LATENT
+        )
+
+
+def test_a_base_that_leaves_its_width_out(tmp_path, base_folder):
+    """As NV-Embed-v1's config.json does."""
+    stage.run_stage(base_folder, some_examples(), tmp_path / "one", work=tmp_path / "w1", stage=TINY, latent=LATENT)
+    path = tmp_path / "one" / "config.json"
+    stated = json.loads(path.read_text())
+    del stated["hidden_size"]
+    path.write_text(json.dumps(stated))
+    stage.run_stage(tmp_path / "one", some_examples(), tmp_path / "two", work=tmp_path / "w2", stage=TINY)
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["hidden_size"] == 16
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ class TinyTeacher:
     """Stands in for `Teacher`: a word is a token, and its vector follows from its letters."""
 
     width = WIDTH
+    name = "tiny"
 
     def __init__(self) -> None:
         self.model = torch.nn.Identity()
