@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -24,13 +25,15 @@ import numpy as np
 from nvembed_deploy.architecture import ModelConfig
 from nvembed_deploy.atomic import write_file
 from nvembed_deploy.backends.bindings import TENSORRT
+from nvembed_deploy.backends.choose import Wish
+from nvembed_deploy.backends.cuda import CudaDevice, CudaRuntime
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.machine import describe_machine
 from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order
-from nvembed_deploy.targets import TARGETS, local_compute_capability
+from nvembed_deploy.targets import TARGETS
 from nvembed_deploy.text import TokenRow
 
 from .bench_picture import draw_bench
@@ -158,27 +161,36 @@ def _runs_plan(encoder: Encoder) -> bool:
     return encoder.backend.startswith(TENSORRT)
 
 
-def peak_gflops(encoder: Encoder) -> tuple[float, str]:
+def _gpu(device: str) -> CudaDevice:
+    return CudaRuntime.load().device(Wish.of(device, "auto", None).index or 0)
+
+
+def peak_gflops(encoder: Encoder, device: str) -> tuple[float, str]:
     """The most that the device can do: a GPU's datasheet for the bundle's precision, or this CPU's FP32 product.
+
+    Args:
+        encoder: What runs.
+        device: What it was opened with.
 
     Returns:
         GFLOP/s, or 0 where no recipe tells it; and where the number comes from.
     """
     if not _runs_plan(encoder):
         return gemm_gflops(), "FP32 GEMM"
-    capability = local_compute_capability()
+    name = _gpu(device).name
     for target in TARGETS.values():
-        if capability in target.compute_capabilities and encoder.manifest.precision in target.tflops:
-            return target.tflops[encoder.manifest.precision] * 1000, f"{target.source}"
+        found = target.tflops.get(encoder.manifest.precision)
+        if found and re.search(rf"\b{target.card}\b", name):
+            return found * 1000, target.source
     return 0.0, "an unknown peak"
 
 
-def _metered(encoder: Encoder, passages: Sequence[str]) -> tuple[float | None, float | None]:
+def _metered(encoder: Encoder, device: str, passages: Sequence[str]) -> tuple[float | None, float | None]:
     """Joules a text and the device's MiB over a bulk run, where the device tells."""
     if not _runs_plan(encoder) and not encoder.backend.endswith("(CUDA)"):
         return None, None
     runs = 0
-    with PowerMeter() as meter:
+    with PowerMeter(_gpu(device).bus) as meter:
         started = time.monotonic()
         while time.monotonic() - started < METERED_SECONDS:
             encoder.encode(passages)
@@ -210,12 +222,12 @@ def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> dic
     queries = in_turn([partial(encoder.encode, QUERY) for encoder in encoders], repeats)
     shaped = [(shape, in_turn([_shaped(encoder, shape) for encoder in encoders], repeats // 2)) for shape in SHAPES]
     say("  fresh processes ...")
-    peak, peak_source = peak_gflops(encoders[0])
+    peak, peak_source = peak_gflops(encoders[0], device)
     sides = []
     for index, (name, encoder) in enumerate(zip(names, encoders, strict=True)):
         seconds = statistics.median(bulk[index]) / 1000
         speed = flops(encoder.manifest.source.architecture, lengths) / seconds / 1e9
-        joules, device_mib = _metered(encoder, passages)
+        joules, device_mib = _metered(encoder, device, passages)
         start = _fresh(name, device) if not name.startswith(f"{REFERENCE}@") else (None, None)
         sides.append(
             Side(

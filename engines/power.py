@@ -52,10 +52,10 @@ class PowerMeter:
     """Reads the tool while the `with` block runs; without a tool it reads nothing.
 
     Args:
-        device: Number of the GPU, for nvidia-smi.
+        bus: The GPU's place on the PCI bus, by which nvidia-smi knows it whatever CUDA's number of it is.
     """
 
-    device: int = 0
+    bus: str
     readings: list[Reading] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -64,7 +64,7 @@ class PowerMeter:
         if shutil.which(TEGRASTATS[0]):  # first: a Jetson has nvidia-smi as well, which tells nothing there
             command = [*TEGRASTATS, str(INTERVAL_MS)]
         elif shutil.which(NVIDIA_SMI[0]):
-            command = [*NVIDIA_SMI, str(INTERVAL_MS), "-i", str(self.device)]
+            command = [*NVIDIA_SMI, str(INTERVAL_MS), "-i", self.bus]
         self._process: subprocess.Popen[str] | None = None
         if command:
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"export.trt). Archives are for {', '.join(ON_DEVICE)}"
             )
         target = TARGETS[flags.target]
-        folder = flags.bundle or _export(from_flags(flags))
+        folder = flags.bundle or _export(from_flags(flags, plan=False))
         archive = flags.archive or folder.parent / f"{folder.resolve().name}-{target.name}.tar"
         pack(folder, target, archive)
         sys.stdout.write(f"{archive}\n")

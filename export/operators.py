@@ -28,10 +28,11 @@ TYPES: dict[str, frozenset[str]] = {
     ),
     **dict.fromkeys(("Softmax", "Sqrt", "Tanh"), _FLOATS),
     **dict.fromkeys(("Add", "Div", "Equal", "Gelu", "IsNaN", "Max", "Mul", "Neg", "Range", "Sub"), _NUMBERS),
+    **dict.fromkeys(("GreaterOrEqual", "Less"), _NUMBERS),
     **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum"), _NUMBERS),
     **dict.fromkeys(("Concat", "Expand", "Gather", "Reshape", "Shape", "Slice", "Split", "Squeeze"), _ANY),
     **dict.fromkeys(("Transpose", "Unsqueeze", "Where"), _ANY),
-    "And": frozenset(("BOOL",)),
+    **dict.fromkeys(("And", "Or"), frozenset(("BOOL",))),
     "Cast": _ANY | {"UINT8"},
     "DequantizeLinear": frozenset(("INT8", "FLOAT8E4M3FN", "INT4")),
 }

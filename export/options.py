@@ -182,8 +182,12 @@ def _shape(text: str) -> Shape:
         raise argparse.ArgumentTypeError(str(err)) from err
 
 
-def from_flags(flags: argparse.Namespace) -> ExportOptions:
+def from_flags(flags: argparse.Namespace, *, plan: bool) -> ExportOptions:
     """Checks the flags together.
+
+    Args:
+        flags: As parsed.
+        plan: Whether this machine builds the plan, so that its own GPU must be capable.
 
     Raises:
         ConfigError: A flag does not fit the others; its name is in the message.
@@ -201,7 +205,8 @@ def from_flags(flags: argparse.Namespace) -> ExportOptions:
             raise ConfigError(f"--{name} is for quantized precisions, and --precision is {precision.value}; pass int8")
     if flags.weights == "reference" and precision.quantized:
         raise ConfigError(f"--weights reference is for weights that stay as they are; {precision.value} writes others")
-    target = replace(target, compute_capabilities=capable(target, precision))
+    judged = target if plan else replace(target, on_device=False)
+    target = replace(target, compute_capabilities=capable(judged, precision))
     model = flags.model or str(default_model())
     name = (Path(model).name or "model") + (f"-{flags.layers}-layers" if flags.layers else "")
     return ExportOptions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ("*.json", "*.safetensors")
 """No code and no pickles: neither is ever needed."""
 HASH_LIST = "SHA256SUMS"
+HARMLESS_MODULES = ("Pooling", "Normalize", "Dropout")
+"""Of sentence-transformers: what may stand behind the model."""
 BLOB_NAME = re.compile(r"^[0-9a-f]{64}$")
 KNOWN_SHARDS = {
     # nvidia/NV-Embed-v2, revision c50d55f; the hub's client checks sizes only.
@@ -168,7 +171,9 @@ def text_contract(folder: Path, config: ModelConfig) -> TextContract:
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise CheckpointError(f"{path} has id {largest}, the embedding table {config.vocab_size} rows; they do not fit")
+    _check_modules(folder, config)
     _check_pooling(folder, config)
+    prompts, default_prompt = _prompts(folder, relative)
     pad = settings.get("pad_token")
     pad_id = tokenizer.token_to_id(str(pad.get("content") if isinstance(pad, dict) else pad or ""))
     return TextContract(
@@ -181,26 +186,63 @@ def text_contract(folder: Path, config: ModelConfig) -> TextContract:
         mask_prefix=relative.mask_begin,
         pool_last=config.pooling is Pooling.LAST,
         instruction_template=relative.template,
-        default_prompt=relative.default_prompt,
-        prompts=_prompts(folder, relative),
+        default_prompt=default_prompt,
+        prompts=prompts,
     )
 
 
-def _prompts(folder: Path, relative: Relative) -> dict[str, str]:
-    found = _optional_json(folder / "config_sentence_transformers.json").get("prompts")
+def _prompts(folder: Path, relative: Relative) -> tuple[dict[str, str], str]:
+    """The prompts by name, and that of a text for which none is asked.
+
+    sentence-transformers writes empty ones where a model was saved without any: those take nothing away.
+    """
+    stated = _optional_json(folder / "config_sentence_transformers.json")
+    found = stated.get("prompts")
     named = {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
-    return named or dict(relative.prompts)
+    prompts = dict(relative.prompts)
+    prompts |= {name: text for name, text in named.items() if text or name not in prompts}
+    return prompts, prompts.get(str(stated.get("default_prompt_name")), relative.default_prompt)
+
+
+def _check_modules(folder: Path, config: ModelConfig) -> None:
+    """Refuses a sentence-transformers folder with a module behind the pooling that changes vectors."""
+    path = folder / "modules.json"
+    if not path.exists():
+        return
+    try:
+        kinds = [str(module["type"]).rpartition(".")[2] for module in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, KeyError, TypeError) as err:
+        raise CheckpointError(f"{path} is damaged ({err}); download it again, or remove it") from err
+    if strange := [kind for kind in kinds[1:] if kind not in HARMLESS_MODULES]:
+        raise CheckpointError(
+            f"{path} puts {', '.join(strange)} behind the model, and {config.relative} has nothing there: the vectors "
+            "would be others; this checkpoint cannot be exported"
+        )
 
 
 def _check_pooling(folder: Path, config: ModelConfig) -> None:
     """Refuses a folder whose sentence-transformers files pool otherwise than its architecture does."""
-    modes = _optional_json(folder / "1_Pooling" / "config.json")
-    chosen = {name.removeprefix("pooling_mode_") for name, on in modes.items() if name.startswith("pooling_") and on}
-    wanted = "lasttoken" if config.pooling is Pooling.LAST else "mean_tokens"
-    if chosen and wanted not in chosen:
+    path = folder / "1_Pooling" / "config.json"
+    stated = _optional_json(path)
+    if "pooling_mode" in stated:  # as sentence-transformers writes it from 5.3 on
+        modes = stated["pooling_mode"]
+        chosen = {f"{modes}"} if isinstance(modes, str) else set(map(str, modes))
+    else:
+        chosen = {
+            name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+            for name, on in stated.items()
+            if name.startswith("pooling_mode_") and on
+        }
+    wanted = "lasttoken" if config.pooling is Pooling.LAST else "mean"
+    if chosen and chosen != {wanted}:
         raise CheckpointError(
-            f"{folder / '1_Pooling' / 'config.json'} pools {', '.join(sorted(chosen))}, and {config.relative} pools "
-            f"{wanted}: one of the two is wrong, and the vectors would be; correct the file, or remove it"
+            f"{path} pools {', '.join(sorted(chosen))}, and {config.relative} pools {wanted}: one of the two is wrong, "
+            "and the vectors would be; correct the file, or remove it"
+        )
+    if wanted == "mean" and stated.get("include_prompt") is False and not config.mask_instruction:
+        raise CheckpointError(
+            f"{path} leaves the prompt out of the mean, and {config.relative} pools it: one of the two is wrong, and "
+            "the vectors would be; correct the file, or remove it"
         )
 
 

@@ -37,7 +37,7 @@ def main(
     flags = parser.parse_args(argv)
 
     def command() -> None:
-        options = from_flags(flags)
+        options = from_flags(flags, plan=plan)
         try:
             from .pipeline import export
         except ImportError as err:

@@ -126,6 +126,15 @@ class ModelConfig:
             "pooler": pooler,
         }
 
+    def linear_weights(self) -> dict[str, int]:
+        """Of `parameters`, those that a quantized precision stores in its own format."""
+        D = self.hidden_size
+        attention = D * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return {
+            "decoder": self.layers * (attention + 3 * D * self.intermediate_size),
+            "pooler": 0 if self.latent is None else 3 * self.latent.feed_forward_mult * D * D,
+        }
+
     def slice(self, layers: int | None) -> ModelConfig:
         """The model of the first `layers` layers; of all for None.
 

@@ -161,7 +161,7 @@ def _bindings(recipe: Target, manifest: Manifest) -> Any:
 def _profile(recipe: Target, manifest: Manifest, largest: Shape | None) -> ShapeProfile:
     """The recipe's shapes within the bundle's, whose longest input is the longest that was compared."""
     asked, low = largest or recipe.profile.max, manifest.profile.min
-    if asked.tokens > manifest.text.max_tokens:
+    if largest and asked.tokens > manifest.text.max_tokens:
         raise ConfigError(f"--max {asked} is longer than the model's {manifest.text.max_tokens} tokens; pass fewer")
     tokens = asked.tokens if largest else min(asked.tokens, manifest.profile.max.tokens)
     high = Shape(batch=max(asked.batch, low.batch), tokens=max(tokens, low.tokens))

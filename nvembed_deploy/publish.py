@@ -1,4 +1,4 @@
-"""How a bundle is written: beside its destination, and switched in whole. POSIX only; `bundle.py` reads it anywhere."""
+"""How a bundle is written: beside its destination, and switched in whole."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from nvembed_deploy.records import to_json
 from nvembed_deploy.targets import TARGETS
 
 GIB = 2**30
-NARROW_BITS = {"int8": 8, "fp8": 8, "int4": 4}
+NARROW_BITS = {"int8": 8, "fp8": 8, "int4": 4.125}  # a scale of 16 bits for 128 weights
 BASE_BITS = {"fp32": 32}
 POOLED = {
     Pooling.LATENT: "mean of the tokens behind latent attention",
@@ -44,8 +44,13 @@ def component_bytes(manifest: Manifest) -> dict[str, int]:
     precision = manifest.precision
     base = BASE_BITS.get(precision.value, 16)
     narrow = NARROW_BITS.get(precision.value, base)
-    found = manifest.source.architecture.parameters(fold=manifest.folded)
-    return {name: count * (narrow if name == "decoder" else base) // 8 for name, count in found.items() if count}
+    model = manifest.source.architecture
+    linear = model.linear_weights()
+    return {
+        name: int(linear.get(name, 0) * narrow + (count - linear.get(name, 0)) * base) // 8
+        for name, count in model.parameters(fold=manifest.folded).items()
+        if count
+    }
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:

@@ -47,7 +47,9 @@ class Target:
     memory_gib: float | None
     """Of the smallest device of the kind; None where they differ too much to say."""
     tflops: Mapping[Precision, float] = field(default_factory=dict)
-    """Peak of dense matrix products, 10^12 operations a second; int8's are integer operations."""
+    """Peak of dense matrix products of `card`, 10^12 operations a second; int8's are integer operations."""
+    card: str = ""
+    """What the driver calls the device that `tflops` are of, or a word of it; others of the kind differ."""
     profile: ShapeProfile = DEFAULT_PROFILE
     single: bool = True
     """Whether the plan gets `SINGLE_QUERIES` as a second profile."""
@@ -115,6 +117,7 @@ TARGETS: dict[str, Target] = {
             on_device=True,
             memory_gib=80,
             tflops={F16: 989, BF16: 989, I8: 1979, F8: 1979},  # SXM; PCIe has about three quarters
+            card="H100",
             profile=_BULK,
             offers=_ON_GPU,
             lacks={BuildOption.WEIGHT_STREAMING: _STREAM_LARGE},
@@ -130,6 +133,7 @@ TARGETS: dict[str, Target] = {
             on_device=True,
             memory_gib=40,
             tflops={F16: 312, BF16: 312, I8: 624},
+            card="A100",
             profile=_BULK,
             offers=_ON_GPU,
             lacks={BuildOption.WEIGHT_STREAMING: _STREAM_LARGE},
@@ -145,6 +149,7 @@ TARGETS: dict[str, Target] = {
             on_device=True,
             memory_gib=24,
             tflops={F16: 121, BF16: 121, I8: 242, F8: 242},  # L4; L40S: three times as much
+            card="L4",
             offers={BuildOption.WEIGHT_STREAMING: _STREAM_SMALL, **_ON_GPU},
             source="NVIDIA L4 datasheet, dense",
         ),
@@ -158,6 +163,7 @@ TARGETS: dict[str, Target] = {
             on_device=True,
             memory_gib=180,
             tflops={F16: 2250, BF16: 2250, I8: 4500, F8: 4500},
+            card="B200",
             profile=_BULK,
             offers=_ON_GPU,
             lacks={BuildOption.WEIGHT_STREAMING: _STREAM_LARGE},
@@ -211,6 +217,7 @@ TARGETS: dict[str, Target] = {
             memory_gib=8,  # Orin Nano; AGX Orin has up to 64
             # AGX Orin 64 GB: 275 sparse INT8 operations in all, of which the GPU has 170; dense is half of it.
             tflops={F16: 42.5, I8: 85},
+            card="AGX Orin",
             profile=_JETSON_PROFILE,
             offers=_ON_GPU,
             lacks={BuildOption.WEIGHT_STREAMING: _STREAM_SHARED},

@@ -3,17 +3,22 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from export import source
+from export.graph import trace
+from export.operators import unsupported
 from nvembed_deploy import Encoder
 from nvembed_deploy.architecture import Mask, Pooling
 from nvembed_deploy.backends.reference import ReferenceBackend
+from nvembed_deploy.config import Dialect, Precision
 from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.errors import CheckpointError, ConfigError, ParityError
 from nvembed_deploy.family import FAMILY, read_architecture, read_checkpoint_architecture, recognize
@@ -383,8 +388,68 @@ def test_lost_eos_missing_bos_and_another_pooling_are_named(tmp_path: Path) -> N
     assert text_of(e5).contract.suffix_ids == (2,)  # its own tokenizer.json forgets it
     (e5 / "1_Pooling").mkdir()
     (e5 / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    with pytest.raises(CheckpointError, match="pools mean_tokens, and e5-mistral pools lasttoken"):
+    with pytest.raises(CheckpointError, match="pools mean, and e5-mistral pools lasttoken"):
         text_of(e5)
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "message"),
+    [
+        ("e5-mistral", {"pooling_mode": "lasttoken", "include_prompt": True}, ""),
+        ("e5-mistral", {"pooling_mode": ["lasttoken"]}, ""),
+        ("e5-mistral", {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, ""),
+        ("e5-mistral", {"pooling_mode": "mean"}, "pools mean, and e5-mistral pools lasttoken"),
+        ("llama-embed-nemotron", {"pooling_mode_mean_tokens": True}, ""),
+        ("llama-embed-nemotron", {"pooling_mode": ["mean", "max"]}, "pools max, mean"),
+        ("llama-embed-nemotron", {"pooling_mode": "mean", "include_prompt": False}, "leaves the prompt out"),
+        ("GritLM", {"pooling_mode": "mean", "include_prompt": False}, ""),
+    ],
+)
+def test_the_pooling_that_sentence_transformers_states(tmp_path: Path, name: str, stated: dict, message: str) -> None:
+    folder = make_relative(name, tmp_path / "model")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(stated))
+    if message:
+        with pytest.raises(CheckpointError, match=message):
+            text_of(folder)
+    else:
+        text_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (["Transformer", "Pooling", "Normalize"], ""),
+        (["Transformer", "Pooling", "Dense", "Normalize"], "puts Dense behind the model"),
+        (None, "is damaged"),
+    ],
+)
+def test_modules_behind_the_pooling_are_refused(tmp_path: Path, kinds: list[str] | None, message: str) -> None:
+    folder = make_relative("e5-mistral", tmp_path / "model")
+    modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds] if kinds else {"a": 1}
+    (folder / "modules.json").write_text(json.dumps(modules))
+    if message:
+        with pytest.raises(CheckpointError, match=message):
+            text_of(folder)
+    else:
+        text_of(folder)
+
+
+def test_empty_prompts_of_sentence_transformers_take_nothing_away(tmp_path: Path) -> None:
+    own = FAMILY["llama-nv-embedqa"]
+    path = tmp_path / "config_sentence_transformers.json"
+    path.write_text(json.dumps({"prompts": {"query": "", "document": ""}, "default_prompt_name": None}))
+    assert source._prompts(tmp_path, own) == (own.prompts, "passage: ")
+    path.write_text(json.dumps({"prompts": {"query": "ask: ", "new": "x: "}, "default_prompt_name": "new"}))
+    assert source._prompts(tmp_path, own) == ({**own.prompts, "query": "ask: ", "new": "x: "}, "x: ")
+
+
+@pytest.mark.parametrize("name", ["e5-mistral", "GritLM", "Qwen3-Embedding"])
+def test_portable_graphs_hold_what_tensorrt_10_parses(tmp_path: Path, name: str) -> None:
+    config = read_architecture({**SMALL, **CONFIGS[name], "vocab_size": 300})
+    graph = trace(replace(config, layers=1), precision=Precision.FP16, dialect=Dialect.PORTABLE, fold=True)
+    ir.save(graph, tmp_path / "model.onnx")
+    assert set(unsupported(tmp_path / "model.onnx")) == set()
 
 
 def test_rope_written_as_transformers_5_does() -> None:

@@ -18,7 +18,7 @@ TENSORRT_RTX = "tensorrt_rtx"
 CURES = {
     TENSORRT: "pip install 'nvembed-deploy[trt]', or on a Jetson use JetPack's own package in a virtual environment "
     "made with --system-site-packages",
-    TENSORRT_RTX: "pip install 'nvembed-deploy[rtx]' (wheels exist for Linux and Windows on x86-64)",
+    TENSORRT_RTX: "pip install 'nvembed-deploy[rtx]' (on Linux, x86-64)",
 }
 RTX_GPUS = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities that TensorRT-RTX 1.7 builds for by default ahead of time; 7.5 and 12.1 exist on request. On an

@@ -27,6 +27,8 @@ class CudaDevice:
     name: str
     compute_capability: str
     """Such as `8.9`."""
+    bus: str
+    """Its place on the PCI bus, such as `00000000:65:00.0`."""
 
 
 class CudaRuntime:
@@ -98,7 +100,10 @@ class CudaRuntime:
         properties = self.call("cudaGetDeviceProperties", index)
         name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         return CudaDevice(
-            index=index, name=name.rstrip("\0"), compute_capability=f"{properties.major}.{properties.minor}"
+            index=index,
+            name=name.rstrip("\0"),
+            compute_capability=f"{properties.major}.{properties.minor}",
+            bus=f"{properties.pciDomainID:08x}:{properties.pciBusID:02x}:{properties.pciDeviceID:02x}.0",
         )
 
     def copy_to_device(self, target: int, source: int, size_bytes: int, stream: Any) -> None:

@@ -58,7 +58,9 @@ def text_table(examples: Iterable[Example]) -> dict[str, int]:
     return table
 
 
-def groups(examples: Sequence[Example], *, template: str, negatives: int, seed: int) -> Iterator[Group]:
+def groups(
+    examples: Sequence[Example], *, template: str, negatives: int, seed: int, main_wording: float = 0.0
+) -> Iterator[Group]:
     """Yields each example as rows, with this epoch's choice of instruction, of negatives, and of texts of a class.
 
     Args:
@@ -66,6 +68,8 @@ def groups(examples: Sequence[Example], *, template: str, negatives: int, seed: 
         template: The model's prompt with `{instruction}`.
         negatives: Most negatives of a query.
         seed: Another one for each epoch.
+        main_wording: Share of the instructed texts that get the first wording of their kind; labels are of many tasks,
+            none of which is the usual one.
     """
     rng = random.Random(seed)
     classes = _classes(examples)
@@ -75,7 +79,10 @@ def groups(examples: Sequence[Example], *, template: str, negatives: int, seed: 
             positive, others = _class_pair(example, classes.get(example.source, {}), negatives, rng)
         prompt = ""
         if rng.random() < INSTRUCTED[example.kind]:
-            prompt = template.format(instruction=example.instruction or rng.choice(WORDINGS[example.kind]))
+            wordings = WORDINGS[example.kind]
+            if main_wording and example.kind is not Kind.LABEL and rng.random() < main_wording:
+                wordings = wordings[:1]
+            prompt = template.format(instruction=example.instruction or rng.choice(wordings))
         other_prompt = prompt if example.kind in SYMMETRIC else ""
         rng.shuffle(others)
         texts = [text for text in (positive, *others[:negatives]) if text]

@@ -77,36 +77,37 @@ STAGE_1 = StageOptions(
 )
 
 STAGE_2_MIX = {
-    "snli": 6_000,
-    "rte": 600,
-    "wiki_title_intro": 1_000,
+    "snli": 9_000,
+    "rte": 1_200,
+    "wiki_title_intro": 1_500,
     "text_wikipedia_en_halves": 400,
-    "wordnet": 600,
-    "python_docstrings": 600,
+    "wordnet": 1_000,
+    "python_docstrings": 800,
     "python_topics": 200,
-    "covidfaq": 500,
-    "stackfaq": 600,
-    "text_wikipedia_en": 1_500,
-    "debian_packages": 500,
-    WORD_LISTS: 300,
-    "clinc150": 800,
-    "hwu64": 600,
-    "snips": 200,
-    "sst2": 400,
-    "trec_questions": 400,
+    "covidfaq": 700,
+    "stackfaq": 800,
+    "text_wikipedia_en": 8_000,
+    "text_books_speeches": 1_500,
+    "debian_packages": 800,
+    WORD_LISTS: 500,
+    "clinc150": 1_000,
+    "hwu64": 800,
+    "snips": 300,
+    "sst2": 600,
+    "trec_questions": 600,
 }
 STAGE_2 = StageOptions(
     in_batch=False,
     negatives=2,
     temperature=0.05,
-    weights=LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0, answers=100.0),
+    weights=LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0, answers=50.0),
     learning_rate=6e-4,
     relative_steps=True,
     noise=0.02,
     weight_decay=0.0,
     warmup_steps=10,
     schedule="linear",
-    max_steps=200,
+    max_steps=600,
     batch_rows=192,
     batch_tokens=2304,
     max_length=384,
@@ -114,10 +115,12 @@ STAGE_2 = StageOptions(
     save_steps=100,
     seed=2,
 )
+OWN_WORDING = replace(STAGE_2, main_wording=0.7, learning_rate=4e-4, max_steps=150, save_steps=50, seed=3)
+"""Stage two's examples again, most of them with the one wording that their kind of task is usually asked with."""
 SETTLING_TEXTS = 2_500
 """See `cancelling.settle_neurons`."""
 PAIR_KINDS = (Kind.RETRIEVAL, Kind.TEXT)
-OTHER_KINDS = {Kind.RETRIEVAL: 0.3, Kind.SIMILARITY: 0.3}
+OTHER_KINDS = {Kind.RETRIEVAL: 0.4, Kind.SIMILARITY: 0.4}
 """Of stage two's texts without a partner, the shares that are instructed as another kind is."""
 
 
@@ -140,11 +143,17 @@ class Round:
     """One training of the same model, from where the round before ended."""
 
     name: str
-    mix: dict[str, int]
+    examples: str
+    """Of which mix."""
     options: StageOptions
 
 
-ROUNDS = (Round("stage-1", STAGE_1_MIX, STAGE_1), Round("stage-2", STAGE_2_MIX, STAGE_2))
+MIXES = {"stage-1": STAGE_1_MIX, "stage-2": STAGE_2_MIX}
+ROUNDS = (
+    Round("stage-1", "stage-1", STAGE_1),
+    Round("stage-2", "stage-2", STAGE_2),
+    Round("own-wording", "stage-2", OWN_WORDING),
+)
 
 
 def make(out: Path, *, work: Path, sources: Sources) -> Path:
@@ -202,19 +211,20 @@ def _settled(checkpoint: Path, out: Path, examples: list[Example]) -> Path:
 
 
 def _examples_file(work: Path, item: Round) -> Path:
-    return work / f"examples-{item.name}.jsonl"
+    return work / f"examples-{item.examples}.jsonl"
 
 
 def prepare_examples(work: Path, sources: Sources, teacher: Teacher) -> None:
     """Selects each round's examples and mines their hard negatives, where the work folder lacks them."""
-    missing = [item for item in ROUNDS if not _examples_file(work, item).is_file()]
+    first = {item.examples: item for item in reversed(ROUNDS)}  # of each mix
+    missing = [item for item in first.values() if not _examples_file(work, item).is_file()]
     if not missing:
         return
     examples = list(corpora.read_data(sources.data, wordnet=sources.wordnet, packages=sources.packages))
     examples += word_lists(teacher, seed=STAGE_1.seed)
     excluded = read_exclusion(sources.exclude) if sources.exclude is not None else None
     for item in missing:
-        chosen = blend.select(examples, mix=item.mix, seed=item.options.seed)
+        chosen = blend.select(examples, mix=MIXES[item.examples], seed=item.options.seed)
         if excluded is not None:
             bar = tqdm(chosen, desc="leaving out evaluation texts", unit="example", disable=None)
             chosen = list(excluded.keep(bar))
@@ -224,10 +234,10 @@ def prepare_examples(work: Path, sources: Sources, teacher: Teacher) -> None:
             chosen = _of_other_kinds(chosen, seed=item.options.seed)
         paired = [example for example in chosen if example.positive]
         table = blend.text_table(paired)
-        vectors = teacher.embed(list(table), description=f"teacher, {item.name}")
+        vectors = teacher.embed(list(table), description=f"teacher, {item.examples}")
         chosen = mining.mine(chosen, vectors, table)
         write_examples(_examples_file(work, item), chosen)
-        log.info("%s: %d examples", item.name, len(chosen))
+        log.info("%s: %d examples", item.examples, len(chosen))
 
 
 def word_lists(teacher: Teacher, *, seed: int) -> list[Example]:

@@ -57,6 +57,8 @@ class StageOptions:
     """Of weight matrices by Muon; 0 for AdamW alone. For training from scratch, not for a trained base."""
     relative_steps: bool = False
     """The decoder's learning rate counts in units of its own rows; see `optimizer.RelativeAdamW`."""
+    main_wording: float = 0.0
+    """Share of instructed texts with the first wording of their kind; the others, and those with a label, get any."""
     noise: float = 0.0
     """Of every linear layer's output, as a share of its size, during training: what stands it can be quantized."""
     weight_decay: float = 0.03

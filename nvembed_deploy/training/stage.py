@@ -138,7 +138,15 @@ def _batches(examples: list[Example], encoder: TextEncoder, stage: StageOptions,
     template = encoder.contract.instruction_template
     return batch_dataset(
         [
-            list(blend.groups(examples, template=template, negatives=stage.negatives, seed=stage.seed + number))
+            list(
+                blend.groups(
+                    examples,
+                    template=template,
+                    negatives=stage.negatives,
+                    seed=stage.seed + number,
+                    main_wording=stage.main_wording,
+                )
+            )
             for number in range(epochs)
         ],
         encoder,

@@ -103,7 +103,8 @@ class FakeCuda:
 
     def _cudaGetDeviceProperties(self, index: int) -> SimpleNamespace:
         major, minor = self.capabilities[index]
-        return SimpleNamespace(name=b"Fake GPU", major=major, minor=minor)
+        place = {"pciDomainID": 0, "pciBusID": 0x65 + index, "pciDeviceID": 0}
+        return SimpleNamespace(name=b"Fake GPU", major=major, minor=minor, **place)
 
     def _cudaSetDevice(self, index: int) -> None:
         self.rule(0 <= index < len(self.capabilities), f"no device {index}")

@@ -247,7 +247,7 @@ def test_a_plan_for_something_else_never_reaches_tensorrt(
 
 def test_where_tensorrt_rtx_makes_no_plans_tensorrt_is_named() -> None:
     """To build again on an H100 ends at the same plan: TensorRT-RTX does not know the GPU."""
-    h100 = CudaDevice(index=0, name="H100", compute_capability="9.0")
+    h100 = CudaDevice(index=0, name="H100", compute_capability="9.0", bus="")
     with pytest.raises(
         DeviceMismatchError,
         match=r"has 9\.0\. TensorRT-RTX .* install TensorRT .*, then rebuild it here: python -m \S+ BUNDLE$",

@@ -3,14 +3,17 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from engines.bench import flops, in_turn, main, padding_waste, percentiles
+from engines.bench import flops, in_turn, main, padding_waste, peak_gflops, percentiles
 from engines.power import PowerMeter, Reading, read_line
+from nvembed_deploy.backends.cuda import CudaDevice
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.bundle import Bundle
+from nvembed_deploy.targets import TARGETS
 
 
 def test_percentiles_are_numpys() -> None:
@@ -34,6 +37,35 @@ def test_flops_are_two_for_each_weight_and_attention(bundles: dict[str, Path]) -
     attention = config.layers * 4 * config.heads * config.head_dim
     assert flops(config, [1]) == 2 * weights + attention
     assert flops(config, [3, 5]) == 8 * 2 * weights + (9 + 25) * attention
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 datasheet"),
+        ("NVIDIA A100-SXM4-80GB", "A100 datasheet"),
+        ("NVIDIA L4", "L4 datasheet"),
+        ("NVIDIA L40S", "unknown"),
+        ("NVIDIA GeForce RTX 4090", "unknown"),
+        ("Orin", "unknown"),
+    ],
+)
+def test_a_peak_is_that_of_the_card(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, source: str
+) -> None:
+    device = CudaDevice(index=1, name=name, compute_capability="8.9", bus="00000000:66:00.0")
+    asked: list[int] = []
+    cuda = SimpleNamespace(device=lambda index: asked.append(index) or device)
+    monkeypatch.setattr("engines.bench.CudaRuntime", SimpleNamespace(load=lambda: cuda))
+    encoder = SimpleNamespace(backend="tensorrt 11", manifest=Bundle.open(bundles["fp16"]).manifest)
+    peak, told = peak_gflops(encoder, "cuda:1")
+    assert source in told
+    assert (peak == 0) == (source == "unknown")
+    assert asked == [1]
+
+
+def test_every_peak_names_its_card() -> None:
+    assert all(bool(target.tflops) == bool(target.card) for target in TARGETS.values())
 
 
 def test_padding_waste() -> None:
@@ -91,7 +123,7 @@ def test_power_is_what_the_vendors_tool_tells(
     script.write_text(f"#!/bin/sh\nwhile true; do echo '{line}'; echo '[N/A], [N/A]'; sleep 0.02; done\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with PowerMeter() as meter:
+    with PowerMeter("00000000:65:00.0") as meter:
         time.sleep(0.3)
     assert len(meter.readings) > 3
     assert meter.joules == pytest.approx(watts * meter.seconds)
@@ -111,14 +143,14 @@ def test_a_jetson_is_asked_by_its_own_tool(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / tool).write_text(f"#!/bin/sh\nwhile true; do echo '{line}'; sleep 0.02; done\n")
         (tmp_path / tool).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with PowerMeter() as meter:
+    with PowerMeter("00000000:65:00.0") as meter:
         time.sleep(0.3)
     assert meter.joules == pytest.approx(4.852 * meter.seconds)
 
 
 def test_without_a_tool_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with PowerMeter() as meter:
+    with PowerMeter("00000000:65:00.0") as meter:
         pass
     assert (meter.joules, meter.peak_memory_mib) == (None, None)
 

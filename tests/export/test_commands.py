@@ -14,7 +14,7 @@ import pytest
 from export import check, options, source, to_onnx, trt
 from export.forecast import forecast, require_room
 from export.state import StoredState
-from nvembed_deploy import Encoder, ExportError, MissingExtra
+from nvembed_deploy import ConfigError, Encoder, ExportError, MissingExtra
 from nvembed_deploy.bundle import PLAN, Bundle
 from nvembed_deploy.config import Shape, ShapeProfile
 from nvembed_deploy.family import read_checkpoint_architecture
@@ -26,7 +26,17 @@ from tests.tiny import make_checkpoint
 def parsed(*words: str) -> options.ExportOptions:
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
-    return options.from_flags(parser.parse_args(words))
+    return options.from_flags(parser.parse_args(words), plan=True)
+
+
+def test_packing_for_another_machine_asks_nothing_of_this_ones_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvembed_deploy.targets.local_compute_capability", lambda: "8.6")
+    parser = argparse.ArgumentParser()
+    options.add_flags(parser)
+    flags = parser.parse_args(["--target", "datacenter", "--precision", "fp8"])
+    with pytest.raises(ConfigError, match="needs a GPU of compute capability"):
+        options.from_flags(flags, plan=True)
+    assert "9.0" in options.from_flags(flags, plan=False).target.compute_capabilities
 
 
 def arguments(checkpoint: Path, out: Path, *more: str) -> list[str]:
@@ -182,7 +192,7 @@ def test_profile_follows_max() -> None:
     flags = ["--max", "4x32", "--model", "anything"]
     parser = options.argparse.ArgumentParser()
     options.add_flags(parser)
-    profile = options.from_flags(parser.parse_args(flags)).profile
+    profile = options.from_flags(parser.parse_args(flags), plan=True).profile
     assert profile == ShapeProfile(
         min=Shape(batch=1, tokens=1), opt=Shape(batch=4, tokens=32), max=Shape(batch=4, tokens=32)
     )

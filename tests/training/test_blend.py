@@ -65,6 +65,19 @@ def test_an_example_with_its_own_instruction_keeps_it():
     assert prompts == {"", TEMPLATE.format(instruction="Only this")}
 
 
+def test_the_usual_wording_is_as_frequent_as_asked_for():
+    examples = some_examples(4000)
+    prompts: dict[Kind, list[str]] = {kind: [] for kind in Kind}
+    found = groups(examples, template=TEMPLATE, negatives=2, seed=3, main_wording=0.7)
+    for example, group in zip(examples, found, strict=True):
+        if group[0].prompt:
+            prompts[example.kind].append(group[0].prompt)
+    for kind, seen in prompts.items():
+        usual = TEMPLATE.format(instruction=WORDINGS[kind][0])
+        wanted = (0 if kind is Kind.LABEL else 0.7) + (1 if kind is Kind.LABEL else 0.3) / len(WORDINGS[kind])
+        assert seen.count(usual) / len(seen) == pytest.approx(wanted, abs=0.08)
+
+
 def test_negatives_are_drawn_from_the_mined_ones_anew_each_epoch():
     examples = [example for example in some_examples() if example.kind is Kind.RETRIEVAL]
     epochs = [list(groups(examples, template=TEMPLATE, negatives=3, seed=seed)) for seed in (1, 2)]
