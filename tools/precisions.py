@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
+import multiprocessing
+import os
+import platform
 import re
 import statistics
 import subprocess
@@ -16,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +33,9 @@ from nvembed_deploy.bundle import GRAPH, PLAN, QUANTIZATION, WEIGHTS, Bundle, Ma
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
 from nvembed_deploy.encoder import Encoder
-from nvembed_deploy.evaluation.compare import compare
+from nvembed_deploy.evaluation.compare import RECORDED, scores, tolerance_of
 from nvembed_deploy.evaluation.reference import ReferenceEncoder
-from nvembed_deploy.evaluation.tasks import LocalTask, folder_tasks
+from nvembed_deploy.evaluation.tasks import folder_tasks
 from nvembed_deploy.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,40 +114,57 @@ def remembering(encode: Encode) -> Encode:
     return remembered
 
 
-def score(folder: Path, tasks: list[LocalTask]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """MTEB's scores of every precision's bundle against PyTorch.
+def _scores_of(precision: Precision | None, folder: Path, data: Path, most: int | None) -> dict[str, float]:
+    """MTEB's scores of a precision's bundle; of PyTorch for None."""
+    tasks = folder_tasks(data, max_documents=most)
+    encoder = Encoder(folder / (precision or Precision.FP32).value, device="cpu", backend="onnxruntime")
+    if precision is None:
+        encoder = ReferenceEncoder(default_model(), like=encoder)
+    setattr(encoder, "encode", remembering(encoder.encode))  # noqa: B010 - of this one alone
+    found = scores(encoder, [item.task for item in tasks])
+    say(f"scored {encoder.backend}{f', {precision.value}' if precision else ''}")
+    return found
+
+
+def _take_a_core(cores: multiprocessing.Queue[int]) -> None:
+    os.sched_setaffinity(0, {cores.get()})
+
+
+def score(folder: Path, data: Path, most: int | None) -> dict[str, list[dict[str, Any]]]:
+    """MTEB's scores of every precision's bundle against PyTorch, each in a process on a core of its own.
 
     Args:
         folder: Holds a bundle for each precision.
-        tasks: What to run.
+        data: Folder of evaluation sets.
+        most: Most documents of a corpus.
 
     Returns:
-        Precision to its tasks: name, type, size, both scores and the tolerance, in points; and versions.
+        Precision to its tasks: name, type, size, both scores and the tolerance, in points.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    wanted: dict[str, float] | None = None
-    versions: dict[str, str] = {}
-    for precision in Precision:
-        say(f"scoring {precision.value}")
-        encoder = Encoder(folder / precision.value, device="cpu", backend="onnxruntime")
-        reference = ReferenceEncoder(default_model(), like=encoder)
-        for one in (encoder, reference):
-            setattr(one, "encode", remembering(one.encode))  # noqa: B010 - of this one alone
-        result = compare(encoder, reference, tasks, wanted=wanted)
-        versions = result.versions
-        wanted = {item.task: item.reference for item in result.results}
-        found[precision.value] = [
+    context = multiprocessing.get_context("spawn")
+    cores: multiprocessing.Queue[int] = context.Queue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
+    sides = (None, *Precision)
+    with ProcessPoolExecutor(
+        min(len(os.sched_getaffinity(0)), len(sides)), context, initializer=_take_a_core, initargs=(cores,)
+    ) as pool:
+        wanted, *found = pool.map(_scores_of, sides, *zip(*[(folder, data, most)] * len(sides), strict=True))
+    tasks = folder_tasks(data, max_documents=most)
+    return {
+        precision.value: [
             {
-                "task": item.task,
-                "type": item.kind,
+                "task": (name := item.task.metadata.name),
+                "type": item.task.metadata.type,
                 "size": item.size,
-                "reference": item.reference,
-                "engine": item.engine,
-                "tolerance": item.tolerance,
+                "reference": wanted[name],
+                "engine": own[name],
+                "tolerance": tolerance_of(precision, item.size),
             }
-            for item in result.results
+            for item in tasks
         ]
-    return found, versions
+        for precision, own in zip(Precision, found, strict=True)
+    }
 
 
 def main() -> int:
@@ -151,21 +173,21 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of evaluation sets")
     parser.add_argument("--max-documents", type=int, default=None, metavar="N", help="cut the corpora, judged first")
     flags = parser.parse_args()
-    tasks = folder_tasks(flags.data, max_documents=flags.max_documents)
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for precision in Precision:
             say(f"measuring {precision.value}")
             rows.append(measure(precision, Path(folder)))
-        scores, versions = score(Path(folder), tasks)
+        scored = score(Path(folder), flags.data, flags.max_documents)
     cut = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
     record = {
         "command": f"python -m tools.precisions --data {flags.data}{cut}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe_machine()}, no GPU",
         "rows": rows,
-        "scores": scores,
-        "score_versions": versions,
+        "scores": scored,
+        "score_versions": {name: importlib.metadata.version(name) for name in RECORDED}
+        | {"python": platform.python_version()},
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     say(f"done: {RESULTS.relative_to(ROOT)}; now python -m tools.readme")

@@ -115,8 +115,17 @@ STAGE_2 = StageOptions(
     save_steps=100,
     seed=2,
 )
-OWN_WORDING = replace(STAGE_2, main_wording=0.7, learning_rate=4e-4, max_steps=150, save_steps=50, seed=3)
-"""Stage two's examples again, most of them with the one wording that their kind of task is usually asked with."""
+OWN_WORDING = replace(
+    STAGE_2,
+    weights=replace(STAGE_2.weights, pairs=0.0),
+    main_wording=0.7,
+    learning_rate=4e-4,
+    max_steps=120,
+    save_steps=60,
+    seed=3,
+)
+"""Stage two's examples again, most of them with the one wording that their kind of task is usually asked with, and the
+teacher alone to follow."""
 SETTLING_TEXTS = 2_500
 """See `cancelling.settle_neurons`."""
 PAIR_KINDS = (Kind.RETRIEVAL, Kind.TEXT)

@@ -57,8 +57,9 @@ def read_base(folder: Path, *, latent: LatentAttention | None = None, seed: int 
     stated = read_json(folder / "config.json")
     if stated.get("model_type") == NVEMBED_MODEL_TYPE:
         model = load_checkpoint(folder).requires_grad_(True)
-        config = {"hidden_size": model.config.hidden_size} | stated  # NV-Embed-v1 leaves it out
-        config["text_config"] = {"max_position_embeddings": model.config.max_positions} | stated["text_config"]
+        config = {**stated, "text_config": {**stated["text_config"]}}
+        config.setdefault("hidden_size", model.config.hidden_size)  # NV-Embed-v1 leaves it out
+        config["text_config"].setdefault("max_position_embeddings", model.config.max_positions)
     else:
         width = stated.get("hidden_size", 4096)
         config = nvembed_config(stated, latent or LatentAttention(head_dim=width), source=str(folder / "config.json"))
