@@ -1,6 +1,6 @@
 # make engine   set up, export the embedded model to a TensorRT plan, and show what it makes of real questions
 # make app      the same, and open the search page over it in a browser
-# make test     set up and run the tests
+# make test     set up and run the tests; WORKERS=4 for four at a time, a file each, on cores of their own
 # make bench    beside sentence-transformers, optimum, fastembed and PyTorch on this CPU; DATA is a folder of data sets
 # make bench-gpu  on a machine with an NVIDIA GPU: its tests, an engine for it, and that beside PyTorch in FP16
 # make check    formatting, lint and types, as CI runs them
@@ -12,6 +12,8 @@ PRECISION ?= fp16
 # What to install; EXTRAS=export,cpu,rtx is enough for `make engine`, and without the others their tests skip.
 EXTRAS ?= export,cpu,openvino,rtx,train,evaluation,serve,app,qdrant,ray,dev
 DATA ?= ../shared/data/eval
+# Of tests at a time; 0 for one after the other in this process.
+WORKERS ?= 0
 # What builds engines for this machine's GPU: TensorRT-RTX for RTX cards, TensorRT for those it does not build for.
 GPU_RUNTIME ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -qE '^(8\.0|9\.0|10\.|12\.1)' && echo trt || echo rtx)
 GPU_TARGET ?= $(if $(filter trt,$(GPU_RUNTIME)),datacenter,rtx)
@@ -32,7 +34,7 @@ app: $(READY)
 	$(BIN)/python -m app
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m tools.peers $(PEERS) --data $(DATA)
