@@ -201,9 +201,11 @@ def test_a_plan_changed_after_it_was_checked_never_reaches_tensorrt(planned: Pat
 
 def test_device_names(cuda: FakeCuda) -> None:
     for raw, name in ((b"NVIDIA H100\0\0", "NVIDIA H100"), ("Orin", "Orin")):
-        cuda._cudaGetDeviceProperties = lambda index, raw=raw: SimpleNamespace(name=raw, major=8, minor=7)
+        told = SimpleNamespace(name=raw, major=8, minor=7, pciDomainID=0, pciBusID=0xA1, pciDeviceID=0)
+        cuda._cudaGetDeviceProperties = lambda index, told=told: told
         device = CudaRuntime(cuda).device(0)
         assert (device.index, device.name, device.compute_capability) == (0, name, "8.7")
+        assert device.bus == "00000000:a1:00.0"
 
 
 def test_buffers_grow_and_give_back(cuda: FakeCuda) -> None:
