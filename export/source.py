@@ -224,7 +224,7 @@ def _check_pooling(folder: Path, config: ModelConfig) -> None:
     """Refuses a folder whose sentence-transformers files pool otherwise than its architecture does."""
     path = folder / "1_Pooling" / "config.json"
     stated = _optional_json(path)
-    if "pooling_mode" in stated:  # as sentence-transformers writes it from 5.3 on
+    if "pooling_mode" in stated:  # as sentence-transformers 6 writes it
         modes = stated["pooling_mode"]
         chosen = {f"{modes}"} if isinstance(modes, str) else set(map(str, modes))
     else:

@@ -152,10 +152,12 @@ def _of_stage(examples: dict[str, list[Example]], name: str, *, mined: bool, see
         return found
     rng = random.Random(seed)
     answers = [example.positive for example in found if example.positive]
-    return [
-        replace(example, negatives=tuple(rng.choice(answers) for _ in example.negatives)) if answers else example
-        for example in found
-    ]
+
+    def drawn(example: Example) -> tuple[str, ...]:
+        texts = rng.choices(answers, k=len(example.negatives)) if answers else []
+        return tuple(text for text in texts if text != example.positive)
+
+    return [replace(example, negatives=drawn(example)) for example in found]
 
 
 def embed(student: Student, texts: Sequence[str], instruction: str) -> Vectors:
