@@ -9,13 +9,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Where pip finds torch 2.13.0; empty for pip's default, see the README for CPU-only and CUDA builds.
 TORCH_INDEX ?=
 PRECISION ?= fp16
-# What to install; EXTRAS=export,cpu,rtx is enough for `make engine`, and without the others their tests skip.
+# What to install; EXTRAS=export,cpu,rtx is enough for `make engine`; `make test` needs dev too, and
+# without the others their tests skip.
 EXTRAS ?= export,cpu,openvino,rtx,train,evaluation,serve,app,qdrant,ray,dev
 DATA ?= ../shared/data/eval
 # Of tests at a time; 0 for one after the other in this process.
 WORKERS ?= 0
 # What builds engines for this machine's GPU: TensorRT-RTX for RTX cards, TensorRT for those it does not build for.
-GPU_RUNTIME ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -qE '^(8\.0|9\.0|10\.|12\.1)' && echo trt || echo rtx)
+GPU_RUNTIME ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -qE '^(7\.5|8\.0|9\.0|10\.|12\.1)' && echo trt || echo rtx)
 GPU_TARGET ?= $(if $(filter trt,$(GPU_RUNTIME)),datacenter,rtx)
 PEERS ?= build/peers
 VENV := .venv
@@ -43,6 +44,7 @@ bench-gpu: $(READY)
 	$(PIP) --editable '.[$(GPU_RUNTIME)]'
 	NVEMBED_GPU=required $(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m export.trt --precision fp16 --target $(GPU_TARGET) --out bundles/gpu-fp16
+	NVEMBED_GPU=required NVEMBED_BUNDLE=bundles/gpu-fp16 $(BIN)/python -m pytest -m gpu tests/backends/test_gpu.py
 	$(BIN)/python -m engines.bench bundles/gpu-fp16 reference@models/nv-embed-mini --device cuda --out build/gpu-bench.json
 
 check: $(READY)

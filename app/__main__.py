@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.bundle import MANIFEST, Manifest, bundle_folder
-from nvembed_deploy.cli import run, say
+from nvembed_deploy.cli import run, say, url_host
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.version import __version__
@@ -87,10 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         demo.queue(max_size=MAX_QUEUE)
         from .page import CSS
 
-        port = flags.port or free_port(flags.host)
-        require_free(flags.host, port)
+        port = listen_port(flags.host, flags.port)
         _, url, _ = demo.launch(
-            server_name=flags.host,
+            server_name=url_host(flags.host),
             server_port=port,
             inbrowser=not flags.no_browser,
             share=False,
@@ -208,11 +207,11 @@ def read_accounts(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def require_free(host: str, port: int) -> None:
-    """Looks whether somebody listens on a port already.
+def listen_port(host: str, port: int) -> int:
+    """The port that can be listened on: the one asked for, or a free one for 0.
 
     Raises:
-        ConfigError: It is so, or the address is not this machine's.
+        ConfigError: Somebody listens there already, or the address is not this machine's.
     """
     import socket
 
@@ -222,18 +221,11 @@ def require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as err:
             raise ConfigError(
-                f"{host}:{port} cannot be listened on ({err.strerror}); pass another one, or --port 0 for a free one"
+                f"{url_host(host)}:{port} cannot be listened on ({err.strerror}); pass another --host, or --port 0 "
+                "for a free one"
             ) from err
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on."""
-    import socket
-
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        found: int = probe.getsockname()[1]
+        return found
 
 
 if __name__ == "__main__":

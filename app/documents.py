@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
 from nvembed_deploy.errors import InputError, MissingExtra
@@ -41,15 +42,17 @@ def read_files(paths: list[Path], limits: Limits) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     unpacked = 0
     for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path.name} is gone: files are kept for an hour after they were chosen; choose it again")
         if path.stat().st_size > limits.file_bytes:
             raise InputError(f"{path.name} is larger than {limits.file_bytes // 2**20} MiB; split it")
         if path.suffix.lower() == ".zip":
             for name, content in _members(path, limits, limits.unpacked_bytes - unpacked):
                 unpacked += len(content)
-                found += _texts(name, content)
+                found += _texts(name, content, limits)
                 _require_few(found, limits)
         else:
-            found += _texts(path.name, path.read_bytes())
+            found += _texts(path.name, path.read_bytes(), limits)
             _require_few(found, limits)
     return [(name, text) for name, text in found if text.strip()]
 
@@ -57,7 +60,11 @@ def read_files(paths: list[Path], limits: Limits) -> list[tuple[str, str]]:
 def _require_few(found: list[tuple[str, str]], limits: Limits) -> None:
     if len(found) > limits.files:
         raise InputError(f"there are more than {limits.files} texts; bring fewer at a time")
-    if sum(len(text) for _, text in found) > limits.chars:
+    _require_short(sum(len(text) for _, text in found), limits)
+
+
+def _require_short(chars: int, limits: Limits) -> None:
+    if chars > limits.chars:
         raise InputError(f"the texts have more than {limits.chars:,} characters; bring fewer at a time")
 
 
@@ -83,15 +90,16 @@ def _members(path: Path, limits: Limits, budget: int) -> Iterator[tuple[str, byt
         RuntimeError,
         EOFError,
         OSError,
+        UnicodeDecodeError,  # of a member's name
     ) as err:
         raise InputError(f"{path.name} is damaged or encrypted ({err}); pack it again") from err
 
 
-def _texts(name: str, content: bytes) -> list[tuple[str, str]]:
+def _texts(name: str, content: bytes, limits: Limits) -> list[tuple[str, str]]:
     reader = READERS.get(Path(name).suffix.lower())
     if reader is None:
         raise InputError(f"{name} is of no known kind; bring {', '.join(sorted([*READERS, '.zip']))}")
-    return reader(name, content)
+    return reader(name, content, limits)
 
 
 def _decoded(name: str, content: bytes) -> str:
@@ -101,23 +109,31 @@ def _decoded(name: str, content: bytes) -> str:
         raise InputError(f"{name} is not UTF-8 text (byte {err.start}); save it as UTF-8") from err
 
 
-def _plain(name: str, content: bytes) -> list[tuple[str, str]]:
+def _plain(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
     return [(name, _decoded(name, content))]
 
 
-def _rows(name: str, content: bytes) -> list[tuple[str, str]]:
-    """A CSV file: its rows one below the other, each cell behind its column's name."""
+def _rows(name: str, content: bytes, limits: Limits) -> list[tuple[str, str]]:
+    """A CSV file: its rows one below the other, each cell behind its column's name where it has one."""
+    head: list[str] = []
+    texts: list[str] = []
+    chars = 0
     try:
-        rows = list(csv.reader(io.StringIO(_decoded(name, content), newline="")))
+        for row in csv.reader(io.StringIO(_decoded(name, content), newline="")):
+            if not head:
+                head = row if any(row) else []
+                continue
+            pairs = zip_longest(head, row, fillvalue="")
+            texts.append("; ".join(f"{key}: {cell}" if key else cell for key, cell in pairs if cell))
+            chars += len(texts[-1])
+            _require_short(chars, limits)  # a short row is long behind a long name
     except csv.Error as err:
-        raise InputError(f"{name} is no CSV ({err}); save it again") from err
-    head = rows[0] if rows else []
-    texts = ["; ".join(f"{key}: {cell}" for key, cell in zip(head, row, strict=False) if cell) for row in rows[1:]]
+        raise InputError(f"{name} is no CSV ({err}); save it again, or as .txt") from err
     return [(name, "\n\n".join(texts) or ", ".join(head))]
 
 
-def _json_lines(name: str, content: bytes) -> list[tuple[str, str]]:
-    """JSON lines: the `text` of each, or all its strings."""
+def _json_lines(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
+    """JSON lines: the `text` of each, or all its strings; halves of surrogate pairs become replacement characters."""
     texts = []
     for number, line in enumerate(_decoded(name, content).split("\n"), 1):
         if not line.strip():
@@ -128,10 +144,11 @@ def _json_lines(name: str, content: bytes) -> list[tuple[str, str]]:
             raise InputError(f"line {number} of {name} is no JSON ({err}); write one object a line") from err
         fields = value if isinstance(value, dict) else {"text": value}
         texts.append(str(fields.get("text") or " ".join(item for item in fields.values() if isinstance(item, str))))
-    return [(name, "\n\n".join(texts))]
+    text = "\n\n".join(texts)
+    return [(name, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))]
 
 
-def _pdf(name: str, content: bytes) -> list[tuple[str, str]]:
+def _pdf(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
     try:
         import pypdf
     except ImportError as err:
@@ -146,7 +163,7 @@ def _pdf(name: str, content: bytes) -> list[tuple[str, str]]:
     return [(name, text)]
 
 
-READERS: dict[str, Callable[[str, bytes], list[tuple[str, str]]]] = {
+READERS: dict[str, Callable[[str, bytes, Limits], list[tuple[str, str]]]] = {
     ".txt": _plain,
     ".md": _plain,
     ".csv": _rows,

@@ -113,17 +113,27 @@ class EdgeIndex:
     """Qdrant's engine inside this process, its files in the collection's folder; made where they are missing.
 
     Raises:
+        ConfigError: The index cannot be made or read.
         MissingExtra: qdrant-edge-py is not installed.
     """
 
     def __init__(self, content: Content) -> None:
         self._edge = _import("qdrant_edge")
-        folder = content.folder / FOLDER
+        self._folder = folder = content.folder / FOLDER
         if not folder.is_dir():
-            self._make(content, folder)
-        self._shard = self._edge.EdgeShard.load(str(folder))
-        if self._shard.count(self._edge.CountRequest(exact=True)) != len(content.vectors):
+            self._asked(self._make, content, folder)
+        self._shard = self._asked(self._edge.EdgeShard.load, str(folder))
+        if self._asked(self._shard.count, self._edge.CountRequest(exact=True)) != len(content.vectors):
             raise ConfigError(f"{folder} is not of this collection; delete that folder, and it is made again")
+
+    def _asked(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as err:  # the engine raises nothing narrower
+            raise ConfigError(
+                f"the index in {self._folder} failed ({str(err).splitlines()[0] if str(err) else err!r}); delete that "
+                f"folder, and it is made again, or search without it: --index {EXACT}"
+            ) from err
 
     def _make(self, content: Content, folder: Path) -> None:
         edge = self._edge
@@ -159,7 +169,7 @@ class EdgeIndex:
             filter=only,
             params=edge.SearchParams(hnsw_ef=max(CANDIDATES, SPARE * count)),
         )
-        return np.array([point.id for point in self._shard.query(request)], dtype=np.int64)
+        return np.array([point.id for point in self._asked(self._shard.query, request)], dtype=np.int64)
 
     def delete(self) -> None:
         """See `Index`; its files go with the folder."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from .store import RECORD, Engine, FolderStore
 
 PYTHON = "Python documentation"
 NAME = re.compile(r"\w[\w .-]{0,39}")
+LOCK = ".lock"
 BLOCK = 64
 """Passages between two steps, at which work can be stopped."""
 
@@ -69,10 +72,11 @@ class Library:
             ConfigError: There is none of the name.
             BundleError: It is damaged.
         """
-        if name not in self._open:
-            if not (self._path(name) / RECORD).is_file():
-                raise ConfigError(f"there is no collection {name!r}; choose one of {', '.join(self.names()) or 'none'}")
-            self._open[name] = FolderStore(self._path(name), self._open_index)
+        path = self._path(name)
+        if not (path / RECORD).is_file():
+            raise ConfigError(f"there is no collection {name!r}; choose one of {', '.join(self.names()) or 'none'}")
+        if name not in self._open or not self._open[name].is_current():  # another page may have written it
+            self._open[name] = FolderStore(path, self._open_index)
         return self._open[name]
 
     def add_steps(self, name: str, passages: Sequence[Passage]) -> Iterator[tuple[int, int]]:
@@ -99,20 +103,14 @@ class Library:
         path = self._path(name)
         if not passages:
             raise InputError("there is no text in these files; bring others")
-        old = self.open(name) if (path / RECORD).is_file() else None
-        if old is not None and old.engine != self.engine:
-            raise ConfigError(
-                f"collection {name!r} was made by {old.engine.model} {old.engine.precision} "
-                f"({old.engine.manifest_sha256[:12]}); delete it, or add to another one"
-            )
+        self._own(name)
         blocks = []
         for start in range(0, len(passages), BLOCK):
             yield start, len(passages)
             blocks.append(self.encoder.encode([passage.text for passage in passages[start : start + BLOCK]]))
         yield len(passages), len(passages)
-        with self._writing:
-            # Another user may have added to it in the meantime.
-            old = self.open(name) if (path / RECORD).is_file() else None
+        with self._alone():
+            old = self._own(name)  # another user may have added to it in the meantime
             kept = [*old.passages] if old else []
             vectors = np.concatenate([old.vectors, *blocks] if old else blocks)
             whole = [*kept, *passages]
@@ -130,6 +128,29 @@ class Library:
                     old.drop_index()
                 except DeployError as err:
                     _log.warning("the index of what %s was before stays: %s", name, err)
+
+    def _own(self, name: str) -> FolderStore | None:
+        """The collection as it stands, None where there is none.
+
+        Raises:
+            ConfigError: It is another engine's.
+        """
+        if not (self._path(name) / RECORD).is_file():
+            return None
+        found = self.open(name)
+        if found.engine != self.engine:
+            raise ConfigError(
+                f"collection {name!r} was made by {found.engine.model} {found.engine.precision} "
+                f"({found.engine.manifest_sha256[:12]}); delete it, or add to another one"
+            )
+        return found
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else writes, be it a thread of this page or another page on the same folder."""
+        with self._writing, (self.folder / LOCK).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def add_python(self, passages: Iterable[Passage] | None = None) -> FolderStore:
         """Python's documentation, as this engine sees it: indexed once with a progress bar, again if damaged."""
@@ -153,13 +174,16 @@ class Library:
         if name == PYTHON:
             raise ConfigError("Python's documentation would be indexed again at the next start; it stays")
         path = self._path(name)
-        with self._writing:  # not while somebody adds to it
+        with self._alone():  # not while somebody adds to it
             if not (path / RECORD).is_file():
                 raise ConfigError(f"there is no collection {name!r}; it may have been deleted already")
             try:
-                self.open(name).delete()
-            except DeployError:  # damaged, or its index cannot be reached
-                shutil.rmtree(path)
+                self.open(name).drop_index()
+            except BundleError:
+                pass  # damaged: that is why it goes
+            except DeployError as err:
+                _log.warning("%s is deleted, but its index stays: %s", name, err)
+            shutil.rmtree(path)
             self._open.pop(name, None)
 
     def _path(self, name: str) -> Path:

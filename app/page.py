@@ -38,6 +38,9 @@ EXAMPLES = (
     "what does the with statement do?",
 )
 DEFAULT_RESULTS = 5
+UPLOADS, WAITING = 2, 8
+"""That are embedded at a time, and that are begun: one that waits can be cancelled too."""
+CANCELLED = "cancelled; nothing was added"
 HOUR = 3600
 """Uploaded files and exports are kept so long."""
 MARK_COLOURS = {MATCH: "#f2c94c"}
@@ -87,10 +90,12 @@ class Page:
         self.searcher, self.library, self.limits = searcher, library, limits or Limits()
         self._sides = dict(sides)
         self._opened: dict[str, Encoder] = {}
-        self._planes: dict[str, Plane] = {}
+        self._planes: dict[str, tuple[str, Plane]] = {}
+        """Of collections by name, each for one identity of its content."""
         self._opening = threading.Lock()
         self._stops: dict[str, threading.Event] = {}
         """What `Cancel` sets, for each session that adds documents."""
+        self._uploads = threading.Semaphore(UPLOADS)
         self._exports = tempfile.TemporaryDirectory(prefix="nvembed-results-")
 
     def build(self) -> gr.Blocks:
@@ -215,6 +220,8 @@ class Page:
         self, query: str, instruction: str = "", count: int = DEFAULT_RESULTS, collection: str = PYTHON
     ) -> list[dict[str, Any]]:
         """Title, source, text and cosine of the nearest passages, for programs."""
+        if not all(isinstance(text, str) for text in (query, instruction, collection)) or not isinstance(count, int):
+            raise refusal("query, instruction and collection are texts, and count is a whole number; send them so")
         found = self._guarded(
             lambda: self.searcher.search(self.library.open(collection), query, instruction=instruction, count=count)
         )
@@ -253,7 +260,7 @@ class Page:
             unwanted = gr.Dropdown(self._own(), label="Collection to delete", elem_id="unwanted")
             delete = gr.Button("Delete", variant="stop", elem_id="delete")
         add.click(
-            self._add, [files, name], [state, collection, unwanted], api_visibility="private", concurrency_limit=2
+            self._add, [files, name], [state, collection, unwanted], api_visibility="private", concurrency_limit=WAITING
         )
         stop.click(self._cancel, None, None, api_visibility="private")
         delete.click(self._delete, unwanted, [state, collection, unwanted], api_visibility="private")
@@ -272,7 +279,15 @@ class Page:
         session = str(request.session_hash)
         stop = self._stops[session] = threading.Event()
         try:
-            yield from self._add_until(stop, files, name.strip(), progress)
+            while not self._uploads.acquire(timeout=0.5):
+                yield "waiting for other uploads", gr.update(), gr.update()
+                if stop.is_set():
+                    yield CANCELLED, gr.update(), gr.update()
+                    return
+            try:
+                yield from self._add_until(stop, files, name.strip(), progress)
+            finally:
+                self._uploads.release()
         finally:
             if self._stops.get(session) is stop:  # another upload of the same session may have begun
                 del self._stops[session]
@@ -293,12 +308,11 @@ class Page:
                 break
             if stop.is_set():
                 steps.close()
-                yield "cancelled; nothing was added", gr.update(), gr.update()
+                yield CANCELLED, gr.update(), gr.update()
                 return
             done, total = step
             progress((done, total), desc="embedding", unit="passages")
             yield f"{done} of {total} passages embedded", gr.update(), gr.update()
-        self._planes.pop(name, None)
         yield (
             f"{len(passages)} passages of {len(texts)} texts were added to {name!r}",
             gr.update(choices=self.library.names(), value=name),
@@ -397,11 +411,13 @@ class Page:
 
     def _draw(self, collection: str, found: Found | None) -> Any:
         store = self._guarded(lambda: self.library.open(collection))
-        if collection not in self._planes:
-            self._planes[collection] = Plane.of(store.vectors)
+        identity, plane = self._planes.get(collection, ("", None))
+        if plane is None or identity != store.identity:
+            plane = Plane.of(store.vectors)
+            self._planes[collection] = (store.identity, plane)
         if found is not None and store.engine != self.searcher.engine:
             found = None  # another engine's query has no place among these vectors
-        columns = draw(store, self._planes[collection], found)
+        columns = draw(store, plane, found)
         named = sorted(set(columns["source"]) - PLANE_COLOURS.keys())
         colours = PLANE_COLOURS | dict(zip(named, SOURCE_COLOURS, strict=False))
         return gr.ScatterPlot(pandas.DataFrame(columns), color_map=colours)
@@ -412,3 +428,7 @@ class Page:
             return action()
         except DeployError as err:
             raise refusal(str(err)) from err
+        except OSError as err:
+            raise refusal(
+                f"{err.strerror or err}: the page's machine could not write or read; free space there"
+            ) from err

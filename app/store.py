@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,6 +101,14 @@ class FolderStore:
     def __len__(self) -> int:
         return len(self.passages)
 
+    def is_current(self) -> bool:
+        """False where the folder was written again since it was opened, or is gone."""
+        try:
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(record, dict) and record.get("identity") == self.identity
+
     def sources(self) -> list[str]:
         """Names of the sources, sorted."""
         return sorted(set(self._sources))
@@ -147,8 +154,3 @@ class FolderStore:
     def drop_index(self) -> None:
         """Removes what the index keeps elsewhere: the collection is about to be replaced or removed."""
         self._index.delete()
-
-    def delete(self) -> None:
-        """Removes the collection."""
-        self.drop_index()
-        shutil.rmtree(self.folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import re
 import statistics
@@ -27,6 +28,7 @@ from nvembed_deploy.atomic import write_file
 from nvembed_deploy.backends.bindings import TENSORRT
 from nvembed_deploy.backends.choose import Wish
 from nvembed_deploy.backends.cuda import CudaDevice, CudaRuntime
+from nvembed_deploy.backends.ort import GPU
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.cli import run, say
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
@@ -42,7 +44,7 @@ from .power import PowerMeter
 REFERENCE = "reference"
 QUERY = "how do I undo my last git commit but keep the changes?"
 SHAPES = ((1, 16), (1, 128), (8, 64), (32, 64))
-"""Texts x tokens of the latency table."""
+"""Texts x tokens of the latency table; without those that a plan does not take."""
 GEMM_SIZE, GEMM_REPEATS = 1024, 5
 FIRST_VECTOR = """
 import sys, time
@@ -153,16 +155,23 @@ def open_side(name: str, device: str, first: Encoder | None) -> tuple[Encoder, s
         from nvembed_deploy.evaluation.reference import ReferenceEncoder
 
         # Beside a plan on a GPU: FP16 with PyTorch's fused attention, as one would deploy it, not FP32.
-        return ReferenceEncoder(Path(backend), like=first, device="cuda" if _runs_plan(first) else "cpu"), REFERENCE
+        place = f"cuda:{_index(device)}" if on_gpu(first) else "cpu"
+        return ReferenceEncoder(Path(backend), like=first, device=place), REFERENCE
     return Encoder(place, device=device, backend=backend or "auto"), backend or "auto"
 
 
-def _runs_plan(encoder: Encoder) -> bool:
-    return encoder.backend.startswith(TENSORRT)
+def on_gpu(encoder: Encoder) -> bool:
+    """A plan, ONNX Runtime's providers for GPUs, or PyTorch on CUDA, by the backend's name."""
+    backend = encoder.backend
+    return backend.startswith(TENSORRT) or any(name in backend for name in GPU) or "(CUDA" in backend
+
+
+def _index(device: str) -> int:
+    return Wish.of(device, "auto", None).index or 0
 
 
 def _gpu(device: str) -> CudaDevice:
-    return CudaRuntime.load().device(Wish.of(device, "auto", None).index or 0)
+    return CudaRuntime.load().device(_index(device))
 
 
 def peak_gflops(encoder: Encoder, device: str) -> tuple[float, str]:
@@ -175,7 +184,7 @@ def peak_gflops(encoder: Encoder, device: str) -> tuple[float, str]:
     Returns:
         GFLOP/s, or 0 where no recipe tells it; and where the number comes from.
     """
-    if not _runs_plan(encoder):
+    if not on_gpu(encoder):
         return gemm_gflops(), "FP32 GEMM"
     name = _gpu(device).name
     for target in TARGETS.values():
@@ -187,7 +196,7 @@ def peak_gflops(encoder: Encoder, device: str) -> tuple[float, str]:
 
 def _metered(encoder: Encoder, device: str, passages: Sequence[str]) -> tuple[float | None, float | None]:
     """Joules a text and the device's MiB over a bulk run, where the device tells."""
-    if not _runs_plan(encoder) and not encoder.backend.endswith("(CUDA)"):
+    if not on_gpu(encoder):
         return None, None
     runs = 0
     with PowerMeter(_gpu(device).bus) as meter:
@@ -220,7 +229,9 @@ def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> dic
     bulk = in_turn([partial(encoder.encode, passages) for encoder in encoders], max(3, repeats // 10))
     say("  queries and shapes ...")
     queries = in_turn([partial(encoder.encode, QUERY) for encoder in encoders], repeats)
-    shaped = [(shape, in_turn([_shaped(encoder, shape) for encoder in encoders], repeats // 2)) for shape in SHAPES]
+    longest = min(encoder.max_length for encoder in encoders)
+    shapes = [shape for shape in SHAPES if shape[1] <= longest]
+    shaped = [(shape, in_turn([_shaped(encoder, shape) for encoder in encoders], repeats // 2)) for shape in shapes]
     say("  fresh processes ...")
     peak, peak_source = peak_gflops(encoders[0], device)
     sides = []
@@ -323,10 +334,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         result = bench(flags.sides, device=flags.device, texts=flags.texts, repeats=flags.repeats)
-        if flags.out is not None:
-            write_file(flags.out, (json.dumps(result, indent=1) + "\n").encode())
-            draw_bench(result, flags.out.with_suffix(".png"))
         sys.stdout.write(table(result))
+        if flags.out is not None:
+            flags.out.parent.mkdir(parents=True, exist_ok=True)
+            write_file(flags.out, (json.dumps(result, indent=1) + "\n").encode())
+            if importlib.util.find_spec("matplotlib") is None:
+                say("  no picture: matplotlib is not installed; pip install matplotlib")
+            else:
+                draw_bench(result, flags.out.with_suffix(".png"))
 
     return run(command)
 

@@ -81,22 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Exports a checkpoint, or takes a finished bundle, and packs it into one archive that builds its "
         f"engine on the device. Targets: {', '.join(ON_DEVICE)}.",
     )
-    add_flags(parser)
+    add_flags(parser, archived=ON_DEVICE)
     parser.add_argument(
         "--bundle", type=Path, default=None, metavar="DIR", help="pack this bundle, made for the target, as it is"
     )
     parser.add_argument(
         "--archive", type=Path, default=None, metavar="FILE.tar", help="archive to write (default: BUNDLE-TARGET.tar)"
     )
-    parser.set_defaults(target="jetson-orin")
     flags = parser.parse_args(argv)
 
     def command() -> None:
-        if flags.target not in ON_DEVICE:
-            raise ConfigError(
-                f"--target {flags.target} needs no archive: its plan is built where the bundle is exported (python -m "
-                f"export.trt). Archives are for {', '.join(ON_DEVICE)}"
-            )
         target = TARGETS[flags.target]
         folder = flags.bundle or _export(from_flags(flags, plan=False))
         archive = flags.archive or folder.parent / f"{folder.resolve().name}-{target.name}.tar"

@@ -74,8 +74,16 @@ def add_flags(
     *,
     precisions: Sequence[Precision] = tuple(Precision),
     default: Precision = Precision.FP16,
+    archived: Sequence[str] = (),
 ) -> None:
-    """Adds the flags of `ExportOptions`."""
+    """Adds the flags of `ExportOptions`.
+
+    Args:
+        parser: Gets them.
+        precisions: What can be chosen.
+        default: Of those.
+        archived: Targets that archives are made for, the default first; none where plans are built, for any target.
+    """
     parser.add_argument(
         "--model",
         default=None,
@@ -100,11 +108,11 @@ def add_flags(
     )
     parser.add_argument(
         "--target",
-        choices=["auto", *TARGETS],
-        default="auto",
+        choices=archived or ["auto", *TARGETS],
+        default=archived[0] if archived else "auto",
         help="device to build for: "
-        + "; ".join(f"{target.name} = {target.summary}" for target in TARGETS.values())
-        + " (default: auto, by what is installed here)",
+        + "; ".join(f"{name} = {TARGETS[name].summary}" for name in archived or TARGETS)
+        + f" (default: {archived[0] if archived else 'auto, by what is installed here'})",
     )
     parser.add_argument(
         "--dialect",
@@ -121,7 +129,7 @@ def add_flags(
             type=_shape,
             default=None,
             metavar="BxT",
-            help=f"{what} batch, texts x tokens (default: {getattr(TARGETS['rtx'].profile, name)})",
+            help=f"{what} batch, texts x tokens (default: the target's; rtx {getattr(TARGETS['rtx'].profile, name)})",
         )
     parser.add_argument(
         "--weights",
@@ -200,6 +208,12 @@ def from_flags(flags: argparse.Namespace, *, plan: bool) -> ExportOptions:
             batch=min(max(opt.batch, low.batch), high.batch), tokens=min(max(opt.tokens, low.tokens), high.tokens)
         )
     precision = Precision(flags.precision)
+    asked = asked_options(flags, target)
+    if asked and not plan:
+        names = " and ".join(f"--{option.value}" for option in sorted(asked))
+        raise ConfigError(
+            f"{names} changes the plan, and none is built here; pass it to python -m nvembed_deploy.build"
+        )
     for name in ("calibration", "reuse"):
         if getattr(flags, name) is not None and not precision.quantized:
             raise ConfigError(f"--{name} is for quantized precisions, and --precision is {precision.value}; pass int8")
@@ -222,7 +236,7 @@ def from_flags(flags: argparse.Namespace, *, plan: bool) -> ExportOptions:
         reference=flags.weights == "reference",
         parity=not flags.no_parity,
         probe_ranges=flags.probe_ranges,
-        asked=asked_options(flags, target),
+        asked=asked,
         calibration=flags.calibration,
         calibration_tokens=flags.calibration_tokens,
         reuse=flags.reuse,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import platform
 import time
@@ -35,7 +34,7 @@ from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import ConfigError, MaskError, MissingExtra, ParityError
 from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.gate import Gate, step, verdict
-from nvembed_deploy.machine import peak_memory_bytes, return_large_blocks
+from nvembed_deploy.machine import installed_versions, peak_memory_bytes, return_large_blocks
 from nvembed_deploy.model.weights import StoredWeights, weight_files
 from nvembed_deploy.parity import observe
 from nvembed_deploy.plan_builder import build_plan
@@ -316,9 +315,7 @@ def _bindings(options: ExportOptions) -> tuple[Any, str]:
 
 
 def _versions(info: PlanInfo | None) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in RECORDED:
-        found[name] = importlib.metadata.version(name)
+    found = {"python": platform.python_version()} | installed_versions(RECORDED)
     found["torch"] = torch.__version__
     if info is not None:
         found[info.runtime] = info.version

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=None,
         metavar="BxT",
         help="largest batch, texts x tokens, where the device has less memory than the recipe counts on "
-        "(default: the recipe's, within what the bundle was compared up to)",
+        "(default: the recipe's, within the bundle's own)",
     )
     add_option_flags(parser)
     parser.add_argument("--force", action="store_true", help="try where memory or disk will not do")
@@ -159,12 +159,13 @@ def _bindings(recipe: Target, manifest: Manifest) -> Any:
 
 
 def _profile(recipe: Target, manifest: Manifest, largest: Shape | None) -> ShapeProfile:
-    """The recipe's shapes within the bundle's, whose longest input is the longest that was compared."""
+    """The recipe's shapes within the bundle's, whose largest batch is the largest that was asked for at export."""
     asked, low = largest or recipe.profile.max, manifest.profile.min
     if largest and asked.tokens > manifest.text.max_tokens:
         raise ConfigError(f"--max {asked} is longer than the model's {manifest.text.max_tokens} tokens; pass fewer")
-    tokens = asked.tokens if largest else min(asked.tokens, manifest.profile.max.tokens)
-    high = Shape(batch=max(asked.batch, low.batch), tokens=max(tokens, low.tokens))
+    bound = manifest.profile.max
+    within = asked if largest else Shape(batch=min(asked.batch, bound.batch), tokens=min(asked.tokens, bound.tokens))
+    high = Shape(batch=max(within.batch, low.batch), tokens=max(within.tokens, low.tokens))
     usual = recipe.profile.opt
     opt = Shape(
         batch=min(max(usual.batch, low.batch), high.batch), tokens=min(max(usual.tokens, low.tokens), high.tokens)

@@ -56,6 +56,11 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
+def url_host(host: str) -> str:
+    """A host as it stands in a URL: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
     """In words alone: the line of code that warned says nothing to who typed a command."""
     say(f"note: {message}")

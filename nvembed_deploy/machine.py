@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import resource
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +21,18 @@ VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 """Linux's names for products of 8 bits that are summed in 32."""
 M_MMAP_THRESHOLD = -3
 """Source: glibc, malloc.h."""
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of modules; what is not installed is left out. onnxruntime also comes as onnxruntime-gpu and others."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if importlib.util.find_spec(name) is not None:
+                found[name] = str(importlib.import_module(name).__version__)
+    return found
 
 
 def describe_machine() -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from nvembed_deploy import Encoder, build
 from nvembed_deploy.bundle import GRAPH, MANIFEST, PLAN, TRUTH, WEIGHTS, Bundle
+from nvembed_deploy.config import Shape
 from nvembed_deploy.errors import ConfigError, EngineError
 from nvembed_deploy.probes import Truth
 from nvembed_deploy.targets import SINGLE_QUERIES, TARGETS
@@ -117,6 +118,19 @@ def test_what_cannot_be_built_is_refused_with_the_reason(
     (copy / WEIGHTS).write_bytes(b"x" * (copy / WEIGHTS).stat().st_size)
     assert build.main([str(copy), "--target", "rtx"]) == 1
     assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [(None, "16x128"), (Shape(batch=40, tokens=128), "40x128"), (Shape(batch=4, tokens=256), "4x256")],
+)
+def test_shapes_are_the_recipes_within_the_bundles_own(portable: Path, largest: Shape | None, expected: str) -> None:
+    manifest = Bundle.open(portable).manifest
+    own = replace(manifest.profile, max=Shape(batch=16, tokens=128))
+    found = build._profile(TARGETS["h100"], replace(manifest, profile=own), largest)
+    assert str(found.max) == expected
+    assert found.opt.batch <= found.max.batch
+    assert found.opt.tokens <= found.max.tokens
 
 
 @needs_rtx

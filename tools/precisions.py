@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -36,7 +35,7 @@ from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.evaluation.compare import RECORDED, scores, tolerance_of
 from nvembed_deploy.evaluation.reference import ReferenceEncoder
 from nvembed_deploy.evaluation.tasks import folder_tasks
-from nvembed_deploy.machine import describe_machine
+from nvembed_deploy.machine import describe_machine, installed_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "precisions.json"
@@ -186,8 +185,7 @@ def main() -> int:
         "machine": f"{describe_machine()}, no GPU",
         "rows": rows,
         "scores": scored,
-        "score_versions": {name: importlib.metadata.version(name) for name in RECORDED}
-        | {"python": platform.python_version()},
+        "score_versions": installed_versions(RECORDED) | {"python": platform.python_version()},
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     say(f"done: {RESULTS.relative_to(ROOT)}; now python -m tools.readme")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from app.__main__ import QUIET, free_port, make_page
+from app.__main__ import QUIET, listen_port, make_page
 from nvembed_deploy.cli import run, say
 
 OUT = Path("docs") / "app"
@@ -17,7 +18,7 @@ QUERY = "how do I read a CSV file?"
 WIDE, NARROW = {"width": 1100, "height": 1150}, {"width": 390, "height": 1500}
 
 
-def take(bundle: Path, collections: Path | None, reference: Path | None, chromium: Path) -> None:
+def take(bundle: Path, collections: Path, reference: Path | None, chromium: Path) -> None:
     """Opens the page and takes a picture of each view."""
     os.environ.update(QUIET)
     import gradio
@@ -28,7 +29,7 @@ def take(bundle: Path, collections: Path | None, reference: Path | None, chromiu
     demo = make_page(bundle, "cpu", collections, index="exact", compare=[], reference=reference)
     _, url, _ = demo.queue().launch(
         server_name="127.0.0.1",
-        server_port=free_port("127.0.0.1"),
+        server_port=listen_port("127.0.0.1", 0),
         prevent_thread_lock=True,
         quiet=True,
         ssr_mode=False,
@@ -97,11 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m tools.screenshots", description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--collections", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--collections", type=Path, metavar="DIR", help="keep the index there (default: a temporary one)"
+    )
     parser.add_argument("--reference", type=Path, metavar="DIR")
     parser.add_argument("--chromium", type=Path, default=Path("/usr/bin/chromium"))
     flags = parser.parse_args(argv)
-    return run(lambda: take(flags.bundle, flags.collections, flags.reference, flags.chromium))
+
+    def command() -> None:
+        with tempfile.TemporaryDirectory() as folder:  # never the user's own: a collection is added and deleted
+            take(flags.bundle, flags.collections or Path(folder), flags.reference, flags.chromium)
+
+    return run(command)
 
 
 if __name__ == "__main__":

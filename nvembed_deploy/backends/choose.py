@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from nvembed_deploy.backends import Backend
@@ -64,6 +64,10 @@ class Wish:
             raise ConfigError("backend='tensorrt' runs on GPUs and device is 'cpu'; pass device='cuda'")
         return wish
 
+    def for_file(self, name: str) -> Wish:
+        """The wish of who names `model.onnx`: ONNX Runtime, unless another runtime is asked for."""
+        return replace(self, runtime=Runtime.ONNXRUNTIME) if name == GRAPH and self.runtime is Runtime.AUTO else self
+
     @property
     def index(self) -> int | None:
         """Number of the CUDA device, 0 for `auto`, None for the CPU."""
@@ -92,6 +96,7 @@ def open_backend(bundle: Bundle, text: TextEncoder, name: str, wish: Wish) -> Ba
         MissingExtra: What was asked for is not installed.
         EngineError: It could not be loaded.
     """
+    wish = wish.for_file(name)
     index = wish.index
     if index is None or wish.runtime is Runtime.OPENVINO:
         return _on_cpu(bundle, text, wish)
@@ -100,7 +105,7 @@ def open_backend(bundle: Bundle, text: TextEncoder, name: str, wish: Wish) -> Ba
         raise BundleError(f"{bundle.folder} has no {PLAN}; build one: python -m nvembed_deploy.build {bundle.folder}")
     reasons: list[str] = [] if has_plan else ["the bundle has none"]
     attempts: list[Callable[[], Backend]] = []
-    if has_plan and name != GRAPH and wish.runtime is not Runtime.ONNXRUNTIME:
+    if has_plan and wish.runtime is not Runtime.ONNXRUNTIME:
         attempts.append(functools.partial(open_plan, bundle, index))
     if wish.runtime is not Runtime.TENSORRT:
         attempts.append(functools.partial(_ort_on_cuda, bundle, index))
@@ -117,7 +122,7 @@ def open_backend(bundle: Bundle, text: TextEncoder, name: str, wish: Wish) -> Ba
             _warn_of_fallback(reasons[0], backend)
         return backend
     backend = _on_cpu(bundle, text, wish)
-    if name != GRAPH and wish.runtime is Runtime.AUTO:
+    if wish.runtime is Runtime.AUTO:
         _warn_of_fallback(reasons[0], backend)
     return backend
 

@@ -5,8 +5,6 @@ Measured once for a bundle, a processor and the runtimes' versions, and kept in 
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -21,7 +19,7 @@ from nvembed_deploy.backends import Backend
 from nvembed_deploy.bundle import Bundle
 from nvembed_deploy.config import Shape
 from nvembed_deploy.errors import DeployError
-from nvembed_deploy.machine import available_memory_bytes, cache_folder, describe_machine
+from nvembed_deploy.machine import available_memory_bytes, cache_folder, describe_machine, installed_versions
 from nvembed_deploy.parity import compare, observe
 from nvembed_deploy.probes import PROBES
 from nvembed_deploy.records import from_json
@@ -121,18 +119,10 @@ def measure(
 
 def cache_path(bundle: Bundle, threads: int | None) -> Path:
     """Where the choice for this bundle on this machine is kept."""
-    versions = "-".join(f"{name}{_version(name)}" for name in (ONNXRUNTIME, OPENVINO))
+    versions = "-".join(f"{name}{version}" for name, version in installed_versions((ONNXRUNTIME, OPENVINO)).items())
     machine = "".join(letter if letter.isalnum() else "-" for letter in describe_machine())
     width = "" if threads is None else f"-{threads}threads"
     return cache_folder() / f"{bundle.manifest.manifest_sha256[:16]}-{machine}-{versions}{width}.json"
-
-
-def _version(name: str) -> str:
-    """Of an installed module; onnxruntime also comes as onnxruntime-gpu and under other names."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return str(importlib.import_module(name).__version__)
 
 
 def read_choice(path: Path) -> CpuChoice | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.evaluation.model import MtebModel, revision
 from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.tasks import LocalTask
+from nvembed_deploy.machine import installed_versions
 
 TOLERANCES: dict[Precision, float] = {
     # Points of the main score, 0 to 100. FP32 moves a rank only between two documents that score the same.
@@ -132,7 +132,7 @@ def compare(
             )
             for item in tasks
         ),
-        versions={name: importlib.metadata.version(name) for name in RECORDED} | {"python": platform.python_version()},
+        versions=installed_versions(RECORDED) | {"python": platform.python_version()},
     )
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from nvembed_deploy.cli import run, say
+from nvembed_deploy.cli import run, say, url_host
 from nvembed_deploy.coalesce import DEFAULT_MAX_WAITING
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import MissingExtra
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     if not 0 <= flags.port < 65536:
         parser.error(f"--port is {flags.port}; pass 0 to 65535")
-    if flags.max_waiting < 1 or flags.timeout <= 0:
-        parser.error("--max-waiting and --timeout must be above 0")
+    if flags.max_waiting < 1 or not 0 < flags.timeout < math.inf:
+        parser.error("--max-waiting and --timeout must be numbers above 0")
 
     def command() -> None:
         try:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         socket.listen()  # who connects from here on waits, and is not refused
         port = socket.getsockname()[1]
         say(f"serving {name} on {encoder.backend}")
-        sys.stdout.write(f"http://{flags.host}:{port}/v1\n")
+        sys.stdout.write(f"http://{url_host(flags.host)}:{port}/v1\n")
         sys.stdout.flush()
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once all requests have ended
             server.run(sockets=[socket])

@@ -34,6 +34,8 @@ class Limits:
     """OpenAI's own limit."""
     text_chars: int = 200_000
     """Characters of one text."""
+    instruction_chars: int = 2_000
+    """Characters of the instruction, which goes in front of every text."""
     tokens: int = 300_000
     """Tokens of all texts together; OpenAI's own limit."""
     seconds: float = 60.0
@@ -88,6 +90,11 @@ def parse(content: bytes, limits: Limits) -> tuple[EmbeddingsBody, list[str]]:
         body = EmbeddingsBody.model_validate(value)
     except ValidationError as err:
         raise _explained(err) from err
+    if len(body.instruction or "") > limits.instruction_chars:
+        message = (
+            f"'instruction' has {len(body.instruction or '')} characters, at most {limits.instruction_chars} are taken"
+        )
+        raise Refused(422, f"{message}; shorten it", param="instruction")
     return body, _texts(body.input, limits)
 
 

@@ -308,7 +308,7 @@ def _run_train(options: argparse.Namespace) -> Path:
 
 
 def _mini(parser: argparse.ArgumentParser) -> None:
-    """Makes the embedded mini checkpoint, all steps, on two cores of a CPU in about three hours."""
+    """Makes the embedded mini checkpoint, all steps, on two cores of a CPU in one and a half to three hours."""
     _sources(parser)
     _path(parser, "--out", "checkpoint folder to make or to replace; its README.md stays")
     parser.add_argument("--work", type=Path, default=Path("build/nv-embed-mini"), help="what each step keeps")

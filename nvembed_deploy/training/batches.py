@@ -28,6 +28,8 @@ FEATURES = Features(
     }
 )
 """One batch. Rows of a group stand together in the order query, positive, negatives."""
+PLAIN = ("plain_ids", "plain_attention_mask", "plain_pool_mask")
+"""Of a collated batch, its instructed texts without their instruction, int64 [I, T] each; absent without any."""
 
 
 def batch_dataset(
@@ -89,12 +91,16 @@ class Collator:
         encoder: The model's text to ids; its padding rules are used.
         max_length: Most tokens of a row.
         teacher: Its inputs are added where it is given.
+        plain: Adds the instructed texts without their instruction, for `options.LossWeights.consistency`.
     """
 
-    def __init__(self, encoder: TextEncoder, *, max_length: int, teacher: Teacher | None = None) -> None:
+    def __init__(
+        self, encoder: TextEncoder, *, max_length: int, teacher: Teacher | None = None, plain: bool = False
+    ) -> None:
         self.encoder = encoder
         self.max_length = max_length
         self.teacher = teacher
+        self.plain = plain
 
     def __call__(self, entries: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         rows: list[Row] = []
@@ -119,6 +125,12 @@ class Collator:
             "queries": queries,
             "positives": positives,
         }
+        instructed = [place for place, row in enumerate(rows) if row.prompt]
+        if self.plain and instructed:
+            plain_rows = [Row(text=rows[place].text) for place in instructed]
+            arrays = self.encoder.pad(tokenize_rows(plain_rows, self.encoder, max_length=self.max_length))
+            batch |= {name: torch.from_numpy(array) for name, array in zip(PLAIN, arrays, strict=True)}
+            batch["instructed"] = torch.tensor(instructed)
         if self.teacher is not None:
             ids, mask, teacher_spans = self.teacher.tokenize([row.text for row in rows])
             spans = [student_spans(row, self.encoder.contract) for row in token_rows]

@@ -24,10 +24,11 @@ from transformers import Trainer, TrainingArguments
 
 from nvembed_deploy.architecture import Pooling
 from nvembed_deploy.model.nvembed import masked_mean
-from nvembed_deploy.training.batches import Collator
+from nvembed_deploy.training.batches import PLAIN, Collator
 from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.length_parts import length_parts
 from nvembed_deploy.training.losses import (
+    centered,
     distillation,
     find_positives,
     in_batch_blocked,
@@ -100,13 +101,11 @@ class Trainable(nn.Module):
 class EmbeddingTrainer(Trainer):
     """`Trainer` for a model that returns unit vectors and token states."""
 
-    def __init__(
-        self, *, stage: StageOptions, teacher: Teacher | None, answers: Tensor | None, **settings: Any
-    ) -> None:
+    def __init__(self, *, stage: StageOptions, teacher: Teacher | None, centre: Tensor | None, **settings: Any) -> None:
         super().__init__(**settings)
         self.stage = stage
         self.teacher = teacher
-        self.answers = None if answers is None else answers.to(self.args.device)
+        self.centre = None if centre is None else centre.to(self.args.device)
         if teacher is not None:
             teacher.model.to(self.args.device)
 
@@ -119,7 +118,13 @@ class EmbeddingTrainer(Trainer):
     ) -> Any:
         """The weighted sum of the losses of one batch."""
         vectors, states = model(inputs["input_ids"], inputs["attention_mask"], inputs["pool_mask"])
-        loss = batch_loss(vectors, states, inputs, stage=self.stage, teacher=self.teacher, answers=self.answers)
+        plain: Tensor | None = None
+        if self.stage.weights.consistency and "instructed" in inputs:
+            with torch.no_grad():
+                plain, _ = model(*(inputs[name] for name in PLAIN))
+        loss = batch_loss(
+            vectors, states, inputs, stage=self.stage, teacher=self.teacher, centre=self.centre, plain=plain
+        )
         return (loss, {"vectors": vectors}) if return_outputs else loss
 
     def evaluate(
@@ -162,7 +167,8 @@ def batch_loss(
     *,
     stage: StageOptions,
     teacher: Teacher | None,
-    answers: Tensor | None = None,
+    centre: Tensor | None = None,
+    plain: Tensor | None = None,
 ) -> Tensor:
     """Loss of a batch as made by `Collator`.
 
@@ -172,7 +178,9 @@ def batch_loss(
         inputs: The batch.
         stage: Weights of the parts (a part of weight 0 is not computed), and which rows compete.
         teacher: Needed where a part compares with it.
-        answers: [D, D], see `losses.answer_map`: what the teacher's states of instructed questions go through.
+        centre: float32 [D], what the targets of instructed questions lose; see `losses.centered`.
+        plain: float32 [I, D], the student's own unit vectors of the instructed rows without their instruction; for
+            `options.LossWeights.consistency`.
     """
     weights, queries, positives = stage.weights, inputs["queries"], inputs["positives"]
     loss = vectors.sum() * 0.0
@@ -181,10 +189,11 @@ def batch_loss(
         targets, tokens = teacher.forward(inputs["teacher_ids"], inputs["teacher_mask"])
         known = inputs["known"] & inputs["attention_mask"].bool()
         wanted, tokens = targets.float(), tokens.float()
-        if answers is not None:
+        if centre is not None:
             rows = inputs["questions"]
-            wanted = wanted.index_copy(0, rows, F.normalize(wanted[rows] @ answers, dim=-1))
-            tokens = tokens.index_copy(0, rows, tokens[rows] @ answers)
+            wanted = wanted.index_copy(0, rows, F.normalize(centered(wanted[rows], centre), dim=-1))
+            lengths = masked_mean(tokens[rows], inputs["teacher_mask"][rows]).norm(dim=-1)[:, None, None]
+            tokens = tokens.index_copy(0, rows, centered(tokens[rows], centre, lengths))
         if weights.distillation:
             loss = loss + weights.distillation * distillation(vectors, wanted)
         if weights.tokens:
@@ -193,6 +202,13 @@ def batch_loss(
         if weights.match:
             matched = match_targets(vectors, wanted, inputs["numbers"], temperature=stage.temperature)
             loss = loss + weights.match * matched
+    if plain is not None:
+        instructed = inputs["instructed"]
+        held = plain.float()
+        if centre is not None:
+            asked = torch.isin(instructed, inputs["questions"])[:, None]
+            held = torch.where(asked, F.normalize(centered(held, centre), dim=-1), held)
+        loss = loss + weights.consistency * distillation(vectors[instructed], held)
     if weights.pairs and len(queries):
         if stage.in_batch:
             blocked = in_batch_blocked(
@@ -215,7 +231,7 @@ def train(
     folder: Path,
     stage: StageOptions,
     teacher: Teacher | None = None,
-    answers: Tensor | None = None,
+    centre: Tensor | None = None,
     held_out: Dataset | None = None,
 ) -> list[dict[str, float]]:
     """Trains in place, from the last checkpoint in `folder` where there is one.
@@ -227,7 +243,7 @@ def train(
         folder: Where checkpoints lie.
         stage: Losses, optimizer and checkpoints.
         teacher: Where the stage's losses need one.
-        answers: See `batch_loss`.
+        centre: See `batch_loss`.
         held_out: Batches for evaluation at every save.
 
     Returns:
@@ -263,7 +279,7 @@ def train(
         optimizers=(optimizer, None),
         stage=stage,
         teacher=teacher,
-        answers=answers,
+        centre=centre,
     )
     log.info("training on %s, %d batches, from %s", trainer.args.device, len(dataset), last or "the start")
     hooks = add_noise(trainable, stage.noise) if stage.noise else []

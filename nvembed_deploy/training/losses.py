@@ -53,19 +53,21 @@ def match_targets(vectors: Tensor, targets: Tensor, numbers: Tensor, *, temperat
     return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(scores), device=scores.device))
 
 
-def answer_map(questions: Tensor, answers: Tensor, *, share: float) -> Tensor:
-    """The linear map that brings a teacher's vectors of questions nearer to where their answers lie.
+def centered(rows: Tensor, centre: Tensor, lengths: Tensor | float = 1.0) -> Tensor:
+    """Rows without what all texts have in common.
+
+    A question's vector without it gives less to documents that are near everything: centering against hubs, Suzuki et
+    al., EMNLP 2013.
 
     Args:
-        questions: [P, D], unit rows.
-        answers: [P, D], unit rows.
-        share: Of the mean of question x (answer - question) over the pairs, added to the identity.
+        rows: [..., D], unit rows; or others of which those are made.
+        centre: float32 [D], the mean of texts' unit rows, or a share of it.
+        lengths: Of the vector that each row belongs to, [..., 1]; 1 where the row is that vector itself.
 
     Returns:
-        float32 [D, D]; rows are multiplied with it from the left.
+        [..., D], not of unit length.
     """
-    questions, answers = questions.float(), answers.float()
-    return torch.eye(questions.shape[1]) + share * questions.T @ (answers - questions) / len(questions)
+    return rows - lengths * centre
 
 
 def find_positives(

@@ -13,7 +13,7 @@ Source: NV-Retriever's TopKPercPos, arXiv 2407.15831, as used by NV-Embed."""
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """How much each part of the loss counts; all but `pairs` need a teacher."""
+    """How much each part of the loss counts; all but `pairs` and `consistency` need a teacher."""
 
     pairs: float = 1.0
     """Of finding the positive of each query among its candidates."""
@@ -23,9 +23,12 @@ class LossWeights:
     """Of the squared error to the teacher's token states."""
     match: float = 0.0
     """Of finding one's own teacher vector in the batch."""
-    answers: float = 0.0
-    """How far the target of an instructed question moves to where answers lie; `losses.answer_map` tells the unit. The
+    centering: float = 0.0
+    """Share of the teacher's mean vector of texts that the targets of instructed questions lose, `losses.centered`. The
     teacher knows no instructions; without this, distillation teaches that they mean nothing."""
+    consistency: float = 0.0
+    """Of 1 - cosine of an instructed text to the same model's own vector of it without the instruction: what the prompt
+    tokens leave in a text's tokens by accident. With `centering`, a question is held to that vector centered."""
 
     @property
     def need_teacher(self) -> bool:

@@ -26,7 +26,6 @@ from nvembed_deploy.training.curve import plot_history
 from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.instructions import Kind
-from nvembed_deploy.training.losses import answer_map
 from nvembed_deploy.training.options import Lora, StageOptions
 from nvembed_deploy.training.student import Student, read_base
 from nvembed_deploy.training.teacher import Teacher
@@ -37,9 +36,9 @@ log = logging.getLogger(__name__)
 SETTINGS_NAME = "settings.json"
 HISTORY_NAME = "history.json"
 CURVE_NAME = "loss.png"
-ANSWERS_NAME = "answers.safetensors"
-MOST_PAIRS = 4096
-"""Of a stage's examples, for the map from questions to answers."""
+CENTRE_NAME = "centre.safetensors"
+MOST_TEXTS = 4096
+"""Of a stage's examples, for the mean of all texts."""
 
 
 def run_stage(
@@ -122,11 +121,11 @@ def train_student(
     history = loop.train(
         student.model,
         _batches(kept, encoder, stage, stage.epochs),
-        Collator(encoder, max_length=stage.max_length, teacher=teacher),
+        Collator(encoder, max_length=stage.max_length, teacher=teacher, plain=bool(stage.weights.consistency)),
         folder=work / "training",
         stage=stage,
         teacher=teacher,
-        answers=_answers(kept, teacher, stage, work / ANSWERS_NAME) if stage.weights.answers else None,
+        centre=_centre(kept, teacher, stage, work / CENTRE_NAME) if stage.weights.centering else None,
         held_out=_batches(held_out, encoder, stage, 1) if held_out else None,
     )
     if adapted is not None:
@@ -157,17 +156,16 @@ def _batches(examples: list[Example], encoder: TextEncoder, stage: StageOptions,
     )
 
 
-def _answers(examples: list[Example], teacher: Teacher | None, stage: StageOptions, path: Path) -> Tensor:
-    """The map of `losses.answer_map` for these examples; a run that is taken up again finds it at `path`."""
+def _centre(examples: list[Example], teacher: Teacher | None, stage: StageOptions, path: Path) -> Tensor:
+    """The part of the teacher's mean vector that questions lose; a run that is taken up again finds it at `path`."""
     if not path.is_file():
-        pairs = [example for example in examples if example.kind is Kind.RETRIEVAL and example.positive][:MOST_PAIRS]
-        if teacher is None or not pairs:
-            raise ConfigError("questions can move to their answers only with a teacher and pairs of kind retrieval")
-        sides = ([example.query for example in pairs], [example.positive for example in pairs])
-        vectors = [teacher.embed(texts, description="teacher, pairs") for texts in sides]
+        texts = [example.query for example in examples if not example.positive][:MOST_TEXTS]
+        if teacher is None or not texts:
+            raise ConfigError("centering of questions needs a teacher, and texts without a positive")
+        mean = teacher.embed(texts, description="teacher, mean").float().mean(dim=0)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, save({"answers": answer_map(*vectors, share=stage.weights.answers)}))
-    return load_file(path)["answers"]
+        write_file(path, save({"centre": stage.weights.centering * mean}))
+    return load_file(path)["centre"]
 
 
 def write_history(work: Path, history: list[dict[str, float]]) -> None:

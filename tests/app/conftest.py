@@ -27,7 +27,7 @@ def few_passages() -> list:
 def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     import os
 
-    from app.__main__ import QUIET, free_port
+    from app.__main__ import QUIET, listen_port
 
     os.environ.update(QUIET)
     from app.documents import Limits
@@ -41,10 +41,11 @@ def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     searcher = Searcher(encoder)
     other = Encoder(bundles["int8"], device="cpu", backend="onnxruntime")
     limits = Limits(files=20, file_bytes=2**20, unpacked_bytes=2**21, chars=400_000)
-    built = Page(searcher, library, {"left fp32": lambda: encoder, "right int8": lambda: other}, limits).build()
+    made = Page(searcher, library, {"left fp32": lambda: encoder, "right int8": lambda: other}, limits)
+    built = made.build()
     _, url, _ = built.queue(max_size=32).launch(
         server_name="127.0.0.1",
-        server_port=free_port("127.0.0.1"),
+        server_port=listen_port("127.0.0.1", 0),
         prevent_thread_lock=True,
         quiet=True,
         ssr_mode=False,
@@ -53,6 +54,8 @@ def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         css=CSS,
         footer_links=[],
     )
-    yield SimpleNamespace(url=url, library=library, encoder=encoder, searcher=searcher, lock=threading.Lock())
+    yield SimpleNamespace(
+        url=url, library=library, encoder=encoder, searcher=searcher, lock=threading.Lock(), made=made
+    )
     built.close()
     searcher.close()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from app.index import FOLDER, ServerIndex, opener
-from app.library import Library
+from app.library import LOCK, Library
 from app.passages import Passage
 from app.store import Engine, FolderStore
 from nvembed_deploy import ConfigError, Encoder, MissingExtra
@@ -67,14 +67,24 @@ def test_the_index_on_this_machine_is_made_once_and_goes_with_the_collection(enc
     list(library.add_steps("mine", few_passages()[:2]))
     list(library.add_steps("mine", few_passages()[2:]))
     assert (library.folder / "mine" / FOLDER).is_dir()
-    assert sorted(path.name for path in library.folder.iterdir()) == ["mine"]
+    assert library.names() == ["mine"]
+    assert {path.name for path in library.folder.iterdir()} == {"mine", LOCK}
     assert len(library.open("mine").search(library.engine, encoder.encode("rows"), count=9)) == 3
     made = (library.folder / "mine" / FOLDER).stat().st_ino
     again = Library(library.folder, encoder, index="qdrant")
     again.open("mine")
     assert (library.folder / "mine" / FOLDER).stat().st_ino == made
     again.delete("mine")
-    assert list(library.folder.iterdir()) == []
+    assert [path.name for path in library.folder.iterdir()] == [LOCK]
+
+
+def test_a_damaged_index_says_how_to_make_it_again(written: Path, tmp_path: Path) -> None:
+    pytest.importorskip("qdrant_edge", reason="not installed: pip install nvembed-deploy[qdrant]")
+    folder = Path(shutil.copytree(written, tmp_path / "mine"))
+    (folder / FOLDER).mkdir()
+    (folder / FOLDER / "edge_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"the index in .* failed .* delete that folder, and it is made again"):
+        FolderStore(folder, opener("qdrant"))
 
 
 def test_an_index_of_something_else_is_refused(written: Path, tmp_path: Path) -> None:

@@ -161,6 +161,22 @@ def test_adding_can_be_cancelled(
     tab.get_by_text("nothing is being added, so there is nothing to cancel").first.wait_for()
 
 
+def test_what_waits_for_other_uploads_can_be_cancelled(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
+    from app.page import UPLOADS
+
+    (tmp_path / "short.txt").write_text("a sentence")
+    for _ in range(UPLOADS):
+        page.made._uploads.acquire()
+    try:
+        upload(tab, tmp_path / "short.txt", "waiting", wait=False)
+        state_is(tab, "waiting for other uploads")
+        tab.locator("#cancel").click()
+        state_is(tab, "cancelled; nothing was added")
+    finally:
+        page.made._uploads.release(UPLOADS)
+    assert "waiting" not in page.library.names()
+
+
 def test_names_of_files_are_no_html(tab: Any, tmp_path: Path) -> None:
     """In a message too: Gradio takes those for HTML, and an image would be asked for."""
     name = "<img src=&#47;&#47;evil.example&#47;x.png>.txt"
@@ -252,6 +268,9 @@ def test_programs_can_search(page: SimpleNamespace) -> None:
         client.predict(query="rows", collection="none", api_name="/search")
     with pytest.raises(Exception, match="the query has 3000 characters"):
         client.predict(query="x" * 3000, api_name="/search")
+    for wrong in ({"query": None}, {"query": "rows", "instruction": None}, {"query": "rows", "count": 2.5}):
+        with pytest.raises(Exception, match="count is a whole number; send them so"):
+            client.predict(**wrong, api_name="/search")
 
 
 @pytest.mark.parametrize(

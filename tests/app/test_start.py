@@ -72,12 +72,20 @@ def test_others_are_let_in_with_a_password_only(bundles: dict[str, Path], capsys
     assert "set a password: --password-file FILE" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_one_line() -> None:
-    from app.__main__ import require_free
+def test_a_port_or_an_address_that_is_taken_is_one_line() -> None:
+    from app.__main__ import listen_port
     from nvembed_deploy import ConfigError
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ConfigError, match=r"cannot be listened on .*--port 0 for a free one"):
-            require_free("127.0.0.1", taken.getsockname()[1])
+            listen_port("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1:0 cannot be listened on .*pass another --host"):
+        listen_port("192.0.2.1", 0)  # an address for documentation, which no machine has
+
+
+def test_addresses_of_both_kinds_stand_in_urls() -> None:
+    from nvembed_deploy.cli import url_host
+
+    assert [url_host(host) for host in ("127.0.0.1", "localhost", "::1")] == ["127.0.0.1", "localhost", "[::1]"]

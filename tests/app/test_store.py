@@ -136,6 +136,33 @@ def test_an_index_that_fails_leaves_what_was_there(encoder: Encoder, tmp_path: P
             assert len(library.open("mine")) == len(few_passages())
 
 
+def test_two_pages_on_one_folder_lose_nothing(encoder: Encoder, tmp_path: Path) -> None:
+    first, second = (Library(tmp_path, encoder) for _ in range(2))
+    list(first.add_steps("mine", few_passages()[:1]))
+    assert len(second.open("mine")) == 1
+    list(first.add_steps("mine", few_passages()[1:2]))
+    list(second.add_steps("mine", few_passages()[2:]))
+    assert first.open("mine").passages == second.open("mine").passages == few_passages()
+    second.delete("mine")
+    with pytest.raises(ConfigError, match="there is no collection 'mine'"):
+        first.open("mine")
+
+
+def test_an_index_that_cannot_be_removed_is_told(
+    encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = Library(tmp_path, encoder)
+    list(library.add_steps("mine", few_passages()))
+
+    def refuse() -> None:
+        raise ConfigError("the server is down")
+
+    library.open("mine").drop_index = refuse
+    library.delete("mine")
+    assert library.names() == []
+    assert "mine is deleted, but its index stays: the server is down" in caplog.text
+
+
 def test_what_is_stopped_leaves_nothing(library: Library) -> None:
     steps = library.add_steps("mine", few_passages())
     next(steps)
@@ -284,8 +311,30 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.csv", b"\n,\nReport 2024\na,b\n", "Report 2024: a; b"),  # a title line, blank lines before it
+        ("a.csv", b"x\n1,2,3\n", "x: 1; 2; 3"),
+        ("a.csv", b"x,y\n1\n", "x: 1"),
+        ("a.jsonl", rb'{"text": "cut \ud83d"}', "cut \ufffd"),
+        ("a.jsonl", rb'{"text": "\ud83d\ude00"}', "\U0001f600"),
+    ],
+)
+def test_no_text_is_lost(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_files([tmp_path / name], Limits()) == [(name, text)]
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone.txt is gone: .* choose it again"):
+        read_files([tmp_path / "gone.txt"], Limits())
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.csv", b"h" * 1000 + b"\nx" * 100_000, "more than 5,000,000 characters"),
+        ("a.csv", b"h\n" + b"x" * 200_000, "a.csv is no CSV .*or as .txt"),
         ("a.exe", b"MZ", r"a.exe is of no known kind; bring .csv, .jsonl, .md, .pdf, .txt, .zip"),
         ("a.txt", b"\xff\xfe\x00", "a.txt is not UTF-8 text .*save it as UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{', "line 2 of a.jsonl is no JSON"),

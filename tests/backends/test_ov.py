@@ -104,6 +104,13 @@ def test_wishes_that_do_not_go_together(bundles: dict[str, Path], options: dict,
         Encoder(bundles["fp32"], **options)
 
 
+def test_naming_the_graph_asks_for_onnx_runtime(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvembed_deploy.backends.cpu_choice.choose", lambda *_, **__: ("openvino", None))
+    assert Encoder(bundles["fp32"], device="cpu").backend.startswith("openvino")
+    assert Encoder(bundles["fp32"] / "model.onnx", device="cpu").backend.startswith("onnxruntime")
+    assert Encoder(bundles["fp32"] / "model.onnx", device="cpu", backend="openvino").backend.startswith("openvino")
+
+
 def test_threads_change_no_vector(bundles: dict[str, Path]) -> None:
     for backend in ("onnxruntime", "openvino"):
         one = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=1).encode(TEXTS)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engines.bench import flops, in_turn, main, padding_waste, peak_gflops, percentiles
+from engines.bench import flops, in_turn, main, on_gpu, padding_waste, peak_gflops, percentiles
 from engines.power import PowerMeter, Reading, read_line
 from nvembed_deploy.backends.cuda import CudaDevice
 from nvembed_deploy.batching import plan_batches
@@ -64,6 +64,23 @@ def test_a_peak_is_that_of_the_card(
     assert asked == [1]
 
 
+@pytest.mark.parametrize(
+    ("backend", "is_gpu"),
+    [
+        ("tensorrt 11.0 on NVIDIA L4", True),
+        ("tensorrt_rtx 1.7 on NVIDIA L4", True),
+        ("onnxruntime 1.32.0 CUDAExecutionProvider", True),
+        ("onnxruntime 1.32.0 TensorrtExecutionProvider", True),
+        ("PyTorch 2.13.0 fp16 (CUDA:1)", True),
+        ("PyTorch 2.13.0 fp32 (CPU)", False),
+        ("onnxruntime 1.32.0 CPUExecutionProvider", False),
+        ("openvino 2026.4.1 CPU bf16", False),
+    ],
+)
+def test_what_runs_on_a_gpu_is_known_by_its_name(backend: str, is_gpu: bool) -> None:
+    assert on_gpu(SimpleNamespace(backend=backend)) is is_gpu
+
+
 def test_every_peak_names_its_card() -> None:
     assert all(bool(target.tflops) == bool(target.card) for target in TARGETS.values())
 
@@ -78,7 +95,7 @@ def test_one_run(
     bundles: dict[str, Path], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sides = [f"{bundles['fp32']}@onnxruntime", f"{bundles['int8']}@onnxruntime", f"reference@{checkpoint}"]
-    out = tmp_path / "bench.json"
+    out = tmp_path / "new" / "bench.json"
     assert main([*sides, "--device", "cpu", "--texts", "5", "--repeats", "4", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     first, second, third = found["sides"]

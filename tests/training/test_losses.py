@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
 
 from nvembed_deploy.training.losses import (  # noqa: E402
-    answer_map,
+    centered,
     distillation,
     find_positives,
     in_batch_blocked,
@@ -124,17 +124,11 @@ def test_false_negatives_of_a_positive_with_a_negative_score():
     assert blocked.tolist() == [[True, False, True, True, False]]
 
 
-def test_the_map_brings_questions_to_where_their_answers_lie():
-    generator = torch.Generator().manual_seed(1)
-    questions = torch.nn.functional.normalize(torch.randn(400, 8, generator=generator), dim=-1)
-    turned, _ = torch.linalg.qr(torch.eye(8) + 0.3 * torch.randn(8, 8, generator=generator))
-    answers = questions @ turned
-    found = answer_map(questions[:200], answers[:200], share=4.0)
-    expected = torch.eye(8) + 4.0 * torch.stack(
-        [torch.outer(q, a - q) for q, a in zip(questions[:200], answers[:200], strict=True)]
-    ).mean(dim=0)
-    assert torch.allclose(found, expected, atol=1e-5)
-    unseen, wanted = questions[200:], answers[200:]
-    moved = torch.nn.functional.normalize(unseen @ found, dim=-1)
-    assert (moved * wanted).sum(-1).mean() > (unseen * wanted).sum(-1).mean() + 0.05
-    assert torch.equal(answer_map(questions, answers, share=0.0), torch.eye(8))
+def test_centering_takes_off_what_all_texts_have_in_common():
+    texts = torch.nn.functional.normalize(unit_rows(50) + torch.tensor([2.0, 0, 0, 0, 0, 0]), dim=-1)
+    rows, centre = texts[:10], texts.mean(dim=0)
+    assert torch.equal(centered(rows, centre), rows - centre)
+    assert centered(texts, centre).mean(dim=0).norm() < 1e-6
+    tokens = torch.stack((3.0 * rows, 5.0 * rows), dim=1)  # whose mean is 4 x the row
+    moved = centered(tokens, centre, torch.tensor(4.0)).mean(dim=1)
+    assert torch.allclose(moved, 4.0 * centered(rows, centre), atol=1e-6)

@@ -166,8 +166,9 @@ FOLLOWING = LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)
         (LossWeights(), {}),
         (FOLLOWING, {"muon_learning_rate": 2e-3}),
         (FOLLOWING, {"relative_steps": True, "learning_rate": 1e-2, "noise": 0.01}),
+        (replace(FOLLOWING, consistency=5.0, centering=1.0), {"in_batch": False}),
     ],
-    ids=["AdamW", "Muon", "relative"],
+    ids=["AdamW", "Muon", "relative", "consistent"],
 )
 def test_a_cut_run_ends_at_the_same_weights_and_learns(tmp_path, base_folder, weights_, changes):
     options = replace(TINY, weights=weights_, held_out=6, epochs=2, **changes)
@@ -188,6 +189,31 @@ def test_a_cut_run_ends_at_the_same_weights_and_learns(tmp_path, base_folder, we
     assert equal(whole, resumed)
     losses = [entry["loss"] for entry in history]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_consistency_holds_an_instructed_text_to_its_vector_without_the_instruction(base_folder, encoder):
+    rows = [blend.Row(text="a cat", prompt=PROMPT, question=True), blend.Row(text="a dog", prompt=PROMPT)]
+    rows.append(blend.Row(text="a bird"))
+    names = ("text", "prompt", "question")
+    entry = {name: [getattr(row, name) for row in rows] for name in names} | {"group": [0, 1, 2]}
+    batch = Collator(encoder, max_length=64, plain=True)([entry])
+    assert batch["instructed"].tolist() == [0, 1]
+    ids, _, _ = encoder.pad(encoder.tokenize(["a cat", "a dog"], max_length=64))
+    assert batch["plain_ids"].tolist() == ids.tolist()
+
+    vectors = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    plain = torch.nn.functional.normalize(torch.randn(2, 8), dim=-1)
+    centre = 0.2 * torch.randn(8)
+    options = replace(TINY, weights=LossWeights(pairs=0.0, consistency=5.0))
+    wanted = torch.stack(
+        (torch.nn.functional.normalize(plain[0] - centre, dim=0), plain[1])
+    )  # the question alone loses it
+    expected = 5.0 * (1 - (vectors[:2] * wanted).sum(dim=1).mean())
+    states = torch.zeros(3, 1, 8)
+    found = loop.batch_loss(vectors, states, batch, stage=options, teacher=None, centre=centre, plain=plain)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    without = Collator(encoder, max_length=64, plain=True)([{name: entry[name][2:] for name in (*names, "group")}])
+    assert "instructed" not in without
 
 
 def test_two_stages_make_a_checkpoint_that_loads(tmp_path, base_folder):
