@@ -29,7 +29,8 @@ from nvembed_deploy.version import __version__
 
 from .options import ExportOptions, add_flags, from_flags
 
-ON_DEVICE = tuple(target.name for target in TARGETS.values() if target.on_device)
+DEFAULT = "jetson-orin"
+ON_DEVICE = (DEFAULT, *(target.name for target in TARGETS.values() if target.on_device and target.name != DEFAULT))
 LEFT_OUT = ("training", "evaluation", "model", "export", "engines", "app", "__pycache__")
 """Folders of the library that a device has no use for: they need PyTorch or a browser."""
 REQUIREMENTS = {
