@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from export.graph import DTYPES
@@ -127,6 +128,7 @@ def _scores_of(precision: Precision | None, folder: Path, data: Path, most: int 
 
 def _take_a_core(cores: multiprocessing.Queue[int]) -> None:
     os.sched_setaffinity(0, {cores.get()})
+    torch.set_num_threads(1)  # it counted the cores when it was imported, and threads of one core wait for each other
 
 
 def score(folder: Path, data: Path, most: int | None) -> dict[str, list[dict[str, Any]]]:
