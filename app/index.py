@@ -7,6 +7,7 @@ collection's own vectors, so that they mean the same with every index.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nvembed_deploy.atomic import staged_folder, switch_in
-from nvembed_deploy.errors import ConfigError, MissingExtra
+from nvembed_deploy.errors import ConfigError, DeployError, MissingExtra
 
 EXACT, EDGE = "exact", "qdrant"
 FOLDER = "qdrant"
@@ -127,13 +128,8 @@ class EdgeIndex:
             raise ConfigError(f"{folder} is not of this collection; delete that folder, and it is made again")
 
     def _asked(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        try:
+        with _told(f"the index in {self._folder}", "delete that folder, and it is made again"):
             return call(*arguments)
-        except Exception as err:  # the engine raises nothing narrower
-            raise ConfigError(
-                f"the index in {self._folder} failed ({str(err).splitlines()[0] if str(err) else err!r}); delete that "
-                f"folder, and it is made again, or search without it: --index {EXACT}"
-            ) from err
 
     def _make(self, content: Content, folder: Path) -> None:
         edge = self._edge
@@ -235,13 +231,20 @@ class ServerIndex:
         self._asked(self._client.delete_collection, self._name)
 
     def _asked(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        try:
+        with _told(f"the Qdrant server at {self._where}", "start it"):
             return call(*arguments, **named)
-        except Exception as err:  # the client's errors have no common class, and connections fail in httpx's
-            raise ConfigError(
-                f"the Qdrant server at {self._where} failed ({str(err).splitlines()[0] if str(err) else err!r}); start "
-                f"it, or search without it: --index {EXACT}"
-            ) from err
+
+
+@contextmanager
+def _told(what: str, cure: str) -> Iterator[None]:
+    """What Qdrant raises as one of ours: its errors have no common class, and connections fail in httpx's."""
+    try:
+        yield
+    except DeployError:
+        raise
+    except Exception as err:
+        reason = str(err).splitlines()[0] if str(err) else repr(err)
+        raise ConfigError(f"{what} failed ({reason}); {cure}, or search without it: --index {EXACT}") from err
 
 
 def _blocks(content: Content) -> Iterator[tuple[int, Vectors, Iterable[str]]]:

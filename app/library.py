@@ -103,14 +103,16 @@ class Library:
         path = self._path(name)
         if not passages:
             raise InputError("there is no text in these files; bring others")
-        self._own(name)
+        self._writable(name)
         blocks = []
         for start in range(0, len(passages), BLOCK):
             yield start, len(passages)
             blocks.append(self.encoder.encode([passage.text for passage in passages[start : start + BLOCK]]))
         yield len(passages), len(passages)
         with self._alone():
-            old = self._own(name)  # another user may have added to it in the meantime
+            old = self._writable(name)  # another user may have added to it in the meantime
+            if old is not None and name == PYTHON:
+                return  # another page was first
             kept = [*old.passages] if old else []
             vectors = np.concatenate([old.vectors, *blocks] if old else blocks)
             whole = [*kept, *passages]
@@ -129,7 +131,7 @@ class Library:
                 except DeployError as err:
                     _log.warning("the index of what %s was before stays: %s", name, err)
 
-    def _own(self, name: str) -> FolderStore | None:
+    def _writable(self, name: str) -> FolderStore | None:
         """The collection as it stands, None where there is none.
 
         Raises:
@@ -182,7 +184,7 @@ class Library:
             except BundleError:
                 pass  # damaged: that is why it goes
             except DeployError as err:
-                _log.warning("%s is deleted, but its index stays: %s", name, err)
+                _log.warning("%s is deleted, but what its index keeps elsewhere may stay: %s", name, err)
             shutil.rmtree(path)
             self._open.pop(name, None)
 

@@ -430,5 +430,5 @@ class Page:
             raise refusal(str(err)) from err
         except OSError as err:
             raise refusal(
-                f"{err.strerror or err}: the page's machine could not write or read; free space there"
+                f"{err.strerror or err}: the page's machine could not write or read; look at its disk"
             ) from err

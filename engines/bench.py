@@ -334,10 +334,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         result = bench(flags.sides, device=flags.device, texts=flags.texts, repeats=flags.repeats)
-        sys.stdout.write(table(result))
         if flags.out is not None:
             flags.out.parent.mkdir(parents=True, exist_ok=True)
             write_file(flags.out, (json.dumps(result, indent=1) + "\n").encode())
+        sys.stdout.write(table(result))
+        if flags.out is not None:
             if importlib.util.find_spec("matplotlib") is None:
                 say("  no picture: matplotlib is not installed; pip install matplotlib")
             else:

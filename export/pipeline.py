@@ -55,16 +55,8 @@ from .options import ExportOptions
 from .pace import Pace
 from .parts import Parts, folded_form
 from .qdq import insert
-from .quantization import (
-    QuantizationRecord,
-    QuantizedState,
-    apply_record,
-    keep_next,
-    keep_wide,
-    quantize,
-    read_record,
-    write_record,
-)
+from .quantization import QuantizedState, apply_record, quantize
+from .quantization_record import QuantizationRecord, keep_next, keep_wide, read_record, write_record
 from .ranges import FP16_MAX, probe, wide_modules
 from .state import StoredState
 

@@ -11,12 +11,10 @@ holds without are quantized after all, the largest first.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +22,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nvembed_deploy.config import Precision
-from nvembed_deploy.errors import ConfigError, ParityError
+from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.parity import TOLERANCES
 from nvembed_deploy.probes import probe_rows
-from nvembed_deploy.records import from_json, to_json
 from nvembed_deploy.text import TextEncoder, TokenRow
 
 from .calibration import Collector, Inputs, in_batches, pack, texts_sha256, unpack
@@ -36,6 +33,7 @@ from .formats import FORMATS, Format
 from .linear_groups import LinearGroup, linear_groups, smooth, weight_of
 from .parts import Parts, Watch, part_of, unwatched
 from .qdq import CODES, SCALE
+from .quantization_record import RECORD_VERSION, GroupRecord, QuantizationRecord, nothing_left
 
 EXPONENTS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """SmoothQuant's alpha; 0 stands for no smoothing at all."""
@@ -56,53 +54,6 @@ MARGIN = 0.1
 """Part of the gate's allowance that is kept for what differs between this simulation and the engine (INT8's mean cosine
 differs by 5e-5 of the 2e-3 allowed); where that is more, `keep_next` follows."""
 FLOOR = 1e-5
-RECORD_VERSION = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupRecord:
-    """What was found out about one group."""
-
-    name: str
-    linears: tuple[str, ...]
-    exponent: float
-    """SmoothQuant's alpha, 0 where the tensor is not smoothed."""
-    share: float
-    """Part of the largest value that the input's scale covers."""
-    input_scale: float
-    """0 where inputs are not quantized."""
-    error: float
-    """Mean squared error of the layers' outputs over their mean square, on sampled inputs."""
-    cost: float
-    """1 - mean cosine of the vectors when this group alone is quantized."""
-    weights: int
-    """Numbers in its matrices."""
-    kept: bool
-    """True where it stays in the base precision."""
-    reason: str
-    """Why it is kept; empty where it is quantized."""
-    channel_ranges: str
-    """float32 [K], base64: each input channel's largest value before smoothing."""
-
-    @property
-    def price(self) -> float:
-        """What each of its weights costs."""
-        return self.cost / self.weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationRecord:
-    """`quantization.json`: enough to quantize the same model again without calibrating."""
-
-    version: int
-    precision: Precision
-    model_sha256: str
-    """Over the checkpoint's weight files."""
-    texts_sha256: str
-    """Over the token ids of the calibration's texts."""
-    texts: int
-    tokens: int
-    groups: tuple[GroupRecord, ...]
 
 
 def quantize(
@@ -244,66 +195,6 @@ class QuantizedState:
         """Lets go of the part that is in memory."""
         self._open.close()
         self._part, self._last = "", None
-
-
-def keep_next(record: QuantizationRecord, reason: str) -> QuantizationRecord | None:
-    """The record with the dearest quantized group kept as well; None where it is the last."""
-    open_groups = [item for item in record.groups if not item.kept]
-    if len(open_groups) < 2:
-        return None
-    worst = max(open_groups, key=lambda item: item.price)
-    groups = tuple(replace(item, kept=True, reason=reason) if item is worst else item for item in record.groups)
-    return replace(record, groups=groups)
-
-
-def keep_wide(record: QuantizationRecord, wide: Set[str]) -> QuantizationRecord:
-    """The record with the groups kept whose layers compute in FP32.
-
-    Raises:
-        ParityError: No group is left, by this or in the record.
-    """
-    groups = tuple(
-        replace(item, kept=True, reason="near FP16's limit") if wide & set(item.linears) else item
-        for item in record.groups
-    )
-    if all(item.kept for item in groups):
-        raise _nothing_left(record.precision)
-    return replace(record, groups=groups)
-
-
-def write_record(record: QuantizationRecord, path: Path) -> None:
-    """Writes `quantization.json`."""
-    path.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
-
-
-def read_record(path: Path, *, precision: Precision, model_sha256: str, texts: str | None) -> QuantizationRecord:
-    """Reads a record, and refuses one that is stale.
-
-    Args:
-        path: `quantization.json`, or the bundle's folder.
-        precision: What is asked for.
-        model_sha256: The checkpoint at hand.
-        texts: Hash of the calibration texts at hand; None where the user names none.
-
-    Raises:
-        ConfigError: It cannot be read, or is of another model, other texts or another precision.
-    """
-    path = path / "quantization.json" if path.is_dir() else path
-    try:
-        record = from_json(QuantizationRecord, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"--reuse {path} cannot be used ({err}); quantize without it") from err
-    for what, found, wanted in (
-        ("version", record.version, RECORD_VERSION),
-        ("precision", record.precision.value, precision.value),
-        ("model", record.model_sha256, model_sha256),
-        ("calibration texts", record.texts_sha256, texts or record.texts_sha256),
-    ):
-        if found != wanted:
-            raise ConfigError(
-                f"--reuse {path} is stale: its {what} is {str(found)[:12]}, not {str(wanted)[:12]}; quantize without it"
-            )
-    return record
 
 
 def _search(model: NVEmbed, group: LinearGroup, seen: Inputs, number: Format) -> tuple[GroupRecord, ...]:
@@ -493,7 +384,7 @@ def _keep_until_it_holds(
     while not worst_first or not holds(kept):
         dearest = worst_first[len(kept) : len(kept) + step]
         if len(kept) + len(dearest) >= len(worst_first):
-            raise _nothing_left(number.precision)
+            raise nothing_left(number.precision)
         kept |= {item.name for item in dearest}
     largest_first = sorted((item for item in worst_first if item.name in kept), key=lambda item: -item.weights)
     for item in largest_first[: LARGE_TRIES if large else None]:
@@ -503,10 +394,3 @@ def _keep_until_it_holds(
         replace(item, kept=True, reason="among the dearest for their size") if item.name in kept else item
         for item in records
     ]
-
-
-def _nothing_left(precision: Precision) -> ParityError:
-    return ParityError(
-        f"no group of this model's layers can be {precision.value} within the gate's bound; calibrate "
-        f"on more text and other kinds of it, or export with --precision {precision.base.value}"
-    )

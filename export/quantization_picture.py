@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
-from .quantization import QuantizationRecord
+from .quantization_record import QuantizationRecord
 
 SHORT = (
     ("embedding_model.layers.", "layer "),

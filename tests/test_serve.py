@@ -361,6 +361,15 @@ def test_a_missing_bundle_is_one_line(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan"])
+def test_a_timeout_is_a_number_above_zero(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from nvembed_deploy.serve.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(["bundle", f"--timeout={seconds}"])
+    assert "must be numbers above 0" in capsys.readouterr().err
+
+
 def test_limits_hold_for_any_size() -> None:
     limits = Limits(texts=2, text_chars=3)
     assert parse(b'{"model": "m", "input": ["abc", "d"]}', limits)[1] == ["abc", "d"]

@@ -38,14 +38,16 @@ def precision_table() -> str:
     """The record of `tools.precisions`: sizes, the gate, times."""
     record = json.loads((ROOT / "docs" / "precisions.json").read_text(encoding="utf-8"))
     lines = [
-        "| precision | plan | ONNX | lowest cosine | mean cosine | top-10 overlap | export | to first vector |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| precision | plan | ONNX | left in FP16 | lowest cosine | mean cosine | top-10 overlap | export | "
+        "to first vector |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
         plan = f"{row['plan_bytes'] / 1e6:.1f} MB" if row["plan_bytes"] else "-"
         overlap = "-" if row["overlap"] is None else f"{row['overlap']:.1%}"
+        left = f"{len(row['kept_groups'])} groups" if Precision(row["precision"]).quantized else "-"
         lines.append(
-            f"| {row['precision']} | {plan} | {row['graph_bytes'] / 1e6:.1f} MB | {row['min_cosine']:.7f} | "
+            f"| {row['precision']} | {plan} | {row['graph_bytes'] / 1e6:.1f} MB | {left} | {row['min_cosine']:.7f} | "
             f"{row['mean_cosine']:.7f} | {overlap} | {row['export_s']:.0f} s, {row['export_peak_gib']} GiB | "
             f"{row['first_vector_s']:.2f} s |"
         )

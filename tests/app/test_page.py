@@ -1,6 +1,8 @@
 """The page in a real browser, and its interface for programs."""
 
 import csv
+import errno
+import os
 import time
 import urllib.error
 import urllib.request
@@ -271,6 +273,14 @@ def test_programs_can_search(page: SimpleNamespace) -> None:
     for wrong in ({"query": None}, {"query": "rows", "instruction": None}, {"query": "rows", "count": 2.5}):
         with pytest.raises(Exception, match="count is a whole number; send them so"):
             client.predict(**wrong, api_name="/search")
+
+
+def test_a_full_disk_is_told(page: SimpleNamespace) -> None:
+    def write() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(Exception, match=r"No space left on device: .* look at its disk"):
+        page.made._guarded(write)
 
 
 @pytest.mark.parametrize(

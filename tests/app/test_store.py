@@ -148,6 +148,15 @@ def test_two_pages_on_one_folder_lose_nothing(encoder: Encoder, tmp_path: Path) 
         first.open("mine")
 
 
+def test_two_pages_that_start_together_index_python_once(encoder: Encoder, tmp_path: Path) -> None:
+    first, second = (Library(tmp_path, encoder) for _ in range(2))
+    steps = second._add(PYTHON, few_passages())
+    next(steps)
+    first.add_python(few_passages())
+    list(steps)
+    assert second.open(PYTHON).passages == few_passages()
+
+
 def test_an_index_that_cannot_be_removed_is_told(
     encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,7 +169,7 @@ def test_an_index_that_cannot_be_removed_is_told(
     library.open("mine").drop_index = refuse
     library.delete("mine")
     assert library.names() == []
-    assert "mine is deleted, but its index stays: the server is down" in caplog.text
+    assert "what its index keeps elsewhere may stay: the server is down" in caplog.text
 
 
 def test_what_is_stopped_leaves_nothing(library: Library) -> None:

@@ -16,24 +16,20 @@ import pytest
 import torch
 
 from export import quantization, source
-from export.calibration import CalibrationText, Collector, built_in_texts, pack, read_texts, tokenize, unpack
+from export.calibration import Collector, built_in_texts, tokenize
 from export.cpu_graph import write_cpu_graph
 from export.formats import FORMATS, rounded_scale
 from export.graph import check, trace, write
 from export.linear_groups import LinearGroup, linear_groups, smooth
 from export.parts import Parts, folded_form, part_of
 from export.qdq import CODES, insert
-from export.quantization import (
+from export.quantization import QuantizedState, apply_record, quantize, simulated, simulation
+from export.quantization_record import (
     GroupRecord,
     QuantizationRecord,
-    QuantizedState,
-    apply_record,
     keep_next,
     keep_wide,
-    quantize,
     read_record,
-    simulated,
-    simulation,
     write_record,
 )
 from export.quantize import main as quantize_command
@@ -47,7 +43,7 @@ from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredWeights
-from nvembed_deploy.probes import PROBES, probe_rows
+from nvembed_deploy.probes import probe_rows
 from nvembed_deploy.targets import TARGETS, capable
 from nvembed_deploy.text import TextEncoder, TokenRow
 from tests.export.test_graph import BEYOND_TENSORRT_10
@@ -378,46 +374,6 @@ def test_a_record_of_other_layers_is_refused(plain: NVEmbed, made: Callable[[Pre
     record = made(Precision.INT8)[1]
     with pytest.raises(ConfigError, match="of a model with other layers"):
         apply_record(Parts(copy.deepcopy(plain)), replace(record, groups=record.groups[1:]))
-
-
-def test_ranges_survive_the_file() -> None:
-    values = torch.tensor([0.0, 1.5, 3e-8, 65504.0])
-    assert torch.equal(unpack(pack(values)), values)
-
-
-def test_tokens_are_counted_not_texts(text: TextEncoder) -> None:
-    short, long = CalibrationText(text="a"), CalibrationText(text="word " * 200)
-    assert len(tokenize([short] * 100, text, tokens=30)) == 10  # <s>, one token, </s>
-    assert len(tokenize([long] * 100, text, tokens=30)) == 1
-    kinds = built_in_texts()[:10]
-    assert any(item.instruction for item in kinds)
-    assert any(not item.text.isascii() for item in kinds)
-    assert any("def " in item.text for item in kinds)
-
-
-def test_short_texts_are_among_the_calibrations() -> None:
-    """One character, one word, a word again and again: attention has nothing to take a mean of. None is a probe."""
-    texts = [item.text for item in built_in_texts()[:400]]
-    assert sum(len(item) == 1 for item in texts) > 60
-    assert sum(len(set(item.split())) == 1 and len(item.split()) >= 8 for item in texts) > 20
-    assert not {item for _, item in PROBES} & set(texts)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ('{"text": "a"}\nnonsense', "line 2: not JSON"),
-        ('{"text": "a"}\n{"txt": "b"}', "text 2 is no text"),
-        ('{"text": "a", "instruction": 3}', "text 1 is no text"),
-        ("[1]", "line 1: not a JSON object"),
-    ],
-)
-def test_calibration_files_are_read_strictly(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "texts.jsonl"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        read_texts(path)
 
 
 @pytest.mark.parametrize(

@@ -167,8 +167,9 @@ FOLLOWING = LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)
         (FOLLOWING, {"muon_learning_rate": 2e-3}),
         (FOLLOWING, {"relative_steps": True, "learning_rate": 1e-2, "noise": 0.01}),
         (replace(FOLLOWING, consistency=5.0, centering=1.0), {"in_batch": False}),
+        (LossWeights(pairs=0.0, consistency=5.0), {}),
     ],
-    ids=["AdamW", "Muon", "relative", "consistent"],
+    ids=["AdamW", "Muon", "relative", "consistent", "consistency alone"],
 )
 def test_a_cut_run_ends_at_the_same_weights_and_learns(tmp_path, base_folder, weights_, changes):
     options = replace(TINY, weights=weights_, held_out=6, epochs=2, **changes)
