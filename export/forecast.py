@@ -53,7 +53,7 @@ BITS = {
     Precision.BF16: 16,
     Precision.INT8: 8,
     Precision.FP8: 8,
-    Precision.INT4: 4.125,  # a scale of 16 bits for 128 weights
+    Precision.INT4: 4.25,  # a scale of 16 bits for 64 weights
 }
 
 

@@ -1,7 +1,7 @@
 """The number formats that linear layers are quantized to, in PyTorch: scales, codes, and what comes back from them.
 
-Symmetric throughout, zero is zero: TensorRT takes no zero points. A scale is rounded to FP16 before codes are made with
-it, since the graph keeps scales in FP16.
+Zero is zero: TensorRT takes no zero points. A scale is rounded to FP16 before codes are made with it, since the graph
+keeps scales in FP16.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Format:
     precision: Precision
     largest: float
     """Largest code."""
+    smallest: float
+    """The most negative one."""
     dtype: torch.dtype
     """Of the codes; 4-bit codes stand in int8 until they are written."""
     inputs: bool
@@ -46,7 +48,7 @@ class Format:
         scaled = values / scale
         if self.dtype == torch.int8:
             scaled.round_()
-        return scaled.clamp_(-self.largest, self.largest).to(self.dtype)
+        return scaled.clamp_(self.smallest, self.largest).to(self.dtype)
 
     def encode_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales of a linear layer's weight.
@@ -62,7 +64,7 @@ class Format:
             scale = rounded_scale(weight.abs().amax(dim=1), self.largest)
             return self.encode(turned, scale), scale
         blocks = turned.reshape(-1, self.block, turned.shape[1])
-        reach = blocks.abs().amax(dim=1)
+        reach = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1) * (self.largest / self.smallest))
         best = torch.full_like(reach, torch.inf)
         scale = torch.empty_like(reach)
         for shrink in SHRINKS:
@@ -96,9 +98,9 @@ def rounded_scale(largest: Tensor, code: float) -> Tensor:
 FORMATS: dict[Precision, Format] = {
     item.precision: item
     for item in (
-        Format(precision=Precision.INT8, largest=127.0, dtype=torch.int8, inputs=True),
-        Format(precision=Precision.FP8, largest=448.0, dtype=torch.float8_e4m3fn, inputs=True),
-        # 128: what TensorRT's block-wise INT4 kernels take.
-        Format(precision=Precision.INT4, largest=7.0, dtype=torch.int8, inputs=False, block=128),
+        Format(precision=Precision.INT8, largest=127.0, smallest=-127.0, dtype=torch.int8, inputs=True),
+        Format(precision=Precision.FP8, largest=448.0, smallest=-448.0, dtype=torch.float8_e4m3fn, inputs=True),
+        # TensorRT takes blocks of 64 and of 128; in 64 the mini's groups, alone, lose 0.057 of cosine, in 128 0.081
+        Format(precision=Precision.INT4, largest=7.0, smallest=-8.0, dtype=torch.int8, inputs=False, block=64),
     )
 }

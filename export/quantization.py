@@ -372,10 +372,16 @@ def _keep_until_it_holds(
 
     def holds(kept: Set[str]) -> bool:
         taken = [item for item in records if not item.kept and item.name not in kept]
-        cosines = (truth * _embed(parts, text, probes, watch=simulation(parts.model, taken, number))).sum(dim=1)
+        found = _embed(parts, text, probes, watch=simulation(parts.model, taken, number))
+        cosines = (truth * found).sum(dim=1)
+        difference = float((truth - found).abs().max()) * (truth.shape[1] ** 0.5 if tolerance.scaled else 1.0)
         return all(
-            1 - float(found) <= (1 - bound) * (1 - MARGIN)
-            for found, bound in ((cosines.min(), tolerance.min_cosine), (cosines.mean(), tolerance.min_mean_cosine))
+            float(part) <= allowed * (1 - MARGIN)
+            for part, allowed in (
+                (1 - cosines.min(), 1 - tolerance.min_cosine),
+                (1 - cosines.mean(), 1 - tolerance.min_mean_cosine),
+                (difference, tolerance.max_difference),
+            )
         )
 
     worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.price)

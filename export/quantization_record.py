@@ -11,7 +11,7 @@ from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import ConfigError, ParityError
 from nvembed_deploy.records import from_json, to_json
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -357,7 +357,7 @@ class Encoder:
     def _run_batches(
         self, rows: Sequence[TokenRow], batches: Iterator[list[int]]
     ) -> Iterator[tuple[list[int], Output]]:
-        """Runs batches in order, so many at a time that a backend can copy one while it computes another."""
+        """Runs batches in order, as many at a time as the backend gains by."""
 
         def run(indices: list[int]) -> tuple[list[int], Output]:
             return indices, self._backend.run(self._text.pad([rows[index] for index in indices]))

@@ -79,7 +79,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
     Precision.FP8: Tolerance(
         min_cosine=0.99, max_difference=0.57, scaled=True, min_batch_cosine=0.999, min_mean_cosine=0.99, min_overlap=0.9
     ),
-    # 15 steps for each block of 128 weights; a distance of 0.245, times 4. Inputs are not rounded.
+    # 16 steps for each block of 64 weights; a distance of 0.245, times 4. Inputs are not rounded.
     Precision.INT4: Tolerance(
         min_cosine=0.97, max_difference=0.98, scaled=True, min_batch_cosine=0.999, min_mean_cosine=0.97, min_overlap=0.8
     ),

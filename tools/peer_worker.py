@@ -24,11 +24,11 @@ def peak_bytes() -> int:
 class SentenceTransformers:
     """sentence-transformers with one of its backends."""
 
-    def __init__(self, folder: str, backend: str) -> None:
+    def __init__(self, folder: str, backend: str, dtype: str = "float32") -> None:
         from sentence_transformers import SentenceTransformer
 
         # Its default is the checkpoint's FP16, which CPUs are slow in.
-        options: dict[str, Any] = {"dtype": "float32"}
+        options: dict[str, Any] = {"dtype": dtype}
         if backend == "onnx":
             options = {"file_name": "model.onnx", "provider": "CPUExecutionProvider"}
         self.model = SentenceTransformer(folder, device="cpu", backend=backend, model_kwargs=options)
@@ -150,6 +150,7 @@ def gemm(precision: str) -> float:
 
 KINDS: dict[str, Callable[[str], Any]] = {
     "sentence-transformers": lambda folder: SentenceTransformers(folder, "torch"),
+    "sentence-transformers-bf16": lambda folder: SentenceTransformers(folder, "torch", "bfloat16"),
     "sentence-transformers-onnx": lambda folder: SentenceTransformers(folder, "onnx"),
     "torch": lambda folder: Torch(folder, compiled=False),
     "torch-compile": lambda folder: Torch(folder, compiled=True),

@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -68,6 +69,7 @@ PEERS = (
     Peer("PyTorch, eager", "torch", "torch", "checkpoint"),
     Peer("PyTorch, torch.compile", "torch-compile", "torch", "checkpoint"),
     Peer("sentence-transformers, torch", "sentence-transformers", "torch", "checkpoint"),
+    Peer("sentence-transformers, torch bf16", "sentence-transformers-bf16", "torch", "checkpoint"),
     Peer("sentence-transformers, ONNX", "sentence-transformers-onnx", "onnx", "checkpoint"),
     Peer("transformers + ONNX Runtime (optimum)", "optimum", "onnx", "checkpoint"),
     Peer("fastembed, own model", "fastembed", "torch", "checkpoint"),
@@ -77,13 +79,13 @@ PEERS = (
     Peer("ours, OpenVINO int8", "openvino", OURS, "int8"),
     Peer("ours, ONNX Runtime int8", "onnxruntime", OURS, "int8"),
 )
-TRUTH, BASE, BASE_ONNX = "PyTorch, eager", "sentence-transformers, torch", "sentence-transformers, ONNX"
+TRUTH = "PyTorch, eager"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m tools.peers", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("work", type=Path, help="folder for environments, models and texts; used again")
+    parser.add_argument("work", type=Path, help="folder for environments, which are used again, models and texts")
     parser.add_argument("--data", type=Path, required=True, help=f"folder with data sets: {', '.join(CORPORA)}")
     parser.add_argument("--texts", type=int, default=600, help="of the mixed corpus (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="in which all take turns (default: %(default)s)")
@@ -124,33 +126,32 @@ def _checkpoint(work: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     folder = work / "checkpoint"
-    if not (folder / "config.json").exists():
-        for part in ("", "1_Pooling", "2_Normalize"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        mini = default_model()
-        weights = load_file(mini / "model.safetensors")
-        prefix = "embedding_model."
-        decoder = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        save_file(decoder, folder / "model.safetensors", metadata={"format": "pt"})
-        tokenizer = Tokenizer.from_file(str(mini / "tokenizer.json"))
-        ends = [("<s>", 1), ("</s>", 2)]
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_bytes((mini / "tokenizer_config.json").read_bytes())
-        config = json.loads((mini / "config.json").read_text(encoding="utf-8"))["text_config"]
-        config |= {"model_type": "mistral", "architectures": ["MistralModel"], "torch_dtype": "float16"}
-        modules = [
-            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for index, (path, kind) in enumerate(
-                (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-            )
-        ]
-        pooling = {"word_embedding_dimension": config["hidden_size"], "pooling_mode_lasttoken": True}
-        pooling |= {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}
-        for name, content in (("1_Pooling/config", pooling), ("modules", modules), ("config", config)):
-            (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    if not (folder / "onnx" / "model.onnx").exists():
-        _plain_onnx(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # it may be of an earlier mini
+    for part in ("", "1_Pooling", "2_Normalize"):
+        (folder / part).mkdir(parents=True)
+    mini = default_model()
+    weights = load_file(mini / "model.safetensors")
+    prefix = "embedding_model."
+    decoder = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    save_file(decoder, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = Tokenizer.from_file(str(mini / "tokenizer.json"))
+    ends = [("<s>", 1), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_bytes((mini / "tokenizer_config.json").read_bytes())
+    config = json.loads((mini / "config.json").read_text(encoding="utf-8"))["text_config"]
+    config |= {"model_type": "mistral", "architectures": ["MistralModel"], "torch_dtype": "float16"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(
+            (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+        )
+    ]
+    pooling = {"word_embedding_dimension": config["hidden_size"], "pooling_mode_lasttoken": True}
+    pooling |= {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}
+    for name, content in (("1_Pooling/config", pooling), ("modules", modules), ("config", config)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    _plain_onnx(folder)
 
 
 def _plain_onnx(folder: Path) -> None:
@@ -175,7 +176,7 @@ def _plain_onnx(folder: Path) -> None:
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    (folder / "onnx").mkdir(exist_ok=True)
+    (folder / "onnx").mkdir()
     torch.onnx.export(
         States(),
         (ids, mask),
@@ -192,9 +193,8 @@ def _plain_onnx(folder: Path) -> None:
 
 def _bundles(work: Path) -> None:
     for precision in ("fp32", "bf16", "int8"):
-        if not (work / precision / "manifest.json").exists():
-            command = [sys.executable, "-m", "export.to_onnx", "--model", str(work / "checkpoint")]
-            subprocess.run([*command, "--precision", precision, "--out", str(work / precision)], check=True, cwd=ROOT)
+        command = [sys.executable, "-m", "export.to_onnx", "--model", str(work / "checkpoint")]
+        subprocess.run([*command, "--precision", precision, "--out", str(work / precision)], check=True, cwd=ROOT)
 
 
 def mixed_texts(data: Path, count: int) -> list[str]:

@@ -33,7 +33,7 @@ class Backend(Protocol):
 
     @property
     def in_flight(self) -> int:
-        """Batches that are worth running at a time: more than 1 where one is copied while another is computed."""
+        """Batches worth running at a time: several where one is copied beside another, or each has its own cores."""
 
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch."""

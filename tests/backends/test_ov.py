@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install nvembed-deploy[openvino]")
 
 from nvembed_deploy import ConfigError, Encoder, EngineError
-from nvembed_deploy.backends import Output, cpu_choice
+from nvembed_deploy.backends import Output, cpu_choice, ov
 from nvembed_deploy.backends.ov import OvBackend
 from nvembed_deploy.text import TokenBatch
 from tests.conformance import TEXTS, check_encoder
@@ -116,3 +117,66 @@ def test_threads_change_no_vector(bundles: dict[str, Path]) -> None:
         one = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=1).encode(TEXTS)
         two = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=2).encode(TEXTS)
         assert np.abs(one - two).max() <= 2e-6
+
+
+def _token_batches(encoder: Encoder) -> list[TokenBatch]:
+    rows = encoder.tokenize(TEXTS)
+    return [encoder._text.pad([row]) for row in rows]
+
+
+def test_batches_at_the_same_time_give_the_same_vectors(bundles: dict[str, Path]) -> None:
+    encoder = Encoder(bundles["fp32"], device="cpu", backend="openvino", threads=2)
+    backend = encoder._backend
+    assert isinstance(backend, OvBackend)
+    assert backend.in_flight == 2
+    batches = _token_batches(encoder)
+    alone = [backend.run(batch).embeddings for batch in batches]
+    assert backend._streams is None  # a service that never has two pays nothing
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            found = pool.map(backend.run, batches)
+            assert all(np.abs(one.embeddings - wanted).max() <= 2e-6 for one, wanted in zip(found, alone, strict=True))
+    assert backend._streams is not None
+    assert backend._running == 0
+    again = [backend.run(batch).embeddings for batch in batches]
+    assert all(np.array_equal(one, wanted) for one, wanted in zip(again, alone, strict=True))
+
+
+def test_many_batches_of_one_call_take_streams(bundles: dict[str, Path]) -> None:
+    encoder = Encoder(bundles["fp32"], device="cpu", backend="openvino", threads=2)
+    found = encoder.encode(TEXTS * 20, batch_size=2)
+    assert encoder._backend._streams is not None  # type: ignore[attr-defined]
+    assert np.abs(found - np.tile(encoder.encode(TEXTS), (20, 1))).max() <= 2e-6
+
+
+def test_without_a_second_copy_batches_go_one_by_one(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ov, "STREAMED_BYTES", 1000)
+    assert Encoder(bundles["fp32"], device="cpu", backend="openvino", threads=2)._backend.in_flight == 1
+    monkeypatch.undo()
+    encoder = Encoder(bundles["fp32"], device="cpu", backend="openvino", threads=2)
+
+    class NoMemory:
+        def compile_model(self, *_: object) -> None:
+            raise RuntimeError("bad allocation")
+
+    monkeypatch.setattr(encoder._backend, "_core", NoMemory())
+    found = encoder.encode(TEXTS * 20, batch_size=2)
+    assert np.abs(found - np.tile(encoder.encode(TEXTS), (20, 1))).max() <= 2e-6
+    assert encoder._backend.in_flight == 1
+    assert caplog.text.count("one batch at a time") == 1
+    assert "bad allocation" in caplog.text
+
+
+def test_a_failure_leaves_nothing_running(bundles: dict[str, Path]) -> None:
+    backend = Encoder(bundles["fp32"], device="cpu", backend="openvino", threads=2)._backend
+    assert isinstance(backend, OvBackend)
+    wrong = TokenBatch(
+        input_ids=np.ones((1, 3), np.int64),
+        attention_mask=np.ones((1, 4), np.int64),
+        pool_mask=np.ones((1, 5), np.int64),
+    )
+    with pytest.raises(EngineError, match="OpenVINO failed on a batch of 1x3 tokens"):
+        backend.run(wrong)
+    assert backend._running == 0
