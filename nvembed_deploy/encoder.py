@@ -122,7 +122,9 @@ class Encoder:
     def _usual_tokens(self) -> int:
         """A plan's kernels were chosen for a batch, which on a large GPU is larger than what is best for a CPU."""
         profile = self._backend.profile
-        return max(DEFAULT_BATCH_TOKENS, profile.opt.batch * profile.opt.tokens if profile else 0)
+        if profile is None:
+            return DEFAULT_BATCH_TOKENS // self._backend.in_flight
+        return max(DEFAULT_BATCH_TOKENS, profile.opt.batch * profile.opt.tokens)
 
     def query_prompt(self, instruction: str) -> str:
         """The prompt of a query: the instruction in the model's template, or its own where it takes no instructions."""
@@ -160,8 +162,8 @@ class Encoder:
                 (`manifest.source.architecture.matryoshka`).
             max_length: Most tokens of a text, special tokens and prompt included. Default: `self.max_length`.
             batch_size: Most texts of a batch.
-            batch_tokens: Most padded tokens of a batch (default: 4,096, or what a plan's profile is tuned for). Batches
-                hold texts of similar length.
+            batch_tokens: Most padded tokens of a batch (default: 4,096 shared by the batches that run at a time, or
+                what a plan's profile is tuned for). Batches hold texts of similar length.
             normalize: False gives the pooled vectors at their own length.
             truncate: True cuts longer texts at `max_length`, which drops their `</s>` as NVIDIA's code does, and logs
                 how many; False raises instead.
@@ -358,16 +360,18 @@ class Encoder:
         self, rows: Sequence[TokenRow], batches: Iterator[list[int]]
     ) -> Iterator[tuple[list[int], Output]]:
         """Runs batches in order, as many at a time as the backend gains by."""
-
-        def run(indices: list[int]) -> tuple[list[int], Output]:
-            return indices, self._backend.run(self._text.pad([rows[index] for index in indices]))
-
         planned = list(batches)
-        if self._backend.in_flight == 1 or len(planned) == 1:
-            yield from map(run, planned)
+        beside = self._backend.in_flight > 1 and len(planned) > 1
+        run = self._backend.run_beside if beside else self._backend.run
+
+        def embed(indices: list[int]) -> tuple[list[int], Output]:
+            return indices, run(self._text.pad([rows[index] for index in indices]))
+
+        if not beside:
+            yield from map(embed, planned)
             return
         with ThreadPoolExecutor(max_workers=self._backend.in_flight) as pool:
-            coming = [pool.submit(run, indices) for indices in planned]
+            coming = [pool.submit(embed, indices) for indices in planned]
             try:
                 for future in coming:
                     yield future.result()

@@ -148,7 +148,7 @@ def test_batches_in_flight_keep_their_order(encoder: Encoder, monkeypatch: pytes
         calls.append(len(batch.input_ids))
         raise EngineError("no")
 
-    monkeypatch.setattr(encoder._backend, "run", fails)
+    monkeypatch.setattr(encoder._backend, "run_beside", fails)
     with pytest.raises(EngineError, match="no"):
         encoder.encode(["text"] * 1000, batch_size=1)
     assert len(calls) < 1000

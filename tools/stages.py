@@ -53,8 +53,9 @@ def timed(encoder: Encoder) -> Iterator[dict[str, float]]:
 
         return timed_call
 
-    places = ((encoder._text, "tokenize"), (encoder._text, "pad"), (encoder._backend, "run"))
-    for step, (owner, method) in zip(STEPS, places, strict=True):
+    text, backend = encoder._text, encoder._backend
+    places = ((text, "tokenize"), (text, "pad"), (backend, "run"), (backend, "run_beside"))
+    for step, (owner, method) in zip((*STEPS, "engine"), places, strict=True):
         setattr(owner, method, around(step, getattr(owner, method)))
     try:
         started = time.perf_counter()

@@ -37,3 +37,6 @@ class Backend(Protocol):
 
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch."""
+
+    def run_beside(self, batch: TokenBatch) -> Output:
+        """As `run`, where others follow and `in_flight` of them run at a time."""

@@ -116,6 +116,8 @@ class OrtBackend:
             )
         return Output(embeddings, norms)
 
+    run_beside = run
+
 
 def _onnxruntime() -> Any:
     try:

@@ -94,8 +94,15 @@ class OvBackend:
         Raises:
             EngineError: OpenVINO failed, for instance for want of memory.
         """
+        return self._run(batch, alone=True)
+
+    def run_beside(self, batch: TokenBatch) -> Output:
+        """As `run`, in streams from the first batch on: its values would take up room in the other copy as well."""
+        return self._run(batch, alone=False)
+
+    def _run(self, batch: TokenBatch, *, alone: bool) -> Output:
         try:
-            with self._request() as request:
+            with self._request(alone=alone) as request:
                 request.infer(dict(zip(INPUTS, batch, strict=True)), share_inputs=True)
                 embeddings, norms = (np.array(request.get_tensor(name).data, dtype=np.float32) for name in OUTPUTS)
         except RuntimeError as err:
@@ -112,11 +119,11 @@ class OvBackend:
         return Output(embeddings, norms)
 
     @contextmanager
-    def _request(self) -> Iterator[Any]:
+    def _request(self, *, alone: bool) -> Iterator[Any]:
         """What computes one batch, lent: of the model that takes all cores, or of the streams beside other batches."""
         with self._counting:
             self._running += 1
-            alone = self._running == 1
+            alone = alone and self._running == 1
         try:
             model = self._whole if alone else self._in_streams()
             with self._counting:

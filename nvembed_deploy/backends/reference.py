@@ -45,3 +45,5 @@ class ReferenceBackend:
         """Embeds a batch."""
         embeddings, norms = self.model(*(torch.from_numpy(part).to(self._device) for part in batch))
         return Output(embeddings.cpu().numpy(), norms.cpu().numpy())
+
+    run_beside = run
