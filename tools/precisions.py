@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from export.graph import DTYPES
 from export.options import default_model
+from nvembed_deploy.atomic import write_file
 from nvembed_deploy.bundle import GRAPH, PLAN, QUANTIZATION, WEIGHTS, Bundle, Manifest
 from nvembed_deploy.cli import say
 from nvembed_deploy.config import Precision
@@ -189,7 +190,7 @@ def main() -> int:
         "scores": scored,
         "score_versions": installed_versions(RECORDED) | {"python": platform.python_version()},
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_file(RESULTS, (json.dumps(record, indent=1) + "\n").encode())
     say(f"done: {RESULTS.relative_to(ROOT)}; now python -m tools.readme")
     return 0
 
