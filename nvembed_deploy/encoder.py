@@ -78,7 +78,7 @@ class Encoder:
         device: `auto`, `cpu`, `cuda` or `cuda:N`. With `cuda` nothing falls back.
         backend: `auto`, `tensorrt`, `onnxruntime` or `openvino`. On a CPU with both of the latter, `auto` takes the
             faster one if its vectors agree: measured once for a bundle and machine, and kept.
-        threads: Threads of a batch on a CPU; by default the runtime's own choice, one for each physical core.
+        threads: Threads that compute on a CPU; by default the runtime's own choice, one for each physical core.
 
     Raises:
         ConfigError: An argument is unknown, or two do not go together.

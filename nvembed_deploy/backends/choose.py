@@ -43,7 +43,7 @@ class Wish:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     runtime: Runtime
     threads: int | None
-    """Threads of a batch on a CPU; None leaves it to the runtime."""
+    """Threads that compute on a CPU; None leaves it to the runtime."""
 
     @classmethod
     def of(cls, device: str, backend: str, threads: int | None) -> Wish:
