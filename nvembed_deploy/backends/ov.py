@@ -34,7 +34,7 @@ class OvBackend:
     """An ONNX graph in OpenVINO's CPU plugin.
 
     A batch alone is computed by all cores. Of batches at the same time each has its own, so that none waits for another
-    thread after every layer: a fifth more in bulk on two cores. What computes so is made when it is first needed.
+    thread after every layer (docs/speed.md has the gain). What computes so is made when it is first needed.
 
     Args:
         graph: Path of the graph; its weights lie beside it.
