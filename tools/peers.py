@@ -36,6 +36,7 @@ from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
 from nvembed_deploy.errors import DeployError
 from nvembed_deploy.jsonl import read_rows
 from nvembed_deploy.machine import describe_machine
+from tools.peer_worker import MAX_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "peers.json"
@@ -138,7 +139,10 @@ def _checkpoint(work: Path) -> None:
     ends = [("<s>", 1), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_bytes((mini / "tokenizer_config.json").read_bytes())
+    # fastembed knows no other limit, and would take longer texts than all others.
+    limit = {"model_max_length": MAX_TOKENS}
+    settings = json.loads((mini / "tokenizer_config.json").read_text(encoding="utf-8")) | limit
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     config = json.loads((mini / "config.json").read_text(encoding="utf-8"))["text_config"]
     config |= {"model_type": "mistral", "architectures": ["MistralModel"], "torch_dtype": "float16"}
     modules = [

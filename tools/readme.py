@@ -266,6 +266,17 @@ def profile_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def operators_table() -> str:
+    """What OpenVINO's operators take, of the record of `tools.stages`."""
+    found = _record("profile")["operators_ms"]
+    kinds = list(next(iter(found.values())))
+    lines = [f"| within the engine | {' | '.join(kinds)} |", "| --- |" + " --- |" * len(kinds)]
+    for name, row in found.items():
+        cells = " | ".join(f"{row[kind]:.0f} ms, {row[kind] / sum(row.values()):.0%}" for kind in kinds)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 def search_table() -> str:
     """The record of `tools.search_speed`."""
     record = _record("search_speed")
@@ -313,6 +324,7 @@ TABLES = {
     "aarch64": aarch64_table,
     "peers": peers_table,
     "profile": profile_table,
+    "operators": operators_table,
     "search": search_table,
     "ablation": ablation_table,
 }

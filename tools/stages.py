@@ -1,7 +1,8 @@
 """`python -m tools.stages BUNDLE[@BACKEND] ...`: where the time of a bulk run and of a single query goes.
 
 Times the encoder's own steps while it runs; tokenizing goes on beside the engine, so that the steps of a bulk run may
-add up to more than its time. Medians of repeats, the sides in turn. Writes docs/profile.json.
+add up to more than its time. Medians of repeats, the sides in turn. For OpenVINO also what its operators take, one
+batch at a time. Writes docs/profile.json.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ from typing import Any
 
 from engines.bench import QUERY, corpus, open_side
 from nvembed_deploy.atomic import write_file
+from nvembed_deploy.backends.ort import INPUTS
+from nvembed_deploy.backends.ov import CPU, OvBackend
+from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.cli import run, say
-from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
+from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.machine import describe_machine
+from tools.peers import mixed_texts
 
 RESULT = Path("docs") / "profile.json"
 STEPS = ("tokenizing", "padding", "engine")
 BULK_TURNS, QUERY_TURNS = 5, 100
+OPERATORS = {"FullyConnected": "products with weights", "ScaledDotProductAttention": "attention"}
+"""How the names of OpenVINO's operators, or of their kinds, begin, and what they are; all others are the rest."""
 
 
 @contextmanager
@@ -83,11 +91,46 @@ def profile(
     }
 
 
+def operators(encoder: Encoder, texts: list[str], turns: int) -> dict[str, float]:
+    """Median milliseconds of OpenVINO's operators, of each kind in `OPERATORS`; one batch at a time.
+
+    Raises:
+        ConfigError: The backend has no second copy of its graph.
+    """
+    backend = encoder._backend
+    assert isinstance(backend, OvBackend)
+    if backend._graph is None:
+        raise ConfigError(
+            "OpenVINO's operators are timed on two cores and more, and of models below 1 GiB; name others"
+        )
+    settings = backend._settings | {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
+    request = backend._core.compile_model(backend._graph, CPU, settings).create_infer_request()
+    rows = encoder.tokenize(texts)
+    lengths = [len(row) for row in rows]
+    most = encoder.manifest.profile.max.batch
+    found: dict[str, list[float]] = defaultdict(list)
+    for turn in range(turns + 1):
+        seconds = dict.fromkeys((*OPERATORS.values(), "the rest"), 0.0)
+        for batch in plan_batches(lengths, max_rows=most, max_tokens=DEFAULT_BATCH_TOKENS):
+            padded = encoder._text.pad([rows[index] for index in batch])
+            request.infer(dict(zip(INPUTS, padded, strict=True)), share_inputs=True)
+            for item in request.get_profiling_info():
+                names = (item.node_type, item.node_name)
+                kind = next((OPERATORS[key] for key in OPERATORS if any(n.startswith(key) for n in names)), "the rest")
+                seconds[kind] += item.real_time.total_seconds()
+        for kind, taken in seconds.items():
+            found[kind] += [taken] if turn else []
+    return {kind: round(statistics.median(taken) * 1000, 1) for kind, taken in found.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m tools.stages", description=__doc__.split(": ", 1)[1])
     parser.add_argument("sides", nargs="+", metavar="BUNDLE[@BACKEND]")
-    parser.add_argument("--texts", type=int, default=1000, help="of the bulk run (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=600, help="of the bulk run (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, help="folder with the data sets of tools.peers (default: Python's own texts)"
+    )
     flags = parser.parse_args(argv)
 
     def command() -> None:
@@ -95,16 +138,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         for side in flags.sides:
             encoder = open_side(side, "cpu", None)[0]
             encoders[f"{encoder.manifest.precision.value}, {encoder.backend.split(' (')[0]}"] = encoder
-        texts = corpus(flags.texts)
+        texts = mixed_texts(flags.data, flags.texts) if flags.data else corpus(flags.texts)
         tokens = sum(len(row) for row in next(iter(encoders.values())).tokenize(texts))
+        within = {
+            name: operators(encoder, texts, BULK_TURNS)
+            for name, encoder in encoders.items()
+            if isinstance(encoder._backend, OvBackend)
+        }
+        data = " --data DIR" if flags.data else ""
         record = {
-            "command": f"python -m tools.stages BUNDLE@BACKEND ... --texts {flags.texts}",
+            "command": f"python -m tools.stages BUNDLE@BACKEND ...{data} --texts {flags.texts}",
             "date": datetime.date.today().isoformat(),
             "machine": describe_machine(),
             "texts": len(texts),
             "tokens": tokens,
             "bulk_ms": profile(encoders, lambda encoder: encoder.encode(texts), BULK_TURNS),
             "query_ms": profile(encoders, lambda encoder: encoder.encode(QUERY), QUERY_TURNS),
+            "operators_ms": within,
         }
         write_file(RESULT, (json.dumps(record, indent=1) + "\n").encode())
         say(json.dumps(record["bulk_ms"]))
