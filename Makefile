@@ -1,6 +1,6 @@
 # make engine   set up, export the embedded model to a TensorRT plan, and show what it makes of real questions
 # make app      the same, and open the search page over it in a browser
-# make test     set up and run the tests; WORKERS=4 for four at a time, a file each, on cores of their own
+# make test     set up and run the tests, as many at a time as there are cores; WORKERS=0 for one after the other
 # make bench    beside sentence-transformers, optimum, fastembed and PyTorch on this CPU; DATA is a folder of data sets
 # make bench-gpu  on a machine with an NVIDIA GPU: its tests, an engine for it, and that beside PyTorch in FP16
 # make check    formatting, lint and types, as CI runs them
@@ -13,8 +13,8 @@ PRECISION ?= fp16
 # without the others their tests skip.
 EXTRAS ?= export,cpu,openvino,rtx,train,evaluation,serve,app,qdrant,ray,dev
 DATA ?= ../shared/data/eval
-# Of tests at a time; 0 for one after the other in this process.
-WORKERS ?= 0
+# Files of tests at a time, on cores of their own; 0 for one after the other. More than 4 would need more than 8 GB.
+WORKERS ?= $(shell cores=$$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 4 ? 4 : cores)))
 # What builds engines for this machine's GPU: TensorRT-RTX for RTX cards, TensorRT for those it does not build for.
 GPU_RUNTIME ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -qE '^(7\.5|8\.0|9\.0|10\.|12\.1)' && echo trt || echo rtx)
 GPU_TARGET ?= $(if $(filter trt,$(GPU_RUNTIME)),datacenter,rtx)
@@ -35,7 +35,8 @@ app: $(READY)
 	$(BIN)/python -m app
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not whole_machine" $(ARGS) || test $$? = 5
+	$(BIN)/python -m pytest -m whole_machine $(ARGS) || test $$? = 5  # 5: ARGS name none of these
 
 bench: $(READY)
 	$(BIN)/python -m tools.peers $(PEERS) --data $(DATA)

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,44 +28,9 @@ from nvembed_deploy.serve.requests import Limits, Refused, parse  # noqa: E402
 from nvembed_deploy.text import TokenBatch  # noqa: E402
 from tests.conformance import TEXTS  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
+from tests.serving import Server, start, stop  # noqa: E402
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen
-    url: str
-
-    def post(self, body: object, **headers: str) -> tuple[int, dict]:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"{self.url}/embeddings", content, {"Content-Type": "application/json", **headers}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as err:
-            return err.code, json.load(err)
-
-    def get(self, path: str) -> tuple[int, str]:
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=60) as answer:
-            return answer.status, answer.read().decode()
-
-
-def start(bundle: Path, *flags: str) -> Server:
-    command = [sys.executable, "-m", "nvembed_deploy.serve", str(bundle), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(
-        [*command, "--name", "tiny", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    url = process.stdout.readline().strip()
-    assert url.startswith("http://127.0.0.1:"), process.wait(10)
-    return Server(process, url)
-
-
-def stop(server: Server) -> int:
-    server.process.send_signal(signal.SIGTERM)
-    return server.process.wait(40)
 
 
 @pytest.fixture(scope="module")
@@ -281,32 +244,6 @@ def test_many_wrong_elements_cost_no_more_than_one(server: Server) -> None:
     status, answer = server.post({"model": "tiny", "input": [{}] * 1_000_000})
     assert (status, "neither a string" in answer["error"]["message"]) == (400, True)
     assert time.perf_counter() - started < 5
-
-
-def test_overload_leaves_no_request_without_an_answer(bundles: dict[str, Path], encoder: Encoder) -> None:
-    """Requirement 36 in small: many times what the engine can do, then the same vectors and no more memory."""
-    running = start(bundles["fp32"], "--max-waiting", "8")
-    try:
-        content = {"model": "tiny", "input": ["a text that takes its time, " * 20] * 8}
-        running.post(content)
-        memory = []
-        with ThreadPoolExecutor(24) as pool:
-            for _ in range(4):
-                answers = list(pool.map(lambda _: running.post(content), range(96)))
-                assert {code for code, _ in answers} == {200, 429}
-                memory.append(_resident_mib(running.process.pid))
-        assert memory[-1] - memory[0] < 20, memory
-        good = next(answer for code, answer in answers if code == 200)
-        np.testing.assert_allclose(good["data"][7]["embedding"], encoder.encode(content["input"][0]), atol=2e-6)
-        assert running.post({"model": "tiny", "input": "after"})[0] == 200
-        assert running.get("/health")[0] == 200
-    finally:
-        stop(running)
-
-
-def _resident_mib(process: int) -> float:
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
 def test_a_client_that_goes_away_frees_its_place(bundles: dict[str, Path]) -> None:

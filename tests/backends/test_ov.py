@@ -17,6 +17,8 @@ from nvembed_deploy.backends.ov import OvBackend
 from nvembed_deploy.text import TokenBatch
 from tests.conformance import TEXTS, check_encoder
 
+pytestmark = pytest.mark.whole_machine
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
