@@ -300,7 +300,8 @@ class Page:
     def _add_until(self, stop: threading.Event, files: list[str], name: str, progress: gr.Progress) -> Any:
         texts = self._guarded(lambda: read_files([Path(path) for path in files], self.limits))
         passages = self._guarded(lambda: [part for title, text in texts for part in self._chunks(title, text)])
-        yield f"embedding {len(passages)} passages of {len(texts)} texts", gr.update(), gr.update()
+        what = f"{len(passages)} passages of {len(texts)} {'text' if len(texts) == 1 else 'texts'}"
+        yield f"embedding {what}", gr.update(), gr.update()
         steps = self._guarded(lambda: self.library.add_steps(name, passages))
         while True:
             step = self._guarded(lambda: next(steps, None))
@@ -314,7 +315,7 @@ class Page:
             progress((done, total), desc="embedding", unit="passages")
             yield f"{done} of {total} passages embedded", gr.update(), gr.update()
         yield (
-            f"{len(passages)} passages of {len(texts)} texts were added to {name!r}",
+            f"{what} were added to {name!r}",
             gr.update(choices=self.library.names(), value=name),
             gr.update(choices=self._own()),
         )
