@@ -13,7 +13,7 @@ PRECISION ?= fp16
 # without the others their tests skip.
 EXTRAS ?= export,cpu,openvino,rtx,train,evaluation,serve,app,qdrant,ray,dev
 DATA ?= ../shared/data/eval
-# Files of tests at a time, on cores of their own; 0 for one after the other. More than 4 would need more than 8 GB.
+# Files of tests at a time, on cores of their own; two took 5.4 GB together. 0 for one after the other.
 WORKERS ?= $(shell cores=$$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 4 ? 4 : cores)))
 # What builds engines for this machine's GPU: TensorRT-RTX for RTX cards, TensorRT for those it does not build for.
 GPU_RUNTIME ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -qE '^(7\.5|8\.0|9\.0|10\.|12\.1)' && echo trt || echo rtx)
