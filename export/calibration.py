@@ -32,8 +32,6 @@ from .parts import Parts
 
 LONGEST_TOKENS = 256
 BATCH_TOKENS = 2048
-FEW_ROWS_TOKENS = 384
-"""Of batches of some dozen rows: in larger ones, rows of unlike length are more padding than anything else."""
 SAMPLED_ROWS = 384
 """Inputs of each group that are kept for the search of scales, chosen at random..."""
 EXTREME_ROWS = 32
@@ -196,11 +194,9 @@ def texts_sha256(rows: Sequence[TokenRow]) -> str:
     return digest.hexdigest()
 
 
-def in_batches(
-    text: TextEncoder, rows: Sequence[TokenRow], *, tokens: int = BATCH_TOKENS
-) -> tuple[list[int], list[TokenBatch]]:
+def in_batches(text: TextEncoder, rows: Sequence[TokenRow]) -> tuple[list[int], list[TokenBatch]]:
     """Padded batches of like length, and the rows' numbers in their order."""
-    order = list(plan_batches([len(row) for row in rows], max_rows=64, max_tokens=tokens))
+    order = list(plan_batches([len(row) for row in rows], max_rows=64, max_tokens=BATCH_TOKENS))
     return [index for batch in order for index in batch], [
         text.pad([rows[index] for index in batch]) for batch in order
     ]

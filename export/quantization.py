@@ -28,7 +28,7 @@ from nvembed_deploy.parity import TOLERANCES
 from nvembed_deploy.probes import probe_rows
 from nvembed_deploy.text import TextEncoder, TokenRow
 
-from .calibration import FEW_ROWS_TOKENS, Collector, Inputs, in_batches, pack, texts_sha256, unpack
+from .calibration import Collector, Inputs, in_batches, pack, texts_sha256, unpack
 from .formats import FORMATS, Format
 from .linear_groups import LinearGroup, linear_groups, smooth, weight_of
 from .parts import Parts, Watch, part_of, unwatched
@@ -317,7 +317,7 @@ def simulation(model: NVEmbed, records: Sequence[GroupRecord], number: Format) -
 
 def _embed(parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], *, watch: Watch = unwatched) -> Tensor:
     """float32 [N, D] of rows, many at a time: reading a wide model's weights takes longer than computing a row."""
-    order, batches = in_batches(text, rows, tokens=FEW_ROWS_TOKENS)
+    order, batches = in_batches(text, rows)
     found = parts.forward(batches, watch=watch, what="embedding, layer by layer")
     return found[torch.tensor(order).argsort()]
 
@@ -335,7 +335,7 @@ def _cheapest(
     Further settings are tried for the dearer half of the groups: the others cost little in any of the first ones.
     """
     best = [found[0] for found in settings]
-    batches = in_batches(text, rows, tokens=FEW_ROWS_TOKENS)[1]
+    batches = in_batches(text, rows)[1]
     for place in range(1 if _parameters(parts) > RANKED_PARAMETERS else SETTINGS):
         middle = statistics.median(item.price for item in best)
         tried = {
