@@ -101,7 +101,7 @@ def operators(encoder: Encoder, texts: list[str], turns: int) -> dict[str, float
     assert isinstance(backend, OvBackend)
     if backend._graph is None:
         raise ConfigError(
-            "OpenVINO's operators are timed on two cores and more, and of models below 1 GiB; name others"
+            "OpenVINO's operators are timed on two cores and more, and of models below 1 GiB; name @onnxruntime"
         )
     settings = backend._settings | {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
     request = backend._core.compile_model(backend._graph, CPU, settings).create_infer_request()
@@ -119,7 +119,8 @@ def operators(encoder: Encoder, texts: list[str], turns: int) -> dict[str, float
                 kind = next((OPERATORS[key] for key in OPERATORS if any(n.startswith(key) for n in names)), "the rest")
                 seconds[kind] += item.real_time.total_seconds()
         for kind, taken in seconds.items():
-            found[kind] += [taken] if turn else []
+            if turn:
+                found[kind].append(taken)
     return {kind: round(statistics.median(taken) * 1000, 1) for kind, taken in found.items()}
 
 

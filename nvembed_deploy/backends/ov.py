@@ -61,7 +61,7 @@ class OvBackend:
             self._settings[THREADS] = threads
         try:
             model = self._core.read_model(str(graph))
-            _leave_rounding(model, openvino.Type)
+            _remove_rounding(model, openvino.Type)
             self._whole = self._core.compile_model(model, CPU, self._settings | {"PERFORMANCE_HINT": "LATENCY"})
         except RuntimeError as err:
             raise EngineError(
@@ -151,7 +151,7 @@ class OvBackend:
             return self._streams or self._whole
 
 
-def _leave_rounding(model: Any, types: Any) -> None:
+def _remove_rounding(model: Any, types: Any) -> None:
     """Takes out the casts that round each FP32 result to BF16, as a BF16 bundle's graph for CPUs has them.
 
     OpenVINO rounds what it multiplies in BF16 itself; with theirs it is slower and further from FP32, as measured.

@@ -44,7 +44,7 @@ def test_bf16_is_rounded_by_openvino_alone(bundles: dict[str, Path]) -> None:
     core = ov._openvino().Core()
     graph = core.read_model(str(bundles["bf16"] / "model.cpu.onnx"))
     before = _bf16_results(graph)
-    ov._leave_rounding(graph, ov._openvino().Type)
+    ov._remove_rounding(graph, ov._openvino().Type)
     assert before - {"Constant"}
     assert _bf16_results(graph) <= {"Constant"}
     reference, rounded, found = (
