@@ -1,6 +1,7 @@
 # make engine   set up, export the embedded model to a TensorRT plan, and show what it makes of real questions
 # make app      the same, and open the search page over it in a browser
-# make test     set up and run the tests, as many at a time as there are cores; WORKERS=0 for one after the other
+# make test     set up and run the tests that take minutes, on all cores; WORKERS=0 for one after the other
+# make test-all   those, and the slow ones: the browser's, the README's commands, the embedded model's parity
 # make bench    beside sentence-transformers, optimum, fastembed and PyTorch on this CPU; DATA is a folder of data sets
 # make bench-gpu  on a machine with an NVIDIA GPU: its tests, an engine for it, and that beside PyTorch in FP16
 # make check    formatting, lint and types, as CI runs them
@@ -8,6 +9,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Where pip finds torch 2.13.0; empty for pip's default, see the README for CPU-only and CUDA builds.
 TORCH_INDEX ?=
+PYTHON310 ?= python3.10
 PRECISION ?= fp16
 # What to install; EXTRAS=export,cpu,rtx is enough for `make engine`; `make test` needs dev too, and
 # without the others their tests skip.
@@ -25,7 +27,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 BUNDLE := bundles/nv-embed-mini-$(PRECISION)
 
-.PHONY: engine app test check format bench bench-gpu clean
+.PHONY: engine app test test-all test-python310 check format bench bench-gpu clean
 
 engine: $(READY)
 	$(BIN)/python -m export.trt --precision $(PRECISION) --out $(BUNDLE)
@@ -34,9 +36,20 @@ engine: $(READY)
 app: $(READY)
 	$(BIN)/python -m app
 
+# Each tier by its markers; CONTRIBUTING.md says which one a new test belongs to.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not whole_machine" $(ARGS)
-	$(BIN)/python -m pytest -m whole_machine $(ARGS) || test $$? = 5  # none of these in ARGS
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
+		-m "not slow and not browser and not whole_machine" --durations=10 $(ARGS)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not whole_machine" --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -m whole_machine --durations=10 $(ARGS) || test $$? = 5  # none of these in ARGS
+
+test-python310: $(READY)
+	$(PYTHON310) -m venv $(VENV)-3.10
+	$(VENV)-3.10/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-3.10.txt '.[cpu]'
+	$(VENV)-3.10/bin/python -m pip uninstall --quiet --yes nvembed-deploy  # the checkout is what is tested
+	NVEMBED_PYTHON310=$(abspath $(VENV)-3.10/bin/python) $(BIN)/python -m pytest tests/test_python310.py
 
 bench: $(READY)
 	$(BIN)/python -m tools.peers $(PEERS) --data $(DATA)
@@ -68,4 +81,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) bundles build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-3.10 bundles build dist *.egg-info

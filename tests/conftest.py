@@ -2,14 +2,18 @@
 
 import importlib.util
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from nvembed_deploy import Encoder
 from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx_libs") is not None
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="TensorRT-RTX is not installed (no wheels for this platform)")
 
@@ -20,6 +24,14 @@ def pytest_configure() -> None:
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers] or cores)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What asks for the fixture `browser` is of the browser's tier."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,28 +48,50 @@ def no_choice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random checkpoint in shards."""
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "nv-embed-tiny")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all its workers see."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """Returns what `make` writes to `path`, which the first worker that asks makes and the others wait for."""
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        if not path.exists():
+            staging = path.with_name(f"{path.name}.making")
+            shutil.rmtree(staging, ignore_errors=True)  # of a worker that failed
+            make(staging)
+            staging.rename(path)
+    return path
 
 
 @pytest.fixture(scope="session")
-def bundles(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoint(shared: Path) -> Path:
+    """A tiny random checkpoint in shards. Read only."""
+    return made_once(shared / "nv-embed-tiny", make_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def bundles(checkpoint: Path, shared: Path) -> dict[str, Path]:
     """A bundle of the tiny checkpoint in each precision, with plans where TensorRT-RTX is installed. Read only."""
     from export.trt import main
 
-    folder = tmp_path_factory.mktemp("bundles")
-    for precision in ("fp32", "fp16", "bf16", "int8"):
-        out = folder / precision
-        assert main(["--model", str(checkpoint), "--precision", precision, "--out", str(out), "--max", "32x128"]) == 0
-    return {path.name: path for path in folder.iterdir()}
+    def export(precision: str) -> Path:
+        flags = ["--model", str(checkpoint), "--precision", precision, "--max", "32x128"]
+
+        def make(folder: Path) -> None:
+            assert main([*flags, "--out", str(folder)]) == 0
+
+        return made_once(shared / f"bundle-{precision}", make)
+
+    first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # workers begin at different ones
+    order = PRECISIONS[first % len(PRECISIONS) :] + PRECISIONS[: first % len(PRECISIONS)]
+    return {precision: export(precision) for precision in order}
 
 
 @pytest.fixture
 def bundle(bundles: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the FP16 bundle, to be damaged."""
-    import shutil
-
     return Path(shutil.copytree(bundles["fp16"], tmp_path / "bundle"))
 
 

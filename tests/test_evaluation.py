@@ -240,6 +240,7 @@ def pytorch(mini_fp32: Path) -> tuple[ReferenceEncoder, dict[str, float]]:
     return reference, scores(reference, [item.task for item in built_in_tasks()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_parity_of_the_embedded_model(
     precision: str, mini_fp32: Path, pytorch: tuple[ReferenceEncoder, dict[str, float]], tmp_path: Path

@@ -33,6 +33,7 @@ def test_links_point_at_files(path: Path) -> None:
         assert (path.parent / target).exists(), target
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
     """Every `python -m` line and every Python block, as they stand, in an empty folder."""

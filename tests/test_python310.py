@@ -1,0 +1,52 @@
+"""The runtime under Python 3.10, which JetPack 6 has, in an environment of its own: `make test-python310`."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed_deploy import Encoder
+from tests.conformance import TEXTS
+from tests.conftest import ROOT
+
+PYTHON = os.environ.get("NVEMBED_PYTHON310")
+EMBED = """
+import json
+import sys
+import numpy as np
+from nvembed_deploy import Encoder
+assert sys.version_info[:2] == (3, 10), sys.version
+bundle, out = sys.argv[1:]
+encoder = Encoder(bundle, device="cpu", backend="onnxruntime")
+np.save(out, encoder.encode(json.load(sys.stdin), instruction="find the passage"))
+assert "torch" not in sys.modules
+"""
+
+
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="NVEMBED_PYTHON310 names no Python; run: make test-python310")
+
+
+# ONNX Runtime 1.23, the last for Python 3.10, has other kernels than the version here: FP16's rounding differs.
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("fp16", 2e-3), ("int8", 2e-2)])
+def test_it_embeds_the_same(bundles: dict[str, Path], tmp_path: Path, precision: str, tolerance: float) -> None:
+    out = tmp_path / "vectors.npy"
+    done = subprocess.run(
+        [PYTHON, "-c", EMBED, str(bundles[precision]), str(out)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, input=json.dumps(TEXTS),
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    here = Encoder(bundles[precision], device="cpu").encode(TEXTS, instruction="find the passage")
+    assert np.abs(np.load(out) - here).max() <= tolerance
+
+
+@pytest.mark.parametrize("module", ["nvembed_deploy.serve", "nvembed_deploy.similarity", "export.check", "export.trt"])
+def test_commands_have_their_help(module: str) -> None:
+    done = subprocess.run(
+        [PYTHON, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")

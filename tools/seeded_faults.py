@@ -1,0 +1,164 @@
+"""`python -m tools.seeded_faults`: does the default run of the tests notice a fault? Seeds ten, one at a time.
+
+Each fault is one edit of a copy of this checkout. `make test` then runs there on the test files that should notice it,
+which are part of its default tier, so that red here means red there. Exits 1 if a fault passes, or if the tests of a
+fault are red without it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One edit, and the tests that have to fail with it."""
+
+    name: str
+    path: str
+    """File that is edited, below the checkout."""
+    before: str
+    """Text that stands in the file exactly once."""
+    after: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    Fault(
+        name="a causal mask in a bidirectional model",
+        path="nvembed_deploy/model/decoder.py",
+        before="            return real\n",
+        after="            return real & torch.ones(T, T, dtype=torch.bool, device=real.device).tril()\n",
+        tests=("tests/model",),
+    ),
+    Fault(
+        name="the instruction is pooled",
+        path="nvembed_deploy/text.py",
+        before="columns >= np.array([row.prompt_tokens",
+        after="columns >= 0 * np.array([row.prompt_tokens",
+        tests=("tests/test_text.py", "tests/test_encoder.py"),
+    ),
+    Fault(
+        name="padding is pooled",
+        path="nvembed_deploy/text.py",
+        before="pooled = attended & (columns",
+        after="pooled = (columns",
+        tests=("tests/test_text.py", "tests/test_encoder.py"),
+    ),
+    Fault(
+        name="the graph's outputs are swapped",
+        path="nvembed_deploy/backends/ort.py",
+        before='OUTPUTS = ("sentence_embedding", "sentence_norm")',
+        after='OUTPUTS = ("sentence_norm", "sentence_embedding")',
+        tests=("tests/test_encoder.py",),
+    ),
+    Fault(
+        name="another RoPE base",
+        path="nvembed_deploy/model/decoder.py",
+        before="inverse = 1.0 / theta **",
+        after="inverse = 1.0 / (1.01 * theta) **",
+        tests=("tests/model",),
+    ),
+    Fault(
+        name="files are not flushed to disk",
+        path="nvembed_deploy/atomic.py",
+        before="        fsync(path)\n",
+        after="        path.stat()\n",
+        tests=("tests/test_atomic.py", "tests/test_crash.py"),
+    ),
+    Fault(
+        name="a file is renamed before it is written out",
+        path="nvembed_deploy/atomic.py",
+        before="            os.fsync(file.fileno())\n            temporary.replace(destination)\n",
+        after="            temporary.replace(destination)\n            os.fsync(file.fileno())\n",
+        tests=("tests/test_atomic.py",),
+    ),
+    Fault(
+        name="a wrong hash is accepted",
+        path="nvembed_deploy/bundle.py",
+        before="if digest.sha256 != entry.sha256:",
+        after="if len(digest.sha256) != len(entry.sha256):",
+        tests=("tests/test_bundle.py", "tests/test_loading.py"),
+    ),
+    Fault(
+        name="a command imports torch at start",
+        path="export/options.py",
+        before="import argparse\n",
+        after="import argparse\n\nimport torch  # noqa: F401\n",
+        tests=("tests/export/test_commands.py",),
+    ),
+    Fault(
+        name="a failed command exits 0",
+        path="nvembed_deploy/cli.py",
+        before='    say(f"error: {message}")\n    return 1\n',
+        after='    say(f"error: {message}")\n    return 0\n',
+        tests=("tests/export/test_commands.py",),
+    ),
+)
+
+
+def copy_checkout(folder: Path) -> None:
+    """Copies the files that git tracks or would add, with their times, as make compares those."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def tests_pass(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+    """Runs `make test` on some test files, to the first failure.
+
+    Returns:
+        Whether they passed, and the last lines of the output.
+
+    Raises:
+        SystemExit: No test ran: neither red nor green.
+    """
+    command = ["make", "test", f"VENV={ROOT / '.venv'}", f"ARGS=--maxfail=1 -q {' '.join(tests)}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
+    if " passed" not in done.stdout and " failed" not in done.stdout and " error" not in done.stdout:
+        raise SystemExit(f"error: no test ran: {done.stdout[-500:]}{done.stderr[-500:]}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, (failed or done.stdout.splitlines()[-1:])[0][:110]
+
+
+def main() -> int:
+    """Prints a line a fault; see the module."""
+    with tempfile.TemporaryDirectory() as work:
+        copy = Path(work) / "checkout"
+        copy_checkout(copy)
+        all_tests = tuple(sorted({test for fault in FAULTS for test in fault.tests}))
+        passed, line = tests_pass(copy, all_tests)
+        sys.stdout.write(f"without a fault: {'green' if passed else 'RED'}: {line}\n")
+        missed = [] if passed else ["without a fault"]
+        for fault in FAULTS:
+            path = copy / fault.path
+            source = path.read_text(encoding="utf-8")
+            if source.count(fault.before) != 1:
+                raise SystemExit(
+                    f"error: {fault.path} holds {fault.before!r} {source.count(fault.before)} times, not once"
+                )
+            path.write_text(source.replace(fault.before, fault.after), encoding="utf-8")
+            started = time.monotonic()
+            passed, line = tests_pass(copy, fault.tests)
+            path.write_text(source, encoding="utf-8")
+            verdict = "NOT NOTICED" if passed else "noticed"
+            sys.stdout.write(f"{fault.name}: {verdict} in {time.monotonic() - started:.0f} s: {line}\n")
+            sys.stdout.flush()
+            if passed:
+                missed.append(fault.name)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
