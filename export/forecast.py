@@ -47,14 +47,6 @@ RUNTIME_BASE_BYTES = int(0.15 * GIB)
 PLAN_FACTOR = 1.2
 """Size of a plan over its weights; the mini's, which has kernels beside few weights, is up to 2 x."""
 PLAN_BASE_BYTES = 16 * 2**20
-BITS = {
-    Precision.FP32: 32,
-    Precision.FP16: 16,
-    Precision.BF16: 16,
-    Precision.INT8: 8,
-    Precision.FP8: 8,
-    Precision.INT4: 4.25,  # a scale of 16 bits for 64 weights
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +91,7 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     config, precision, fold = weights.config, options.precision, options.fold
     parameters = count_parameters(config, fold=fold)
     linear = count_linear_weights(config)
-    size = int(linear * BITS[precision] + (parameters - linear) * BITS[precision.base]) // 8
+    size = int(linear * precision.bits_per_weight + (parameters - linear) * precision.base.bits_per_weight) // 8
     streaming = _streaming_bytes(weights, options)
     in_memory = 0
     while_building = build_memory_bytes(size) if plan else 0

@@ -11,6 +11,9 @@ from typing import Any
 
 from nvembed_deploy.errors import CheckpointError, ConfigError
 
+INT4_BLOCK = 64
+"""Weights of a column that share a scale of 16 bits. TensorRT takes 64 and 128."""
+
 
 class Precision(str, Enum):
     """Number format of the engine's weights and activations; norms, pooling and L2 stay in FP32 in all of them."""
@@ -39,6 +42,15 @@ class Precision(str, Enum):
     def base(self) -> Precision:
         """The format of what is not quantized."""
         return Precision.FP16 if self.quantized else self
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight of a linear layer takes on disk, block scales included."""
+        if self is Precision.FP32:
+            return 32
+        if self is Precision.INT4:
+            return 4 + 16 / INT4_BLOCK
+        return 8 if self.quantized else 16
 
 
 class Dialect(str, Enum):

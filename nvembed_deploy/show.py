@@ -17,8 +17,6 @@ from nvembed_deploy.records import to_json
 from nvembed_deploy.targets import TARGETS
 
 GIB = 2**30
-NARROW_BITS = {"int8": 8, "fp8": 8, "int4": 4.125}  # a scale of 16 bits for 128 weights
-BASE_BITS = {"fp32": 32}
 POOLED = {
     Pooling.LATENT: "mean of the tokens behind latent attention",
     Pooling.MEAN: "mean of the tokens",
@@ -42,12 +40,11 @@ def fits_here(manifest: Manifest) -> tuple[bool, str]:
 def component_bytes(manifest: Manifest) -> dict[str, int]:
     """Bytes of the weights by component, in the formats of the precision; layers kept wider are not counted out."""
     precision = manifest.precision
-    base = BASE_BITS.get(precision.value, 16)
-    narrow = NARROW_BITS.get(precision.value, base)
+    quantized_bits, base_bits = precision.bits_per_weight, precision.base.bits_per_weight
     model = manifest.source.architecture
     linear = model.linear_weights()
     return {
-        name: int(linear.get(name, 0) * narrow + (count - linear.get(name, 0)) * base) // 8
+        name: int(linear.get(name, 0) * quantized_bits + (count - linear.get(name, 0)) * base_bits) // 8
         for name, count in model.parameters(fold=manifest.folded).items()
         if count
     }

@@ -3,17 +3,21 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from nvembed_deploy import Encoder
+from nvembed_deploy.architecture import ModelConfig
+from nvembed_deploy.backends import cpu_choice
 from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MEASURED_CHOICE = cpu_choice.choose
+"""The real one, for the tests of it."""
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx_libs") is not None
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="TensorRT-RTX is not installed (no wheels for this platform)")
 
@@ -35,16 +39,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_trace_each() -> Iterator[None]:
+    """A worker traces each graph once, and later exports get a copy of it: tracing is 96 % of a tiny export."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("torch") is not None and importlib.util.find_spec("onnx_ir") is not None:
+            _trace_once(patch)
+        yield
+
+
+def _trace_once(patch: pytest.MonkeyPatch) -> None:
+    from export import graph
+
+    traced: dict[tuple, object] = {}
+    trace = graph._trace
+
+    def trace_once(config: ModelConfig, **options: object) -> object:
+        key = (config, *sorted(options.items(), key=lambda option: option[0]))
+        if key not in traced:
+            traced[key] = trace(config, **options)
+        return traced[key].clone()
+
+    patch.setattr(graph, "_trace", trace_once)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Measurements of tests are kept apart from the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True)
-def no_choice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's runtime is ONNX Runtime: which one is faster is for tests/backends/test_ov.py, and else would vary."""
-    if request.module.__name__.split(".")[-1] != "test_ov":
-        monkeypatch.setattr("nvembed_deploy.backends.cpu_choice.choose", lambda *_, **__: ("onnxruntime", None))
+@pytest.fixture(scope="session", autouse=True)
+def no_choice() -> Iterator[None]:
+    """The CPU's runtime is ONNX Runtime, for fixtures of every scope: which one is faster would vary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_choice, "choose", lambda *_, **__: ("onnxruntime", None))
+        yield
 
 
 @pytest.fixture(scope="session")

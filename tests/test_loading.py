@@ -267,6 +267,7 @@ def publish_alternately(sources: list[Path], destination: Path, times: int, long
         time.sleep(rng.uniform(0, longest_pause))
 
 
+@pytest.mark.slow
 def test_readers_never_see_a_mixture(bundles: dict[str, Path], tmp_path: Path) -> None:
     weights = -np.frombuffer((bundles["fp32"] / WEIGHTS).read_bytes(), np.float32)
     vocabulary = json.loads((bundles["fp32"] / TOKENIZER).read_bytes())

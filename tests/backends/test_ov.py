@@ -16,6 +16,7 @@ from nvembed_deploy.backends import Output, cpu_choice, ov
 from nvembed_deploy.backends.ov import OvBackend
 from nvembed_deploy.text import TokenBatch
 from tests.conformance import TEXTS, check_encoder
+from tests.conftest import MEASURED_CHOICE
 
 pytestmark = pytest.mark.whole_machine
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.whole_machine
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu_choice, "choose", MEASURED_CHOICE)
     return tmp_path / "cache" / "nvembed-deploy"
 
 

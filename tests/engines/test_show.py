@@ -7,6 +7,7 @@ import pytest
 
 from engines.show import main
 from nvembed_deploy.bundle import Bundle
+from nvembed_deploy.config import INT4_BLOCK, Precision
 from nvembed_deploy.show import component_bytes
 from tests.conftest import needs_rtx
 
@@ -46,6 +47,19 @@ def test_components_are_the_weights(bundles: dict[str, Path]) -> None:
     total = sum(component_bytes(manifest).values())
     assert total == 4 * sum(manifest.source.architecture.parameters(fold=True).values())
     assert total <= manifest.files["model.onnx.data"].bytes < total + 64 * 4096
+
+
+def test_bits_of_a_weight_are_those_that_are_written() -> None:
+    torch = pytest.importorskip("torch", reason="not installed: pip install nvembed-deploy[export]")
+    from export.formats import FORMATS
+
+    weight = torch.ones(16, 2 * INT4_BLOCK)
+    for precision, number in FORMATS.items():
+        codes, scales = number.encode_weight(weight)
+        bits = 4 if precision is Precision.INT4 else 8
+        scale_bits = 16 * scales.numel() if precision is Precision.INT4 else 0  # one a column: not counted
+        assert precision.bits_per_weight == (bits * codes.numel() + scale_bits) / weight.numel()
+    assert [item.bits_per_weight for item in (Precision.FP32, Precision.FP16, Precision.BF16)] == [32, 16, 16]
 
 
 def test_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,7 @@ def run(bundle: Path, corpus: list[Path], out: Path, *flags: str) -> int:
     return main([str(bundle), "--input", *inputs, "--out", str(out), "--shard-rows", "16", "--workers", "2", *flags])
 
 
+@pytest.mark.slow
 def test_a_corpus_is_embedded_and_taken_up(
     bundles: dict[str, Path], corpus: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,7 @@ def test_a_corpus_is_embedded_and_taken_up(
     assert run(bundles["fp16"], corpus, out) == 1
 
 
+@pytest.mark.slow
 def test_wrong_rows_and_files_are_named(
     bundles: dict[str, Path], corpus: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,7 @@ def test_quantized_tensors_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "norm.weight is stored as I8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Five times the layers, and the memory of their nodes; in processes of their own, which tell their peaks."""
     peaks = []

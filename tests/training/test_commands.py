@@ -89,6 +89,7 @@ def test_a_missing_folder_or_file_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkeypatch):
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
     for library in ("transformers", "accelerate", "datasets", "peft", "matplotlib", "sentence_transformers"):

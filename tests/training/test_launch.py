@@ -19,6 +19,7 @@ from tests.training.test_stage import pretrain  # noqa: E402
 from tests.training.tiny_training import some_examples  # noqa: E402
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_checkpoint(tmp_path: Path) -> None:
     pretrain(tmp_path)
     write_examples(tmp_path / "examples.jsonl", some_examples(120))

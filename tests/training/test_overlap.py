@@ -21,6 +21,7 @@ SAMPLE = 1500
 LONGEST_CHARS = 250
 
 
+@pytest.mark.slow
 def test_no_training_text_is_close_to_an_evaluation_text():
     examples = select(read_data(SHARED / "train"), mix=STAGE_2_MIX, seed=1)
     sample = random.Random(0).sample(examples, SAMPLE)
