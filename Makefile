@@ -1,7 +1,8 @@
 # make engine   set up, export the embedded model to a TensorRT plan, and show what it makes of real questions
 # make app      the same, and open the search page over it in a browser
-# make test     set up and run the tests that take minutes, on all cores; WORKERS=0 for one after the other
-# make test-all   those, and the slow ones: the browser's, the README's commands, the embedded model's parity
+# make test     set up and run the default tests on all cores; WORKERS=0 for one after the other
+# make test-all   the default tests and the slow ones: browser, README commands, parity of the embedded model
+# make test-python310  the runtime under Python 3.10, as on JetPack 6, in an environment of its own
 # make bench    beside sentence-transformers, optimum, fastembed and PyTorch on this CPU; DATA is a folder of data sets
 # make bench-gpu  on a machine with an NVIDIA GPU: its tests, an engine for it, and that beside PyTorch in FP16
 # make check    formatting, lint and types, as CI runs them

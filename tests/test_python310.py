@@ -18,7 +18,6 @@ EMBED = """
 import json
 import sys
 import numpy as np
-from export import to_onnx
 from nvembed_deploy import Encoder
 assert sys.version_info[:2] == (3, 10), sys.version
 bundle, out = sys.argv[1:]

@@ -58,7 +58,7 @@ FAULTS = (
         path="nvembed_deploy/backends/ort.py",
         before='OUTPUTS = ("sentence_embedding", "sentence_norm")',
         after='OUTPUTS = ("sentence_norm", "sentence_embedding")',
-        tests=("tests/test_encoder.py",),
+        tests=("tests/export/test_graph.py",),
     ),
     Fault(
         name="another RoPE base",
