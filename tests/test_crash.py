@@ -252,6 +252,7 @@ def stopped_exports(
     return stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
     [("SIGTERM", "error: interrupted"), ("SIGINT", "error: interrupted"), ("EFBIG", "error: the disk is full")],
@@ -268,6 +269,7 @@ def test_a_stopped_export_is_one_line_and_changes_nothing(
     assert stopped.leftovers == []
 
 
+@pytest.mark.slow
 def test_a_killed_export_changes_nothing_and_the_next_removes_what_it_left(
     stopped_exports: dict, bundles: dict[str, Path]
 ) -> None:

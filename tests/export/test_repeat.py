@@ -35,8 +35,8 @@ def described(model: ir.Model) -> list[object]:
     ("name", "dialect", "precision"),
     [
         ("NV-Embed-v2", Dialect.FUSED, Precision.FP16),
-        ("e5-mistral", Dialect.FUSED, Precision.FP32),
-        ("gte-Qwen2", Dialect.PORTABLE, Precision.BF16),
+        pytest.param("e5-mistral", Dialect.FUSED, Precision.FP32, marks=pytest.mark.slow),
+        pytest.param("gte-Qwen2", Dialect.PORTABLE, Precision.BF16, marks=pytest.mark.slow),
     ],
 )
 def test_repeating_equals_tracing(
