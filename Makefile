@@ -24,8 +24,11 @@ GPU_TARGET ?= $(if $(filter trt,$(GPU_RUNTIME)),datacenter,rtx)
 PEERS ?= build/peers
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles a module when it is first imported; compiling all 141 distributions ahead takes as long as installing.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 READY := $(VENV)/.ready
+# A file of tests at a time goes to each worker, in the order of tests/conftest.py: long ones first.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 BUNDLE := bundles/nv-embed-mini-$(PRECISION)
 
 .PHONY: engine app test test-all test-python310 check format bench bench-gpu clean
@@ -39,16 +42,16 @@ app: $(READY)
 
 # Each tier by its markers; CONTRIBUTING.md says which one a new test belongs to.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
-		-m "not slow and not browser and not whole_machine" --durations=10 $(ARGS)
+	$(PYTEST) -m "not slow and not browser and not whole_machine" $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not whole_machine" --durations=10 $(ARGS)
+	$(PYTEST) -m "not whole_machine" $(ARGS)
 	$(BIN)/python -m pytest -m whole_machine --durations=10 $(ARGS) || test $$? = 5  # none of these in ARGS
 
 test-python310: $(READY)
 	$(PYTHON310) -m venv $(VENV)-3.10
-	$(VENV)-3.10/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-3.10.txt '.[cpu]'
+	$(VENV)-3.10/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		--constraint constraints-3.10.txt '.[cpu]'
 	$(VENV)-3.10/bin/python -m pip uninstall --quiet --yes nvembed-deploy  # the checkout is what is tested
 	NVEMBED_PYTHON310=$(abspath $(VENV)-3.10/bin/python) $(BIN)/python -m pytest tests/test_python310.py
 

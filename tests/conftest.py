@@ -12,9 +12,9 @@ from filelock import FileLock
 from nvembed_deploy import Encoder
 from nvembed_deploy.architecture import ModelConfig
 from nvembed_deploy.backends import cpu_choice
+from tests.readme import ROOT, run_readme
 from tests.tiny import make_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MEASURED_CHOICE = cpu_choice.choose
 """The real one, for the tests of it."""
@@ -32,10 +32,32 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What asks for the fixture `browser` is of the browser's tier."""
+    """What asks for the fixture `browser` is of the browser's tier. Files with long tests come first.
+
+    Workers take a file each, in this order, so that no long one begins when the others have finished. The README's
+    commands are first, and what reads their bundles follows when they are done.
+    """
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def is_long(item: pytest.Item) -> bool:
+        return any(item.get_closest_marker(name) for name in ("slow", "browser"))
+
+    def rank(path: Path) -> tuple[bool, bool, bool, int]:
+        return (
+            path.name != "test_readme.py",
+            not any(is_long(item) for item in files[path]),
+            any("readme_folder" in getattr(item, "fixturenames", ()) for item in files[path]),
+            -len(files[path]),
+        )
+
+    items[:] = [
+        item for path in sorted(files, key=rank) for item in sorted(files[path], key=lambda item: not is_long(item))
+    ]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -116,6 +138,12 @@ def bundles(checkpoint: Path, shared: Path) -> dict[str, Path]:
     first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # workers begin at different ones
     order = PRECISIONS[first % len(PRECISIONS) :] + PRECISIONS[: first % len(PRECISIONS)]
     return {precision: export(precision) for precision in order}
+
+
+@pytest.fixture(scope="session")
+def readme_folder(shared: Path) -> Path:
+    """The folder in which the README's commands and Python blocks were run in order, as they stand. Read only."""
+    return made_once(shared / "readme", run_readme)
 
 
 @pytest.fixture

@@ -16,14 +16,11 @@ from nvembed_deploy import Encoder
 from nvembed_deploy.config import Precision
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.__main__ import main
-from nvembed_deploy.evaluation.built_in import built_in_tasks
 from nvembed_deploy.evaluation.compare import (
     TOLERANCES,
     Comparison,
     TaskResult,
     as_table,
-    compare,
-    scores,
     tolerance_of,
 )
 from nvembed_deploy.evaluation.instructions import OFFICIAL, QUESTION, instruction_for
@@ -31,10 +28,6 @@ from nvembed_deploy.evaluation.model import MtebModel
 from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.reference import ReferenceEncoder
 from nvembed_deploy.evaluation.tasks import folder_tasks, reranking_data
-from tests.conftest import ROOT
-from tools.precisions import remembering
-
-MINI = ROOT / "models" / "nv-embed-mini"
 
 
 @pytest.mark.parametrize(
@@ -216,43 +209,3 @@ def test_a_cut_corpus_keeps_what_is_judged(tmp_path: Path) -> None:
     task.load_data()
     split = task.dataset["default"]["test"]
     assert set(split["corpus"]["id"]) == {f"d{number}" for number in range(4)}
-
-
-@pytest.fixture(scope="module")
-def mini_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not MINI.is_dir():
-        pytest.skip("the embedded model is part of the repository only")
-    return export_mini("fp32", tmp_path_factory.mktemp("mini") / "fp32")
-
-
-def export_mini(precision: str, out: Path) -> Path:
-    from export.to_onnx import main as export
-
-    assert export(["--precision", precision, "--out", str(out), "--model", str(MINI)]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def pytorch(mini_fp32: Path) -> tuple[ReferenceEncoder, dict[str, float]]:
-    """The reference and its scores on the built-in tasks."""
-    reference = ReferenceEncoder(MINI, like=Encoder(mini_fp32, backend="onnxruntime", device="cpu"))
-    reference.encode = remembering(reference.encode)
-    return reference, scores(reference, [item.task for item in built_in_tasks()])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_parity_of_the_embedded_model(
-    precision: str, mini_fp32: Path, pytorch: tuple[ReferenceEncoder, dict[str, float]], tmp_path: Path
-) -> None:
-    """Against PyTorch on six kinds of tasks, without a download."""
-    tasks = built_in_tasks()
-    assert {task.task.metadata.type for task in tasks} == {
-        "STS", "PairClassification", "Classification", "Clustering", "Reranking", "Retrieval",
-    }  # fmt: skip
-    bundle = mini_fp32 if precision == "fp32" else export_mini(precision, tmp_path / precision)
-    encoder = Encoder(bundle, backend="onnxruntime", device="cpu")
-    encoder.encode = remembering(encoder.encode)
-    reference, wanted = pytorch
-    comparison = compare(encoder, reference, tasks, wanted=wanted)
-    assert not comparison.failures, [(item.task, item.difference) for item in comparison.failures]

@@ -8,9 +8,8 @@ from app.library import Library
 from app.passages import library_passages
 from app.search import Searcher
 from nvembed_deploy import Encoder
-from tests.conftest import ROOT
+from tests.conftest import needs_rtx
 
-MINI = ROOT / "models" / "nv-embed-mini"
 INSTRUCTION = "Given a question about Python, retrieve documentation that answers the question"
 QUESTIONS = {
     "how do I read a CSV file?": "csv",
@@ -40,12 +39,9 @@ OTHERS = (
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MINI.is_dir(), reason="the embedded model is part of the repository only")
-def test_known_answers_are_in_the_first_three(tmp_path: Path) -> None:
-    from export.to_onnx import main as export
-
-    assert export(["--model", str(MINI), "--precision", "fp16", "--no-parity", "--out", str(tmp_path / "bundle")]) == 0
-    encoder = Encoder(tmp_path / "bundle", device="cpu", backend="onnxruntime")
+@needs_rtx
+def test_known_answers_are_in_the_first_three(readme_folder: Path, tmp_path: Path) -> None:
+    encoder = Encoder(readme_folder / "bundles" / "nv-embed-mini-fp16", device="cpu", backend="onnxruntime")
     wanted = {*QUESTIONS.values(), *OTHERS}
     library = Library(tmp_path / "collections", encoder)
     store = library.add_python(passage for passage in library_passages() if passage.source in wanted)

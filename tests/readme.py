@@ -1,0 +1,44 @@
+"""The README's commands and Python blocks, and how they are run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks() -> list[tuple[str, str]]:
+    """Returns the language and the body of each fenced block of the README, in order."""
+    return BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def readme_steps() -> list[list[str]]:
+    """Returns Python's arguments for each `python -m` line and each Python block of the README, in order."""
+    steps = []
+    for language, body in blocks():
+        if language == "bash":
+            lines = [line.split("#")[0].strip() for line in body.replace("\\\n", " ").splitlines()]
+            steps += [shlex.split(line)[1:] for line in lines if line.startswith("python -m ")]
+        elif language == "python":
+            steps.append(["-c", body])
+    return steps
+
+
+def run_readme(folder: Path) -> None:
+    """Runs the README's steps, as they stand, in a new folder.
+
+    Raises:
+        AssertionError: a step fails; it names the step and what it printed.
+    """
+    folder.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    for arguments in readme_steps():
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (arguments, done.stderr)
