@@ -35,10 +35,10 @@ BUNDLE := bundles/nv-embed-mini-$(PRECISION)
 
 engine: $(READY)
 	$(BIN)/python -m export.trt --precision $(PRECISION) --out $(BUNDLE)
-	$(BIN)/python -m nvembed_deploy.similarity $(BUNDLE)
+	$(BIN)/nvembed similarity $(BUNDLE)
 
 app: $(READY)
-	$(BIN)/python -m app
+	$(BIN)/nvembed app
 
 # Each tier by its markers; CONTRIBUTING.md says which one a new test belongs to.
 test: $(READY)
@@ -56,14 +56,14 @@ test-python310: $(READY)
 	NVEMBED_PYTHON310=$(abspath $(VENV)-3.10/bin/python) $(BIN)/python -m pytest tests/test_python310.py
 
 bench: $(READY)
-	$(BIN)/python -m tools.peers $(PEERS) --data $(DATA)
+	$(BIN)/python -m benchmarks.peers $(PEERS) --data $(DATA)
 
 bench-gpu: $(READY)
 	$(PIP) --editable '.[$(GPU_RUNTIME)]'
 	NVEMBED_GPU=required $(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m export.trt --precision fp16 --target $(GPU_TARGET) --out bundles/gpu-fp16
 	NVEMBED_GPU=required NVEMBED_BUNDLE=bundles/gpu-fp16 $(BIN)/python -m pytest -m gpu tests/backends/test_gpu.py
-	$(BIN)/python -m engines.bench bundles/gpu-fp16 reference@models/nv-embed-mini --device cuda --out build/gpu-bench.json
+	$(BIN)/nvembed bench bundles/gpu-fp16 reference@models/nv-embed-mini --device cuda --out build/gpu-bench.json
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nvembed_deploy import Encoder
-
-from .search import Searcher, check_query
-from .store import FolderStore
+from nvembed_deploy.app.search import Searcher, check_query
+from nvembed_deploy.app.store import FolderStore
 
 CANDIDATES = 40
 """The nearest passages by the page's own engine, which both sides then rank."""

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
+from nvembed_deploy.app.passages import Passage
 from nvembed_deploy.errors import InputError, MissingExtra
-
-from .passages import Passage
 
 CHUNK_TOKENS, OVERLAP_TOKENS = 160, 32
 """A passage, and what it shares with the next one, so that no sentence is lost at a cut."""

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nvembed_deploy.atomic import staged_folder, switch_in
 from nvembed_deploy.errors import ConfigError, DeployError, MissingExtra
+from nvembed_deploy.files.atomic import staged_folder, switch_in
 
 EXACT, EDGE = "exact", "qdrant"
 FOLDER = "qdrant"

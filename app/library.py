@@ -16,12 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from nvembed_deploy import Encoder
-from nvembed_deploy.atomic import remove_leftovers
+from nvembed_deploy.app.index import EXACT, opener
+from nvembed_deploy.app.passages import Passage, library_passages
+from nvembed_deploy.app.store import RECORD, Engine, FolderStore
 from nvembed_deploy.errors import BundleError, ConfigError, DeployError, InputError
-
-from .index import EXACT, opener
-from .passages import Passage, library_passages
-from .store import RECORD, Engine, FolderStore
+from nvembed_deploy.files.atomic import remove_leftovers
 
 PYTHON = "Python documentation"
 NAME = re.compile(r"\w[\w .-]{0,39}")

@@ -14,14 +14,13 @@ import gradio as gr
 import pandas
 
 from nvembed_deploy import DeployError, Encoder
-from nvembed_deploy.show import lines
-
-from .compare import compare
-from .documents import Limits, chunks, read_files
-from .library import PYTHON, Library
-from .passages import Passage
-from .plane import OTHERS, QUERY, RESULT, Plane, draw
-from .search import LONGEST_QUERY, MATCH, MOST_RESULTS, Found, Searcher
+from nvembed_deploy.app.compare import compare
+from nvembed_deploy.app.documents import Limits, chunks, read_files
+from nvembed_deploy.app.library import PYTHON, Library
+from nvembed_deploy.app.passages import Passage
+from nvembed_deploy.app.plane import OTHERS, QUERY, RESULT, Plane, draw
+from nvembed_deploy.app.search import LONGEST_QUERY, MATCH, MOST_RESULTS, Found, Searcher
+from nvembed_deploy.engines.show import lines
 
 PRESETS = {
     "Questions about Python": "Given a question about Python, retrieve documentation that answers the question",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed_deploy.pydocs import library_files, library_root
+from nvembed_deploy.sample_texts import library_files, library_root
 
 SHORTEST_DOC = 20
 LONGEST_TEXT = 1200

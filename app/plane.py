@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .index import Vectors
-from .search import Found
-from .store import FolderStore
+from nvembed_deploy.app.index import Vectors
+from nvembed_deploy.app.search import Found
+from nvembed_deploy.app.store import FolderStore
 
 MOST_POINTS = 3000
 NAMED_SOURCES = 8

@@ -11,11 +11,10 @@ from itertools import pairwise
 import numpy as np
 
 from nvembed_deploy import Coalescer, Encoder
+from nvembed_deploy.app.index import Vectors
+from nvembed_deploy.app.store import Engine, FolderStore, Hit
 from nvembed_deploy.errors import InputError
-from nvembed_deploy.text import TokenRow
-
-from .index import Vectors
-from .store import Engine, FolderStore, Hit
+from nvembed_deploy.tokenization import TokenRow
 
 LONGEST_QUERY = 2000
 """Characters; the page's own limit is not enforced on the server."""

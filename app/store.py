@@ -16,12 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from nvembed_deploy import Encoder
-from nvembed_deploy.atomic import staged_folder, switch_in
+from nvembed_deploy.app.index import Content, ExactIndex, Index, Vectors
+from nvembed_deploy.app.passages import Passage
 from nvembed_deploy.errors import BundleError, ConfigError
-from nvembed_deploy.records import from_json
-
-from .index import Content, ExactIndex, Index, Vectors
-from .passages import Passage
+from nvembed_deploy.files.atomic import staged_folder, switch_in
+from nvembed_deploy.files.records import from_json
 
 RECORD, PASSAGES, VECTORS = "collection.json", "passages.jsonl", "vectors.npy"
 

@@ -1,4 +1,4 @@
-"""`python -m engines.bench BUNDLE ...`: engines side by side on the same texts, in turn, in one run.
+"""`nvembed bench BUNDLE ...`: engines side by side on the same texts, in turn, in one run.
 
 Sides are bundles, a bundle with a backend (`BUNDLE@openvino`), or the checkpoint in PyTorch (`reference@CHECKPOINT`).
 Every figure is a median or a percentile of repeats in which the sides take turns, so that what else the machine does
@@ -23,23 +23,22 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed_deploy.architecture import ModelConfig
-from nvembed_deploy.atomic import write_file
 from nvembed_deploy.backends.bindings import TENSORRT
-from nvembed_deploy.backends.choose import Wish
 from nvembed_deploy.backends.cuda import CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import GPU
 from nvembed_deploy.batching import plan_batches
-from nvembed_deploy.cli import run, say
+from nvembed_deploy.console import program, run, say
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
+from nvembed_deploy.engines.bench_plot import draw_bench
+from nvembed_deploy.engines.power import PowerMeter
+from nvembed_deploy.engines.targets import TARGETS
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.machine import describe_machine
-from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order
-from nvembed_deploy.targets import TARGETS
-from nvembed_deploy.text import TokenRow
-
-from .bench_picture import draw_bench
-from .power import PowerMeter
+from nvembed_deploy.files.atomic import write_file
+from nvembed_deploy.model.config import ModelConfig
+from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order
+from nvembed_deploy.select_backend import Wish
+from nvembed_deploy.system import describe_machine
+from nvembed_deploy.tokenization import TokenRow
 
 REFERENCE = "reference"
 QUERY = "how do I undo my last git commit but keep the changes?"
@@ -52,7 +51,7 @@ started = time.perf_counter()
 from nvembed_deploy import Encoder
 Encoder(sys.argv[1], device=sys.argv[2], backend=sys.argv[3]).encode(sys.argv[4])
 seconds = time.perf_counter() - started
-from nvembed_deploy.machine import peak_memory_bytes
+from nvembed_deploy.system import peak_memory_bytes
 print(seconds, peak_memory_bytes())
 """
 
@@ -152,11 +151,9 @@ def open_side(name: str, device: str, first: Encoder | None) -> tuple[Encoder, s
     if place == REFERENCE:
         if first is None or not backend:
             raise ConfigError("name a bundle first, and the reference as reference@CHECKPOINT")
-        from nvembed_deploy.evaluation.reference import ReferenceEncoder
-
         # Beside a plan on a GPU: FP16 with PyTorch's fused attention, as one would deploy it, not FP32.
         place = f"cuda:{_index(device)}" if on_gpu(first) else "cpu"
-        return ReferenceEncoder(Path(backend), like=first, device=place), REFERENCE
+        return Encoder.from_checkpoint(Path(backend), like=first, device=place), REFERENCE
     return Encoder(place, device=device, backend=backend or "auto"), backend or "auto"
 
 
@@ -313,10 +310,10 @@ def table(result: dict[str, object]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m engines.bench", description="Measures engines side by side on the same texts, in turn."
+        prog=prog or program("bench"), description="Measures engines side by side on the same texts, in turn."
     )
     parser.add_argument(
         "sides",
@@ -348,4 +345,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from nvembed_deploy.engines.bench import main
+
+    raise SystemExit(main(prog="python -m engines.bench"))

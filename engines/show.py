@@ -1,20 +1,125 @@
-"""`python -m engines.show BUNDLE`: what an engine is, what it was compared with, and whether it runs here."""
+"""`nvembed show BUNDLE`: what an engine is, what it was compared with, and whether it runs here."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from nvembed_deploy.bundle import Bundle
-from nvembed_deploy.cli import run
-from nvembed_deploy.show import describe, lines
+from nvembed_deploy.backends.bindings import load_bindings
+from nvembed_deploy.backends.cuda import CudaRuntime
+from nvembed_deploy.backends.trt import check_fit
+from nvembed_deploy.bundle.manifest import Manifest
+from nvembed_deploy.bundle.parity_report import DEPTH
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.console import program, run
+from nvembed_deploy.engines.targets import TARGETS
+from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
+from nvembed_deploy.files.records import to_json
+from nvembed_deploy.model.config import Pooling
+from nvembed_deploy.system import available_memory_bytes
+
+GIB = 2**30
+POOLED = {
+    Pooling.LATENT: "mean of the tokens behind latent attention",
+    Pooling.MEAN: "mean of the tokens",
+    Pooling.LAST: "last token",
+}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def fits_here(manifest: Manifest) -> tuple[bool, str]:
+    """Whether the plan runs on this machine, and the reason in words."""
+    if manifest.plan is None:
+        return False, "the bundle has no plan: the graph runs on ONNX Runtime"
+    try:
+        device = CudaRuntime.load().device(0)
+        version = load_bindings(manifest.plan.runtime).__version__
+        check_fit(manifest.plan, version=version, device=device)
+    except (DeviceMismatchError, MissingExtra) as err:
+        return False, f"{err}. Until then the graph runs on ONNX Runtime"
+    return True, f"the plan runs on {device.name}"
+
+
+def component_bytes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of the weights by component, in the formats of the precision; layers kept wider are not counted out."""
+    precision = manifest.precision
+    quantized_bits, base_bits = precision.bits_per_weight, precision.base.bits_per_weight
+    model = manifest.source.architecture
+    linear = model.linear_weights()
+    return {
+        name: int(linear.get(name, 0) * quantized_bits + (count - linear.get(name, 0)) * base_bits) // 8
+        for name, count in model.parameters(fold=manifest.folded).items()
+        if count
+    }
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """The same as `lines`, for programs."""
+    runs, reason = fits_here(manifest)
+    memory = available_memory_bytes()
+    return {
+        "manifest": to_json(manifest),
+        "component_bytes": component_bytes(manifest),
+        "plan_runs_here": runs,
+        "reason": reason,
+        "available_memory_bytes": memory,
+    }
+
+
+def lines(manifest: Manifest) -> Iterator[str]:
+    """What there is to say, a line each."""
+    model, plan = manifest.source.architecture, manifest.plan
+    revision = f", revision {manifest.source.revision}" if manifest.source.revision else ""
+    size = f"{model.layers} layers, width {model.hidden_size}"
+    yield f"model      {manifest.source.name}{revision}: {model.relative}, {size}"
+    yield f"           {model.mask.value}, {POOLED[model.pooling]}; vectors of {manifest.dimension}"
+    if model.matryoshka is not None:
+        yield f"           vectors may be cut to {model.matryoshka}"
+    prompt = manifest.text.instruction_template or "no instructions"
+    names = f"; named prompts: {', '.join(manifest.text.prompts)}" if manifest.text.prompts else ""
+    yield f"queries    {prompt!r}{names}"
+    kept = f"; in fp32: {', '.join(manifest.fp32_modules)}" if manifest.fp32_modules else ""
+    yield f"precision  {manifest.precision.value}{kept}"
+    yield f"graph      ONNX opset {manifest.opset}, {manifest.dialect.value} dialect"
+    yield f"shapes     {manifest.profile} (texts x tokens: smallest, usual, largest)"
+    recipe = TARGETS.get(manifest.target)
+    yield f"target     {manifest.target}{f': {recipe.summary}' if recipe else ''}"
+    if plan is None:
+        yield "plan       none"
+    else:
+        yield f"plan       {plan.runtime} {plan.version}, {plan.platform}, GPUs {', '.join(plan.compute_capabilities)}"
+        for profile in plan.profiles[1:]:
+            yield f"           and kernels of their own for {profile}"
+        for on, what in (
+            (plan.stripped, "without weights"),
+            (plan.weight_streaming, "weights may stay in the host"),
+        ):
+            if on:
+                yield f"           {what}"
+    for name, entry in manifest.files.items():
+        yield f"file       {name}: {entry.bytes / 1e6:.1f} MB"
+    parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in component_bytes(manifest).items())
+    yield f"weights    {parts}"
+    for report in manifest.parity:
+        overlap = "" if report.overlap is None else f", top-{DEPTH} overlap {report.overlap:.1%}"
+        cosines = f"lowest cosine {report.min_cosine:.6f}, mean {report.mean_cosine:.6f}"
+        yield f"parity     {report.candidate}: {cosines}{overlap}"
+    if not manifest.parity:
+        yield f"parity     NOT checked: {program('check')} BUNDLE --model CHECKPOINT"
+    yield f"made       {manifest.created} by version {manifest.tool_version}"
+    runs, reason = fits_here(manifest)
+    yield f"here       {'yes' if runs else 'no'}: {reason}"
+    memory = available_memory_bytes()
+    needed = sum(component_bytes(manifest).values())
+    if memory is not None and needed > memory:
+        yield f"           the weights alone take {needed / GIB:.1f} GiB and {memory / GIB:.1f} GiB of memory are free"
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="python -m engines.show", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog=prog or program("show"), description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", help="a bundle's folder, or the engine.plan or model.onnx in it")
     parser.add_argument("--json", action="store_true", help="the same for programs, with the whole manifest")
     flags = parser.parse_args(argv)
@@ -27,7 +132,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.writelines(f"{line}\n" for line in lines(manifest))
 
     return run(command)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

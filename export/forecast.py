@@ -6,19 +6,19 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed_deploy.architecture import ModelConfig
-from nvembed_deploy.atomic import free_bytes
 from nvembed_deploy.backends.trt import CONTEXTS
-from nvembed_deploy.config import Precision
+from nvembed_deploy.engines.plan_builder import build_memory_bytes
 from nvembed_deploy.errors import ExportError
-from nvembed_deploy.machine import available_memory_bytes
+from nvembed_deploy.export.graph.trace import DTYPES
+from nvembed_deploy.export.graph.write import BLOCK_BYTES, PANEL_BYTES
+from nvembed_deploy.export.layerwise import EMBEDDINGS, part_of
+from nvembed_deploy.export.options import ExportOptions
+from nvembed_deploy.export.quantization.calibration import BATCH_TOKENS, SAMPLED_ROWS
+from nvembed_deploy.files.atomic import free_bytes
+from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.model.weights import StoredWeights
-from nvembed_deploy.plan_builder import build_memory_bytes
-
-from .calibration import BATCH_TOKENS, SAMPLED_ROWS
-from .graph import BLOCK_BYTES, DTYPES, PANEL_BYTES
-from .options import ExportOptions
-from .parts import EMBEDDINGS, part_of
+from nvembed_deploy.spec import Precision
+from nvembed_deploy.system import available_memory_bytes
 
 GIB = 2**30
 BASE_BYTES = int(0.41 * GIB)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nvembed_deploy.config import Dialect, Precision, Shape, ShapeProfile
+from nvembed_deploy.console import program
+from nvembed_deploy.engines.plan_builder import add_option_flags, asked_options
+from nvembed_deploy.engines.targets import TARGETS, BuildOption, Target, capable, choose
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.plan_builder import add_option_flags, asked_options
-from nvembed_deploy.targets import TARGETS, BuildOption, Target, capable, choose
+from nvembed_deploy.spec import Dialect, Precision, Shape, ShapeProfile
 
 DEFAULT_MODEL = Path("models") / "nv-embed-mini"
 """The embedded checkpoint, from the root of the repository."""
@@ -32,6 +32,8 @@ class ExportOptions:
     precision: Precision
     dialect: Dialect
     target: Target
+    onnx_only: bool
+    """Build no plan."""
     profile: ShapeProfile
     fold: bool
     reference: bool
@@ -69,89 +71,99 @@ def default_model() -> Path:
     return folder
 
 
-def add_flags(
-    parser: argparse.ArgumentParser,
-    *,
-    precisions: Sequence[Precision] = tuple(Precision),
-    default: Precision = Precision.FP16,
-    archived: Sequence[str] = (),
-) -> None:
-    """Adds the flags of `ExportOptions`.
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `ExportOptions`, in groups."""
+    _add_checkpoint_flags(parser.add_argument_group("checkpoint"))
+    _add_bundle_flags(parser.add_argument_group("bundle"))
+    _add_gate_flags(parser.add_argument_group("comparison with PyTorch"))
+    _add_quantization_flags(parser.add_argument_group("quantization"))
+    add_option_flags(parser.add_argument_group("large engines"))
+    parser.add_argument("--force", action="store_true", help="go on where the forecast says that it will not fit")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what TensorRT and the exporter log")
 
-    Args:
-        parser: Gets them.
-        precisions: What can be chosen.
-        default: Of those.
-        archived: Targets that archives are made for, the default first; none where plans are built, for any target.
-    """
-    parser.add_argument(
+
+def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--model",
         default=None,
         metavar="DIR|NAME",
         help="checkpoint: a folder in Hugging Face layout, or a hub name such as nvidia/NV-Embed-v2, which is "
         f"downloaded (default: the embedded mini model, {DEFAULT_MODEL})",
     )
-    parser.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
-    parser.add_argument(
+    group.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
+    group.add_argument(
         "--layers",
         type=_positive,
         default=None,
         metavar="N",
         help="take the first N layers only: a smaller model of true width, to try a large one on a small machine",
     )
-    parser.add_argument(
+
+
+def _add_bundle_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--precision",
-        choices=[item.value for item in precisions],
-        default=default.value,
+        choices=[item.value for item in Precision],
+        default=Precision.FP16.value,
         help="number format of weights and activations; int8 and fp8 quantize the linear layers and their inputs, int4 "
-        f"their weights, the rest stays fp16 (default: {default.value})",
+        "their weights, the rest stays fp16 (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--target",
-        choices=archived or ["auto", *TARGETS],
-        default=archived[0] if archived else "auto",
+        choices=["auto", *TARGETS],
+        default="auto",
         help="device to build for: "
-        + "; ".join(f"{name} = {TARGETS[name].summary}" for name in archived or TARGETS)
-        + f" (default: {archived[0] if archived else 'auto, by what is installed here'})",
+        + "; ".join(f"{name} = {TARGETS[name].summary}" for name in TARGETS)
+        + " (default: auto, by what is installed here)",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--onnx-only",
+        action="store_true",
+        help="no plan: the graph runs on ONNX Runtime and OpenVINO, and `build` makes a plan of it anywhere",
+    )
+    group.add_argument(
         "--dialect",
         choices=[item.value for item in Dialect],
         default=None,
         help="ONNX operators: fused (opset 23) or portable (opset 20, primitive operators) (default: the target's)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--out", type=Path, default=None, metavar="DIR", help="bundle to write (default: bundles/MODEL-PRECISION)"
     )
     for name, what in (("min", "smallest"), ("opt", "most usual"), ("max", "largest")):
-        parser.add_argument(
+        group.add_argument(
             f"--{name}",
             type=_shape,
             default=None,
             metavar="BxT",
             help=f"{what} batch, texts x tokens (default: the target's; rtx {getattr(TARGETS['rtx'].profile, name)})",
         )
-    parser.add_argument(
+    group.add_argument(
         "--weights",
         choices=WEIGHTS_WAYS,
         default="copy",
         help="copy: the bundle holds the weights, turned as runtimes take them; reference: weights whose type stays "
         "are not written again, the checkpoint's own files are linked into the bundle (default: %(default)s)",
     )
-    parser.add_argument("--no-fold", action="store_true", help="keep the latent attention unfolded, to compare")
-    parser.add_argument(
+    group.add_argument("--no-fold", action="store_true", help="keep the latent attention unfolded, to compare")
+
+
+def _add_gate_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--no-parity",
         action="store_true",
         help="skip the comparison with PyTorch, which holds the whole model in memory; the manifest then says so. "
         "Values near FP16's limit are not searched either, unless --probe-ranges asks for it",
     )
-    parser.add_argument(
+    group.add_argument(
         "--probe-ranges",
         action="store_true",
         help="with --no-parity: search for values near FP16's limit all the same, one layer in memory at a time",
     )
-    add_option_flags(parser)
-    parser.add_argument(
+
+
+def _add_quantization_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--calibration",
         type=Path,
         default=None,
@@ -159,22 +171,20 @@ def add_flags(
         help='texts that quantization is fitted to, one {"text": ...} a line, "instruction" beside it for queries: '
         "use what will be embedded (default: a built-in mixture of queries, passages, code and other languages)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--calibration-tokens",
         type=_positive,
         default=TOKENS,
         metavar="N",
         help="tokens of them to take (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--reuse",
         type=Path,
         default=None,
         metavar="BUNDLE",
         help="take ranges, smoothing and kept layers from an earlier quantized bundle of the same checkpoint",
     )
-    parser.add_argument("--force", action="store_true", help="go on where the forecast says that it will not fit")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show what TensorRT and the exporter log")
 
 
 def _positive(text: str) -> int:
@@ -190,12 +200,8 @@ def _shape(text: str) -> Shape:
         raise argparse.ArgumentTypeError(str(err)) from err
 
 
-def from_flags(flags: argparse.Namespace, *, plan: bool) -> ExportOptions:
+def from_flags(flags: argparse.Namespace) -> ExportOptions:
     """Checks the flags together.
-
-    Args:
-        flags: As parsed.
-        plan: Whether this machine builds the plan, so that its own GPU must be capable.
 
     Raises:
         ConfigError: A flag does not fit the others; its name is in the message.
@@ -209,17 +215,16 @@ def from_flags(flags: argparse.Namespace, *, plan: bool) -> ExportOptions:
         )
     precision = Precision(flags.precision)
     asked = asked_options(flags, target)
-    if asked and not plan:
+    if asked and flags.onnx_only:
         names = " and ".join(f"--{option.value}" for option in sorted(asked))
-        raise ConfigError(
-            f"{names} changes the plan, and none is built here; pass it to python -m nvembed_deploy.build"
-        )
+        raise ConfigError(f"{names} changes the plan, and --onnx-only builds none; pass it to {program('build')}")
     for name in ("calibration", "reuse"):
         if getattr(flags, name) is not None and not precision.quantized:
             raise ConfigError(f"--{name} is for quantized precisions, and --precision is {precision.value}; pass int8")
     if flags.weights == "reference" and precision.quantized:
         raise ConfigError(f"--weights reference is for weights that stay as they are; {precision.value} writes others")
-    judged = target if plan else replace(target, on_device=False)
+    # Where this machine builds the plan, its own GPU must be capable.
+    judged = replace(target, on_device=False) if flags.onnx_only else target
     target = replace(target, compute_capabilities=capable(judged, precision))
     model = flags.model or str(default_model())
     name = (Path(model).name or "model") + (f"-{flags.layers}-layers" if flags.layers else "")
@@ -231,6 +236,7 @@ def from_flags(flags: argparse.Namespace, *, plan: bool) -> ExportOptions:
         precision=precision,
         dialect=Dialect(flags.dialect) if flags.dialect else target.dialect,
         target=target,
+        onnx_only=flags.onnx_only,
         profile=ShapeProfile(**shapes),
         fold=not flags.no_fold,
         reference=flags.weights == "reference",

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from nvembed_deploy.architecture import Pooling
-from nvembed_deploy.backends.reference import ReferenceBackend
-from nvembed_deploy.bundle import (
+from nvembed_deploy.backends.pytorch import PyTorchBackend
+from nvembed_deploy.bundle.manifest import (
     CPU_GRAPH,
     FORMAT_VERSION,
     GRAPH,
@@ -24,41 +23,48 @@ from nvembed_deploy.bundle import (
     TOKENIZER,
     TRUTH,
     WEIGHTS,
-    FileEntry,
     Manifest,
     PlanInfo,
     Source,
 )
-from nvembed_deploy.cli import say
-from nvembed_deploy.config import Precision
+from nvembed_deploy.bundle.writer import commit, new_bundle
+from nvembed_deploy.console import program, say
+from nvembed_deploy.engines.plan_builder import build_plan
+from nvembed_deploy.engines.targets import BuildOption, load_runtime, local_compute_capability
 from nvembed_deploy.errors import ConfigError, MaskError, MissingExtra, ParityError
-from nvembed_deploy.family import read_checkpoint_architecture
-from nvembed_deploy.gate import Gate, step, verdict
-from nvembed_deploy.machine import installed_versions, peak_memory_bytes, return_large_blocks
+from nvembed_deploy.export.background import InBackground
+from nvembed_deploy.export.forecast import GIB, Forecast, forecast, require_room
+from nvembed_deploy.export.fp16_ranges import FP16_MAX, probe, wide_modules
+from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
+from nvembed_deploy.export.graph.trace import trace
+from nvembed_deploy.export.graph.weights import StoredState
+from nvembed_deploy.export.graph.write import check, write
+from nvembed_deploy.export.layerwise import Parts, folded_form
+from nvembed_deploy.export.options import ExportOptions
+from nvembed_deploy.export.quantization.calibration import built_in_texts, read_texts, texts_sha256, tokenize
+from nvembed_deploy.export.quantization.formats import FORMATS
+from nvembed_deploy.export.quantization.qdq import insert
+from nvembed_deploy.export.quantization.record import (
+    QuantizationRecord,
+    keep_next,
+    keep_wide,
+    read_record,
+    write_record,
+)
+from nvembed_deploy.export.quantization.search import QuantizedState, apply_record, quantize
+from nvembed_deploy.files.hashing import FileEntry
+from nvembed_deploy.files.read_ahead import Pace
+from nvembed_deploy.model import source
+from nvembed_deploy.model.config import Pooling
+from nvembed_deploy.model.family import read_checkpoint_architecture
 from nvembed_deploy.model.weights import StoredWeights, weight_files
-from nvembed_deploy.parity import observe
-from nvembed_deploy.plan_builder import build_plan
-from nvembed_deploy.probes import longest_probe
-from nvembed_deploy.publish import commit, new_bundle
-from nvembed_deploy.targets import BuildOption, load_runtime, local_compute_capability
-from nvembed_deploy.text import TextEncoder
+from nvembed_deploy.parity.compare import observe
+from nvembed_deploy.parity.gate import Gate, step, verdict
+from nvembed_deploy.parity.probes import longest_probe
+from nvembed_deploy.spec import Precision
+from nvembed_deploy.system import installed_versions, peak_memory_bytes, return_large_blocks
+from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.version import __version__
-
-from . import source
-from .background import InBackground
-from .calibration import built_in_texts, read_texts, texts_sha256, tokenize
-from .cpu_graph import write_cpu_graph
-from .forecast import GIB, Forecast, forecast, require_room
-from .formats import FORMATS
-from .graph import check, trace, write
-from .options import ExportOptions
-from .pace import Pace
-from .parts import Parts, folded_form
-from .qdq import insert
-from .quantization import QuantizedState, apply_record, quantize
-from .quantization_record import QuantizationRecord, keep_next, keep_wide, read_record, write_record
-from .ranges import FP16_MAX, probe, wide_modules
-from .state import StoredState
 
 POOLING = {
     Pooling.LATENT: "latent attention, masked mean, L2",
@@ -68,13 +74,12 @@ POOLING = {
 RECORDED = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
 
 
-def export(options: ExportOptions, *, plan: bool) -> Manifest:
+def export(options: ExportOptions) -> Manifest:
     """Exports a checkpoint to a bundle.
 
     Args:
-        options: What to export.
-        plan: Whether to build `engine.plan`; without the target's TensorRT the bundle is written without one, and a
-            message says what is missing.
+        options: What to export. Without the target's TensorRT the bundle is written without a plan, and a message
+            says what is missing.
 
     Raises:
         DeployError: A step failed; the destination is as it was.
@@ -88,7 +93,7 @@ def export(options: ExportOptions, *, plan: bool) -> Manifest:
             f"--max {options.profile.max} is longer than the model's {contract.max_tokens} tokens; pass fewer"
         )
     weights = StoredWeights(folder, config)
-    bindings, missing = _bindings(options) if plan else (None, "")
+    bindings, missing = (None, "") if options.onnx_only else _bindings(options)
     needed = forecast(weights, options, plan=bindings is not None)
     say(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needed}")
     streamed = () if options.runs_model or options.reference else tuple(weight_files(folder))
@@ -188,14 +193,14 @@ def _gate_and_parts(
     """The gate, and the model as far as one is needed: in memory beside a gate, else part by part."""
     if options.parity:
         with step("reading the checkpoint"):
-            reference = ReferenceBackend(folder, layers=options.layers)
+            reference = PyTorchBackend(folder, layers=options.layers)
         gate = _gate(reference, text, options)
         return gate, Parts(folded_form(reference.model, fold=options.fold))  # nobody else needs it any more
     return_large_blocks()  # what a model in memory computes takes a third less time where they are kept
     return None, Parts.of_checkpoint(weights, fold=options.fold) if options.runs_model else None
 
 
-def _gate(reference: ReferenceBackend, text: TextEncoder, options: ExportOptions) -> Gate:
+def _gate(reference: PyTorchBackend, text: TextEncoder, options: ExportOptions) -> Gate:
     """What the reference makes of the probes, for every graph and plan to be measured by."""
     largest = options.profile.max
     with step("embedding the probes with PyTorch"):
@@ -235,7 +240,7 @@ def _quantize(parts: Parts, text: TextEncoder, origin: Source, options: ExportOp
 
 def _write_record(record: QuantizationRecord, staging: Path) -> None:
     """The record, and the picture of its ranking."""
-    from .quantization_picture import draw_ranking  # matplotlib takes a second to load
+    from nvembed_deploy.export.quantization.plot import draw_ranking  # matplotlib takes a second to load
 
     write_record(record, staging / QUANTIZATION)
     draw_ranking(record, staging / QUANTIZATION_PICTURE)
@@ -297,8 +302,8 @@ def _bindings(options: ExportOptions) -> tuple[Any, str]:
         found = f", and this machine's GPU has compute capability {here}" if here else ""
         return (
             None,
-            f"--target {target.name} is built on the device itself{found}: python -m export.bundle packs what it needs "
-            "there",
+            f"--target {target.name} is built on the device itself{found}: {program('pack')} BUNDLE packs what it "
+            "needs there",
         )
     try:
         return load_runtime(target), ""

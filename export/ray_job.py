@@ -1,4 +1,4 @@
-"""`python -m export.ray_job BUNDLE --input corpus.jsonl --out vectors`: embeds a corpus on as many machines as Ray has.
+"""`nvembed bulk BUNDLE --input corpus.jsonl --out vectors`: embeds a corpus on as many machines as Ray has.
 
 JSON lines and Parquet in, Parquet out: the input's columns and `embedding`, float32 [D]. The corpus is cut into shards,
 each written whole or not at all, so that the same command goes on where a killed one stopped. On a cluster the bundle,
@@ -16,21 +16,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.atomic import write_file
-from nvembed_deploy.bundle import Bundle
-from nvembed_deploy.cli import run, say
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.console import program, run, say
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, DeployError, InputError, MissingExtra
-from nvembed_deploy.jsonl import read_rows
+from nvembed_deploy.files.atomic import write_file
+from nvembed_deploy.files.json_lines import read_rows
 
 RECORD = "job.json"
 EMBEDDING = "embedding"
 SHARD_ROWS = 10_000
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command; its last line on stdout is the output's folder."""
-    parser = argparse.ArgumentParser(prog="python -m export.ray_job", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog=prog or program("bulk"), description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", type=Path, help="a bundle's folder")
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl or .parquet files")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of Parquet files to write")
@@ -216,4 +216,6 @@ def _read(shard: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from nvembed_deploy.export.ray_job import main
+
+    raise SystemExit(main(prog="python -m export.ray_job"))

@@ -1,12 +1,14 @@
-"""`python -m export.to_onnx`: the same as `export.trt` without a plan, for ONNX Runtime or for building elsewhere."""
+"""`python -m export.to_onnx`: the same as `nvembed export --onnx-only`."""
 
 from __future__ import annotations
 
 import functools
 
-from . import trt
+from nvembed_deploy.export import trt
 
-main = functools.partial(trt.main, name="to_onnx", plan=False)
+main = functools.partial(trt.main, onnx_only=True)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from nvembed_deploy.export.to_onnx import main
+
+    raise SystemExit(main(prog="python -m export.to_onnx"))

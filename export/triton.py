@@ -1,4 +1,4 @@
-"""`python -m export.triton BUNDLE --out REPOSITORY`: a model repository for NVIDIA's Triton Inference Server.
+"""`nvembed triton BUNDLE --out REPOSITORY`: a model repository for NVIDIA's Triton Inference Server.
 
 Three models: NAME takes a text and an instruction and gives a vector; it is an ensemble of NAME_tokenizer (Python, the
 bundle's own tokenizer and masks) and NAME_engine (the plan, or the graph on ONNX Runtime). Requests are put together in
@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from nvembed_deploy.atomic import staged_folder, switch_in
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
-from nvembed_deploy.bundle import CPU_GRAPH, GRAPH, PLAN, TOKENIZER, WEIGHTS, Bundle, Manifest
-from nvembed_deploy.cli import run, say
-from nvembed_deploy.config import ShapeProfile
+from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, TOKENIZER, WEIGHTS, Manifest
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.console import program, run, say
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.records import to_json
+from nvembed_deploy.files.atomic import staged_folder, switch_in
+from nvembed_deploy.files.records import to_json
+from nvembed_deploy.spec import ShapeProfile
 
 TENSORRT, ONNXRUNTIME = "tensorrt", "onnxruntime"
 CONTRACT = "contract.json"
@@ -170,7 +171,7 @@ def write_repository(bundle: Bundle, out: Path, *, name: str, platform: str, ins
         built = "no plan" if manifest.plan is None else f"a plan of {manifest.plan.runtime}"
         raise ConfigError(
             f"--platform tensorrt: {bundle.folder} has {built}, and Triton runs TensorRT's: build one on the GPU "
-            "itself (python -m export.trt --target datacenter), or pass --platform onnxruntime"
+            f"itself ({program('build')} BUNDLE --target datacenter), or pass --platform onnxruntime"
         )
     if platform == TENSORRT and manifest.plan is not None and manifest.plan.stripped:
         raise ConfigError(
@@ -226,14 +227,14 @@ def _write_tokenizer(bundle: Bundle, folder: Path, *, name: str) -> None:
 
 MODEL = '''"""Texts to ids and masks, in Triton's Python backend. Needs nvembed-deploy in the backend's Python."""
 
-from nvembed_deploy.triton_tokenizer import TritonPythonModel  # noqa: F401
+from nvembed_deploy.serve.triton_tokenizer import TritonPythonModel  # noqa: F401
 '''
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command; its last line on stdout is the repository."""
     parser = argparse.ArgumentParser(
-        prog="python -m export.triton", description="Writes a model repository for Triton Inference Server."
+        prog=prog or program("triton"), description="Writes a model repository for Triton Inference Server."
     )
     parser.add_argument("bundle", help="a bundle's folder, or the engine.plan or model.onnx in it")
     parser.add_argument("--out", type=Path, required=True, metavar="REPOSITORY", help="folder to write")
@@ -262,7 +263,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{flags.out}\n")
 
     return run(command)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -15,19 +15,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.backends import Backend, Output
-from nvembed_deploy.backends.choose import Wish, open_backend
+from nvembed_deploy.backends.base import Backend, Output
 from nvembed_deploy.batching import plan_batches
-from nvembed_deploy.bundle import OPEN_ATTEMPTS, TOKENIZER, Bundle, Manifest
+from nvembed_deploy.bundle.manifest import TOKENIZER, Manifest
+from nvembed_deploy.bundle.reader import OPEN_ATTEMPTS, Bundle
+from nvembed_deploy.console import program
 from nvembed_deploy.errors import (
     BundleError,
     ConfigError,
     DeployError,
     InputError,
     InputTypeError,
+    MissingExtra,
     NumericsError,
 )
-from nvembed_deploy.text import TextEncoder, TokenRow, check_pooled, check_texts
+from nvembed_deploy.files.hashing import hash_file
+from nvembed_deploy.select_backend import Wish, open_backend
+from nvembed_deploy.tokenization import TextEncoder, TokenRow, check_pooled, check_texts
 
 WINDOW_TEXTS = 4096
 """Texts that are tokenized and ordered together; a generator is read one such window ahead."""
@@ -97,6 +101,37 @@ class Encoder:
         self, path: str | Path, *, device: str = "auto", backend: str = "auto", threads: int | None = None
     ) -> None:
         self._bundle, self._text, self._backend = open_parts(path, device, backend=backend, threads=threads)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Path, *, like: Encoder, device: str = "cpu") -> Encoder:
+        """Returns the checkpoint in PyTorch, given exactly the tokens that a bundle's engine is given. Needs torch.
+
+        Args:
+            checkpoint: The folder in Hugging Face layout that the bundle was made from.
+            like: The bundle's encoder.
+            device: PyTorch's name of the device: `cpu` for FP32, the truth; `cuda` for FP16, as one would deploy it.
+
+        Raises:
+            ConfigError: The bundle was made from other weights.
+            CheckpointError: The folder cannot be read.
+            MissingExtra: PyTorch is not installed.
+        """
+        try:
+            from nvembed_deploy.backends.pytorch import PyTorchBackend
+        except ImportError as err:
+            raise MissingExtra(f"a checkpoint runs in PyTorch ({err}); pip install 'nvembed-deploy[export]'") from err
+        for name, entry in like.manifest.source.files.items():
+            path = checkpoint / name
+            if path.suffix == ".safetensors" and (not path.is_file() or hash_file(path) != entry):
+                raise ConfigError(
+                    f"{name} of {checkpoint} is not what the bundle was made from; pass its own checkpoint as "
+                    "--reference, or export it again"
+                )
+        encoder = cls.__new__(cls)
+        encoder._bundle, encoder._text = like._bundle, like._text
+        layers = like.manifest.source.architecture.layers
+        encoder._backend = PyTorchBackend(checkpoint, layers=layers, device=device, half=device != "cpu")
+        return encoder
 
     @property
     def backend(self) -> str:
@@ -399,7 +434,7 @@ class Encoder:
             if len(row) > longest:
                 raise InputError(
                     f"text {index} has {len(row)} tokens and the plan takes {longest}; pass max_length={longest}, or "
-                    "rebuild it: python -m export.trt --max BATCHxTOKENS"
+                    f"rebuild it: {program('build')} BUNDLE --max BATCHxTOKENS"
                 )
         return sum(row.truncated for row in rows)
 
@@ -454,7 +489,7 @@ def _check_vectors(output: Output, indices: list[int], backend: str) -> None:
         row = int(np.flatnonzero(~good)[0])
         raise NumericsError(
             f"text {indices[row]}: {backend} gave a vector of length {lengths[row]} instead of 1, pooled length "
-            f"{output.norms[row]}; rebuild the engine in bf16: python -m export.trt --precision bf16"
+            f"{output.norms[row]}; rebuild the engine in bf16: {program('export')} --precision bf16"
         )
 
 

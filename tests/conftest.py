@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from nvembed_deploy import Encoder
-from nvembed_deploy.architecture import ModelConfig
-from nvembed_deploy.backends import cpu_choice
+from nvembed_deploy import Encoder, select_backend
+from nvembed_deploy.model.config import ModelConfig
 from tests.readme import ROOT, run_readme
 from tests.tiny import make_checkpoint
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-MEASURED_CHOICE = cpu_choice.choose
+MEASURED_CHOICE = select_backend.fastest_cpu_runtime
 """The real one, for the tests of it."""
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx_libs") is not None
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="TensorRT-RTX is not installed (no wheels for this platform)")
@@ -70,7 +69,7 @@ def one_trace_each() -> Iterator[None]:
 
 
 def _trace_once(patch: pytest.MonkeyPatch) -> None:
-    from export import graph
+    from nvembed_deploy.export.graph import trace as graph
 
     traced: dict[tuple, object] = {}
     trace = graph._trace
@@ -94,7 +93,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def no_choice() -> Iterator[None]:
     """The CPU's runtime is ONNX Runtime, for fixtures of every scope: which one is faster would vary."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_choice, "choose", lambda *_, **__: ("onnxruntime", None))
+        patch.setattr(select_backend, "fastest_cpu_runtime", lambda *_, **__: ("onnxruntime", None))
         yield
 
 
@@ -125,7 +124,7 @@ def checkpoint(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def bundles(checkpoint: Path, shared: Path) -> dict[str, Path]:
     """A bundle of the tiny checkpoint in each precision, with plans where TensorRT-RTX is installed. Read only."""
-    from export.trt import main
+    from nvembed_deploy.export.trt import main
 
     def export(precision: str) -> Path:
         flags = ["--model", str(checkpoint), "--precision", precision, "--max", "32x128"]

@@ -17,12 +17,16 @@ def blocks() -> list[tuple[str, str]]:
 
 
 def readme_steps() -> list[list[str]]:
-    """Returns Python's arguments for each `python -m` line and each Python block of the README, in order."""
+    """Returns Python's arguments for each command and each Python block of the README, in order."""
     steps = []
     for language, body in blocks():
         if language == "bash":
             lines = [line.split("#")[0].strip() for line in body.replace("\\\n", " ").splitlines()]
-            steps += [shlex.split(line)[1:] for line in lines if line.startswith("python -m ")]
+            for line in lines:
+                if line.startswith("python -m "):
+                    steps.append(shlex.split(line)[1:])
+                elif line.startswith("nvembed "):
+                    steps.append(["-m", "nvembed_deploy", *shlex.split(line)[1:]])
         elif language == "python":
             steps.append(["-c", body])
     return steps

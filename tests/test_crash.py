@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 import pytest
 
-from nvembed_deploy import atomic, cli
-from nvembed_deploy.bundle import MANIFEST
-from nvembed_deploy.publish import new_bundle
-from tests.test_bundle import FILES, contents, publish, snapshot
+from nvembed_deploy import console as cli
+from nvembed_deploy.bundle.manifest import MANIFEST
+from nvembed_deploy.bundle.writer import new_bundle
+from nvembed_deploy.files import atomic
+from tests.bundle.test_reader import FILES, contents, publish, snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.", "fcntl.", "ctypes.")

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from nvembed_deploy import Encoder, InputError
 from nvembed_deploy.encoder import open_parts
-from nvembed_deploy.family import read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
-from nvembed_deploy.text import TextEncoder, TokenBatch
+from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.tokenization import TextEncoder, TokenBatch
 
 SPECIALS = ("<s>", "</s>", "<unk>")
 REFERENCE_TOLERANCE = 2e-6
@@ -35,7 +35,7 @@ def vectors(golden: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def text(golden: Path) -> TextEncoder:
-    from export.source import text_contract
+    from nvembed_deploy.model.source import text_contract
 
     folder = golden / "checkpoint"
     contract = text_contract(folder, read_checkpoint_architecture(folder))
@@ -44,7 +44,7 @@ def text(golden: Path) -> TextEncoder:
 
 @pytest.fixture(scope="module", params=[("fp32", "fused"), ("fp32", "portable")], ids="-".join)
 def bundle(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    from export.to_onnx import main
+    from nvembed_deploy.export.to_onnx import main
 
     precision, dialect = request.param
     out = tmp_path_factory.mktemp("golden") / "bundle"

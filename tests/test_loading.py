@@ -22,10 +22,11 @@ import onnx
 import pytest
 
 from nvembed_deploy import Encoder
-from nvembed_deploy.bundle import GRAPH, MANIFEST, PLAN, TOKENIZER, WEIGHTS, Bundle
+from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PLAN, TOKENIZER, WEIGHTS
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.bundle.writer import commit, new_bundle
 from nvembed_deploy.errors import BundleError, CheckpointError, DeployError, EngineError
-from nvembed_deploy.publish import commit, new_bundle
-from tests.test_bundle import snapshot
+from tests.bundle.test_reader import snapshot
 from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +202,7 @@ class Canary:
 def test_pickles_are_refused_by_name_and_never_opened(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from export.to_onnx import main
+    from nvembed_deploy.export.to_onnx import main
     from nvembed_deploy.model.checkpoint import load_checkpoint
 
     canary = tmp_path / "sang"
@@ -227,7 +228,7 @@ def test_pickles_are_refused_by_name_and_never_opened(
 
 
 def test_code_beside_the_weights_never_runs(bundles: dict[str, Path], tmp_path: Path) -> None:
-    from export.to_onnx import main
+    from nvembed_deploy.export.to_onnx import main
 
     folder, canary = make_checkpoint(tmp_path / "model"), tmp_path / "sang"
     for name in ("modeling_nvembed", "configuration_nvembed", "tokenization_nvembed", "sitecustomize", "__init__"):

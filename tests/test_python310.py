@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export import to_onnx
 from nvembed_deploy import Encoder
+from nvembed_deploy.export import to_onnx
 from tests.conformance import TEXTS
 from tests.conftest import ROOT
 
@@ -55,10 +55,15 @@ def test_it_embeds_the_same(
     assert np.abs(np.load(out) - here).max() <= tolerance
 
 
-@pytest.mark.parametrize("module", ["nvembed_deploy.serve", "nvembed_deploy.similarity", "export.check", "export.trt"])
-def test_commands_have_their_help(module: str) -> None:
+@pytest.mark.parametrize("command", ["serve", "similarity", "check", "export"])
+def test_commands_have_their_help(command: str) -> None:
     done = subprocess.run(
-        [PYTHON, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [PYTHON, "-m", "nvembed_deploy", command, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nvembed_deploy.cli.main import COMMANDS
 from tests.conftest import ROOT
 
 PYTHON_FOLDERS = ("nvembed_deploy", "export", "engines", "app")
@@ -57,17 +58,12 @@ def test_one_name_and_every_module(wheel: Path) -> None:
 
 
 def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    for module in (
-        "nvembed_deploy.export.trt",
-        "nvembed_deploy.export.to_onnx",
-        "nvembed_deploy.similarity",
-        "nvembed_deploy.engines.show",
-        "nvembed_deploy.serve",
-        "nvembed_deploy.app",
-    ):
-        done = run(wheel, tmp_path / module, "-m", module, "--help")
-        assert (done.returncode, done.stderr) == (0, ""), module
-    done = run(wheel, tmp_path / "default", "-m", "nvembed_deploy.export.trt")
+    for group in COMMANDS.values():
+        for command in group:
+            done = run(wheel, tmp_path / command, "-m", "nvembed_deploy", command, "--help")
+            assert (done.returncode, done.stderr) == (0, ""), command
+            assert done.stdout.startswith(f"usage: python -m nvembed_deploy {command}"), command
+    done = run(wheel, tmp_path / "default", "-m", "nvembed_deploy", "export")
     assert done.returncode == 1
     assert done.stderr.startswith("error: the embedded model")
     assert "pass --model" in done.stderr

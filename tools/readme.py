@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.backends.bindings import TENSORRT_RTX
-from nvembed_deploy.cli import say
-from nvembed_deploy.config import Precision
-from nvembed_deploy.family import FAMILY
-from nvembed_deploy.targets import TARGETS, BuildOption, runs_on
+from nvembed_deploy.console import say
+from nvembed_deploy.engines.targets import TARGETS, BuildOption, runs_on
+from nvembed_deploy.model.family import FAMILY
+from nvembed_deploy.spec import Precision
 from nvembed_deploy.training.ablation import as_table
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,8 +36,8 @@ def help_text(module: str) -> str:
 
 
 def precision_table() -> str:
-    """The record of `tools.precisions`: sizes, the gate, times."""
-    record = json.loads((ROOT / "docs" / "precisions.json").read_text(encoding="utf-8"))
+    """The record of `benchmarks.precisions`: sizes, the gate, times."""
+    record = json.loads((RESULTS / "precisions.json").read_text(encoding="utf-8"))
     lines = [
         "| precision | plan | ONNX | left in FP16 | lowest cosine | mean cosine | top-10 overlap | export | "
         "to first vector |",
@@ -69,8 +70,8 @@ def _matrix_share(record: dict[str, Any]) -> float:
 
 
 def mteb_table() -> str:
-    """The record of `tools.precisions`: differences to PyTorch by type of task."""
-    record = json.loads((ROOT / "docs" / "precisions.json").read_text(encoding="utf-8"))
+    """The record of `benchmarks.precisions`: differences to PyTorch by type of task."""
+    record = json.loads((RESULTS / "precisions.json").read_text(encoding="utf-8"))
     scores = record["scores"]
     kinds = list(dict.fromkeys(item["type"] for item in scores["fp32"]))
     lines = [f"| precision | {' | '.join(kinds)} | largest of a task |", "| --- |" + " --- |" * (len(kinds) + 1)]
@@ -105,8 +106,8 @@ def family_table() -> str:
 
 
 def full_size_table() -> str:
-    """The record of `tools.full_size`."""
-    record = json.loads((ROOT / "docs" / "full_size.json").read_text(encoding="utf-8"))
+    """The record of `benchmarks.full_size`."""
+    record = json.loads((RESULTS / "full_size.json").read_text(encoding="utf-8"))
     lines = [
         "| what | time | peak memory | forecast | written |",
         "| --- | --- | --- | --- | --- |",
@@ -194,7 +195,7 @@ def compatibility_table() -> str:
 
 
 def aarch64_table() -> str:
-    """The record of `tools.aarch64`."""
+    """The record of `benchmarks.aarch64`."""
     record = _record("aarch64")
     ran, found = record["emulated"], record["python_3.10"]
     wanted = ("numpy", "onnxruntime", "tokenizers", "cuda_bindings")
@@ -214,7 +215,7 @@ def aarch64_table() -> str:
 
 
 def peers_table() -> str:
-    """The record of `tools.peers`."""
+    """The record of `benchmarks.peers`."""
     record = _record("peers")
     rows = {row["name"]: row for row in record["rows"]}
     base = rows["sentence-transformers, torch"]
@@ -249,7 +250,7 @@ def peers_table() -> str:
 
 
 def profile_table() -> str:
-    """The record of `tools.stages`."""
+    """The record of `benchmarks.stages`."""
     record = _record("profile")
     lines = ["| | tokenizing | padding | engine | the rest | in all |", "| --- | --- | --- | --- | --- | --- |"]
     for key, what in (("bulk_ms", "bulk"), ("query_ms", "one query")):
@@ -267,7 +268,7 @@ def profile_table() -> str:
 
 
 def operators_table() -> str:
-    """What OpenVINO's operators take, of the record of `tools.stages`."""
+    """What OpenVINO's operators take, of the record of `benchmarks.stages`."""
     found = _record("profile")["operators_ms"]
     kinds = list(next(iter(found.values())))
     lines = [f"| within the engine | {' | '.join(kinds)} |", "| --- |" + " --- |" * len(kinds)]
@@ -278,7 +279,7 @@ def operators_table() -> str:
 
 
 def search_table() -> str:
-    """The record of `tools.search_speed`."""
+    """The record of `benchmarks.search_speed`."""
     record = _record("search_speed")
     lines = ["| index | p50 | p99 | of the ten best |", "| --- | --- | --- | --- |"]
     for kind, recall in (("exact", 1.0), ("qdrant", record["recall_at_10"])):
@@ -292,7 +293,7 @@ def search_table() -> str:
 
 
 def ablation_table() -> str:
-    """The record of `python -m nvembed_deploy.training ablate`."""
+    """The record of `nvembed train ablate`."""
     record = json.loads((ROOT / "docs" / "ablation" / "ablation.json").read_text(encoding="utf-8"))
     settings = record["settings"]
     return (
@@ -304,7 +305,7 @@ def ablation_table() -> str:
 
 
 def _record(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 

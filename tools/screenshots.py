@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from app.__main__ import QUIET, listen_port, make_page
-from nvembed_deploy.cli import run, say
+from nvembed_deploy.app.command import QUIET, listen_port, make_page
+from nvembed_deploy.console import run, say
 
 OUT = Path("docs") / "app"
 QUERY = "how do I read a CSV file?"
@@ -24,7 +24,7 @@ def take(bundle: Path, collections: Path, reference: Path | None, chromium: Path
     import gradio
     from playwright.sync_api import sync_playwright
 
-    from app.page import CSS
+    from nvembed_deploy.app.page import CSS
 
     demo = make_page(bundle, "cpu", collections, index="exact", compare=[], reference=reference)
     _, url, _ = demo.queue().launch(

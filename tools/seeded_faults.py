@@ -7,6 +7,7 @@ fault are red without it.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -41,24 +42,24 @@ FAULTS = (
     ),
     Fault(
         name="the instruction is pooled",
-        path="nvembed_deploy/text.py",
+        path="nvembed_deploy/tokenization.py",
         before="columns >= np.array([row.prompt_tokens",
         after="columns >= 0 * np.array([row.prompt_tokens",
-        tests=("tests/test_text.py", "tests/test_encoder.py"),
+        tests=("tests/test_tokenization.py", "tests/test_encoder.py"),
     ),
     Fault(
         name="padding is pooled",
-        path="nvembed_deploy/text.py",
+        path="nvembed_deploy/tokenization.py",
         before="pooled = attended & (columns",
         after="pooled = (columns",
-        tests=("tests/test_text.py", "tests/test_encoder.py"),
+        tests=("tests/test_tokenization.py", "tests/test_encoder.py"),
     ),
     Fault(
         name="the graph's outputs are swapped",
         path="nvembed_deploy/backends/ort.py",
         before='OUTPUTS = ("sentence_embedding", "sentence_norm")',
         after='OUTPUTS = ("sentence_norm", "sentence_embedding")',
-        tests=("tests/export/test_graph.py",),
+        tests=("tests/export/graph/test_graph.py",),
     ),
     Fault(
         name="another RoPE base",
@@ -69,24 +70,24 @@ FAULTS = (
     ),
     Fault(
         name="files are not flushed to disk",
-        path="nvembed_deploy/atomic.py",
+        path="nvembed_deploy/files/atomic.py",
         before="        fsync(path)\n",
         after="        path.stat()\n",
-        tests=("tests/test_atomic.py", "tests/test_crash.py"),
+        tests=("tests/files/test_atomic.py", "tests/test_crash.py"),
     ),
     Fault(
         name="a file is renamed before it is written out",
-        path="nvembed_deploy/atomic.py",
+        path="nvembed_deploy/files/atomic.py",
         before="            os.fsync(file.fileno())\n            temporary.replace(destination)\n",
         after="            temporary.replace(destination)\n            os.fsync(file.fileno())\n",
-        tests=("tests/test_atomic.py",),
+        tests=("tests/files/test_atomic.py",),
     ),
     Fault(
         name="a wrong hash is accepted",
-        path="nvembed_deploy/bundle.py",
+        path="nvembed_deploy/bundle/reader.py",
         before="if digest.sha256 != entry.sha256:",
         after="if len(digest.sha256) != len(entry.sha256):",
-        tests=("tests/test_bundle.py", "tests/test_loading.py"),
+        tests=("tests/bundle/test_reader.py", "tests/test_loading.py"),
     ),
     Fault(
         name="a command imports torch at start",
@@ -97,7 +98,7 @@ FAULTS = (
     ),
     Fault(
         name="a failed command exits 0",
-        path="nvembed_deploy/cli.py",
+        path="nvembed_deploy/console.py",
         before='    say(f"error: {message}")\n    return 1\n',
         after='    say(f"error: {message}")\n    return 0\n',
         tests=("tests/export/test_commands.py",),
@@ -110,9 +111,9 @@ def copy_checkout(folder: Path) -> None:
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
-        if (ROOT / name).is_file():
+        if os.path.lexists(ROOT / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
 
 
 def tests_pass(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.backends import Output
-from nvembed_deploy.config import Precision
+from nvembed_deploy.backends.base import Output
 from nvembed_deploy.errors import DeviceMismatchError, EngineError, MissingExtra
-from nvembed_deploy.text import TokenBatch
+from nvembed_deploy.spec import Precision
+from nvembed_deploy.tokenization import TokenBatch
 
 OUTPUTS = ("sentence_embedding", "sentence_norm")
 INPUTS = ("input_ids", "attention_mask", "pool_mask")

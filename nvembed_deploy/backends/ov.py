@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from nvembed_deploy.backends import Output
+from nvembed_deploy.backends.base import Output
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.errors import EngineError, MissingExtra
-from nvembed_deploy.machine import eight_bit_products_overflow
-from nvembed_deploy.text import TokenBatch
+from nvembed_deploy.system import eight_bit_products_overflow
+from nvembed_deploy.tokenization import TokenBatch
 
 CPU = "CPU"
 BF16 = "BF16"

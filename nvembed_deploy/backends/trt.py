@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.backends import Output
+from nvembed_deploy.backends.base import Output
 from nvembed_deploy.backends.bindings import (
     CURES,
     RTX_GPUS,
@@ -30,12 +30,14 @@ from nvembed_deploy.backends.bindings import (
     this_platform,
 )
 from nvembed_deploy.backends.cuda import Buffer, CudaDevice, CudaRuntime
+from nvembed_deploy.backends.kernel_cache import RuntimeCache
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
-from nvembed_deploy.backends.runtime_cache import RuntimeCache
-from nvembed_deploy.bundle import GRAPH, PLAN, Bundle, PlanInfo
-from nvembed_deploy.config import Shape, ShapeProfile
+from nvembed_deploy.bundle.manifest import GRAPH, PLAN, PlanInfo
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.console import program
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError
-from nvembed_deploy.text import TokenBatch
+from nvembed_deploy.spec import Shape, ShapeProfile
+from nvembed_deploy.tokenization import TokenBatch
 
 CONTEXTS = 2
 """Most execution contexts of a backend, however many threads there are: each holds device memory for the largest batch.
@@ -200,7 +202,7 @@ class TrtBackend:
             limits = ", ".join(str(item.max) for item in self._profiles)
             raise ConfigError(
                 f"a batch of {rows}x{tokens} tokens is larger than the plan takes ({limits}); pass a smaller "
-                "batch_size or max_length, or rebuild it: python -m nvembed_deploy.build BUNDLE --max BATCHxTOKENS"
+                f"batch_size or max_length, or rebuild it: {program('build')} BUNDLE --max BATCHxTOKENS"
             )
         _, index, profile = min(fitting)
         return index, Shape(batch=max(rows, profile.min.batch), tokens=max(tokens, profile.min.tokens))
@@ -299,7 +301,7 @@ def open_plan(bundle: Bundle, index: int) -> TrtBackend:
     """
     info = bundle.manifest.plan
     if info is None:
-        raise EngineError(f"{bundle.folder} has no {PLAN}; build one: python -m nvembed_deploy.build {bundle.folder}")
+        raise EngineError(f"{bundle.folder} has no {PLAN}; build one: {program('build')} {bundle.folder}")
     cuda = CudaRuntime.load()
     device = cuda.device(index)
     version = load_bindings(info.runtime).__version__
@@ -343,8 +345,7 @@ def check_fit(info: PlanInfo, *, version: str, device: CudaDevice) -> None:
                     f"TensorRT-RTX would give the same plan: install TensorRT ({CURES[TENSORRT]}), then rebuild it here"
                 )
             raise DeviceMismatchError(
-                f"{PLAN} was built for {what} {built_for}; this machine has {here}. {first}: "
-                "python -m nvembed_deploy.build BUNDLE"
+                f"{PLAN} was built for {what} {built_for}; this machine has {here}. {first}: {program('build')} BUNDLE"
             )
 
 

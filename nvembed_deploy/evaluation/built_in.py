@@ -18,7 +18,7 @@ from nvembed_deploy.evaluation.tasks import (
     reranking_data,
     retrieval_data,
 )
-from nvembed_deploy.pydocs import docstring_pairs, in_mixed_order
+from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order
 
 PACKAGES = ("asyncio", "ctypes", "email", "http", "logging", "multiprocessing", "tkinter", "unittest", "urllib", "xml")
 """Of Python's library; also the classes."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import mteb
 
-from nvembed_deploy.cli import say
-from nvembed_deploy.config import Precision
+from nvembed_deploy.console import say
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.evaluation.model import MtebModel, revision
 from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.tasks import LocalTask
-from nvembed_deploy.machine import installed_versions
+from nvembed_deploy.spec import Precision
+from nvembed_deploy.system import installed_versions
 
 TOLERANCES: dict[Precision, float] = {
     # Points of the main score, 0 to 100. FP32 moves a rank only between two documents that score the same.
@@ -102,7 +102,7 @@ def compare(
 
     Args:
         encoder: The bundle's.
-        reference: `ReferenceEncoder`.
+        reference: `Encoder`.
         tasks: What to run.
         wanted: The reference's scores, where they are known from another bundle of the same checkpoint.
     """

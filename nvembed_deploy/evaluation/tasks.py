@@ -28,7 +28,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.instructions import QUESTION
-from nvembed_deploy.jsonl import read_rows
+from nvembed_deploy.files.json_lines import read_rows
 
 Rows = list[dict[str, Any]]
 

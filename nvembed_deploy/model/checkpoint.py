@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nvembed_deploy.family import read_checkpoint_architecture
+from nvembed_deploy.model.family import read_checkpoint_architecture
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredWeights
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvembed_deploy.architecture import Mask, ModelConfig, RopeScaling
+from nvembed_deploy.model.config import Mask, ModelConfig, RopeScaling
 
 # Where MKL's first cos of a process is asked for by two threads at once, one may compute before the library has chosen
 # its code, and is off by 1e-4: 2 of 70 fresh processes on a busy machine, 0 of 150 after one call alone (torch 2.13.0).

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvembed_deploy.architecture import LatentAttention
+from nvembed_deploy.model.config import LatentAttention
 
 LAYER_NORM_EPS = 1e-5
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nvembed_deploy.architecture import ModelConfig
+from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.model.decoder import Decoder
 from nvembed_deploy.model.latent_attention import LatentAttentionModel
 
@@ -52,7 +52,7 @@ class NVEmbed(nn.Module):
             attention_mask: int64 [B, T], 1 at real tokens, 0 at padding. It comes from lengths, never from ids:
                 the padding id is the EOS id.
             pool_mask: int64 [B, T], 1 at tokens that the mean takes: the attention mask without the instruction.
-                A row of zeros gives NaN; `text.py` refuses texts that would make one.
+                A row of zeros gives NaN; `tokenization.py` refuses texts that would make one.
 
         Returns:
             float32 [B, D], rows of unit length; and float32 [B], their lengths before that.

@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nvembed_deploy.architecture import ModelConfig
-from nvembed_deploy.config import read_json
 from nvembed_deploy.errors import CheckpointError
+from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.spec import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -21,12 +21,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from nvembed_deploy.coalesce import Claim, Coalescer
+from nvembed_deploy.coalescer import Claim, Coalescer
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, DeployError, InputError, InputTypeError, OverloadedError
 from nvembed_deploy.serve.metrics import Metrics
 from nvembed_deploy.serve.requests import EmbeddingsBody, Limits, Refused, parse
-from nvembed_deploy.text import TokenRow
+from nvembed_deploy.tokenization import TokenRow
 from nvembed_deploy.version import __version__
 
 HEALTH_TEXT = "Is the engine well?"

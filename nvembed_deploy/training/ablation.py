@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from nvembed_deploy.architecture import Pooling
+from nvembed_deploy.model.config import Pooling
 
 
 @dataclass(frozen=True, kw_only=True)

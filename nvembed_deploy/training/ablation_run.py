@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nvembed_deploy.architecture import LatentAttention
-from nvembed_deploy.atomic import write_file
-from nvembed_deploy.machine import describe_machine
-from nvembed_deploy.text import TextEncoder
+from nvembed_deploy.files.atomic import write_file
+from nvembed_deploy.model.config import LatentAttention
+from nvembed_deploy.system import describe_machine
+from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.training.ablation import VARIANTS, Variant
 from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.examples import Example

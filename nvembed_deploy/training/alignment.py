@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nvembed_deploy.text import TextContract, TokenRow
+from nvembed_deploy.tokenization import TextContract, TokenRow
 
 Span = tuple[int, int]
 """First character of a token and the one behind its last."""

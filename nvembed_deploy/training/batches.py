@@ -14,7 +14,7 @@ from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from tqdm import tqdm
 
-from nvembed_deploy.text import TextEncoder, TokenRow
+from nvembed_deploy.tokenization import TextEncoder, TokenRow
 from nvembed_deploy.training.alignment import overlaps, student_spans
 from nvembed_deploy.training.blend import Group, Row, length_batches
 from nvembed_deploy.training.teacher import Teacher

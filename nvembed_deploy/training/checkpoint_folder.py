@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from nvembed_deploy.atomic import staged_folder, switch_in
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.training.tokenizer import BOS, EOS, UNK
+from nvembed_deploy.files.atomic import staged_folder, switch_in
+
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+"""Mistral's control tokens, ids 0, 1 and 2."""
 
 
 def write_checkpoint(

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.jsonl import read_rows
-from nvembed_deploy.pydocs import docstring_pairs, topic_pairs
+from nvembed_deploy.files.json_lines import read_rows
+from nvembed_deploy.sample_texts import docstring_pairs, topic_pairs
 from nvembed_deploy.training.debian import package_descriptions
 from nvembed_deploy.training.examples import Example, read_examples
 from nvembed_deploy.training.instructions import Kind
@@ -31,7 +31,6 @@ from nvembed_deploy.training.wordnet import definitions
 SHORTEST_CHARS = 3
 LONGEST_CHARS = 2400
 """About 600 tokens: more would be cut off in training anyway."""
-SHORTEST_PARAGRAPH = 80
 HALVES_FROM_CHARS = 240
 """Paragraphs this long are also taught as (first half, second half)."""
 ENTAILMENT = "entailment"
@@ -163,33 +162,3 @@ def _articles(path: Path, source: str) -> Iterator[Example]:
         if len(body) > HALVES_FROM_CHARS:
             whole = f"{title}\n{body}" if rng.random() < 0.5 else body.replace("\n", " ")
             yield Example(query=whole, kind=Kind.TEXT, source=f"{source}_whole")
-
-
-def tokenizer_text(folder: Path, *, wordnet: Path | None = None, packages: Path | None = None) -> Iterator[str]:
-    """Yields what the tokenizer learns from: text files (every second line of books) and all strings of the data."""
-    for path in sorted(folder.glob("*/*.txt")):
-        step = 1 if path.name.startswith("wiki_") else 2
-        yield from (line for line in path.read_text(encoding="utf-8").split("\n")[::step] if line)
-    for path in sorted(folder.glob("*/*.jsonl")):
-        for row in read_rows(path):
-            yield from (
-                value
-                for key, value in row.items()
-                if isinstance(value, str) and key != "id" and not key.startswith("label")
-            )
-    for pair in (*docstring_pairs(), *topic_pairs(), *(definitions(wordnet) if wordnet else ())):
-        yield from pair
-    for _, description in () if packages is None else package_descriptions(packages):
-        yield description
-
-
-def plain_text(folder: Path, *, seed: int) -> Iterator[str]:
-    """Yields the paragraphs of the text files, shuffled within each file; the files take turns."""
-    rng = random.Random(seed)
-    stacks = []
-    for path in sorted(folder.glob("*/*.txt")):
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if len(line) >= SHORTEST_PARAGRAPH]
-        rng.shuffle(lines)
-        stacks.append(lines)
-    while any(stacks):
-        yield from (lines.pop() for lines in stacks if lines)

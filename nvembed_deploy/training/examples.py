@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.atomic import staged_file
+from nvembed_deploy.console import program
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.jsonl import read_rows
+from nvembed_deploy.files.atomic import staged_file
+from nvembed_deploy.files.json_lines import read_rows
 from nvembed_deploy.training.instructions import Kind
 
 
@@ -64,7 +65,7 @@ def read_examples(path: Path) -> list[Example]:
         ConfigError: The file is missing or empty, or a line is not an example: file, line and field are named.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist; python -m nvembed_deploy.training data makes such a file")
+        raise ConfigError(f"{path} does not exist; {program('train')} data makes such a file")
     examples = [_example(row, f"{path}, line {number}") for number, row in enumerate(read_rows(path), 1)]
     if not examples:
         raise ConfigError(f"{path} holds no examples")

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainingArguments
 
-from nvembed_deploy.architecture import Pooling
+from nvembed_deploy.model.config import Pooling
 from nvembed_deploy.model.nvembed import masked_mean
 from nvembed_deploy.training.batches import PLAIN, Collator
 from nvembed_deploy.training.device import bf16_is_fast

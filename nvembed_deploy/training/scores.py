@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.jsonl import read_rows
+from nvembed_deploy.files.json_lines import read_rows
 
 Vectors = NDArray[np.float32]
 Embed = Callable[[Sequence[str], str], Vectors]

@@ -13,12 +13,12 @@ from datasets import Dataset
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from nvembed_deploy.architecture import LatentAttention, Pooling
-from nvembed_deploy.atomic import write_file
-from nvembed_deploy.bundle import hash_file
 from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.files.atomic import write_file
+from nvembed_deploy.files.hashing import hash_file
+from nvembed_deploy.model.config import LatentAttention, Pooling
 from nvembed_deploy.model.weights import weight_files
-from nvembed_deploy.text import TextEncoder
+from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.training import blend, loop
 from nvembed_deploy.training.batches import Collator, batch_dataset
 from nvembed_deploy.training.checkpoint_folder import write_checkpoint
@@ -179,7 +179,7 @@ def _check_negatives(examples: list[Example], stage: StageOptions) -> None:
     if not stage.in_batch and stage.weights.pairs and not stage.weights.need_teacher and not learns:
         raise ConfigError(
             "with in-batch negatives off a query competes with its own negatives alone, and no example has any; run "
-            "`python -m nvembed_deploy.training mine` first"
+            "`nvembed train mine` first"
         )
 
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from nvembed_deploy.architecture import LatentAttention, ModelConfig
-from nvembed_deploy.config import read_json
 from nvembed_deploy.errors import CheckpointError
-from nvembed_deploy.family import NVEMBED_MODEL_TYPE, read_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
+from nvembed_deploy.model.config import LatentAttention, ModelConfig
+from nvembed_deploy.model.family import NVEMBED_MODEL_TYPE, read_architecture
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import weight_files
-from nvembed_deploy.text import TextContract
+from nvembed_deploy.spec import read_json
+from nvembed_deploy.tokenization import TextContract
 
 INIT_STD = 0.02
 RESIDUAL_SCALE = 0.1
@@ -171,8 +171,3 @@ def _fresh(name: str, shape: Sequence[int], source: torch.Generator) -> Tensor:
         return torch.ones(shape) if name.endswith((".norm.weight", ".norm_context.weight")) else torch.zeros(shape)
     scale = INIT_STD * (RESIDUAL_SCALE if _RESIDUAL.search(name) else 1.0)
     return torch.randn(shape, generator=source) * scale
-
-
-def trained_in_full(model: nn.Module) -> list[str]:
-    """Names of the pooler's modules, which are trained in full beside low-rank adapters."""
-    return [name for name, _ in model.named_parameters() if name.startswith(POOLER)]

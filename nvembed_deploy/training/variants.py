@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from nvembed_deploy.architecture import Mask, Pooling
+from nvembed_deploy.model.config import Mask, Pooling
 from nvembed_deploy.model.nvembed import NVEmbed
 
 

@@ -13,7 +13,7 @@ DANGER = "<img src=x onerror=\"document.title='taken over'\">"
 
 
 def few_passages() -> list:
-    from app.passages import Passage
+    from nvembed_deploy.app.passages import Passage
 
     texts = {
         "csv.reader": "csv.reader(file): csv reader.\nReads rows of a CSV file. Each row is a list of cells.",
@@ -27,13 +27,13 @@ def few_passages() -> list:
 def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     import os
 
-    from app.__main__ import QUIET, listen_port
+    from nvembed_deploy.app.command import QUIET, listen_port
 
     os.environ.update(QUIET)
-    from app.documents import Limits
-    from app.library import Library
-    from app.page import CSS, Page
-    from app.search import Searcher
+    from nvembed_deploy.app.documents import Limits
+    from nvembed_deploy.app.library import Library
+    from nvembed_deploy.app.page import CSS, Page
+    from nvembed_deploy.app.search import Searcher
 
     encoder = Encoder(bundles["fp32"], device="cpu", backend="onnxruntime")
     library = Library(tmp_path_factory.mktemp("collections"), encoder)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from app.library import Library
-from app.passages import library_passages
-from app.search import Searcher
 from nvembed_deploy import Encoder
+from nvembed_deploy.app.library import Library
+from nvembed_deploy.app.passages import library_passages
+from nvembed_deploy.app.search import Searcher
 from tests.conftest import needs_rtx
 
 INSTRUCTION = "Given a question about Python, retrieve documentation that answers the question"

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from app.index import FOLDER, ServerIndex, opener
-from app.library import LOCK, Library
-from app.passages import Passage
-from app.store import Engine, FolderStore
 from nvembed_deploy import ConfigError, Encoder, MissingExtra
+from nvembed_deploy.app.index import FOLDER, ServerIndex, opener
+from nvembed_deploy.app.library import LOCK, Library
+from nvembed_deploy.app.passages import Passage
+from nvembed_deploy.app.store import Engine, FolderStore
 from tests.app.conftest import few_passages
 
 ENGINE = Engine(model="tiny", precision="fp32", manifest_sha256="0" * 64, dimension=32)

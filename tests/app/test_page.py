@@ -164,7 +164,7 @@ def test_adding_can_be_cancelled(
 
 
 def test_what_waits_for_other_uploads_can_be_cancelled(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
-    from app.page import UPLOADS
+    from nvembed_deploy.app.page import UPLOADS
 
     (tmp_path / "short.txt").write_text("a sentence")
     for _ in range(UPLOADS):
@@ -253,7 +253,7 @@ def test_two_users_at_once(browser: Any, page: SimpleNamespace) -> None:
 
 
 def preset() -> str:
-    from app.page import PRESETS
+    from nvembed_deploy.app.page import PRESETS
 
     return next(iter(PRESETS.values()))
 
@@ -293,7 +293,7 @@ def test_no_file_of_the_machine_is_served(page: SimpleNamespace, path: str) -> N
 
 
 def test_cells_are_no_formulas() -> None:
-    from app.page import safe_cell
+    from nvembed_deploy.app.page import safe_cell
 
     for start in "=+-@\t\r":
         assert safe_cell(f"{start}1") == f"'{start}1"

@@ -66,15 +66,15 @@ def test_the_second_start_indexes_nothing_and_a_password_is_asked_for(bundles: d
 
 
 def test_others_are_let_in_with_a_password_only(bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    from app.__main__ import main
+    from nvembed_deploy.app.command import main
 
     assert main([str(bundles["fp32"]), "--host", "0.0.0.0"]) == 1
     assert "set a password: --password-file FILE" in capsys.readouterr().err
 
 
 def test_a_port_or_an_address_that_is_taken_is_one_line() -> None:
-    from app.__main__ import listen_port
     from nvembed_deploy import ConfigError
+    from nvembed_deploy.app.command import listen_port
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -86,6 +86,6 @@ def test_a_port_or_an_address_that_is_taken_is_one_line() -> None:
 
 
 def test_addresses_of_both_kinds_stand_in_urls() -> None:
-    from nvembed_deploy.cli import url_host
+    from nvembed_deploy.console import url_host
 
     assert [url_host(host) for host in ("127.0.0.1", "localhost", "::1")] == ["127.0.0.1", "localhost", "[::1]"]

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.compare import compare
-from app.documents import CHUNK_TOKENS, OVERLAP_TOKENS, Limits, chunks, read_files
-from app.index import Content, ExactIndex
-from app.library import PYTHON, Library
-from app.passages import LONGEST_TEXT, Passage, library_passages
-from app.plane import QUERY, RESULT, Plane, draw
-from app.search import MATCH, Searcher, sentences
-from app.store import PASSAGES, RECORD, VECTORS, Engine, FolderStore
 from nvembed_deploy import BundleError, ConfigError, Encoder, InputError
+from nvembed_deploy.app.compare import compare
+from nvembed_deploy.app.documents import CHUNK_TOKENS, OVERLAP_TOKENS, Limits, chunks, read_files
+from nvembed_deploy.app.index import Content, ExactIndex
+from nvembed_deploy.app.library import PYTHON, Library
+from nvembed_deploy.app.passages import LONGEST_TEXT, Passage, library_passages
+from nvembed_deploy.app.plane import QUERY, RESULT, Plane, draw
+from nvembed_deploy.app.search import MATCH, Searcher, sentences
+from nvembed_deploy.app.store import PASSAGES, RECORD, VECTORS, Engine, FolderStore
 from tests.app.conftest import few_passages
 
 

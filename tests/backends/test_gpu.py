@@ -12,10 +12,10 @@ import pytest
 from nvembed_deploy import BundleError, DeviceMismatchError, Encoder, MissingExtra
 from nvembed_deploy.backends.cuda import CudaRuntime
 from nvembed_deploy.backends.ort import OrtBackend
-from nvembed_deploy.bundle import CPU_GRAPH, GRAPH
-from nvembed_deploy.parity import TOLERANCES, compare, observe, require
-from nvembed_deploy.probes import LONG_TEXT, PROBES
-from nvembed_deploy.text import TokenRow
+from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH
+from nvembed_deploy.parity.compare import TOLERANCES, compare, observe, require
+from nvembed_deploy.parity.probes import LONG_TEXT, PROBES
+from nvembed_deploy.tokenization import TokenRow
 from tests.conformance import check_encoder
 
 pytestmark = pytest.mark.gpu

@@ -12,11 +12,11 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip in
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from nvembed_deploy import machine  # noqa: E402
-from nvembed_deploy.backends import Backend  # noqa: E402
+from nvembed_deploy import system as machine  # noqa: E402
+from nvembed_deploy.backends.base import Backend  # noqa: E402
 from nvembed_deploy.backends.ort import INPUTS, OrtBackend  # noqa: E402
 from nvembed_deploy.backends.ov import OvBackend  # noqa: E402
-from nvembed_deploy.text import TokenBatch  # noqa: E402
+from nvembed_deploy.tokenization import TokenBatch  # noqa: E402
 
 TOKENS, WIDTH, SCALE = 64, 32, np.float32(1.0)
 WEIGHTS = np.full((TOKENS, WIDTH), 127, dtype=np.int8)

@@ -11,10 +11,11 @@ import pytest
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install nvembed-deploy[openvino]")
 
-from nvembed_deploy import ConfigError, Encoder, EngineError
-from nvembed_deploy.backends import Output, cpu_choice, ov
+from nvembed_deploy import ConfigError, Encoder, EngineError, select_backend
+from nvembed_deploy.backends import ov
+from nvembed_deploy.backends.base import Output
 from nvembed_deploy.backends.ov import OvBackend
-from nvembed_deploy.text import TokenBatch
+from nvembed_deploy.tokenization import TokenBatch
 from tests.conformance import TEXTS, check_encoder
 from tests.conftest import MEASURED_CHOICE
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.whole_machine
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cpu_choice, "choose", MEASURED_CHOICE)
+    monkeypatch.setattr(select_backend, "fastest_cpu_runtime", MEASURED_CHOICE)
     return tmp_path / "cache" / "nvembed-deploy"
 
 
@@ -84,7 +85,7 @@ def test_the_choice_is_measured_once(
     assert choice["backend"] == first.backend.split()[0]
     assert choice["min_cosine"] >= 0.999999
     assert "one query and a batch of" in caplog.text
-    monkeypatch.setattr(cpu_choice, "measure", None)  # a call would fail
+    monkeypatch.setattr(select_backend, "measure", None)  # a call would fail
     assert Encoder(bundles["fp32"], device="cpu").backend == first.backend
     other = {"onnxruntime": "openvino", "openvino": "onnxruntime"}[choice["backend"]]
     kept.write_text(json.dumps(choice | {"backend": other}))
@@ -108,13 +109,13 @@ def test_faster_but_different_is_not_taken(bundles: dict[str, Path], monkeypatch
         return Output(np.roll(output.embeddings, 1, axis=1), output.norms)
 
     monkeypatch.setattr(OvBackend, "run", turned)
-    monkeypatch.setattr(cpu_choice, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
+    monkeypatch.setattr(select_backend, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
     assert Encoder(bundles["fp32"], device="cpu").backend.startswith("onnxruntime")
     monkeypatch.setattr(OvBackend, "run", run)
 
 
 def test_the_faster_one_is_taken(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_choice, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
+    monkeypatch.setattr(select_backend, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
     assert Encoder(bundles["fp32"], device="cpu").backend.startswith("openvino")
 
 
@@ -133,7 +134,7 @@ def test_wishes_that_do_not_go_together(bundles: dict[str, Path], options: dict,
 
 
 def test_naming_the_graph_asks_for_onnx_runtime(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvembed_deploy.backends.cpu_choice.choose", lambda *_, **__: ("openvino", None))
+    monkeypatch.setattr("nvembed_deploy.select_backend.fastest_cpu_runtime", lambda *_, **__: ("openvino", None))
     assert Encoder(bundles["fp32"], device="cpu").backend.startswith("openvino")
     assert Encoder(bundles["fp32"] / "model.onnx", device="cpu").backend.startswith("onnxruntime")
     assert Encoder(bundles["fp32"] / "model.onnx", device="cpu", backend="openvino").backend.startswith("openvino")

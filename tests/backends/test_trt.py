@@ -16,10 +16,10 @@ import pytest
 from nvembed_deploy.backends.bindings import this_platform
 from nvembed_deploy.backends.cuda import CudaDevice, CudaRuntime
 from nvembed_deploy.backends.trt import CONTEXTS, TrtBackend, check_fit
-from nvembed_deploy.bundle import PlanInfo
-from nvembed_deploy.config import Shape
+from nvembed_deploy.bundle.manifest import PlanInfo
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError
-from nvembed_deploy.text import TokenBatch
+from nvembed_deploy.spec import Shape
+from nvembed_deploy.tokenization import TokenBatch
 from tests.backends import fake_trt
 from tests.backends.fake_trt import PASS, VERSION, Error, FakeBindings, FakeCuda, bag
 
@@ -240,7 +240,7 @@ def test_a_plan_for_something_else_never_reaches_tensorrt(
     opened: Callable, bindings: FakeBindings, change: dict, message: str
 ) -> None:
     fields = {name: getattr(INFO, name) for name in INFO.__dataclass_fields__} | change
-    with pytest.raises(DeviceMismatchError, match=rf"{message}\. Rebuild it here: python -m nvembed_deploy\.build"):
+    with pytest.raises(DeviceMismatchError, match=rf"{message}\. Rebuild it here: .*build"):
         opened(PlanInfo(**fields))
     assert not bindings.calls
 
@@ -250,10 +250,10 @@ def test_where_tensorrt_rtx_makes_no_plans_tensorrt_is_named() -> None:
     h100 = CudaDevice(index=0, name="H100", compute_capability="9.0", bus="")
     with pytest.raises(
         DeviceMismatchError,
-        match=r"has 9\.0\. TensorRT-RTX .* install TensorRT .*, then rebuild it here: python -m \S+ BUNDLE$",
+        match=r"has 9\.0\. TensorRT-RTX .* install TensorRT .*, then rebuild it here: .* build BUNDLE$",
     ):
         check_fit(INFO, version=INFO.version, device=h100)
-    with pytest.raises(DeviceMismatchError, match=r"Rebuild it here: python -m nvembed_deploy\.build BUNDLE$"):
+    with pytest.raises(DeviceMismatchError, match=r"Rebuild it here: .*build BUNDLE$"):
         check_fit(replace(INFO, runtime="tensorrt"), version=INFO.version, device=h100)
 
 
@@ -402,7 +402,7 @@ def test_no_memory_for_a_second_context(opened: Callable, bindings: FakeBindings
 def test_tensorrt_proper_has_no_such_cache(
     opened: Callable, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nvembed_deploy.backends.runtime_cache.TENSORRT_RTX", "another")
+    monkeypatch.setattr("nvembed_deploy.backends.kernel_cache.TENSORRT_RTX", "another")
     with pytest.raises(AssertionError, match="an RTX context has no runtime cache"):  # the stand-in is RTX
         check(opened(), 3, 7)
     assert "create_runtime_config" not in bindings.calls

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engines.bench import flops, in_turn, main, on_gpu, padding_waste, peak_gflops, percentiles
-from engines.power import PowerMeter, Reading, read_line
 from nvembed_deploy.backends.cuda import CudaDevice
 from nvembed_deploy.batching import plan_batches
-from nvembed_deploy.bundle import Bundle
-from nvembed_deploy.targets import TARGETS
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.engines.bench import flops, in_turn, main, on_gpu, padding_waste, peak_gflops, percentiles
+from nvembed_deploy.engines.power import PowerMeter, Reading, read_line
+from nvembed_deploy.engines.targets import TARGETS
 
 
 def test_percentiles_are_numpys() -> None:
@@ -56,7 +56,7 @@ def test_a_peak_is_that_of_the_card(
     device = CudaDevice(index=1, name=name, compute_capability="8.9", bus="00000000:66:00.0")
     asked: list[int] = []
     cuda = SimpleNamespace(device=lambda index: asked.append(index) or device)
-    monkeypatch.setattr("engines.bench.CudaRuntime", SimpleNamespace(load=lambda: cuda))
+    monkeypatch.setattr("nvembed_deploy.engines.bench.CudaRuntime", SimpleNamespace(load=lambda: cuda))
     encoder = SimpleNamespace(backend="tensorrt 11", manifest=Bundle.open(bundles["fp16"]).manifest)
     peak, told = peak_gflops(encoder, "cuda:1")
     assert source in told

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.show import main
-from nvembed_deploy.bundle import Bundle
-from nvembed_deploy.config import INT4_BLOCK, Precision
-from nvembed_deploy.show import component_bytes
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.engines.show import component_bytes, main
+from nvembed_deploy.spec import INT4_BLOCK, Precision
 from tests.conftest import needs_rtx
 
 
@@ -51,7 +50,7 @@ def test_components_are_the_weights(bundles: dict[str, Path]) -> None:
 
 def test_bits_of_a_weight_are_those_that_are_written() -> None:
     torch = pytest.importorskip("torch", reason="not installed: pip install nvembed-deploy[export]")
-    from export.formats import FORMATS
+    from nvembed_deploy.export.quantization.formats import FORMATS
 
     weight = torch.ones(16, 2 * INT4_BLOCK)
     for precision, number in FORMATS.items():

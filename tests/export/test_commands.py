@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export import check, options, source, to_onnx, trt
-from export.forecast import forecast, require_room
-from export.state import StoredState
 from nvembed_deploy import ConfigError, Encoder, ExportError, MissingExtra
-from nvembed_deploy.bundle import PLAN, Bundle
-from nvembed_deploy.config import Shape, ShapeProfile
-from nvembed_deploy.family import read_checkpoint_architecture
+from nvembed_deploy.bundle.manifest import PLAN
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.engines import check
+from nvembed_deploy.export import options, to_onnx, trt
+from nvembed_deploy.export.forecast import forecast, require_room
+from nvembed_deploy.export.graph.weights import StoredState
+from nvembed_deploy.model import source
+from nvembed_deploy.model.family import read_checkpoint_architecture
 from nvembed_deploy.model.weights import StoredWeights
+from nvembed_deploy.spec import Shape, ShapeProfile
 from tests.conftest import ROOT, needs_rtx
 from tests.tiny import make_checkpoint
 
@@ -26,17 +29,18 @@ from tests.tiny import make_checkpoint
 def parsed(*words: str) -> options.ExportOptions:
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
-    return options.from_flags(parser.parse_args(words), plan=True)
+    return options.from_flags(parser.parse_args(words))
 
 
 def test_packing_for_another_machine_asks_nothing_of_this_ones_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvembed_deploy.targets.local_compute_capability", lambda: "8.6")
+    monkeypatch.setattr("nvembed_deploy.engines.targets.local_compute_capability", lambda: "8.6")
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
     flags = parser.parse_args(["--target", "datacenter", "--precision", "fp8"])
     with pytest.raises(ConfigError, match="needs a GPU of compute capability"):
-        options.from_flags(flags, plan=True)
-    assert "9.0" in options.from_flags(flags, plan=False).target.compute_capabilities
+        options.from_flags(flags)
+    flags.onnx_only = True
+    assert "9.0" in options.from_flags(flags).target.compute_capabilities
 
 
 def arguments(checkpoint: Path, out: Path, *more: str) -> list[str]:
@@ -101,7 +105,7 @@ def test_without_the_targets_tensorrt(
     def missing(runtime: str) -> None:
         raise MissingExtra(f"{runtime} is not installed here; pip install 'nvembed-deploy[rtx]'")
 
-    monkeypatch.setattr("nvembed_deploy.targets.load_bindings", missing)
+    monkeypatch.setattr("nvembed_deploy.engines.targets.load_bindings", missing)
     assert trt.main(arguments(checkpoint, tmp_path / "b", "--target", "rtx")) == 0
     captured = capsys.readouterr().err
     assert "no engine.plan was built: tensorrt_rtx is not installed here; pip install" in captured
@@ -165,7 +169,7 @@ def test_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_help_is_fast_and_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom export import trt, to_onnx, check\n"
+        "import sys\nfrom nvembed_deploy.export import trt, to_onnx\nfrom nvembed_deploy.engines import check\n"
         "for main in (trt.main, to_onnx.main, check.main):\n"
         "    try:\n        main(['--help'])\n    except SystemExit as exit_:\n        assert exit_.code == 0\n"
         "assert not {'torch', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
@@ -192,7 +196,7 @@ def test_profile_follows_max() -> None:
     flags = ["--max", "4x32", "--model", "anything"]
     parser = options.argparse.ArgumentParser()
     options.add_flags(parser)
-    profile = options.from_flags(parser.parse_args(flags), plan=True).profile
+    profile = options.from_flags(parser.parse_args(flags)).profile
     assert profile == ShapeProfile(
         min=Shape(batch=1, tokens=1), opt=Shape(batch=4, tokens=32), max=Shape(batch=4, tokens=32)
     )

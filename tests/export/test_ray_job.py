@@ -13,8 +13,8 @@ pytest.importorskip("ray", reason="ray is not installed: pip install nvembed-dep
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from export import ray_job
-from export.ray_job import EMBEDDING, RECORD, main
+from nvembed_deploy.export import ray_job
+from nvembed_deploy.export.ray_job import EMBEDDING, RECORD, main
 
 TEXTS = [f"text number {number} " + "over the water " * (number % 5) for number in range(57)]
 
@@ -95,7 +95,7 @@ def test_wrong_rows_and_files_are_named(
 
 
 def test_columns_that_only_some_rows_have_are_kept(tmp_path: Path) -> None:
-    from export.ray_job import _read
+    from nvembed_deploy.export.ray_job import _read
 
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two", "title": "second"}\n')

@@ -16,13 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import graph, pipeline, source, to_onnx
-from export.pace import Pace
-from export.state import StoredState
 from nvembed_deploy import BundleError, CheckpointError, Encoder
-from nvembed_deploy.bundle import WEIGHTS, Bundle, hash_file
-from nvembed_deploy.family import read_checkpoint_architecture
+from nvembed_deploy.bundle.manifest import WEIGHTS
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.export import pipeline, to_onnx
+from nvembed_deploy.export.graph import write
+from nvembed_deploy.export.graph.weights import StoredState
+from nvembed_deploy.files.hashing import hash_file
+from nvembed_deploy.files.read_ahead import Pace
+from nvembed_deploy.model import source
 from nvembed_deploy.model.checkpoint import load_checkpoint
+from nvembed_deploy.model.family import read_checkpoint_architecture
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.weights import StoredWeights
 from tests.conftest import ROOT
@@ -73,7 +77,7 @@ def test_small_blocks_write_the_same_file(
 ) -> None:
     export(checkpoint, tmp_path / "whole", "--precision", precision, "--no-parity")
     for name, size in (("BLOCK_BYTES", 96), ("READ_BYTES", 96), ("PANEL_BYTES", 700), ("UNCACHED_BYTES", 0)):
-        monkeypatch.setattr(graph, name, size)
+        monkeypatch.setattr(write, name, size)
     export(checkpoint, tmp_path / "blocks", "--precision", precision, "--no-parity")
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "blocks" / WEIGHTS).read_bytes()
 
@@ -83,7 +87,7 @@ def test_what_was_not_compared_says_so_and_is_the_same(
     checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = export(checkpoint, tmp_path / "compared", "--precision", precision)
-    monkeypatch.setattr(pipeline, "ReferenceBackend", None)  # the model is never loaded
+    monkeypatch.setattr(pipeline, "PyTorchBackend", None)  # the model is never loaded
     alone = export(checkpoint, tmp_path / "alone", "--precision", precision, "--no-parity")
     assert (compared / WEIGHTS).read_bytes() == (alone / WEIGHTS).read_bytes()
     assert Bundle.open(alone).manifest.parity == ()
@@ -146,7 +150,7 @@ def test_slice_is_a_smaller_model(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert (architecture.layers, architecture.sliced) == (1, True)
     assert Bundle.open(sliced).manifest.source.name.endswith("(first 1 layers)")
     assert np.abs(vectors(sliced) - vectors(whole)).max() > 1e-3
-    from export import check
+    from nvembed_deploy.engines import check
 
     assert check.main([str(sliced), "--model", str(checkpoint)]) == 0
     assert to_onnx.main(["--model", str(checkpoint), "--out", str(tmp_path / "c"), "--layers", "3"]) == 1

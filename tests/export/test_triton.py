@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from export.triton import MARK, buckets, main, write_repository
 from nvembed_deploy import ConfigError, Encoder
-from nvembed_deploy.bundle import PLAN, Bundle, PlanInfo
-from nvembed_deploy.config import Shape, ShapeProfile
+from nvembed_deploy.bundle.manifest import PLAN, PlanInfo
+from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.encoder import open_parts
-from nvembed_deploy.text import TokenBatch
+from nvembed_deploy.export.triton import MARK, buckets, main, write_repository
+from nvembed_deploy.spec import Shape, ShapeProfile
+from nvembed_deploy.tokenization import TokenBatch
 
 NAMES = ("nvembed", "nvembed_tokenizer", "nvembed_engine")
 TYPES = {"TYPE_INT64": np.int64, "TYPE_FP32": np.float32, "TYPE_STRING": object}

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nvembed_deploy.errors import CheckpointError
-from nvembed_deploy.family import read_architecture, read_checkpoint_architecture
 from nvembed_deploy.model.checkpoint import load_checkpoint
+from nvembed_deploy.model.family import read_architecture, read_checkpoint_architecture
 from tests.tiny import make_checkpoint, shapes
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -150,7 +150,7 @@ def test_published_config_leaves_the_sizes_to_defaults() -> None:
     )
     assert (config.latent.latents, config.latent.heads, config.latent.head_dim) == (512, 8, 4096)
 
-    from export.forecast import count_parameters
+    from nvembed_deploy.export.forecast import count_parameters
 
     # The exact count: index metadata total_size 15,702,032,384 bytes in FP16.
     assert count_parameters(config, fold=False) == 7_851_016_192

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
 
-from nvembed_deploy.text import TextContract, TextEncoder  # noqa: E402
+from nvembed_deploy.tokenization import TextContract, TextEncoder  # noqa: E402
 from nvembed_deploy.training.alignment import AFTER, BEFORE, overlaps, student_spans  # noqa: E402
 from nvembed_deploy.training.length_parts import PART_ROWS, ROW_STEP, WIDTH_STEP, length_parts  # noqa: E402
 from tests.tiny import make_tokenizer  # noqa: E402

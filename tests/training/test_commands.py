@@ -10,25 +10,25 @@ from pathlib import Path
 import pytest
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.training.__main__ import _parser, main, stage_options
+from nvembed_deploy.training.command import _parser, main, stage_options
 from nvembed_deploy.training.options import STAGE_1, STAGE_2
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("data", "mine", "start", "pretrain", "train", "mini", "ablate")
+COMMANDS = ("data", "mine", "stage", "ablate")
 
 
 def test_help_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
-        "from nvembed_deploy.training.__main__ import main\n"
+        "from nvembed_deploy.training.command import main\n"
         f"for command in {COMMANDS}:\n"
         "    try: main([command, '--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert all(f"nvembed_deploy.training {command}" in done.stdout for command in COMMANDS)
-    assert done.stdout.count("--teacher") >= 4
+    assert all(f"train {command}" in done.stdout for command in COMMANDS)
+    assert done.stdout.count("--teacher") >= 2
     assert not re.search(r"default:\s+(None|False)", done.stdout)
 
 
@@ -36,15 +36,15 @@ def test_the_documentations_commands_are_understood():
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    calls = [line.partition("nvembed_deploy.training ")[2] for line in lines]
+    calls = [re.split(r"(?:nvembed(?:_deploy)?) train ", line, maxsplit=1)[1] for line in lines if " train " in line]
     assert len(calls) >= 7
-    assert all(calls)
     for call in calls:
-        _parser().parse_args(shlex.split(call))
+        _parser("nvembed train").parse_args(shlex.split(call))
+    assert [line.split()[:3] for line in lines if " train " not in line] == [["python", "-m", "recipes.mini"]] * 2
 
 
 def options(*flags: str):
-    return _parser().parse_args(["train", "--base", "b", "--examples", "e", "--out", "o", *flags])
+    return _parser("train").parse_args(["stage", "--base", "b", "--examples", "e", "--out", "o", *flags])
 
 
 def test_a_stage_sets_the_papers_numbers_and_flags_change_them():
@@ -61,12 +61,12 @@ def test_a_number_out_of_range_names_its_flag(flag, value):
         stage_options(options("--stage", "1", flag, value))
 
 
-@pytest.mark.parametrize("argv", [[], ["train", "--stage", "3"], ["trian"]])
+@pytest.mark.parametrize("argv", [[], ["stage", "--stage", "3"], ["stgae"]])
 def test_a_wrong_call_is_refused(argv, capsys):
     with pytest.raises(SystemExit) as end:
         main(argv)
     assert end.value.code == 2
-    assert "usage: python -m nvembed_deploy.training" in capsys.readouterr().err
+    assert "usage: python -m nvembed_deploy train" in capsys.readouterr().err
 
 
 def last_error(capsys) -> str:
@@ -84,7 +84,7 @@ def test_a_missing_folder_or_file_is_one_line(tmp_path, capsys):
     assert "does not exist" in last_error(capsys)
     assert main(["mine", "--examples", none, "--out", out, "--margin", "1.5"]) == 1
     assert "--margin above 0" in last_error(capsys)
-    assert main(["train", "--base", none, "--examples", none, "--out", out, "--stage", "1"]) == 1
+    assert main(["stage", "--base", none, "--examples", none, "--out", out, "--stage", "1"]) == 1
     assert "config.json does not exist" in last_error(capsys)
     assert not (tmp_path / "out").exists()
 
@@ -97,13 +97,12 @@ def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkey
     from nvembed_deploy.model.checkpoint import load_checkpoint
     from nvembed_deploy.training import ablation_run, teacher
     from nvembed_deploy.training.ablation import VARIANTS
-    from tests.training.test_stage import pretrain
-    from tests.training.tiny_training import TinyTeacher, some_examples
+    from tests.training.tiny_training import TinyTeacher, make_base, some_examples
 
     monkeypatch.setattr("nvembed_deploy.training.corpora.docstring_pairs", lambda: [])
     monkeypatch.setattr("nvembed_deploy.training.corpora.topic_pairs", lambda: [])
     monkeypatch.setattr(teacher, "Teacher", lambda folder: TinyTeacher())
-    pretrain(tmp_path)
+    make_base(tmp_path / "base")
     pairs = [example for example in some_examples(120) if example.positive]
     (tmp_path / "data" / "pairs").mkdir(parents=True)
     rows = [json.dumps({"a": example.query, "b": example.positive}) for example in pairs]
@@ -121,19 +120,10 @@ def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkey
     assert main(["mine", "--examples", found, "--out", mined, "--negatives", "2"]) == 0
     assert all(json.loads(line)["negatives"] for line in (tmp_path / "mined.jsonl").read_text().splitlines())
     short = ["--max-steps", "3", "--latents", "4", "--batch-rows", "24", "--max-length", "64", "--warmup-steps", "1"]
-    assert main(["train", "--base", base, "--examples", mined, "--stage", "1", "--out", out, *short]) == 0
+    assert main(["stage", "--base", base, "--examples", mined, "--stage", "1", "--out", out, *short]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == out
     assert load_checkpoint(out).config.hidden_size == 16
     assert (tmp_path / "out-work" / "loss.png").is_file()
-
-    lines = [f"{example.query} {example.positive} {example.query} {example.positive}" for example in pairs * 9]
-    (tmp_path / "data" / "pairs" / "plain.txt").write_text("\n".join(lines))
-    own = ["pretrain", "--data", str(tmp_path / "data"), "--layers", "1", "--vocab-size", "370", "--tokens", "5000"]
-    assert main([*own, "--out", str(tmp_path / "own")]) == 0
-    assert json.loads((tmp_path / "own" / "config.json").read_text())["vocab_size"] == 370
-    assert (tmp_path / "own-work" / "loss.png").is_file()
-    assert main([*own, "--layers", "2", "--out", str(tmp_path / "own")]) == 1
-    assert "run with other settings" in last_error(capsys)
 
     table = ["ablate", "--base", base, "--first", mined, "--second", mined, "--eval", str(tmp_path / "eval")]
     table += ["--out", str(tmp_path / "table"), "--steps", "4", "--batch-tokens", "300", "--latents", "4"]

@@ -3,7 +3,7 @@
 import pytest
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.training.corpora import plain_text, read_data
+from nvembed_deploy.training.corpora import read_data
 from nvembed_deploy.training.debian import package_descriptions
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.instructions import Kind
@@ -72,7 +72,6 @@ def test_data_layouts_are_read(tmp_path, monkeypatch, wordnet):
     assert found["python_docstrings"][0].texts == ("summary", "body")
     assert found["wordnet"][1].query == "object, physical object"
     assert found["wordnet_entries"][0].query.startswith("entity: that which")
-    assert len(list(plain_text(data, seed=1))) == 1
 
 
 def test_a_missing_folder_and_a_damaged_line_name_themselves(tmp_path):

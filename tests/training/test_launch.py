@@ -15,16 +15,15 @@ for library in ("transformers", "accelerate", "datasets", "matplotlib"):
 from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
 from nvembed_deploy.training.examples import write_examples  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
-from tests.training.test_stage import pretrain  # noqa: E402
-from tests.training.tiny_training import some_examples  # noqa: E402
+from tests.training.tiny_training import make_base, some_examples  # noqa: E402
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_checkpoint(tmp_path: Path) -> None:
-    pretrain(tmp_path)
+    make_base(tmp_path / "base")
     write_examples(tmp_path / "examples.jsonl", some_examples(120))
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "nvembed_deploy.training", "train"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "nvembed_deploy", "train", "stage"]
     flags = ["--base", str(tmp_path / "base"), "--examples", str(tmp_path / "examples.jsonl"), "--stage", "1"]
     flags += ["--out", str(tmp_path / "out"), "--max-steps", "3", "--latents", "4", "--batch-rows", "24"]
     flags += ["--max-length", "64", "--warmup-steps", "1", "--held-out", "12"]

@@ -10,17 +10,17 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 for library in ("transformers", "accelerate", "datasets", "peft", "matplotlib"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
 
-from nvembed_deploy.architecture import Pooling  # noqa: E402
 from nvembed_deploy.errors import CheckpointError, ConfigError  # noqa: E402
 from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
-from nvembed_deploy.text import TextEncoder  # noqa: E402
-from nvembed_deploy.training import base, blend, loop, stage  # noqa: E402
+from nvembed_deploy.model.config import Pooling  # noqa: E402
+from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
+from nvembed_deploy.training import blend, loop, stage  # noqa: E402
 from nvembed_deploy.training.batches import Collator, batch_dataset, pair_rows  # noqa: E402
 from nvembed_deploy.training.options import STAGE_1, STAGE_2, Lora, LossWeights  # noqa: E402
 from nvembed_deploy.training.student import read_base  # noqa: E402
 from nvembed_deploy.training.variants import shape_model  # noqa: E402
 from tests.tiny import make_tokenizer  # noqa: E402
-from tests.training.tiny_training import LATENT, TinyTeacher, sizes, some_examples, some_text  # noqa: E402
+from tests.training.tiny_training import LATENT, TinyTeacher, make_base, sizes, some_examples  # noqa: E402
 
 PROMPT = "Instruct: question\nQuery: "
 TINY = replace(
@@ -36,34 +36,11 @@ TINY = replace(
     log_steps=1,
     bf16=False,
 )
-PRETRAINING = replace(TINY, batch_tokens=256, max_length=32)
-
-
-def texts(count: int = 900):
-    import random
-
-    rng = random.Random(1)
-    return [some_text(rng) for _ in range(count)]
-
-
-def pretrain(folder: Path, **changes):
-    return base.pretrain(
-        folder / "base",
-        texts(),
-        config=sizes(),
-        tokenizer_json=make_tokenizer().to_str(),
-        folder=folder / "base-work",
-        options=replace(PRETRAINING, **changes),
-        tokens=3000,
-    )
 
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    history = pretrain(folder)
-    assert history[-1]["loss"] < history[0]["loss"]
-    return folder / "base"
+    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -257,14 +234,6 @@ def test_adapters_leave_the_embeddings_and_are_merged(tmp_path, base_folder):
     assert projections <= changed
     assert changed - projections == {name for name in changed if name.startswith("latent_attention_model.")}
     assert "latent_attention_model.latents" in changed
-
-
-def test_a_base_cut_in_training_ends_the_same(tmp_path):
-    pretrain(tmp_path / "whole")
-    pretrain(tmp_path / "cut", max_steps=6)
-    pretrain(tmp_path / "cut")
-    first, second = (read_base(tmp_path / name / "base", latent=LATENT).model.state_dict() for name in ("whole", "cut"))
-    assert equal(first, second)
 
 
 def test_shapes_of_the_ablation_compute_what_they_say(base_folder, encoder):

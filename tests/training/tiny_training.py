@@ -1,11 +1,11 @@
 """A model of a few thousand weights, examples of a few words, and a teacher without weights."""
 
 import random
+from pathlib import Path
 
 import torch
 
-from nvembed_deploy.architecture import LatentAttention
-from nvembed_deploy.training.base import SIZES
+from nvembed_deploy.model.config import LatentAttention
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.instructions import Kind
 from tests.tiny import make_tokenizer
@@ -17,7 +17,16 @@ WORDS = ("the", "water", "question", "over", "passage", "in", "and", "a long phr
 
 def sizes() -> dict:
     return {
-        **SIZES,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 4096,
+        "model_type": "mistral",
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
         "hidden_size": WIDTH,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
@@ -26,6 +35,16 @@ def sizes() -> dict:
         "head_dim": 8,
         "vocab_size": make_tokenizer().get_vocab_size(),
     }
+
+
+def make_base(folder: Path) -> Path:
+    """Writes a Mistral with random weights, as `nvembed train stage --base` takes it."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(1)
+    MistralForCausalLM(MistralConfig(**sizes())).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(make_tokenizer().to_str())
+    return folder
 
 
 def some_text(rng: random.Random) -> str:

@@ -1,0 +1,390 @@
+"""`python -m benchmarks.peers WORK --data DIR`: this toolkit beside what a user would take instead, in one run.
+
+The same weights everywhere: the embedded model's decoder as a causal last-token embedder (as e5-mistral), which every
+peer can load; NV-Embed itself runs in none of them. Each embedder is a process of its own in its own environment. Cold
+starts are counted from the start of a process to its first vector; then all processes stay, and take turns: one query
+at a time, and the mixed corpus in bulk. Beside every speed stands the cosine to transformers' FP32 vectors. Writes
+benchmarks/results/peers.json. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, processors
+from tqdm import tqdm
+
+from benchmarks.peer_worker import MAX_TOKENS
+from nvembed_deploy.console import run, say
+from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
+from nvembed_deploy.engines.bench import flops, padding_waste
+from nvembed_deploy.errors import DeployError
+from nvembed_deploy.export.options import default_model
+from nvembed_deploy.files.atomic import write_file
+from nvembed_deploy.files.json_lines import read_rows
+from nvembed_deploy.system import describe_machine
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "peers.json"
+WORKER = ROOT / "tools" / "peer_worker.py"
+ENVIRONMENTS = {
+    "torch": ("torch==2.13.0", "sentence-transformers==6.2.0", "fastembed==0.9.1"),
+    # The newest optimum-onnx asks for transformers 4, and sentence-transformers' ONNX backend for optimum-onnx.
+    "onnx": ("torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0", "sentence-transformers<5.3", "transformers<4.58"),
+}
+OURS = "ours"
+CORPORA = ("banking77", "cranfield", "emotion", "scifact", "stsbenchmark", "trecqa_wang")
+QUERIES = 40
+STARTS = 3
+PEER_BATCH = 32
+"""The peers' default, and the best of 8, 32 and 128 for them on two cores."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One row of the table."""
+
+    name: str
+    kind: str
+    """Of `peer_worker.KINDS`."""
+    environment: str
+    model: str
+    """Folder in the work folder."""
+
+
+PEERS = (
+    Peer("PyTorch, eager", "torch", "torch", "checkpoint"),
+    Peer("PyTorch, torch.compile", "torch-compile", "torch", "checkpoint"),
+    Peer("sentence-transformers, torch", "sentence-transformers", "torch", "checkpoint"),
+    Peer("sentence-transformers, torch bf16", "sentence-transformers-bf16", "torch", "checkpoint"),
+    Peer("sentence-transformers, ONNX", "sentence-transformers-onnx", "onnx", "checkpoint"),
+    Peer("transformers + ONNX Runtime (optimum)", "optimum", "onnx", "checkpoint"),
+    Peer("fastembed, own model", "fastembed", "torch", "checkpoint"),
+    Peer("ours, ONNX Runtime fp32", "onnxruntime", OURS, "fp32"),
+    Peer("ours, OpenVINO fp32", "openvino", OURS, "fp32"),
+    Peer("ours, OpenVINO bf16", "openvino", OURS, "bf16"),
+    Peer("ours, OpenVINO int8", "openvino", OURS, "int8"),
+    Peer("ours, ONNX Runtime int8", "onnxruntime", OURS, "int8"),
+)
+TRUTH = "PyTorch, eager"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("work", type=Path, help="folder for environments, which are used again, models and texts")
+    parser.add_argument("--data", type=Path, required=True, help=f"folder with data sets: {', '.join(CORPORA)}")
+    parser.add_argument("--texts", type=int, default=600, help="of the mixed corpus (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="in which all take turns (default: %(default)s)")
+    flags = parser.parse_args(argv)
+
+    def command() -> None:
+        work = flags.work.resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        for name in ENVIRONMENTS:
+            _environment(work, name)
+        _checkpoint(work)
+        _bundles(work)
+        record = measure(work, mixed_texts(flags.data, flags.texts), rounds=flags.rounds)
+        write_file(RESULT, (json.dumps(record, indent=1) + "\n").encode())
+        say(f"done: {RESULT.relative_to(ROOT)}")
+
+    return run(command)
+
+
+def _environment(work: Path, name: str) -> None:
+    folder = work / "environments" / name
+    if not (folder / "bin" / "python").exists():
+        say(f"making the environment {name}")
+        venv.create(folder, with_pip=True)
+    if not (folder / "ready").exists():
+        # torch first: what depends on it then takes the one that is there.
+        for wanted in (ENVIRONMENTS[name][:1], ENVIRONMENTS[name]):
+            subprocess.run([_python(work, name), "-m", "pip", "install", "--quiet", *wanted], check=True)
+        (folder / "ready").touch()
+
+
+def _python(work: Path, environment: str) -> str:
+    return sys.executable if environment == OURS else str(work / "environments" / environment / "bin" / "python")
+
+
+def _checkpoint(work: Path) -> None:
+    """The mini's decoder in the layout of e5-mistral and of sentence-transformers, and an ONNX graph of it."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = work / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)  # it may be of an earlier mini
+    for part in ("", "1_Pooling", "2_Normalize"):
+        (folder / part).mkdir(parents=True)
+    mini = default_model()
+    weights = load_file(mini / "model.safetensors")
+    prefix = "embedding_model."
+    decoder = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    save_file(decoder, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = Tokenizer.from_file(str(mini / "tokenizer.json"))
+    ends = [("<s>", 1), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # fastembed knows no other limit, and would take longer texts than all others.
+    limit = {"model_max_length": MAX_TOKENS}
+    settings = json.loads((mini / "tokenizer_config.json").read_text(encoding="utf-8")) | limit
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = json.loads((mini / "config.json").read_text(encoding="utf-8"))["text_config"]
+    config |= {"model_type": "mistral", "architectures": ["MistralModel"], "torch_dtype": "float16"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(
+            (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+        )
+    ]
+    pooling = {"word_embedding_dimension": config["hidden_size"], "pooling_mode_lasttoken": True}
+    pooling |= {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}
+    for name, content in (("1_Pooling/config", pooling), ("modules", modules), ("config", config)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    _plain_onnx(folder)
+
+
+def _plain_onnx(folder: Path) -> None:
+    """The graph that the peers' ONNX backends run: ids and mask to states, by torch's own exporter.
+
+    Optimum's exporter gives a decoder's graph a third input, position ids, which none of the peers fills in.
+    """
+    import torch
+    from transformers import AutoModel
+
+    class States(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+            self.model.config.use_cache = False
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            states: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return states
+
+    ids = torch.randint(3, 1000, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    (folder / "onnx").mkdir()
+    torch.onnx.export(
+        States(),
+        (ids, mask),
+        folder / "onnx" / "model.onnx",
+        input_names=["input_ids", "attention_mask"],
+        output_names=["last_hidden_state"],
+        opset_version=18,
+        dynamic_shapes=(sizes, sizes),
+        external_data=False,
+    )
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / "onnx" / name).write_bytes((folder / name).read_bytes())
+
+
+def _bundles(work: Path) -> None:
+    for precision in ("fp32", "bf16", "int8"):
+        command = [sys.executable, "-m", "export.to_onnx", "--model", str(work / "checkpoint")]
+        subprocess.run([*command, "--precision", precision, "--out", str(work / precision)], check=True, cwd=ROOT)
+
+
+def mixed_texts(data: Path, count: int) -> list[str]:
+    """Short queries and passages of several data sets, mixed, as many of each set.
+
+    Raises:
+        DeployError: A set is missing.
+    """
+    texts: list[str] = []
+    for name in CORPORA:
+        files = (data / name / file for file in ("corpus.jsonl", "test.jsonl"))
+        path = next((file for file in files if file.is_file()), None)
+        if path is None:
+            raise DeployError(f"{data / name} holds neither corpus.jsonl nor test.jsonl; see --data")
+        rows = [next(str(row[key]) for key in ("text", "a", "query") if key in row) for row in read_rows(path)]
+        texts += [row for row in rows if row.strip()][: count // len(CORPORA)]
+    order = np.random.default_rng(0).permutation(len(texts))
+    return [texts[index] for index in order]
+
+
+class Worker:
+    """A peer's process."""
+
+    def __init__(self, peer: Peer, work: Path) -> None:
+        self.peer = peer
+        started = time.perf_counter()
+        environment = os.environ | ({"PYTHONPATH": str(ROOT)} if peer.environment == OURS else {})
+        self.errors = (work / "errors.txt").open("w+")
+        self.process = subprocess.Popen(
+            [_python(work, peer.environment), str(WORKER), peer.kind, str(work / peer.model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment,
+        )
+        self.read()
+        self.cold_s = time.perf_counter() - started
+
+    def read(self) -> dict[str, Any]:
+        """Its next line.
+
+        Raises:
+            DeployError: It ended; with its last words.
+        """
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            words = [line for line in self.errors.read().splitlines() if line.strip()]
+            raise DeployError(f"{self.peer.name}: {words[-1] if words else 'ended without a word'}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def ask(self, **task: object) -> dict[str, Any]:
+        """Gives it a task."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass
+class Times:
+    """What a peer took, in seconds, and its peak memory."""
+
+    cold: list[float] = field(default_factory=list)
+    bulk: list[float] = field(default_factory=list)
+    single: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+def measure(work: Path, texts: list[str], *, rounds: int) -> dict[str, Any]:
+    """Cold starts, then rounds in which all take turns.
+
+    Args:
+        work: Environments and models.
+        texts: The mixed corpus.
+        rounds: Of bulk runs; single queries are spread over them.
+    """
+    file = work / "texts.json"
+    file.write_text(json.dumps(texts), encoding="utf-8")
+    times, failed = start_all(work)
+    gemm = subprocess.run(
+        [_python(work, "torch"), str(WORKER), "gemm", "-"], capture_output=True, text=True, check=True
+    )
+    workers = {peer.name: Worker(peer, work) for peer in PEERS if peer.name not in failed}
+    vectors = {}
+    for name, worker in workers.items():  # warm-up, and the vectors
+        worker.ask(texts=str(file), batch=PEER_BATCH, save=str(work / "vectors.npy"))
+        vectors[name] = np.load(work / "vectors.npy")
+    queries = sorted(texts, key=len)[len(texts) // 10 :][:QUERIES]
+    for turn in tqdm(range(rounds), desc="rounds", disable=None):
+        take_turns(workers, times, file, queries[turn::rounds])
+    for worker in workers.values():
+        worker.close()
+    encoder = Encoder(work / "fp32", device="cpu", backend="onnxruntime")
+    lengths = [len(row) for row in encoder.tokenize(texts)]
+    operations = flops(encoder.manifest.source.architecture, lengths)
+    rows = []
+    for name in workers:
+        taken = times[name]
+        seconds = statistics.median(taken.bulk)
+        rows.append(
+            {
+                "name": name,
+                "texts_s": round(len(texts) / seconds, 1),
+                "tokens_s": round(sum(lengths) / seconds),
+                "bulk_s": [round(item, 3) for item in taken.bulk],
+                "single_p50_ms": round(statistics.median(taken.single) * 1000, 2),
+                "single_p99_ms": round(float(np.quantile(taken.single, 0.99)) * 1000, 2),
+                "cold_s": round(statistics.median(taken.cold), 2),
+                "peak_mb": round(taken.peak_bytes / 1e6),
+                "gflops": round(operations / seconds / 1e9, 1),
+                "min_cosine": float((vectors[name] * vectors[TRUTH]).sum(axis=1).min()),
+                "versions": _versions(work, name),
+            }
+        )
+    return {
+        "command": f"python -m benchmarks.peers WORK --data DIR --texts {len(texts)} --rounds {rounds}",
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(),
+        "texts": len(texts),
+        "tokens": sum(lengths),
+        "padding_waste": round(
+            padding_waste(lengths, rows=encoder.manifest.profile.max.batch, tokens=DEFAULT_BATCH_TOKENS), 4
+        ),
+        "gemm_gflops": {name: round(value) for name, value in json.loads(gemm.stdout).items()},
+        "failed": failed,
+        "rows": rows,
+    }
+
+
+def start_all(work: Path) -> tuple[dict[str, Times], dict[str, str]]:
+    """Starts every peer a few times, in turn; those that cannot run come back with their last words."""
+    times = {peer.name: Times() for peer in PEERS}
+    failed: dict[str, str] = {}
+    for turn in range(STARTS):
+        for peer in PEERS:
+            if peer.name in failed:
+                continue
+            try:
+                worker = Worker(peer, work)
+            except DeployError as err:
+                failed[peer.name] = str(err)
+                say(f"  {err}")
+                continue
+            worker.close()
+            if turn:  # the first start reads everything from disk
+                times[peer.name].cold.append(worker.cold_s)
+    return times, failed
+
+
+def take_turns(workers: dict[str, Worker], times: dict[str, Times], file: Path, queries: list[str]) -> None:
+    """One bulk run of each, then each query with each."""
+    for name, worker in workers.items():
+        answer = worker.ask(texts=str(file), batch=PEER_BATCH)
+        times[name].bulk.append(answer["seconds"])
+        times[name].peak_bytes = answer["peak_bytes"]
+    for query in queries:
+        for name, worker in workers.items():
+            for _ in range(2):  # the second finds its caches as a busy server's does
+                last = worker.ask(query=query)["seconds"]
+            times[name].single.append(last)
+
+
+def _versions(work: Path, name: str) -> dict[str, str]:
+    wanted = {
+        "ours": ("onnxruntime", "openvino"),
+        "torch": ("torch", "transformers", "sentence-transformers", "fastembed"),
+        "onnx": ("transformers", "sentence-transformers", "optimum-onnx", "onnxruntime"),
+    }
+    environment = next(peer.environment for peer in PEERS if peer.name == name)
+    code = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    done = subprocess.run(
+        [_python(work, environment), "-c", code, *wanted[environment]], capture_output=True, text=True, check=True
+    )
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

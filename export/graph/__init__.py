@@ -1,0 +1,1 @@
+"""The ONNX graph: traced without weights, simplified, written with them."""

@@ -1,0 +1,1 @@
+"""Quantization: calibration, smoothing, the search for what to leave out, and Q/DQ nodes."""

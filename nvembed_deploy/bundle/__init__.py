@@ -1,0 +1,1 @@
+"""The bundle: what an export writes, described by its own manifest and switched in whole."""

@@ -1,0 +1,207 @@
+"""`nvembed embed BUNDLE [FILE]`: texts from a file or standard input to .npy, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed_deploy.console import program, run, say
+from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.errors import ConfigError, MissingExtra
+from nvembed_deploy.files.atomic import staged_file
+from nvembed_deploy.files.json_lines import read_rows
+
+STANDARD_INPUT = "-"
+ROWS_AT_A_TIME = 4096
+NPY_HEADER_BYTES = 128
+"""Room for the header, which is written last, when the number of rows is known."""
+Writer = Callable[[BinaryIO, Iterator[tuple[str, NDArray[np.float32]]], int], int]
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Runs the command; without `--out` JSON lines go to stdout."""
+    parser = argparse.ArgumentParser(
+        prog=prog or program("embed"),
+        description="Embeds texts. A .txt file and standard input hold a text in each line, .jsonl, .csv and .parquet "
+        "files one in each row.",
+    )
+    parser.add_argument("bundle", type=Path, help="a bundle's folder, or the engine.plan or model.onnx in it")
+    parser.add_argument(
+        "input",
+        nargs="?",
+        default=STANDARD_INPUT,
+        metavar="FILE",
+        help=".txt, .jsonl, .csv or .parquet; - is standard input (default: -)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="vectors.npy (float32 [N, D]), .jsonl or .parquet (text and embedding) (default: JSON lines to stdout)",
+    )
+    parser.add_argument("--column", default="text", help="the texts' column or key (default: %(default)s)")
+    parser.add_argument("--instruction", help="for texts that are queries: the task in words")
+    parser.add_argument("--batch-size", type=int, help="texts of a batch (default: by the engine)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--backend", default="auto", help="auto, tensorrt, onnxruntime or openvino (default: auto)")
+    flags = parser.parse_intermixed_args(argv)  # or a FILE behind a flag would not be seen
+
+    def command() -> None:
+        write = _writer(flags.out)
+        texts = read_texts(flags.input, column=flags.column)
+        encoder = Encoder(flags.bundle, device=flags.device, backend=flags.backend)
+        prompt = encoder.query_prompt(flags.instruction) if flags.instruction else None
+        rows = embed(encoder, texts, prompt=prompt, batch_size=flags.batch_size)
+        if flags.out is None:
+            write(sys.stdout.buffer, rows, encoder.dimension)
+            return
+        with staged_file(flags.out) as file:
+            count = write(file, rows, encoder.dimension)
+        say(f"done: {count} texts on {encoder.backend}")
+        sys.stdout.write(f"{flags.out}\n")
+
+    return run(command)
+
+
+def read_texts(source: str, *, column: str) -> Iterator[str]:
+    """Yields the texts of a file or of standard input.
+
+    Args:
+        source: The path, or `-`.
+        column: The key or column that holds the text, in JSON lines, CSV and Parquet.
+
+    Raises:
+        ConfigError: The file cannot be read, is of another kind, or has a row without a text.
+    """
+    if source == STANDARD_INPUT:
+        return (line.rstrip("\r\n") for line in sys.stdin)
+    path = Path(source)
+    readers: dict[str, Callable[[], Iterator[str]]] = {
+        ".txt": partial(_lines, path),
+        ".jsonl": partial(_column, path, _json_rows(path), column),
+        ".csv": partial(_column, path, _csv_rows(path), column),
+        ".parquet": partial(_column, path, _parquet_rows(path, column), column),
+    }
+    if path.suffix not in readers:
+        raise ConfigError(f"{path} is none of {', '.join(readers)}; name a file of these, or - for standard input")
+    return readers[path.suffix]()
+
+
+def embed(
+    encoder: Encoder, texts: Iterator[str], *, prompt: str | None, batch_size: int | None
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yields each text and its vector, float32 [D], reading a window of texts ahead and no more."""
+    while window := list(islice(texts, ROWS_AT_A_TIME)):
+        yield from zip(window, encoder.encode(window, prompt=prompt or "", batch_size=batch_size), strict=True)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield line.rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text ({err}); check the path") from err
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, object]]:
+    yield from read_rows(path)
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, object]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            yield from csv.DictReader(lines)
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
+        raise ConfigError(f"{path} cannot be read as CSV ({err}); check the path") from err
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, object]]:
+    parquet = _pyarrow()[1]
+    try:
+        file = parquet.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            raise ConfigError(f"{path} has no column {column!r}; pass --column with one of {file.schema_arrow.names}")
+        for batch in file.iter_batches(ROWS_AT_A_TIME, columns=[column]):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as err:
+        if isinstance(err, ConfigError):
+            raise
+        raise ConfigError(f"{path} cannot be read as Parquet ({err}); check the path") from err
+
+
+def _column(path: Path, rows: Iterable[dict[str, object]], column: str) -> Iterator[str]:
+    for number, row in enumerate(rows, 1):
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise ConfigError(f"{path}, row {number} has no text in {column!r}; pass --column with one of {list(row)}")
+        yield text
+
+
+def _writer(out: Path | None) -> Writer:
+    writers: dict[str, Writer] = {".npy": _write_npy, ".jsonl": _write_json_lines, ".parquet": _write_parquet}
+    if out is None:
+        return _write_json_lines
+    if out.suffix not in writers:
+        raise ConfigError(f"--out {out} is none of {', '.join(writers)}; the ending says what is written")
+    if out.suffix == ".parquet":
+        _pyarrow()  # before anything is embedded
+    return writers[out.suffix]
+
+
+def _write_json_lines(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float32]]], dimension: int) -> int:
+    count = 0
+    for text, vector in rows:
+        file.write(json.dumps({"text": text, "embedding": vector.tolist()}, ensure_ascii=False).encode() + b"\n")
+        count += 1
+    return count
+
+
+def _write_npy(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float32]]], dimension: int) -> int:
+    """Streams the rows behind room for the header, and then writes the header, padded with spaces as NumPy does."""
+    file.write(b"\0" * NPY_HEADER_BYTES)
+    count = 0
+    for _, vector in rows:
+        file.write(vector.astype("<f4").tobytes())
+        count += 1
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({count}, {dimension}), }}".encode()
+    magic = np.lib.format.magic(1, 0)
+    length = NPY_HEADER_BYTES - len(magic) - 2
+    file.seek(0)
+    file.write(magic + length.to_bytes(2, "little") + header.ljust(length - 1) + b"\n")
+    return count
+
+
+def _write_parquet(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float32]]], dimension: int) -> int:
+    arrow, parquet = _pyarrow()
+    schema = arrow.schema([("text", arrow.string()), ("embedding", arrow.list_(arrow.float32(), dimension))])
+    count = 0
+    with parquet.ParquetWriter(file, schema) as writer:
+        while window := list(islice(rows, ROWS_AT_A_TIME)):
+            vectors = np.stack([vector for _, vector in window]).reshape(-1)
+            columns = [
+                arrow.array([text for text, _ in window], arrow.string()),
+                arrow.FixedSizeListArray.from_arrays(arrow.array(vectors), dimension),
+            ]
+            writer.write_table(arrow.Table.from_arrays(columns, schema=schema))
+            count += len(window)
+    return count
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as err:
+        raise MissingExtra(f"Parquet needs pyarrow ({err}); pip install pyarrow") from err
+    return pyarrow, pyarrow.parquet

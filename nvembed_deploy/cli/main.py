@@ -1,0 +1,115 @@
+"""`nvembed COMMAND`: finds the command's module and imports that alone, so that help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nvembed_deploy.console import program, say
+from nvembed_deploy.version import __version__
+
+
+class Command(NamedTuple):
+    """One line of `nvembed --help`."""
+
+    module: str
+    """Where its `main(argv, *, prog)` is."""
+    summary: str
+
+
+COMMANDS: dict[str, dict[str, Command]] = {
+    "Make a bundle": {
+        "export": Command("export.trt", "a checkpoint to ONNX to a TensorRT plan, compared with PyTorch"),
+        "pack": Command("engines.pack", "a bundle as one archive for a device that builds its own plan"),
+        "build": Command("engines.build", "a bundle's plan, with the TensorRT of this machine"),
+    },
+    "Look at it": {
+        "show": Command("engines.show", "what a bundle is, and whether its plan runs here"),
+        "check": Command("engines.check", "compare a bundle with PyTorch again, on this machine"),
+        "bench": Command("engines.bench", "latency and throughput of bundles side by side"),
+    },
+    "Use it": {
+        "embed": Command("cli.embed", "texts from a file or standard input to .npy, JSON lines or Parquet"),
+        "similarity": Command("cli.similarity", "questions against passages, as a table of cosines"),
+        "serve": Command("serve.command", "an HTTP server with OpenAI's embeddings interface"),
+        "app": Command("app.command", "a search page in the browser"),
+        "bulk": Command("export.ray_job", "a large corpus to Parquet, on one machine or a Ray cluster"),
+        "triton": Command("export.triton", "a model repository for Triton Inference Server"),
+    },
+    "Train and evaluate": {
+        "train": Command("training.command", "NV-Embed's training recipe, step by step"),
+        "eval": Command("evaluation.command", "MTEB scores of a bundle beside PyTorch's"),
+    },
+}
+BASE_PACKAGES = ("numpy", "tokenizers", "tqdm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: The command's name and its arguments; by default the process's.
+
+    Returns:
+        The command's exit code; 2 for a command that does not exist.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        sys.stdout.write(help_text())
+        return 0 if arguments else 2
+    if name == "--version":
+        sys.stdout.write(f"nvembed-deploy {__version__}\n")
+        return 0
+    every = {name: command for group in COMMANDS.values() for name, command in group.items()}
+    if name not in every:
+        say(f"error: {program()} has no command {name!r}{_did_you_mean(name, every)}; see: {program()} --help")
+        return 2
+    if not is_installed(every[name]):
+        say(
+            f"error: {program(name)} is not part of this installation, which has what a device needs to run a bundle; "
+            "install nvembed-deploy itself for it"
+        )
+        return 1
+    try:
+        module = importlib.import_module(f"nvembed_deploy.{every[name].module}")
+    except ModuleNotFoundError as err:
+        if err.name not in BASE_PACKAGES:
+            raise
+        say(f"error: {err.name} is not installed for {sys.executable}; pip install {' '.join(BASE_PACKAGES)}")
+        return 1
+    code: int = module.main(arguments[1:], prog=program(name))
+    return code
+
+
+def is_installed(command: Command) -> bool:
+    """Whether the command's module is here: a device's archive has the runtime alone."""
+    package, _, module = command.module.rpartition(".")
+    spec = importlib.util.find_spec(f"nvembed_deploy.{package}")
+    return spec is not None and importlib.util.find_spec(f"nvembed_deploy.{package}.{module}") is not None
+
+
+def help_text() -> str:
+    """Returns what `nvembed --help` prints: the commands that are installed, by group."""
+    lines = [
+        f"usage: {program()} COMMAND ...",
+        "",
+        "NV-Embed and its relatives as TensorRT engines: checkpoint to ONNX to plan to vectors,",
+        "compared with PyTorch at every step.",
+    ]
+    for group, commands in COMMANDS.items():
+        here = {name: command for name, command in commands.items() if is_installed(command)}
+        if here:
+            lines += ["", f"{group}:", *(f"  {name:<12}{command.summary}" for name, command in here.items())]
+    lines += ["", f"{program('COMMAND')} --help describes a command; {program()} --version names the version."]
+    return "\n".join(lines) + "\n"
+
+
+def _did_you_mean(name: str, known: Sequence[str] | dict[str, Command]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,89 @@
+"""How every command line of this project ends: one line and exit 1 for an expected failure, a trace for a bug."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from nvembed_deploy.errors import DeployError
+
+WHOLE = "what stands at the destination is whole, as it was or as it shall be"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run(command: Callable[[], None], *, verbose: bool = False) -> int:
+    """Runs a command and turns its errors into messages on stderr.
+
+    Returns:
+        The exit code: 0, or 1 for a `DeployError`, a full disk, Ctrl-C or SIGTERM.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    in_main = threading.current_thread() is threading.main_thread()  # others may set no handlers
+    previous = signal.signal(signal.SIGTERM, _interrupt) if in_main else None
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command()
+    except DeployError as err:
+        return _fail(str(err))
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; {WHOLE}. Run the same command to start again")
+    except BrokenPipeError:
+        return _fail("the reader of the output went away")
+    except OSError as err:
+        if err.errno in DISK_FULL:
+            return _fail(
+                f"the disk is full or the file would be too large ({err}); {WHOLE}. Free space or choose another --out"
+            )
+        if err.filename is None:
+            raise
+        return _fail(f"{err.filename}: {err.strerror}; check the path and its permissions")
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def program(command: str = "") -> str:
+    """Returns how a command of this project is typed here: `nvembed COMMAND`, or `python -m nvembed_deploy COMMAND`.
+
+    Both are the same. The second works where nothing is installed: in a checkout and in a device's archive.
+    """
+    started = Path(sys.argv[0]).name if sys.argv else ""
+    is_short = started in ("nvembed", "nvembed.exe") or (
+        started not in ("__main__.py", "-m") and shutil.which("nvembed") is not None
+    )
+    return f"{'nvembed' if is_short else 'python -m nvembed_deploy'} {command}".rstrip()
+
+
+def say(message: str) -> None:
+    """Tells the person at the terminal what happens; stdout is kept for results."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
+def url_host(host: str) -> str:
+    """A host as it stands in a URL: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    """In words alone: the line of code that warned says nothing to who typed a command."""
+    say(f"note: {message}")
+
+
+def _fail(message: str) -> int:
+    say(f"error: {message}")
+    return 1
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

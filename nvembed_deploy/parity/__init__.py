@@ -1,0 +1,1 @@
+"""Parity: how far two embedders are apart on real text, and whether that passes."""

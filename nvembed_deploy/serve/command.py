@@ -1,0 +1,87 @@
+"""`nvembed serve BUNDLE`: OpenAI's embeddings interface over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from nvembed_deploy.coalescer import DEFAULT_MAX_WAITING
+from nvembed_deploy.console import program, run, say, url_host
+from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.errors import MissingExtra
+
+DRAIN_SECONDS = 2
+"""Behind SIGTERM, running requests have `--timeout` and so long to end: each has its answer by then, if only a 504."""
+CONNECTIONS = 2048
+"""Open connections at a time; more are answered with 503 before a byte of theirs is read."""
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog=prog or program("serve"),
+        description="Serves a bundle over HTTP: POST /v1/embeddings as OpenAI's clients send it, GET /v1/models, GET "
+        "/health (a real forward), GET /metrics (Prometheus). Requests that arrive together run together. There is no "
+        "password: let nobody but a proxy of yours reach it.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="bundle, its engine.plan or its model.onnx")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, default=8080, help="port to listen on; 0 takes a free one (default: 8080)")
+    parser.add_argument("--name", help="model's name in requests (default: the bundle's model)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--backend", default="auto", help="auto, tensorrt, onnxruntime or openvino (default: auto)")
+    parser.add_argument("--threads", type=int, help="threads of a batch on a CPU (default: the runtime's choice)")
+    parser.add_argument(
+        "--max-waiting",
+        type=int,
+        default=DEFAULT_MAX_WAITING,
+        help="texts that may wait for the engine; more are answered with 429 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds that a request may take (default: %(default)s)"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
+    flags = parser.parse_args(argv)
+    if not 0 <= flags.port < 65536:
+        parser.error(f"--port is {flags.port}; pass 0 to 65535")
+    if flags.max_waiting < 1 or not 0 < flags.timeout < math.inf:
+        parser.error("--max-waiting and --timeout must be numbers above 0")
+
+    def command() -> None:
+        try:
+            import uvicorn
+
+            from nvembed_deploy.serve.api import HEALTH_TEXT, make_app
+            from nvembed_deploy.serve.requests import Limits
+        except ImportError as err:
+            raise MissingExtra(
+                f"the server needs FastAPI and uvicorn ({err}); install them: pip install 'nvembed-deploy[serve]'"
+            ) from err
+        encoder = Encoder(flags.bundle, device=flags.device, backend=flags.backend, threads=flags.threads)
+        encoder.encode(HEALTH_TEXT)  # nobody is let in before the engine has answered
+        name = flags.name or encoder.manifest.source.name
+        app = make_app(encoder, name=name, limits=Limits(seconds=flags.timeout), max_waiting=flags.max_waiting)
+        config = uvicorn.Config(
+            app,
+            host=flags.host,
+            port=flags.port,
+            log_level="info" if flags.verbose else "warning",
+            timeout_graceful_shutdown=math.ceil(flags.timeout) + DRAIN_SECONDS,
+            limit_concurrency=CONNECTIONS,
+            server_header=False,
+        )
+        server = uvicorn.Server(config)
+        socket = config.bind_socket()
+        socket.listen()  # who connects from here on waits, and is not refused
+        port = socket.getsockname()[1]
+        say(f"serving {name} on {encoder.backend}")
+        sys.stdout.write(f"http://{url_host(flags.host)}:{port}/v1\n")
+        sys.stdout.flush()
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once all requests have ended
+            server.run(sockets=[socket])
+        say("stopped")
+
+    return run(command, verbose=flags.verbose)

@@ -1,0 +1,138 @@
+"""What a precision, a dialect and a shape are, read from flags; and JSON files of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from nvembed_deploy.errors import CheckpointError, ConfigError
+
+INT4_BLOCK = 64
+"""Weights of a column that share a scale of 16 bits. TensorRT takes 64 and 128."""
+
+
+class Precision(str, Enum):
+    """Number format of the engine's weights and activations; norms, pooling and L2 stay in FP32 in all of them."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    """Linear layers in INT8, weights and inputs, and all else in FP16."""
+    FP8 = "fp8"
+    """The same in FP8 (E4M3)."""
+    INT4 = "int4"
+    """Weights of the linear layers in INT4, in blocks, and all else in FP16."""
+
+    @property
+    def quantized(self) -> bool:
+        """True where linear layers have another format than all else."""
+        return self in (Precision.INT8, Precision.FP8, Precision.INT4)
+
+    @property
+    def has_cpu_graph(self) -> bool:
+        """True where CPUs run another graph than the engine's: they have neither BF16 nor FP16 arithmetic."""
+        return self is Precision.BF16 or self.quantized
+
+    @property
+    def base(self) -> Precision:
+        """The format of what is not quantized."""
+        return Precision.FP16 if self.quantized else self
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight of a linear layer takes on disk, block scales included."""
+        if self is Precision.FP32:
+            return 32
+        if self is Precision.INT4:
+            return 4 + 16 / INT4_BLOCK
+        return 8 if self.quantized else 16
+
+
+class Dialect(str, Enum):
+    """Which ONNX operators a graph is written in."""
+
+    FUSED = "fused"
+    """Opset 23 with Attention, RMSNormalization and RotaryEmbedding: TensorRT 11 and TensorRT-RTX."""
+    PORTABLE = "portable"
+    """Opset 20 with primitive operators: TensorRT 10 and JetPack 6."""
+
+    @property
+    def opset(self) -> int:
+        """ONNX opset version of the dialect. TensorRT 10 parses up to 20, TensorRT 11 up to 25."""
+        return 23 if self is Dialect.FUSED else 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of a checkpoint.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist; a checkpoint folder holds config.json, tokenizer.json and *.safetensors"
+        ) from None
+    except (OSError, ValueError, RecursionError) as err:
+        raise CheckpointError(f"{path} cannot be read as JSON ({err}); download the file again") from err
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; download the file again")
+    return value
+
+
+MAX_ELEMENTS = 2**31 - 1
+_SHAPE = re.compile(r"^\s*(\d+)\s*[xX×]\s*(\d+)\s*$")
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Shape:
+    """A batch of texts: `batch` rows of `tokens` ids."""
+
+    batch: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.tokens < 1:
+            raise ConfigError(f"shape {self.batch}x{self.tokens}: batch and tokens must be at least 1")
+        if self.batch * self.tokens > MAX_ELEMENTS:
+            raise ConfigError(f"shape {self.batch}x{self.tokens} has more than {MAX_ELEMENTS} ids, TensorRT's limit")
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Reads `BATCHxTOKENS`, such as `8x64`.
+
+        Raises:
+            ConfigError: The text is not two whole numbers joined by x.
+        """
+        match = _SHAPE.match(text)
+        if match is None:
+            raise ConfigError(f"shape {text!r} is not BATCHxTOKENS; write 8x64 for 8 texts of 64 tokens")
+        return cls(batch=int(match[1]), tokens=int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeProfile:
+    """TensorRT's optimization profile: the shapes a plan accepts, and the one it is tuned for."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("--opt", self.min, self.opt), ("--max", self.opt, self.max)):
+            if high.batch < low.batch or high.tokens < low.tokens:
+                raise ConfigError(
+                    f"{name} {high} is smaller than {low}; profiles need --min <= --opt <= --max in batch and in tokens"
+                )
+
+    def __str__(self) -> str:
+        return f"{self.min} .. {self.opt} .. {self.max}"

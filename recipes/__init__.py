@@ -1,0 +1,1 @@
+"""How models of this repository were made. Not part of the library."""

@@ -1,0 +1,83 @@
+"""`python -m recipes.mini`: how the embedded model was made.
+
+start     a small BERT and examples  -> a base whose layers start from the BERT's
+make      data sets                  -> the embedded checkpoint: every step in one
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from nvembed_deploy.console import say
+from nvembed_deploy.training.command import HelpFormatter, add_path, add_source_flags, add_teacher_flag, run_step
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; its last line on stdout is the path of what was made."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.mini",
+        description=__doc__.partition(": ")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, add in (("start", _start), ("make", _make)):
+        text = (add.__doc__ or "").strip()
+        add(commands.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=HelpFormatter))
+    options = parser.parse_args(argv)
+    return run_step(lambda: options.command(options))
+
+
+def _start(parser: argparse.ArgumentParser) -> None:
+    """Makes a small base whose layers start from a teacher's, a BERT, by least squares: no training, a few minutes."""
+    add_path(
+        parser, "--examples", "examples file: its queries choose the vocabulary and are what weights are solved on"
+    )
+    add_path(
+        parser, "--out", "base folder to make or to replace; `nvembed train stage --relative-steps` goes on from it"
+    )
+    parser.add_argument("--vocab-size", type=int, default=16_000, help="tokens, most of them the teacher's pieces")
+    parser.add_argument("--neurons", type=int, help="of each feed-forward block; by default as many as the teacher has")
+    add_teacher_flag(parser)
+    parser.set_defaults(command=_run_start)
+
+
+def _run_start(options: argparse.Namespace) -> Path:
+    from nvembed_deploy.training.examples import read_examples
+    from nvembed_deploy.training.teacher import Teacher
+    from recipes.mini.start import make_base
+
+    texts = [example.query for example in read_examples(options.examples)]
+    found = make_base(
+        options.out, Teacher(options.teacher), texts, vocab_size=options.vocab_size, neurons=options.neurons
+    )
+    say(f"mean cosine to the teacher, run on the same tokens of the same texts: {found.agreement:.3f}")
+    out: Path = options.out
+    return out
+
+
+def _make(parser: argparse.ArgumentParser) -> None:
+    """Makes the embedded mini checkpoint, all steps, on two cores of a CPU in one and a half to three hours."""
+    add_source_flags(parser)
+    add_path(parser, "--out", "checkpoint folder to make or to replace; its README.md stays")
+    parser.add_argument("--work", type=Path, default=Path("build/nv-embed-mini"), help="what each step keeps")
+    add_teacher_flag(parser)
+    parser.set_defaults(command=_run_make)
+
+
+def _run_make(options: argparse.Namespace) -> Path:
+    from recipes.mini import make
+
+    sources = make.Sources(
+        data=options.data,
+        exclude=options.exclude,
+        wordnet=options.wordnet,
+        packages=options.packages,
+        teacher=options.teacher,
+    )
+    return make.make(options.out, work=options.work, sources=sources)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

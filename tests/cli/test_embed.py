@@ -1,0 +1,115 @@
+"""`nvembed embed`: every kind of file in and out, streams, and files that are not what they seem."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed_deploy import Encoder
+from nvembed_deploy.cli.embed import main
+
+TEXTS = ["a first text", "naïve 日本", "", 'a, "quoted" one']
+
+
+@pytest.fixture
+def bundle(bundles: dict[str, Path]) -> str:
+    return str(bundles["fp32"])
+
+
+def embed(bundle: str, *arguments: str) -> int:
+    return main([bundle, "--device", "cpu", "--backend", "onnxruntime", *arguments])
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    """Texts in the format that the file's name asks for."""
+    if path.suffix == ".txt":
+        path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts), encoding="utf-8")
+    elif path.suffix == ".csv":
+        import csv
+
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["id", "text"], *(["1", text] for text in texts)])
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+
+        parquet.write_table(pyarrow.table({"id": [1] * len(texts), "text": texts}), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_files_to_npy(bundle: str, encoder: Encoder, tmp_path: Path, suffix: str) -> None:
+    source, out = write(tmp_path / f"texts{suffix}", TEXTS), tmp_path / "vectors.npy"
+    assert embed(bundle, str(source), "--out", str(out)) == 0
+    vectors = np.load(out)
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, encoder.encode(TEXTS))
+
+
+def test_queries_to_json_lines_and_parquet(bundle: str, encoder: Encoder, tmp_path: Path) -> None:
+    source = write(tmp_path / "texts.txt", TEXTS)
+    expected = encoder.encode(TEXTS, instruction="find it")
+    flags = [str(source), "--instruction", "find it", "--out"]
+    assert embed(bundle, *flags, str(tmp_path / "out.jsonl")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["text"] for row in rows] == TEXTS
+    np.testing.assert_array_equal(np.float32([row["embedding"] for row in rows]), expected)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert embed(bundle, *flags, str(tmp_path / "out.parquet")) == 0
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert table["text"].to_pylist() == TEXTS
+    np.testing.assert_array_equal(np.float32(table["embedding"].to_pylist()), expected)
+
+
+def test_standard_input_to_standard_output(
+    bundle: str, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a first text\r\nanother\n"))
+    assert embed(bundle) == 0
+    rows = [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == ["a first text", "another"]
+    np.testing.assert_array_equal(
+        np.float32([row["embedding"] for row in rows]), encoder.encode(["a first text", "another"])
+    )
+
+
+def test_no_texts_are_no_vectors(bundle: str, encoder: Encoder, tmp_path: Path) -> None:
+    assert embed(bundle, str(write(tmp_path / "none.txt", [])), "--out", str(tmp_path / "none.npy")) == 0
+    assert np.load(tmp_path / "none.npy").shape == (0, encoder.dimension)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("texts.pdf", "x", "is none of .txt, .jsonl, .csv, .parquet; name a file of these"),
+        ("none.txt", None, "cannot be read as UTF-8 text"),
+        ("broken.jsonl", '{"text": "a"}\n{"text"\n', "line 2: not JSON"),
+        ("other.jsonl", '{"body": "a"}\n', "row 1 has no text in 'text'; pass --column with one of ['body']"),
+        ("other.csv", "body\na\n", "row 1 has no text in 'text'; pass --column with one of ['body']"),
+        ("broken.parquet", "no parquet", "cannot be read as Parquet"),
+    ],
+)
+def test_files_that_cannot_be_read_leave_nothing(
+    bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, message: str
+) -> None:
+    source, out = tmp_path / name, tmp_path / "vectors.npy"
+    if content is not None:
+        source.write_text(content)
+    assert embed(bundle, str(source), "--out", str(out)) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert not out.exists()
+
+
+def test_an_unknown_ending_is_refused_before_anything_is_read(
+    bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(bundle, str(tmp_path / "none.txt"), "--out", str(tmp_path / "vectors.bin")) == 1
+    assert "is none of .npy, .jsonl, .parquet; the ending says what is written" in capsys.readouterr().err

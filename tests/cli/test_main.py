@@ -1,0 +1,88 @@
+"""`nvembed`: its table, its help, and what a newcomer types wrong."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nvembed_deploy.cli import main as cli
+from nvembed_deploy.cli.main import COMMANDS
+from tests.readme import ROOT
+
+NAMES = [name for group in COMMANDS.values() for name in group]
+HELP_SECONDS = 0.3
+"""Of `nvembed --help`: a person does not notice it."""
+
+
+def run(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(["-c", code] if code else ["-m", "nvembed_deploy"]), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_table_is_the_documented_one() -> None:
+    assert sorted(NAMES) == sorted(
+        "export pack build check show bench embed similarity serve app eval train triton bulk".split()
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_has_its_help(name: str) -> None:
+    done = run(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python -m nvembed_deploy {name}")
+
+
+def test_help_is_instant_and_needs_no_packages() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('numpy', 'torch', 'tokenizers', 'tqdm'): sys.modules[name] = None\n"
+        "from nvembed_deploy.cli.main import main\n"
+        "raise SystemExit(main(['--help']))\n"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = run(code=code)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < HELP_SECONDS
+    assert all(f"\n  {name} " in done.stdout for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "usage: "),
+        (["--version"], 0, "nvembed-deploy "),
+        (["exprot"], 2, "has no command 'exprot' (did you mean 'export'?)"),
+        (["frobnicate"], 2, "has no command 'frobnicate'; see: "),
+        (["help"], 0, "usage: "),
+    ],
+)
+def test_what_is_typed_first(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == code
+    said = capsys.readouterr()
+    assert message in said.out + said.err
+
+
+def test_what_an_installation_lacks_is_hidden_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "is_installed", lambda command: not command.module.startswith("training."))
+    assert "\n  train " not in cli.help_text()
+    assert cli.main(["train", "--help"]) == 1
+    assert "is not part of this installation" in capsys.readouterr().err
+
+
+def test_a_missing_base_package_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "from nvembed_deploy.cli.main import main\n"
+        f"raise SystemExit(main(['similarity', {str(tmp_path)!r}]))\n"
+    )
+    done = run(code=code)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: numpy is not installed for ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,163 @@
+"""A plan built on the device from what travels in a bundle; TensorRT-RTX stands in for the device's TensorRT."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed_deploy import Encoder
+from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PLAN, TRUTH, WEIGHTS
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.engines import build
+from nvembed_deploy.engines.targets import SINGLE_QUERIES, TARGETS
+from nvembed_deploy.errors import ConfigError, EngineError
+from nvembed_deploy.parity.probes import Truth
+from nvembed_deploy.spec import Shape
+from tests.bundle.test_reader import snapshot
+from tests.conftest import ROOT, needs_rtx
+from tests.test_loading import rebuild
+
+JETSON = ["--target", "jetson-orin", "--max", "8x128"]
+
+
+@pytest.fixture(scope="module")
+def portable(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For a Jetson: no plan, since only the Jetson can build it."""
+    from nvembed_deploy.export.trt import main
+
+    out = tmp_path_factory.mktemp("portable") / "bundle"
+    assert main(["--model", str(checkpoint), "--precision", "fp16", "--out", str(out), *JETSON]) == 0
+    assert Bundle.open(out).manifest.plan is None
+    return out
+
+
+@pytest.fixture
+def copy(portable: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(portable, tmp_path / "bundle"))
+
+
+@needs_rtx
+def test_the_plan_is_built_judged_and_switched_in(
+    portable: Path, copy: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy.parent)
+    assert build.main(["bundle", "--target", "rtx"]) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines()[-1] == str(copy)
+    assert "comparing ONNX with PyTorch" in err
+    assert re.search(r"done: engine\.plan [\d.]+ MB for rtx, parity of its graph passed, the plan was not run", err)
+    manifest = Bundle.open(copy).manifest
+    assert (manifest.target, manifest.plan.profiles) == ("rtx", (manifest.profile, SINGLE_QUERIES))
+    assert manifest.profile.max.tokens == 128  # not longer than what was compared
+    assert manifest.parity[0].reference.startswith("PyTorch")
+    before, after = snapshot(portable), snapshot(copy)
+    assert all(after[name] == content for name, content in before.items() if name != MANIFEST)
+    vectors = Encoder(copy, device="cpu").encode(["a", "b c"])
+    np.testing.assert_array_equal(vectors, Encoder(portable, device="cpu").encode(["a", "b c"]))
+
+
+@needs_rtx
+def test_a_new_bundle_leaves_the_old_one(portable: Path, tmp_path: Path) -> None:
+    before = snapshot(portable)
+    out = build.build(portable, TARGETS["rtx"], out=tmp_path / "new")
+    assert snapshot(portable) == before
+    assert Bundle.open(out).manifest.plan is not None
+
+
+@needs_rtx
+def test_an_engine_with_other_vectors_is_not_switched_in(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where the graph and the vectors are of two models."""
+    truth = Truth.from_bytes((copy / TRUTH).read_bytes())
+    rebuild(copy, copy, {TRUTH: replace(truth, vectors=np.roll(truth.vectors, 1, axis=0)).to_bytes()})
+    before = snapshot(copy)
+    assert build.main([str(copy), "--target", "rtx"]) == 1
+    assert re.search(r"error: .* differs from PyTorch .*: cosine", capsys.readouterr().err)
+    assert snapshot(copy) == before
+    assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
+
+
+@needs_rtx
+def test_without_the_references_vectors_it_says_so(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nvembed_deploy.export.to_onnx import main
+
+    out = tmp_path / "bundle"
+    assert main(["--model", str(checkpoint), "--weights", "reference", "--no-parity", "--out", str(out)]) == 0
+    assert build.main([str(out), "--target", "rtx"]) == 0
+    assert "parity NOT checked: the bundle was exported with --no-parity" in capsys.readouterr().err
+    manifest = Bundle.open(out).manifest
+    assert manifest.parity == ()
+    assert manifest.referenced
+    assert all(os.path.samefile(out / name, checkpoint / name) for name in manifest.referenced)
+
+
+def test_what_cannot_be_built_is_refused_with_the_reason(
+    bundles: dict[str, Path], copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orin = TARGETS["jetson-orin"]
+    with pytest.raises(ConfigError, match=r"fused dialect \(opset 23\), .* parses up to opset 20"):
+        build.build(bundles["fp16"], orin)
+    old = type("Old", (), {"__version__": "10.0.1"})
+    monkeypatch.setattr("nvembed_deploy.engines.targets.load_bindings", lambda name: old)
+    with pytest.raises(EngineError, match=r"needs tensorrt 10\.3 or newer, and 10\.0\.1 is installed; update it"):
+        build.build(copy, orin)
+    monkeypatch.undo()
+    assert build.main([str(copy.parent)]) == 1
+    assert "has no manifest.json" in capsys.readouterr().err
+    assert build.main([str(copy), "--target", "rtx", "--max", "4x9999"]) == 1
+    assert "--max 4x9999 is longer than the model's 2048 tokens" in capsys.readouterr().err
+    assert build.main([str(copy), "--target", "rtx", "--strip-weights"]) == 1
+    assert "needs a GPU to be built" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        build.main([str(copy), "--max", "many"])
+    (copy / WEIGHTS).write_bytes(b"x" * (copy / WEIGHTS).stat().st_size)
+    assert build.main([str(copy), "--target", "rtx"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [(None, "16x128"), (Shape(batch=40, tokens=128), "40x128"), (Shape(batch=4, tokens=256), "4x256")],
+)
+def test_shapes_are_the_recipes_within_the_bundles_own(portable: Path, largest: Shape | None, expected: str) -> None:
+    manifest = Bundle.open(portable).manifest
+    own = replace(manifest.profile, max=Shape(batch=16, tokens=128))
+    found = build._profile(TARGETS["h100"], replace(manifest, profile=own), largest)
+    assert str(found.max) == expected
+    assert found.opt.batch <= found.max.batch
+    assert found.opt.tokens <= found.max.tokens
+
+
+@needs_rtx
+def test_no_room_is_said_before_anything_is_done(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "available_memory_bytes", lambda: 2**20)
+    assert build.main([str(copy), "--target", "rtx"]) == 1
+    assert "needs about 0.4 GiB of memory and 0.0 GiB are free" in capsys.readouterr().err
+    assert not (copy / PLAN).exists()
+    assert build.main([str(copy), "--target", "rtx", "--force"]) == 0
+    assert "going on, as --force asks" in capsys.readouterr().err
+
+
+@needs_rtx
+def test_a_device_needs_no_torch(copy: Path) -> None:
+    code = (
+        "import sys, nvembed_deploy.engines.build as build; build.main([sys.argv[1], '--target', 'rtx']); import json\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(copy)], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
+    )
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert not loaded & {"torch", "transformers", "onnx", "onnxscript", "safetensors", "export"}
+    assert (copy / PLAN).is_file()
+    assert (copy / GRAPH).is_file()

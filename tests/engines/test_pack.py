@@ -1,0 +1,175 @@
+"""The archive for a device: packed, unpacked, built and run as its own README says, with TensorRT-RTX for TensorRT."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from nvembed_deploy import Encoder
+from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.engines import pack as archive
+from nvembed_deploy.engines.pack import ON_DEVICE, REQUIREMENTS, main
+from nvembed_deploy.engines.portable_operators import require_portable, unsupported
+from nvembed_deploy.engines.targets import TARGETS
+from nvembed_deploy.errors import ExportError
+from nvembed_deploy.export.trt import main as export
+from tests.conftest import needs_rtx
+
+
+@pytest.fixture(scope="module")
+def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("device")
+    flags = ["--precision", "int8", "--calibration-tokens", "2048", "--max", "8x128", "--out", str(folder / "tiny")]
+    assert export(["--model", str(checkpoint), "--target", "jetson-orin", *flags]) == 0
+    assert main([str(folder / "tiny")]) == 0
+    assert [path.name for path in folder.iterdir() if path.is_file()] == ["tiny-jetson-orin.tar"]
+    return folder / "tiny-jetson-orin.tar"
+
+
+@pytest.fixture
+def device(packed: Path, tmp_path: Path) -> Path:
+    with tarfile.open(packed) as tar:
+        tar.extractall(tmp_path, filter="data")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-jetson-orin"]
+    return tmp_path / "tiny-jetson-orin"
+
+
+def run(device: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=device,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@needs_rtx
+def test_the_devices_steps(packed: Path, device: Path) -> None:
+    steps = (device / "README.md").read_text()
+    assert "venv/bin/python -m nvembed_deploy build bundle --target jetson-orin" in steps
+    where = run(device, "-c", "import nvembed_deploy; print(nvembed_deploy.__file__)")
+    assert Path(where.stdout.strip()).parent == device / "nvembed_deploy"
+    done = run(device, "-m", "nvembed_deploy", "build", "bundle", "--target", "rtx")
+    assert done.returncode == 0, done.stderr
+    assert "parity of its graph passed" in done.stderr
+    manifest = Bundle.open(device / "bundle").manifest
+    assert (manifest.precision.value, manifest.target, manifest.parity[0].tolerance.min_overlap) == (
+        "int8",
+        "rtx",
+        0.95,
+    )
+    asked = run(device, "-m", "nvembed_deploy", "similarity", "bundle", "--device", "cpu")
+    assert asked.returncode == 0, asked.stderr
+    here = Encoder(packed.parent / "tiny", device="cpu").encode(["a text"])
+    np.testing.assert_array_equal(here, Encoder(device / "bundle", device="cpu").encode(["a text"]))
+
+
+def test_what_is_in_it(device: Path) -> None:
+    assert not (device / "bundle" / "engine.plan").exists()
+    assert (device / "requirements.txt").read_text().splitlines() == list(REQUIREMENTS["10"])
+    names = {path.relative_to(device).as_posix() for path in device.rglob("*.py")}
+    assert {"nvembed_deploy/engines/build.py", "nvembed_deploy/backends/trt.py", "nvembed_deploy/serve/api.py"} <= names
+    sources = [path.read_text() for path in device.rglob("*.py")]
+    assert not [text for text in sources if re.search(r"^(import|from) torch", text, flags=re.MULTILINE)]
+    assert not [name for name in names if "/training/" in name or "/export/" in name]
+
+
+def test_the_packed_library_installs(device: Path, tmp_path: Path) -> None:
+    """Its own pyproject.toml, as `pip install .` reads it."""
+    done = run(device, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "wheel"), ".")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "wheel").glob("nvembed_deploy-*.whl"))) == 1
+
+
+def test_a_finished_bundle_is_packed_without_its_plan(bundles: dict[str, Path], tmp_path: Path) -> None:
+    before = (bundles["fp16"] / MANIFEST).read_bytes()
+    assert main([str(bundles["fp16"]), "--target", "h100", "--archive", str(tmp_path / "x.tar")]) == 0
+    assert (bundles["fp16"] / MANIFEST).read_bytes() == before
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        assert not [name for name in tar.getnames() if name.endswith("engine.plan")]
+        tar.extractall(tmp_path, filter="data")
+    assert Bundle.open(tmp_path / "x" / "bundle").manifest.plan is None
+    assert (tmp_path / "x" / "requirements.txt").read_text().splitlines() == list(REQUIREMENTS["11"])
+
+
+def test_what_cannot_be_packed_is_refused(
+    bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(bundles["fp16"]), "--target", "rtx"])  # its plan is built where the bundle is exported
+    assert "invalid choice: 'rtx'" in capsys.readouterr().err
+    assert main([str(bundles["fp16"])]) == 1
+    assert (
+        "was exported for --target rtx, whose plan is not built on a device; pass --target" in capsys.readouterr().err
+    )
+    assert main([str(bundles["fp16"]), "--target", "jetson-orin"]) == 1
+    assert "in the fused dialect (opset 23), which --target jetson-orin does not parse" in capsys.readouterr().err
+    assert main([str(tmp_path / "none")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+    out = tmp_path / "x.tar"
+    out.write_text("before")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(archive, "_add_bundle", fail)
+    assert main([str(bundles["fp16"]), "--target", "h100", "--archive", str(out)]) == 1
+    assert "the disk is full" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+    assert out.read_text() == "before"
+
+
+def graph_of(path: Path, *nodes: onnx.NodeProto, kind: int = TensorProto.FLOAT, opset: int = 20, **constants) -> Path:
+    graph = helper.make_graph(
+        list(nodes),
+        "graph",
+        [helper.make_tensor_value_info("x", kind, [2, 3])],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]), path)
+    return path
+
+
+def test_operators_that_tensorrt_10_does_not_parse(bundles: dict[str, Path], tmp_path: Path) -> None:
+    path, node, zero = tmp_path / GRAPH, helper.make_node, np.zeros(1, np.int8)
+    found = set(unsupported(bundles["fp16"] / GRAPH))
+    assert {"opset 23, above 20", "operator Attention", "operator RMSNormalization"} <= found
+    scale = np.ones((), np.float32)
+    for nodes, extra, words in (
+        ((node("NonZero", ["x"], ["y"]),), {}, ["operator NonZero"]),
+        ((node("Sqrt", ["x"], ["y"]),), {"kind": TensorProto.DOUBLE}, ["Sqrt of DOUBLE"]),
+        ((node("Sqrt", ["x"], ["y"], domain="com.own"),), {}, ["operator Sqrt"]),
+        (
+            (node("Shape", ["x"], ["s"]), node("ReduceSum", ["x", "s"], ["y"])),
+            {},
+            ["ReduceSum whose axes are computed"],
+        ),
+        (
+            (node("QuantizeLinear", ["x", "scale", "zero"], ["y"]),),
+            {"scale": scale, "zero": zero[0] + np.int8(3)},
+            ["QuantizeLinear with a zero point"],
+        ),
+        ((node("QuantizeLinear", ["x", "scale", "zero"], ["y"]),), {"scale": scale, "zero": zero[0]}, []),
+        ((node("Add", ["x", "x"], ["y"]),), {}, []),
+    ):
+        assert list(unsupported(graph_of(path, *nodes, **extra))) == words
+    with pytest.raises(ExportError, match=r"cannot parse: .*Attention.*Export with --dialect portable"):
+        require_portable(bundles["fp16"] / GRAPH)
+
+
+def test_every_target_says_why() -> None:
+    for name in ON_DEVICE:
+        assert TARGETS[name].oldest_runtime.split(".")[0] in REQUIREMENTS

@@ -1,0 +1,75 @@
+"""Neurons that cancel each other, on the tiny checkpoint with such a pair put in."""
+
+import copy
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
+
+from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
+from nvembed_deploy.model.family import read_checkpoint_architecture  # noqa: E402
+from nvembed_deploy.model.source import text_contract  # noqa: E402
+from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
+from recipes.mini.cancelling import settle_neurons  # noqa: E402
+
+MOVED = 0.999
+"""Lowest cosine of a text before and behind: the price is 1e-3 of each neuron's power."""
+WORDS = ("water", "question", "over", "passage", "in", "and", "a", "phrase", "of", "retrieved", "words", "ice", "7")
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint):
+    contract = text_contract(checkpoint, read_checkpoint_architecture(checkpoint))
+    return TextEncoder((checkpoint / "tokenizer.json").read_bytes(), contract)
+
+
+@pytest.fixture(scope="module")
+def cancelling(checkpoint):
+    """In each layer the second neuron nearly agrees with the first, and they write 300 times the sum of both."""
+    model = load_checkpoint(checkpoint)
+    with torch.no_grad():
+        for layer in model.embedding_model.layers:
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                part.weight[1] = part.weight[0] * 1.001
+            large = 300 * layer.mlp.down_proj.weight[:, 0]
+            layer.mlp.down_proj.weight[:, 0] += large
+            layer.mlp.down_proj.weight[:, 1] -= large
+    return model
+
+
+def embed(model, encoder, texts):
+    batch = encoder.pad(encoder.tokenize(texts, max_length=64))
+    with torch.no_grad():
+        return model(*(torch.from_numpy(part) for part in batch))[0].float()
+
+
+def test_what_cancels_is_solved_for_again_and_bf16_loses_less(cancelling, encoder):
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(400)]
+    model = copy.deepcopy(cancelling)
+    before = embed(model, encoder, texts[:50])
+    largest = [layer.mlp.down_proj.weight.abs().max() for layer in model.embedding_model.layers]
+    settle_neurons(model, encoder, texts[50:], max_length=64)
+    assert all(
+        layer.mlp.down_proj.weight.abs().max() < size / 20
+        for layer, size in zip(model.embedding_model.layers, largest, strict=True)
+    )
+    after = embed(model, encoder, texts[:50])
+    assert (before * after).sum(dim=1).min() > MOVED
+    losses = [
+        1 - (embed(copy.deepcopy(one).bfloat16(), encoder, texts[:50]) * vectors).sum(dim=1).mean()
+        for one, vectors in ((cancelling, before), (model, after))
+    ]
+    assert losses[1] < losses[0] / 10
+
+
+def test_a_block_without_such_neurons_stays_what_it_is(checkpoint, encoder):
+    model = load_checkpoint(checkpoint)
+    start = copy.deepcopy(model)
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(400)]
+    settle_neurons(model, encoder, texts, max_length=64)
+    assert not any(layer.mlp.down_proj._forward_pre_hooks for layer in model.embedding_model.layers)
+    first, second = (embed(one, encoder, texts[:50]) for one in (start, model))
+    assert (first * second).sum(dim=1).min() > MOVED

@@ -1,0 +1,198 @@
+"""A decoder that starts from a teacher's layers, on a BERT of a few thousand weights."""
+
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
+for library in ("transformers", "sentence_transformers", "datasets"):
+    pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
+
+from nvembed_deploy.errors import ConfigError  # noqa: E402
+from nvembed_deploy.model.config import LatentAttention  # noqa: E402
+from nvembed_deploy.model.decoder import Decoder  # noqa: E402
+from nvembed_deploy.model.family import read_architecture  # noqa: E402
+from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
+from nvembed_deploy.training.batches import Collator  # noqa: E402
+from nvembed_deploy.training.student import contract, nvembed_config  # noqa: E402
+from nvembed_deploy.training.teacher import Teacher  # noqa: E402
+from recipes.mini import transplant as tested  # noqa: E402
+from recipes.mini.bert_states import token_rows  # noqa: E402
+from recipes.mini.pieces import teacher_pieces  # noqa: E402
+from recipes.mini.start import ROPE_THETA  # noqa: E402
+from recipes.mini.tokenizer import LETTERS, SPACE, piece_tokenizer  # noqa: E402
+from tests.training.tiny_training import sizes  # noqa: E402
+
+WIDTH = 16
+WORDS = [f"{first}{second}" for first in "bdfgklmn" for second in ("ab", "ec", "id", "of", "ug")]
+CONTROL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+def bert_folder(folder):
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate([*CONTROL, *WORDS, "##s"])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    named = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), CONTROL, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+    )
+    model = BertModel(config)
+    # A row of positions is small beside a row of words, as in a trained model.
+    model.embeddings.position_embeddings.weight.data.mul_(0.2)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    bert_folder(folder)
+    return Teacher(str(folder))
+
+
+def tokenizer_json() -> str:
+    pieces = [*(SPACE + word for word in WORDS), "s"]
+    return str(piece_tokenizer(pieces, vocab_size=3 + 256 + 1 + 2 * len(LETTERS) + len(WORDS)).to_str())
+
+
+def config(**changes):
+    tokens = Tokenizer.from_str(tokenizer_json()).get_vocab_size()
+    own = {"rope_theta": ROPE_THETA, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": tokens}
+    return {**sizes(), **own, **changes}
+
+
+def texts(count: int, seed: int):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(count)]
+
+
+def cosines(weights, stated, teacher, found_texts):
+    architecture = read_architecture(nvembed_config(stated, LatentAttention(head_dim=WIDTH)))
+    decoder = Decoder(architecture)
+    decoder.load_state_dict(weights)
+    encoder = TextEncoder(tokenizer_json().encode(), contract(architecture))
+    entry = {
+        "text": found_texts,
+        "prompt": [""] * len(found_texts),
+        "question": [False] * len(found_texts),
+        "group": list(range(len(found_texts))),
+    }
+    batch = Collator(encoder, max_length=64, teacher=teacher)([entry])
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        hidden = decoder(batch["input_ids"], mask) * mask[:, :, None]
+        wanted, _ = teacher.forward(batch["teacher_ids"], batch["teacher_mask"])
+    return torch.nn.functional.cosine_similarity(hidden.sum(dim=1), wanted, dim=-1)
+
+
+def test_a_decoder_starts_near_its_teacher_on_texts_it_was_not_solved_on(teacher):
+    stated = config()
+    found = tested.transplant(teacher, texts(600, 1), config=stated, tokenizer_json=tokenizer_json(), max_length=64)
+    unseen = cosines(found.weights, stated, teacher, texts(100, 2))
+    assert unseen.mean() > 0.93, "the weights do not compute what the teacher does"
+    assert found.agreement == pytest.approx(float(unseen.mean()), abs=0.02)
+    silenced = {
+        name: torch.zeros_like(tensor) if "down_proj" in name or "o_proj" in name else tensor
+        for name, tensor in found.weights.items()
+    }
+    assert cosines(silenced, stated, teacher, texts(100, 2)).mean() < unseen.mean() - 0.1, "layers matter here"
+
+
+def test_tokens_stand_for_the_teachers_own_pieces(teacher):
+    rows = token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
+    found = Tokenizer.from_str(tokenizer_json()).get_vocab()
+    table = next(teacher.model.children()).auto_model.embeddings.word_embeddings.weight
+    own = teacher.tokenizer.get_vocab()
+    for token, theirs in (("▁bab", "bab"), ("<s>", "[CLS]"), ("</s>", "[SEP]"), ("s", "##s"), ("<0x41>", "[UNK]")):
+        assert torch.equal(rows[found[token]], table[own[theirs]]), token
+
+
+def test_waves_sum_to_the_scores_they_are_fitted_to():
+    speeds = torch.tensor([1.0, 0.2])
+    distances = torch.arange(-tested.FARTHEST, tested.FARTHEST + 1)
+    wanted = 2.0 * torch.cos(distances * 1.0) - 0.5 * torch.sin(distances * 0.2) + 7.0
+    found = tested._waves(wanted[None], torch.ones(len(distances)), speeds)
+    assert found.shape == (1, 2, 2)
+    assert torch.allclose(found[0], torch.tensor([[2.0, 0.0], [0.0, -0.5]]), atol=0.02)
+
+
+def test_teachers_that_layers_cannot_start_from_are_refused(teacher):
+    def started(stated, model=teacher):
+        return tested.transplant(model, texts(8, 1), config=stated, tokenizer_json=tokenizer_json(), max_length=64)
+
+    with pytest.raises(ConfigError, match=r"\(16, 3, 2, 8\); from this teacher they must be \(16, 2, 2, 8\)"):
+        started(config(num_hidden_layers=3))
+    other = object.__new__(Teacher)
+    other.__dict__ |= {**teacher.__dict__, "model": torch.nn.Sequential(torch.nn.Identity())}
+    with pytest.raises(ConfigError, match="can start from a BERT's alone"):
+        started(config(), other)
+    with pytest.raises(ConfigError, match=r"the texts have \d+ tokens; layers of this size need 640; pass more text"):
+        started(config())
+
+
+def test_activations_other_than_gelu_are_refused(teacher, monkeypatch):
+    monkeypatch.setattr(next(teacher.model.children()).auto_model.config, "hidden_act", "relu")
+    with pytest.raises(ConfigError, match="the teacher's activation is relu"):
+        token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
+
+
+def test_no_more_tokens_are_held_than_allowed(teacher, monkeypatch):
+    seen = []
+    solver = tested._Solver
+    monkeypatch.setattr(tested, "CALIBRATION_TOKENS", 1000)
+    monkeypatch.setattr(tested, "_Solver", lambda *args: seen.append(args[3]) or solver(*args))
+    tested.transplant(teacher, texts(600, 1), config=config(), tokenizer_json=tokenizer_json(), max_length=64)
+    assert 980 < sum(int(batch.real.sum()) for batch in seen[0]) <= 1000
+
+
+def test_a_teachers_pieces_by_their_number_and_their_rank(teacher):
+    found = teacher_pieces(teacher, [" ".join(["nug"] * 50), "bofs"])
+    assert found[:2] == ["▁nug", "▁bab"]  # the frequent one, and the first of the vocabulary
+    assert found.index("▁bof") < found.index("▁bug")  # which stands before it, but not in the text
+    assert {"s", "▁kid"} <= set(found)
+    assert not any("[" in piece or "#" in piece for piece in found)
+
+
+def test_a_base_is_made_and_trained_on(teacher, tmp_path, capsys, monkeypatch):
+    from nvembed_deploy.model.checkpoint import load_checkpoint
+    from nvembed_deploy.training import teacher as teachers
+    from nvembed_deploy.training.command import main as train
+    from nvembed_deploy.training.examples import Example, write_examples
+    from nvembed_deploy.training.instructions import Kind
+    from recipes.mini.__main__ import main
+
+    monkeypatch.setattr(teachers, "Teacher", lambda folder: teacher)
+    found = [Example(query=text, positive=text[:9], kind=Kind.RETRIEVAL, source="s") for text in texts(300, 5)]
+    examples, base, out = (tmp_path / name for name in ("examples.jsonl", "base", "out"))
+    write_examples(examples, found)
+    size = str(3 + 256 + 1 + 2 * len(LETTERS) + len(WORDS))
+    start = ["start", "--examples", str(examples), "--out", str(base)]
+    assert main([*start, "--vocab-size", size, "--neurons", "32"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == str(base)
+    assert float(said.err.strip().split()[-1]) > 0.85
+    flags = ["stage", "--base", str(base), "--examples", str(examples), "--stage", "1", "--out", str(out)]
+    flags += ["--latents", "4", "--max-steps", "2", "--batch-rows", "16", "--warmup-steps", "1", "--relative-steps"]
+    assert train(flags) == 0
+    assert load_checkpoint(out).config.layers == 2
+    for more, message in (
+        (["--vocab-size", "200"], "--vocab-size is 200; bytes and letters alone take"),
+        (["--vocab-size", "99999"], "ask for fewer"),
+        (["--vocab-size", size, "--neurons", "33"], "--neurons is 33; it must be from 1 to 32"),
+    ):
+        assert main([*start, *more]) == 1
+        assert message in capsys.readouterr().err
+    assert (base / "config.json").is_file(), "a refused call leaves what was there"

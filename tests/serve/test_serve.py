@@ -1,0 +1,316 @@
+"""The HTTP server as a process of its own, asked by OpenAI's client and by raw requests."""
+
+import base64
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for library in ("fastapi", "uvicorn", "prometheus_client", "openai"):
+    pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[serve] openai")
+
+from fastapi.testclient import TestClient  # noqa: E402
+
+from nvembed_deploy import Encoder, EngineError  # noqa: E402
+from nvembed_deploy.backends.base import Output  # noqa: E402
+from nvembed_deploy.serve.api import make_app  # noqa: E402
+from nvembed_deploy.serve.requests import Limits, Refused, parse  # noqa: E402
+from nvembed_deploy.tokenization import TokenBatch  # noqa: E402
+from tests.conformance import TEXTS  # noqa: E402
+from tests.conftest import ROOT  # noqa: E402
+from tests.serve.serving import Server, start, stop  # noqa: E402
+
+INSTRUCTION = "Given a question, retrieve passages that answer it"
+
+
+@pytest.fixture(scope="module")
+def server(bundles: dict[str, Path]) -> Iterator[Server]:
+    running = start(bundles["fp32"])
+    yield running
+    stop(running)
+
+
+def test_the_official_client_gets_the_encoders_vectors(server: Server, encoder: Encoder) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+    for extra, options in (({}, {}), ({"instruction": INSTRUCTION}, {"instruction": INSTRUCTION})):
+        found = client.embeddings.create(model="tiny", input=TEXTS, extra_body=extra)
+        vectors = np.array([item.embedding for item in found.data], dtype=np.float32)
+        np.testing.assert_allclose(vectors, encoder.encode(TEXTS, **options), atol=2e-6)
+        tokens = sum(map(len, encoder.tokenize(TEXTS, **options)))
+        assert found.usage.prompt_tokens == found.usage.total_tokens == tokens
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other' here; it is 'tiny'"):
+        client.embeddings.create(model="other", input="text")
+
+
+def test_both_forms_hold_the_same_numbers(server: Server) -> None:
+    _, plain = server.post({"model": "tiny", "input": "text", "encoding_format": "float"})
+    _, packed = server.post({"model": "tiny", "input": "text", "encoding_format": "base64"})
+    unpacked = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), "<f4")
+    np.testing.assert_array_equal(unpacked, np.array(plain["data"][0]["embedding"], dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "the body is no JSON"),
+        (b"[" * 100_000, 400, "the body is nested too deeply"),
+        ([], 400, "the body is a list; send an object"),
+        ({"model": "tiny"}, 400, "'input' is missing; the fields are 'input', 'model'"),
+        ({"input": "a"}, 400, "'model' is missing"),
+        ({"model": "tiny", "input": []}, 400, "'input' is an empty list"),
+        ({"model": "tiny", "input": [1, 2]}, 400, "'input' holds numbers or token ids"),
+        ({"model": "tiny", "input": [[1, 2]]}, 400, "'input' holds numbers or token ids"),
+        ({"model": "tiny", "input": None}, 400, "'input' is neither a string nor a list of strings"),
+        ({"model": "tiny", "input": ["a", 1]}, 400, "'input' holds numbers or token ids"),
+        ({"model": "tiny", "input": {"a": 1}}, 400, "'input' is neither a string nor a list of strings"),
+        ({"model": "tiny", "input": ["a", None]}, 400, "'input' is neither a string nor a list of strings"),
+        ({"model": "tiny", "input": "many words " * 900, "truncate": False}, 422, "text 0 is longer than max_length"),
+        ({"model": "tiny", "input": "a", "inptu": "b"}, 400, "'inptu' is not known; the fields are"),
+        ({"model": "tiny", "input": "a", "encoding_format": "int8"}, 400, "'encoding_format' does not fit"),
+        ({"model": "tiny", "input": "a", "dimensions": 3}, 400, "dimensions is 3; this model was not trained"),
+        ({"model": "tiny", "input": "a", "dimensions": -1}, 400, "dimensions is -1"),
+        ({"model": "tiny", "input": "a", "prompt_name": "q"}, 400, "prompt_name is 'q'; this model's prompts are"),
+        ({"model": "tiny", "input": ["a"] * 2049}, 422, "'input' has 2049 texts, at most 2048 are taken"),
+        ({"model": "tiny", "input": ["ok", "x" * 200_001]}, 422, "text 1 has 200001 characters"),
+        (b'{"model": "tiny", "input": ["ok", "\\ud800"]}', 422, "text 1 holds half a surrogate pair"),
+        ({"model": "tiny", "input": "a", "instruction": "x" * 2001}, 422, "'instruction' has 2001 characters, at most"),
+        ({"model": "tiny", "input": "a", "instruction": "long " * 400}, 422, "no token of text 0 is left to pool"),
+        (b'{"model": "tiny", "input": "a", "\\ud800": 1}', 400, "'\\ud800' is not known"),
+        (b'{"model": "tiny", "input": "' + b"a" * 2**23 + b'"}', 413, "the body is larger than 8388608 bytes"),
+    ],
+)
+def test_wrong_requests_are_named(server: Server, body: object, status: int, message: str) -> None:
+    found, answer = server.post(body)
+    assert found == status
+    assert message in answer["error"]["message"]
+    assert str(ROOT) not in json.dumps(answer)
+
+
+def test_compressed_bodies_are_refused(server: Server) -> None:
+    status, answer = server.post(b"\x1f\x8b", **{"Content-Encoding": "gzip"})
+    assert status == 415
+    assert "send the JSON as it is" in answer["error"]["message"]
+
+
+def test_unknown_routes_answer_in_the_same_form(server: Server) -> None:
+    url = server.url.removesuffix("/v1")
+    for path, method, status in (("/v1/completions", "POST", 404), ("/v1/embeddings", "GET", 405)):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=60)
+        assert caught.value.code == status
+        assert path in json.load(caught.value)["error"]["message"]
+
+
+def test_a_text_that_was_cut_is_counted(server: Server) -> None:
+    before = float(_metric(server, "nvembed_cut_texts_total"))
+    assert server.post({"model": "tiny", "input": ["many words " * 900, "few"]})[0] == 200
+    assert float(_metric(server, "nvembed_cut_texts_total")) == before + 1
+
+
+def test_a_good_request_follows_a_bad_one(server: Server) -> None:
+    assert server.post({"model": "tiny", "input": ""})[0] == 200  # an empty text has a vector, as in Python
+    assert server.post({"model": "tiny", "input": "a\x00b"})[0] == 200
+    assert server.post(b"{")[0] == 400
+    assert server.post({"model": "tiny", "input": "text"})[0] == 200
+
+
+def test_health_and_metrics(server: Server) -> None:
+    status, health = server.get("/health")
+    assert (status, json.loads(health)["status"]) == (200, "ok")
+    before = float(_metric(server, "nvembed_texts_total"))
+    server.post({"model": "tiny", "input": ["one", "two"]})
+    assert float(_metric(server, "nvembed_texts_total")) == before + 2
+    assert float(_metric(server, 'nvembed_requests_total{status="200"}')) >= 1
+    assert _metric(server, "nvembed_waiting_texts") == "0.0"
+
+
+def _metric(server: Server, name: str) -> str:
+    lines = server.get("/metrics")[1].splitlines()
+    return next(line.split()[-1] for line in lines if line.startswith(f"{name} "))
+
+
+class Held:
+    """An encoder's backend whose batches wait until they are let go, or fail."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.inner = encoder._backend
+        self.name, self.profile, self.in_flight = self.inner.name, self.inner.profile, 1
+        self.go, self.entered, self.error = threading.Event(), threading.Event(), None
+        self.go.set()
+
+    def run(self, batch: TokenBatch) -> Output:
+        self.entered.set()
+        assert self.go.wait(30)
+        if self.error is not None:
+            raise self.error
+        return self.inner.run(batch)
+
+
+@pytest.fixture
+def held(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    backend = Held(encoder)
+    monkeypatch.setattr(encoder, "_backend", backend)
+    yield backend
+    backend.go.set()
+
+
+def client_of(encoder: Encoder, **limits: float) -> TestClient:
+    """The application in this process."""
+    return TestClient(make_app(encoder, name="tiny", limits=Limits(**limits), max_waiting=8))
+
+
+def test_a_full_queue_refuses_at_once_whatever_the_size(encoder: Encoder, held: Held) -> None:
+    """Requirement 35: within 100 ms, without a look at the texts, health and metrics beside it."""
+    with client_of(encoder) as client, ThreadPoolExecutor(4) as pool:
+        held.go.clear()
+        taken = [pool.submit(client.post, "/v1/embeddings", json=body(1))]
+        assert held.entered.wait(20)
+        taken.append(pool.submit(client.post, "/v1/embeddings", json=body(1)))
+        _until(lambda: client.get("/metrics").text, "nvembed_waiting_texts 1.0")  # one runs, one waits
+        taken.append(pool.submit(client.post, "/v1/embeddings", json=body(7)))
+        _until(lambda: client.get("/metrics").text, "nvembed_waiting_texts 8.0")
+        for content in (body(1), body(8), {"model": "tiny", "input": ["x " * 90_000] * 4}):
+            times = []
+            for _ in range(5):  # the machine may be busy with something else
+                started = time.perf_counter()
+                answer = client.post("/v1/embeddings", json=content)
+                times.append(time.perf_counter() - started)
+            assert min(times) < 0.1
+            assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert client.post("/v1/embeddings", json=body(9)).status_code == 422  # could never be taken
+        held.go.set()
+        assert [future.result().status_code for future in taken] == [200] * 3
+        counted = client.get("/metrics").text
+        assert 'nvembed_requests_total{status="200"} 3.0' in counted
+        assert 'nvembed_requests_total{status="429"} 15.0' in counted
+
+
+def body(texts: int) -> dict:
+    return {"model": "tiny", "input": [f"text {number}" for number in range(texts)]}
+
+
+def _until(read: Callable[[], str], wanted: str) -> None:
+    deadline = time.monotonic() + 20
+    while wanted not in (found := read()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+
+
+def test_an_engine_that_fails_is_told_and_well_again(
+    encoder: Encoder, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requirements 18, 19 and 38: an error is never an answer, and the next good request has its vector."""
+    monkeypatch.setattr("nvembed_deploy.serve.api.HEALTH_SECONDS", 0.0)
+    with client_of(encoder) as client:
+        before = client.post("/v1/embeddings", json=body(1)).json()
+        assert client.get("/health").status_code == 200
+        for error in (EngineError("no memory in /secret/place"), MemoryError("none")):
+            held.error = error
+            answer = client.post("/v1/embeddings", json=body(1))
+            assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+            assert "secret" not in answer.text
+            assert client.get("/health").status_code == 503
+        held.error = None
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/embeddings", json=body(1)).json() == before
+        assert 'nvembed_requests_total{status="500"} 2.0' in client.get("/metrics").text
+
+
+def test_a_deadline_frees_its_place(encoder: Encoder, held: Held) -> None:
+    with client_of(encoder, seconds=0.2) as client:
+        held.go.clear()
+        for _ in range(4):  # each would fill the queue for ever
+            assert client.post("/v1/embeddings", json=body(8)).status_code == 504
+        held.go.set()
+        _until(lambda: str(client.post("/v1/embeddings", json=body(8)).status_code), "200")
+
+
+def test_many_wrong_elements_cost_no_more_than_one(server: Server) -> None:
+    started = time.perf_counter()
+    status, answer = server.post({"model": "tiny", "input": [{}] * 1_000_000})
+    assert (status, "neither a string" in answer["error"]["message"]) == (400, True)
+    assert time.perf_counter() - started < 5
+
+
+def test_a_client_that_goes_away_frees_its_place(bundles: dict[str, Path]) -> None:
+    """Each of these requests alone fills the queue: without their places the last one would be refused."""
+    running = start(bundles["fp32"], "--max-waiting", "500")
+    try:
+        host, port = running.url.split("/")[2].split(":")
+        content = json.dumps({"model": "tiny", "input": ["gone " * 60] * 500}).encode()
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+        for _ in range(3):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head + content)
+                time.sleep(0.05)
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head + content[:100])  # gone in the middle of its body
+        _until(lambda: str(running.post({"model": "tiny", "input": ["still here"] * 500})[0]), "200")
+        assert float(_metric(running, 'nvembed_requests_total{status="499"}')) >= 2
+    finally:
+        stop(running)
+
+
+def test_sigterm_lets_a_running_request_end(bundles: dict[str, Path]) -> None:
+    running = start(bundles["fp32"])
+    body = {"model": "tiny", "input": ["a text that takes its time, " * 20] * 300}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(running.post, body)
+        time.sleep(0.3)
+        assert stop(running) == 0
+        assert answer.result()[0] == 200
+
+
+def test_a_deadline_ends_a_request(bundles: dict[str, Path]) -> None:
+    running = start(bundles["fp32"], "--timeout", "0.05")
+    try:
+        status, answer = running.post({"model": "tiny", "input": ["a text that takes its time, " * 20] * 600})
+        assert (status, answer["error"]["type"]) == (504, "server_error")
+        assert "no answer within 0.05 s" in answer["error"]["message"]
+    finally:
+        stop(running)
+
+
+def test_a_missing_bundle_is_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nvembed_deploy", "serve", str(tmp_path / "none")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan"])
+def test_a_timeout_is_a_number_above_zero(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from nvembed_deploy.serve.command import main
+
+    with pytest.raises(SystemExit):
+        main(["bundle", f"--timeout={seconds}"])
+    assert "must be numbers above 0" in capsys.readouterr().err
+
+
+def test_limits_hold_for_any_size() -> None:
+    limits = Limits(texts=2, text_chars=3)
+    assert parse(b'{"model": "m", "input": ["abc", "d"]}', limits)[1] == ["abc", "d"]
+    for content in (b'{"model": "m", "input": ["a", "b", "c"]}', b'{"model": "m", "input": "abcd"}'):
+        with pytest.raises(Refused) as caught:
+            parse(content, limits)
+        assert caught.value.status == 422

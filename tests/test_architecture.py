@@ -1,0 +1,143 @@
+"""Where things are: one import name, arrows in one direction, few modules at the root."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.readme import ROOT
+
+LIBRARY = ROOT / "nvembed_deploy"
+DOORS = (
+    ("export.trt", "--help"),
+    ("export.to_onnx", "--help"),
+    ("export.ray_job", "--help"),
+    ("engines.bench", "--help"),
+    ("app", "--help"),
+    ("nvembed_deploy", "export", "--help"),
+    ("nvembed_deploy", "bench", "--help"),
+    ("nvembed_deploy", "app", "--help"),
+)
+ABOVE = {  # what may import a package, of those that stand above the library
+    "nvembed_deploy.app": {"nvembed_deploy.app"},
+    "nvembed_deploy.export": {"nvembed_deploy.export", "nvembed_deploy.app"},
+    "nvembed_deploy.engines": {"nvembed_deploy.engines", "nvembed_deploy.export", "nvembed_deploy.app"},
+}
+DEVELOPERS = ("benchmarks", "recipes", "tools", "tests")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the library by its name, those behind the links too."""
+    found = {}
+    for folder, _, names in os.walk(LIBRARY, followlinks=True):
+        for name in names:
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path], *, at_start: bool) -> set[str]:
+    """The library's modules that a module imports: all of them, or those that it imports when it is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes: list[ast.AST] = list(ast.walk(tree))
+    if at_start:
+        nodes = []
+        waiting: list[ast.AST] = [tree]
+        while waiting:
+            node = waiting.pop()
+            is_late = isinstance(node, (ast.FunctionDef, ast.Lambda)) or (
+                isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+            )
+            if not is_late:
+                nodes.append(node)
+                waiting += ast.iter_child_nodes(node)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import would have a second name for a module"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found & known.keys()
+
+
+@pytest.mark.parametrize("door", DOORS, ids=" ".join)
+def test_every_module_has_one_name(door: tuple[str, ...]) -> None:
+    """`python -m export.trt` imports nvembed_deploy.export: no module is loaded a second time as export.something."""
+    code = (
+        "import json, runpy, sys\n"
+        f"sys.argv = {list(door)}\n"
+        "try:\n"
+        f"    runpy.run_module({door[0]!r}, run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "print(json.dumps(sorted(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert [name for name in loaded if name.partition(".")[0] in ("export", "engines", "app") and "." in name] == []
+    assert not {"torch", "onnx", "onnxruntime", "gradio", "ray"} & set(loaded)
+
+
+def test_no_import_leads_back() -> None:
+    known = modules()
+    graph = {name: imports(path, known, at_start=True) - {name} for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way[way.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def test_arrows_point_one_way() -> None:
+    """app -> export -> engines -> the rest of the library; the commands' table names its modules by their names."""
+    known = modules()
+    for name, path in known.items():
+        for other in imports(path, known, at_start=False):
+            for package, importers in ABOVE.items():
+                if other == package or other.startswith(f"{package}."):
+                    assert any(name == item or name.startswith(f"{item}.") for item in importers), f"{name} -> {other}"
+
+
+def test_the_library_imports_nothing_of_the_developers() -> None:
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            assert str(module).partition(".")[0] not in DEVELOPERS, name
+
+
+def test_few_modules_stand_at_the_root() -> None:
+    names = sorted(path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__"))
+    assert len(names) <= 12, names
+
+
+def test_importing_the_library_loads_nothing() -> None:
+    code = (
+        "import sys\n"
+        "before = set(sys.modules)\n"
+        "import nvembed_deploy\n"
+        "print(sorted(name for name in set(sys.modules) - before if not name.startswith('nvembed_deploy')))\n"
+        "import nvembed_deploy.model.config, nvembed_deploy.bundle.manifest\n"
+        "assert not {'torch', 'onnxruntime', 'openvino'} & set(sys.modules)\n"
+        "assert all(getattr(nvembed_deploy, name) for name in nvembed_deploy.__all__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not {"numpy", "tokenizers"} & set(ast.literal_eval(done.stdout))
