@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,7 @@ def test_batches_in_flight_keep_their_order(encoder: Encoder, monkeypatch: pytes
 
     def fails(batch: TokenBatch) -> Output:
         calls.append(len(batch.input_ids))
+        time.sleep(0.001)  # or all of them have failed before the first is looked at
         raise EngineError("no")
 
     monkeypatch.setattr(encoder._backend, "run_beside", fails)

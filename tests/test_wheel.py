@@ -4,29 +4,41 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from nvembed_deploy.cli.main import COMMANDS
+from nvembed_deploy.engines.pack import main as pack
 from tests.conftest import ROOT
 
-PYTHON_FOLDERS = ("nvembed_deploy", "export", "engines", "app")
+ROOTS = ("nvembed_deploy", "export", "engines", "app")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel, built from an sdist of a copy of the tree."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an sdist of a copy of the tree, links as links, and a wheel that was built from the sdist."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in PYTHON_FOLDERS:
-        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "tree" / name)
+    (folder / "tree").mkdir()
+    for name in os.listdir(ROOT):
+        if name in {"build", "dist", "bundles", "models"} or name.startswith(".") or name.endswith(".egg-info"):
+            continue
+        if (ROOT / name).is_dir():
+            skipped = shutil.ignore_patterns("__pycache__", "*.png")
+            shutil.copytree(ROOT / name, folder / "tree" / name, ignore=skipped, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, folder / "tree" / name)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(folder / "tree")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return next(folder.glob("*.whl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    return next(built.glob("*.whl"))
 
 
 def run(wheel: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,11 +62,35 @@ def test_one_name_and_every_module(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in names} == {"nvembed_deploy"}
     expected = {"nvembed_deploy/py.typed"}
-    for folder in PYTHON_FOLDERS:
+    for folder in ROOTS:
         for path in (ROOT / folder).rglob("*.py"):
             inside = path.relative_to(ROOT).as_posix()
             expected.add(inside if folder == "nvembed_deploy" else f"nvembed_deploy/{inside}")
     assert names == expected
+
+
+def test_an_sdist_is_a_whole_checkout(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in (*ROOTS, "benchmarks", "recipes", "tools", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert path.relative_to(ROOT).as_posix() in names
+    assert {
+        "Makefile",
+        "constraints.txt",
+        "CONTRIBUTING.md",
+        "docs/targets.md",
+        "nvembed_deploy/export/trt.py",
+    } <= names
+
+
+def test_a_checkout_and_a_wheel_pack_the_same_archive(wheel: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """A checkout has links where a wheel has folders."""
+    flags = [str(bundles["fp16"]), "--target", "h100", "--archive"]
+    assert pack([*flags, str(tmp_path / "checkout" / "device.tar")]) == 0
+    done = run(wheel, tmp_path / "installed", "-m", "nvembed_deploy", "pack", *flags, str(tmp_path / "device.tar"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "device.tar").read_bytes() == (tmp_path / "checkout" / "device.tar").read_bytes()
 
 
 def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
