@@ -1,1 +1,1 @@
-"""The search demo: a page over a bundle. Knows `nvembed_deploy.Encoder` and no model code. Needs the extra `app`."""
+"""The search page for a bundle. Uses `nvembed_deploy.Encoder` and no model code. Needs the extra `app`."""

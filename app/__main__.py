@@ -1,4 +1,4 @@
-"""`python -m app`: the same as `nvembed app`."""
+"""`python -m app`: same as `nvembed app`."""
 
 if __name__ == "__main__":
     from nvembed_deploy.app.command import main

@@ -23,7 +23,7 @@ MAX_FILE_SIZE = "20mb"
 MAX_QUEUE = 64
 THREADS = 32
 QUIET = {
-    # Read while Gradio is imported: no statistics, no look for newer versions, no hub.
+    # Read when Gradio is imported: no analytics, no version check, no hub.
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -35,11 +35,14 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(
         prog=prog or program("app"),
-        description="Opens a search page over a bundle: Python's own documentation at once, your documents when you "
-        "add them. Nothing leaves this machine.",
+        description="Opens a search page for a bundle, over Python's documentation and the documents that you add. "
+        "Nothing leaves this machine.",
     )
     parser.add_argument(
-        "bundle", nargs="?", type=Path, help=f"bundle (default: the embedded model, {DEFAULT_BUNDLE}, made if missing)"
+        "bundle",
+        nargs="?",
+        type=Path,
+        help=f"bundle (default: the embedded model, {DEFAULT_BUNDLE}, exported if missing)",
     )
     parser.add_argument(
         "--compare",
@@ -47,35 +50,46 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         action="append",
         default=[],
         metavar="BUNDLE",
-        help="another bundle for Compare; repeat it",
+        help="another bundle for the Compare tab; repeatable",
     )
-    parser.add_argument("--reference", type=Path, metavar="DIR", help="the bundle's checkpoint: PyTorch for Compare")
+    parser.add_argument(
+        "--reference", type=Path, metavar="DIR", help="the bundle's checkpoint, for PyTorch in the Compare tab"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--collections", type=Path, metavar="DIR", help="where collections are kept (default: your data folder)"
+        "--collections", type=Path, metavar="DIR", help="folder of the collections (default: in your data folder)"
     )
     parser.add_argument(
         "--index",
         default="exact",
         metavar="INDEX",
-        help="how passages are found: exact looks at all of them, which is fast up to 200,000 or so; qdrant keeps an "
-        "index on this machine; the URL of a Qdrant server (http://...) keeps it there (default: %(default)s)",
+        help="index for passages: exact compares with all of them, fast up to about 200,000; qdrant keeps an index on "
+        "this machine; the URL of a Qdrant server (http://...) keeps it there (default: %(default)s)",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one (default: 7860)")
     parser.add_argument(
-        "--password-file", type=Path, metavar="FILE", help="a file with NAME:PASSWORD in each line; asks for it"
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=7860, help="port to listen on; 0 selects a free one (default: 7860)"
+    )
+    parser.add_argument(
+        "--password-file",
+        type=Path,
+        metavar="FILE",
+        help="file with NAME:PASSWORD in each line; the page then requires a login",
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
     flags = parser.parse_args(argv)
     if not 0 <= flags.port < 65536:
-        parser.error(f"--port is {flags.port}; pass 0 to 65535")
+        parser.error(f"--port must be from 0 to 65535, got {flags.port}")
 
     def command() -> None:
         os.environ.update(QUIET)
         accounts = read_accounts(flags.password_file) if flags.password_file else None
         if flags.host not in ("127.0.0.1", "localhost", "::1") and accounts is None:
-            raise ConfigError(f"--host {flags.host} lets others in; set a password: --password-file FILE")
+            raise ConfigError(
+                f"--host {flags.host} opens the page to other machines; set a password: --password-file FILE"
+            )
         try:
             import gradio
         except ImportError as err:
@@ -121,7 +135,7 @@ def make_page(
     compare: Sequence[Path],
     reference: Path | None,
 ) -> Any:
-    """The page over a bundle, its collections ready; a `gradio.Blocks`."""
+    """Makes the page for a bundle, with Python's documentation indexed; returns a `gradio.Blocks`."""
     from nvembed_deploy.app.library import Library, default_folder
     from nvembed_deploy.app.page import Page
     from nvembed_deploy.app.search import Searcher
@@ -130,52 +144,52 @@ def make_page(
     say(f"searching with {encoder!r}")
     library = Library(collections or default_folder(), encoder, index=index)
     library.add_python()
-    return Page(Searcher(encoder), library, sides(encoder, bundle, device, compare, reference)).build()
+    return Page(Searcher(encoder), library, compare_engines(encoder, bundle, device, compare, reference)).build()
 
 
-def sides(
-    encoder: Encoder, bundle: Path, device: str, others: Sequence[Path], reference: Path | None
+def compare_engines(
+    encoder: Encoder, bundle: Path, device: str, other_bundles: Sequence[Path], reference: Path | None
 ) -> Mapping[str, Callable[[], Encoder]]:
-    """Engines for Compare, opened when they are asked for."""
-    found: dict[str, Callable[[], Encoder]] = {f"{bundle.name} ({encoder.manifest.precision.value})": lambda: encoder}
-    for other in others:
-        manifest = Manifest.from_bytes((bundle_folder(other) / MANIFEST).read_bytes())  # its files are checked later
-        name = f"{other.name} ({manifest.precision.value})"
-        found[name if name not in found else f"{other} ({manifest.precision.value})"] = partial(
-            Encoder, other, device=device
-        )
+    """Returns functions that open the engines of the Compare tab, by name."""
+    engines: dict[str, Callable[[], Encoder]] = {f"{bundle.name} ({encoder.manifest.precision.value})": lambda: encoder}
+    for path in other_bundles:
+        manifest = Manifest.from_bytes((bundle_folder(path) / MANIFEST).read_bytes())  # files are checked when opened
+        name = f"{path.name} ({manifest.precision.value})"
+        if name in engines:
+            name = f"{path} ({manifest.precision.value})"
+        engines[name] = partial(Encoder, path, device=device)
     if bundle == DEFAULT_BUNDLE:
-        found[f"{INT8_BUNDLE.name} (int8, made when first chosen)"] = partial(_int8, device)
+        engines[f"{INT8_BUNDLE.name} (int8, exported when first used)"] = partial(_int8, device)
     if reference is not None:
-        found["PyTorch (fp32)"] = partial(Encoder.from_checkpoint, reference, like=encoder)
-    return found
+        engines["PyTorch (fp32)"] = partial(Encoder.from_checkpoint, reference, like=encoder)
+    return engines
 
 
 def _int8(device: str) -> Encoder:
-    _export_where_missing(INT8_BUNDLE, "int8")
+    _export_if_missing(INT8_BUNDLE, "int8")
     return Encoder(INT8_BUNDLE, device=device)
 
 
 def default_bundle() -> Path:
-    """The embedded model's bundle, exported where it is missing.
+    """Returns the embedded model's bundle, exported if missing.
 
     Raises:
-        ConfigError: It could not be made.
+        ConfigError: The export failed.
     """
-    _export_where_missing(DEFAULT_BUNDLE, "fp16")
+    _export_if_missing(DEFAULT_BUNDLE, "fp16")
     return DEFAULT_BUNDLE
 
 
-def _export_where_missing(bundle: Path, precision: str) -> None:
+def _export_if_missing(bundle: Path, precision: str) -> None:
     if not (bundle / MANIFEST).is_file():
         try:
             from nvembed_deploy.export.trt import main as export
         except ImportError as err:
             raise ConfigError(
-                f"the embedded model is in the repository only; name a bundle: {program('app')} BUNDLE"
+                f"the embedded model is only in the repository; pass a bundle: {program('app')} BUNDLE"
             ) from err
         if export(["--precision", precision, "--out", str(bundle)]):
-            raise ConfigError(f"{bundle} could not be made; name a bundle: {program('app')} BUNDLE")
+            raise ConfigError(f"exporting {bundle} failed; pass a bundle: {program('app')} BUNDLE")
 
 
 def _default_checkpoint() -> Path | None:
@@ -184,27 +198,27 @@ def _default_checkpoint() -> Path | None:
 
 
 def read_accounts(path: Path) -> list[tuple[str, str]]:
-    """Names and passwords, one `NAME:PASSWORD` a line.
+    """Reads names and passwords, one `NAME:PASSWORD` per line.
 
     Raises:
-        ConfigError: A line is something else, or there is none.
+        ConfigError: A line has another format, or the file is empty.
     """
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    accounts = []
+    for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         name, colon, password = line.partition(":")
         if not (name and colon and password):
-            raise ConfigError(f"line {number} of {path} is not NAME:PASSWORD")
-        found.append((name, password))
-    if not found:
+            raise ConfigError(f"line {line_number} of {path} is not NAME:PASSWORD")
+        accounts.append((name, password))
+    if not accounts:
         raise ConfigError(f"{path} is empty; write NAME:PASSWORD in each line")
-    return found
+    return accounts
 
 
 def listen_port(host: str, port: int) -> int:
-    """The port that can be listened on: the one asked for, or a free one for 0.
+    """Returns a port to listen on: the given one, or a free one for 0.
 
     Raises:
-        ConfigError: Somebody listens there already, or the address is not this machine's.
+        ConfigError: The port is in use, or the address is not this machine's.
     """
     import socket
 
@@ -214,8 +228,8 @@ def listen_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as err:
             raise ConfigError(
-                f"{url_host(host)}:{port} cannot be listened on ({err.strerror}); pass another --host, or --port 0 "
-                "for a free one"
+                f"cannot listen on {url_host(host)}:{port} ({err.strerror}); pass another --host, or --port 0 for a "
+                "free port"
             ) from err
-        found: int = probe.getsockname()[1]
-        return found
+        free_port: int = probe.getsockname()[1]
+        return free_port

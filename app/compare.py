@@ -1,4 +1,4 @@
-"""What quantization costs, seen: the same query through two engines, over the same candidates."""
+"""Compares two engines: the rankings of the same candidates for the same query."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from nvembed_deploy.app.search import Searcher, check_query
 from nvembed_deploy.app.store import FolderStore
 
 CANDIDATES = 40
-"""The nearest passages by the page's own engine, which both sides then rank."""
-SHOWN = 10
+"""Number of nearest passages by the page's engine, which both engines then rank."""
+TOP = 10
 CALLS = 5
 
 
@@ -23,28 +23,34 @@ class Comparison:
     """Two rankings of the same passages."""
 
     rows: list[list[str]]
-    """For each of the first ranking's best: rank and cosine of both sides, and the title."""
+    """For each of the first ranking's top passages: rank and cosine of both engines, and the title."""
     overlap: float
-    """Share of the ten best that both have."""
+    """Fraction of the top ten that both rankings share."""
     largest_difference: float
-    """Of two cosines of the same passage."""
+    """Largest difference between the two cosines of a passage."""
     milliseconds: tuple[float, float]
-    """Of the query's embedding, the medians of `CALLS` in turn."""
+    """Time to embed the query with each engine, the median of `CALLS` alternating calls."""
     candidates: int
-    """Passages that both ranked."""
+    """Number of passages that both engines ranked."""
 
 
 def compare(
-    searcher: Searcher, store: FolderStore, left: Encoder, right: Encoder, query: str, *, instruction: str
+    searcher: Searcher,
+    store: FolderStore,
+    first_engine: Encoder,
+    second_engine: Encoder,
+    query: str,
+    *,
+    instruction: str,
 ) -> Comparison:
     """Ranks the candidates with both engines.
 
     Args:
         searcher: Finds the candidates.
-        store: Where they are.
-        left: One engine.
-        right: The other.
-        query: What is asked.
+        store: Collection of the candidates.
+        first_engine: Encoder of the first engine.
+        second_engine: Encoder of the second engine.
+        query: Text of the query.
         instruction: The task in words.
 
     Raises:
@@ -54,18 +60,21 @@ def compare(
     vector = searcher.embed([query], instruction=instruction)[0]
     hits = store.search(searcher.engine, vector, count=CANDIDATES)
     texts = [hit.passage.text for hit in hits]
-    sides = [(encoder, encoder.query_prompt(instruction) if instruction else None) for encoder in (left, right)]
-    scores = [encoder.encode(texts) @ encoder.encode(query, prompt=prompt) for encoder, prompt in sides]
+    engines = [
+        (encoder, encoder.query_prompt(instruction) if instruction else None)
+        for encoder in (first_engine, second_engine)
+    ]
+    scores = [encoder.encode(texts) @ encoder.encode(query, prompt=prompt) for encoder, prompt in engines]
     times: list[list[float]] = [[], []]
-    for _ in range(CALLS):  # both have run once: an engine's first call is no measure
-        for own, (encoder, prompt) in zip(times, sides, strict=True):
+    for _ in range(CALLS):  # both have run once: an engine's first call is not representative
+        for engine_times, (encoder, prompt) in zip(times, engines, strict=True):
             started = time.perf_counter()
             encoder.encode(query, prompt=prompt)
-            own.append((time.perf_counter() - started) * 1000)
-    ranks = [np.argsort(np.argsort(-own, kind="stable"), kind="stable") for own in scores]
-    best = np.argsort(ranks[0])[:SHOWN]
-    shown = min(SHOWN, len(texts))
-    both = sum(ranks[1][index] < shown for index in best)
+            engine_times.append((time.perf_counter() - started) * 1000)
+    ranks = [np.argsort(np.argsort(-engine_scores, kind="stable"), kind="stable") for engine_scores in scores]
+    best = np.argsort(ranks[0])[:TOP]
+    top = min(TOP, len(texts))
+    shared = sum(ranks[1][index] < top for index in best)
     return Comparison(
         rows=[
             [
@@ -77,7 +86,7 @@ def compare(
             ]
             for index in best
         ],
-        overlap=both / max(1, shown),
+        overlap=shared / max(1, top),
         largest_difference=float(np.abs(scores[0] - scores[1]).max(initial=0.0)),
         milliseconds=(statistics.median(times[0]), statistics.median(times[1])),
         candidates=len(texts),

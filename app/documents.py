@@ -1,4 +1,4 @@
-"""Files that people bring: read as text within limits, and cut into passages by tokens."""
+"""Reads uploaded files as text within limits, and splits text into passages by tokens."""
 
 from __future__ import annotations
 
@@ -17,69 +17,69 @@ from nvembed_deploy.app.passages import Passage
 from nvembed_deploy.errors import InputError, MissingExtra
 
 CHUNK_TOKENS, OVERLAP_TOKENS = 160, 32
-"""A passage, and what it shares with the next one, so that no sentence is lost at a cut."""
+"""Tokens of a passage, and tokens that it shares with the next one, so that no sentence is lost at a boundary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Most that one upload may hold, checked on the server before and while files are read."""
+    """Limits of one upload, enforced on the server before and while files are read."""
 
     files: int = 200
     file_bytes: int = 20 * 2**20
     unpacked_bytes: int = 100 * 2**20
-    """Of all members of archives together, counted while they are unpacked."""
+    """Total size of the members of all archives, counted while they are unpacked."""
     chars: int = 5_000_000
-    """Of all texts together."""
+    """Total number of characters of all texts."""
 
 
 def read_files(paths: list[Path], limits: Limits) -> list[tuple[str, str]]:
-    """Names and texts of files, those inside of archives too.
+    """Returns the names and texts of files, including files inside archives.
 
     Raises:
-        InputError: A file is of no known kind, damaged, no text, or more than the limits allow.
+        InputError: A file has an unsupported type, is damaged, contains no text, or exceeds the limits.
     """
-    found: list[tuple[str, str]] = []
+    texts: list[tuple[str, str]] = []
     unpacked = 0
     for path in paths:
         if not path.is_file():
-            raise InputError(f"{path.name} is gone: files are kept for an hour after they were chosen; choose it again")
+            raise InputError(f"{path.name} no longer exists: uploaded files are kept for one hour; choose it again")
         if path.stat().st_size > limits.file_bytes:
             raise InputError(f"{path.name} is larger than {limits.file_bytes // 2**20} MiB; split it")
         if path.suffix.lower() == ".zip":
             for name, content in _members(path, limits, limits.unpacked_bytes - unpacked):
                 unpacked += len(content)
-                found += _texts(name, content, limits)
-                _require_few(found, limits)
+                texts += _texts(name, content, limits)
+                _check_text_count(texts, limits)
         else:
-            found += _texts(path.name, path.read_bytes(), limits)
-            _require_few(found, limits)
-    return [(name, text) for name, text in found if text.strip()]
+            texts += _texts(path.name, path.read_bytes(), limits)
+            _check_text_count(texts, limits)
+    return [(name, text) for name, text in texts if text.strip()]
 
 
-def _require_few(found: list[tuple[str, str]], limits: Limits) -> None:
-    if len(found) > limits.files:
-        raise InputError(f"there are more than {limits.files} texts; bring fewer at a time")
-    _require_short(sum(len(text) for _, text in found), limits)
+def _check_text_count(texts: list[tuple[str, str]], limits: Limits) -> None:
+    if len(texts) > limits.files:
+        raise InputError(f"there are more than {limits.files} texts; upload fewer at a time")
+    _check_chars(sum(len(text) for _, text in texts), limits)
 
 
-def _require_short(chars: int, limits: Limits) -> None:
+def _check_chars(chars: int, limits: Limits) -> None:
     if chars > limits.chars:
-        raise InputError(f"the texts have more than {limits.chars:,} characters; bring fewer at a time")
+        raise InputError(f"the texts have more than {limits.chars:,} characters; upload fewer at a time")
 
 
 def _members(path: Path, limits: Limits, budget: int) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                member = PurePosixPath(info.filename)
-                hidden = member.name.startswith(".") or "__MACOSX" in member.parts  # what a Mac puts beside each file
-                if info.is_dir() or hidden or member.suffix.lower() not in READERS:
+            for member_info in archive.infolist():
+                member = PurePosixPath(member_info.filename)
+                hidden = member.name.startswith(".") or "__MACOSX" in member.parts  # macOS adds these
+                if member_info.is_dir() or hidden or member.suffix.lower() not in READERS:
                     continue
-                with archive.open(info) as file:  # what the archive says of its sizes is not believed
+                with archive.open(member_info) as file:  # the sizes that the archive states are not trusted
                     content = file.read(min(limits.file_bytes, budget) + 1)
                 budget -= len(content)
                 if len(content) > limits.file_bytes or budget < 0:
-                    raise InputError(f"{path.name} unpacks to more than is allowed; bring fewer files at a time")
+                    raise InputError(f"{path.name} unpacks to more than the limit; upload fewer files at a time")
                 yield member.name, content
     except (
         zipfile.BadZipFile,
@@ -89,15 +89,15 @@ def _members(path: Path, limits: Limits, budget: int) -> Iterator[tuple[str, byt
         RuntimeError,
         EOFError,
         OSError,
-        UnicodeDecodeError,  # of a member's name
+        UnicodeDecodeError,  # in a member's name
     ) as err:
-        raise InputError(f"{path.name} is damaged or encrypted ({err}); pack it again") from err
+        raise InputError(f"{path.name} is damaged or encrypted ({err}); create the archive again") from err
 
 
 def _texts(name: str, content: bytes, limits: Limits) -> list[tuple[str, str]]:
     reader = READERS.get(Path(name).suffix.lower())
     if reader is None:
-        raise InputError(f"{name} is of no known kind; bring {', '.join(sorted([*READERS, '.zip']))}")
+        raise InputError(f"unsupported file type: {name}. Supported: {', '.join(sorted([*READERS, '.zip']))}")
     return reader(name, content, limits)
 
 
@@ -113,7 +113,7 @@ def _plain(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
 
 
 def _rows(name: str, content: bytes, limits: Limits) -> list[tuple[str, str]]:
-    """A CSV file: its rows one below the other, each cell behind its column's name where it has one."""
+    """Reads a CSV file: one paragraph per row, each cell after its column's name if the column has one."""
     head: list[str] = []
     texts: list[str] = []
     chars = 0
@@ -125,24 +125,27 @@ def _rows(name: str, content: bytes, limits: Limits) -> list[tuple[str, str]]:
             pairs = zip_longest(head, row, fillvalue="")
             texts.append("; ".join(f"{key}: {cell}" if key else cell for key, cell in pairs if cell))
             chars += len(texts[-1])
-            _require_short(chars, limits)  # a short row is long behind a long name
+            _check_chars(chars, limits)  # a short row becomes long if the column name is long
     except csv.Error as err:
-        raise InputError(f"{name} is no CSV ({err}); save it again, or as .txt") from err
+        raise InputError(f"{name} is not valid CSV ({err}); export it again, or save it as .txt") from err
     return [(name, "\n\n".join(texts) or ", ".join(head))]
 
 
 def _json_lines(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
-    """JSON lines: the `text` of each, or all its strings; halves of surrogate pairs become replacement characters."""
+    """Reads JSON lines: the `text` of each line, or all its strings; lone surrogates are replaced."""
     texts = []
-    for number, line in enumerate(_decoded(name, content).split("\n"), 1):
+    for line_number, line in enumerate(_decoded(name, content).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            parsed = json.loads(line)
         except (ValueError, RecursionError) as err:
-            raise InputError(f"line {number} of {name} is no JSON ({err}); write one object a line") from err
-        fields = value if isinstance(value, dict) else {"text": value}
-        texts.append(str(fields.get("text") or " ".join(item for item in fields.values() if isinstance(item, str))))
+            raise InputError(
+                f"line {line_number} of {name} is not valid JSON ({err}); write one object per line"
+            ) from err
+        fields = parsed if isinstance(parsed, dict) else {"text": parsed}
+        strings = (field for field in fields.values() if isinstance(field, str))
+        texts.append(str(fields.get("text") or " ".join(strings)))
     text = "\n\n".join(texts)
     return [(name, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))]
 
@@ -151,14 +154,14 @@ def _pdf(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
     try:
         import pypdf
     except ImportError as err:
-        raise MissingExtra("PDF needs pypdf; install it: pip install 'nvembed-deploy[app]'") from err
+        raise MissingExtra("reading PDF files needs pypdf; install it: pip install 'nvembed-deploy[app]'") from err
     try:
         pages = [page.extract_text() for page in pypdf.PdfReader(io.BytesIO(content)).pages]
-    except Exception as err:  # pypdf lets errors of every kind through on damaged files
+    except Exception as err:  # pypdf raises errors of every type on damaged files
         raise InputError(f"{name} cannot be read as PDF ({type(err).__name__}); open and save it again") from err
     text = "\n\n".join(pages)
     if not text.strip():
-        raise InputError(f"{name} holds no text, only pictures perhaps; run a text recognition over it first")
+        raise InputError(f"{name} contains no text, perhaps only scanned pages; run OCR on it first")
     return [(name, text)]
 
 
@@ -171,19 +174,19 @@ READERS: dict[str, Callable[[str, bytes, Limits], list[tuple[str, str]]]] = {
 }
 
 
-def chunks(name: str, text: str, spans: list[tuple[int, int]], *, most: int = CHUNK_TOKENS) -> Iterator[Passage]:
-    """Cuts a text into passages of `CHUNK_TOKENS` tokens, of which the last `OVERLAP_TOKENS` stand in the next one too.
+def chunks(name: str, text: str, spans: list[tuple[int, int]], *, max_tokens: int = CHUNK_TOKENS) -> Iterator[Passage]:
+    """Splits a text into passages of `CHUNK_TOKENS` tokens that overlap by `OVERLAP_TOKENS`.
 
     Args:
-        name: The file's, which becomes the passages' source.
-        text: The whole text.
-        spans: First character of each token and the one behind its last; empty ones are special tokens.
-        most: Tokens that the engine takes, if they are fewer than `CHUNK_TOKENS`.
+        name: Name of the file, which becomes the passages' source.
+        text: Text to split.
+        spans: First character of each token, and the character after its last; empty spans are special tokens.
+        max_tokens: Maximum number of tokens that the engine accepts, if lower than `CHUNK_TOKENS`.
     """
-    size = max(1, min(CHUNK_TOKENS, most))
+    size = max(1, min(CHUNK_TOKENS, max_tokens))
     overlap = min(OVERLAP_TOKENS, size // 4)
-    real = [span for span in spans if span[0] < span[1]]
-    for number, first in enumerate(range(0, max(1, len(real) - overlap), size - overlap), 1):
-        part = real[first : first + size]
-        if part and (body := text[part[0][0] : part[-1][1]].strip()):
-            yield Passage(source=name, title=f"{name}, part {number}", text=body)
+    text_spans = [span for span in spans if span[0] < span[1]]
+    for index, start in enumerate(range(0, max(1, len(text_spans) - overlap), size - overlap), 1):
+        chunk = text_spans[start : start + size]
+        if chunk and (body := text[chunk[0][0] : chunk[-1][1]].strip()):
+            yield Passage(source=name, title=f"{name}, part {index}", text=body)

@@ -1,7 +1,7 @@
-"""Which passages are nearest: all of them looked at, an index of Qdrant's on this machine, or a Qdrant server.
+"""Nearest-neighbour search: exhaustive, with a Qdrant index on this machine, or on a Qdrant server.
 
-An index is derived from a collection's vectors and can be made again from them; scores are always exact, of the
-collection's own vectors, so that they mean the same with every index.
+An index is derived from a collection's vectors and can be rebuilt from them; scores are always computed from the
+collection's own vectors, so that they are exact and the same with every index.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nvembed_deploy.errors import ConfigError, DeployError, MissingExtra
-from nvembed_deploy.files.atomic import staged_folder, switch_in
+from nvembed_deploy.files.atomic import move_into_place, staged_folder
 
-EXACT, EDGE = "exact", "qdrant"
+EXACT, QDRANT_EDGE = "exact", "qdrant"
 FOLDER = "qdrant"
-"""Of the index on this machine, in the collection's folder."""
+"""Folder of the index on this machine, in the collection's folder."""
 BLOCK = 1000
-LINKS, CANDIDATES = 16, 128
-"""HNSW: edges of a node, and candidates held while the graph is made and searched. Qdrant's defaults are 16 and 100."""
+HNSW_LINKS, HNSW_CANDIDATES = 16, 128
+"""HNSW: edges per node, and candidates while the graph is built and searched. Qdrant's defaults are 16 and 100."""
 SOURCE = "source"
-SPARE = 4
-"""Candidates asked for, times the results: rounding inside the index moves them by places."""
+OVERSAMPLING = 4
+"""Number of candidates per result: rounding inside the index changes their order."""
 Vectors = NDArray[np.float32]
 
 
 class Content(NamedTuple):
-    """What a collection has to index."""
+    """Contents of a collection that an index is built from."""
 
     identity: str
-    """Another for each collection and each time it is written."""
+    """Different for each collection and each time it is written."""
     folder: Path
+    """Folder of the collection."""
     vectors: Vectors
     """float32 [N, D], rows of unit length."""
     sources: NDArray[np.object_]
@@ -43,38 +44,40 @@ class Content(NamedTuple):
 
 
 class Index(Protocol):
-    """Finds rows of a collection."""
+    """Finds the nearest rows of a collection."""
 
     def nearest(self, query: Vectors, *, count: int, sources: Sequence[str]) -> NDArray[np.int64]:
-        """Rows that are nearest to a query, in any order; more of them than asked for do not hurt.
+        """Returns the rows that are nearest to a query, in any order; may return more than requested.
 
         Args:
             query: float32 [D], unit length.
-            count: Most rows that are wanted.
-            sources: Only of these; of all where empty.
+            count: Number of rows to find.
+            sources: Sources to search; all if empty.
         """
 
     def delete(self) -> None:
-        """Removes what is kept elsewhere than in the collection's folder."""
+        """Removes data that is stored outside the collection's folder."""
 
 
 def opener(kind: str) -> Callable[[Content], Index]:
-    """How indexes of a kind are opened: `exact`, `qdrant`, or the URL of a Qdrant server.
+    """Returns a function that opens an index: `exact`, `qdrant`, or the URL of a Qdrant server.
 
     Raises:
-        ConfigError: There is no such kind.
-        MissingExtra: The package that it needs is not installed.
+        ConfigError: The kind does not exist.
+        MissingExtra: A required package is not installed.
     """
     if kind == EXACT:
         return ExactIndex
-    if kind == EDGE:
+    if kind == QDRANT_EDGE:
         _import("qdrant_edge")
         return EdgeIndex
     if kind.startswith(("http://", "https://")):
         return lambda content: ServerIndex(
             content, _import("qdrant_client").QdrantClient(url=kind, timeout=60, check_compatibility=False), kind
         )
-    raise ConfigError(f"--index is {kind!r}; pass {EXACT}, {EDGE}, or the URL of a Qdrant server (http://...)")
+    raise ConfigError(
+        f"--index must be {EXACT}, {QDRANT_EDGE}, or the URL of a Qdrant server (http://...), got {kind!r}"
+    )
 
 
 def _import(name: str) -> Any:
@@ -83,11 +86,13 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as err:
-        raise MissingExtra(f"{name} is not installed ({err}); pip install 'nvembed-deploy[qdrant]'") from err
+        raise MissingExtra(
+            f"{name} is not installed ({err}); install it: pip install 'nvembed-deploy[qdrant]'"
+        ) from err
 
 
 class ExactIndex:
-    """Looks at every vector."""
+    """Compares the query with every vector."""
 
     def __init__(self, content: Content) -> None:
         self._vectors, self._sources = content.vectors, content.sources
@@ -111,10 +116,10 @@ def _best(scores: Vectors, count: int) -> NDArray[np.int64]:
 
 
 class EdgeIndex:
-    """Qdrant's engine inside this process, its files in the collection's folder; made where they are missing.
+    """Qdrant's engine in this process, with its files in the collection's folder; built if missing.
 
     Raises:
-        ConfigError: The index cannot be made or read.
+        ConfigError: The index cannot be built or read.
         MissingExtra: qdrant-edge-py is not installed.
     """
 
@@ -122,21 +127,21 @@ class EdgeIndex:
         self._edge = _import("qdrant_edge")
         self._folder = folder = content.folder / FOLDER
         if not folder.is_dir():
-            self._asked(self._make, content, folder)
-        self._shard = self._asked(self._edge.EdgeShard.load, str(folder))
-        if self._asked(self._shard.count, self._edge.CountRequest(exact=True)) != len(content.vectors):
-            raise ConfigError(f"{folder} is not of this collection; delete that folder, and it is made again")
+            self._call(self._build, content, folder)
+        self._shard = self._call(self._edge.EdgeShard.load, str(folder))
+        if self._call(self._shard.count, self._edge.CountRequest(exact=True)) != len(content.vectors):
+            raise ConfigError(f"{folder} belongs to another collection; delete the folder to rebuild the index")
 
-    def _asked(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        with _told(f"the index in {self._folder}", "delete that folder, and it is made again"):
+    def _call(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        with _qdrant_errors(f"the index in {self._folder}", "delete the folder to rebuild it"):
             return call(*arguments)
 
-    def _make(self, content: Content, folder: Path) -> None:
+    def _build(self, content: Content, folder: Path) -> None:
         edge = self._edge
-        hnsw = edge.HnswIndexConfig(m=LINKS, ef_construct=CANDIDATES, full_scan_threshold=1000)
+        hnsw = edge.HnswIndexConfig(m=HNSW_LINKS, ef_construct=HNSW_CANDIDATES, full_scan_threshold=1000)
         vectors = edge.EdgeVectorParams(size=content.vectors.shape[1], distance=edge.Distance.Dot, hnsw_config=hnsw)
         optimizers = edge.EdgeOptimizersConfig(indexing_threshold=1000, default_segment_number=1)
-        # Without a write-ahead log, which only one process could open: it is made aside, and whole or not at all.
+        # A write-ahead log could only be opened by one process; the index is built aside and replaced in one step.
         config = edge.EdgeConfig(vectors=vectors, optimizers=optimizers, wal_enabled=False)
         with staged_folder(folder) as staging:
             shard = edge.EdgeShard.create(str(staging), config)
@@ -151,106 +156,108 @@ class EdgeIndex:
             shard.optimize()
             shard.flush()
             shard.close()
-            switch_in(staging, folder)
+            move_into_place(staging, folder)
 
     def nearest(self, query: Vectors, *, count: int, sources: Sequence[str]) -> NDArray[np.int64]:
         """See `Index`."""
         edge = self._edge
-        only = None
+        source_filter = None
         if sources:
-            only = edge.Filter(must=[edge.FieldCondition(SOURCE, match=edge.MatchAny(list(sources)))])
+            source_filter = edge.Filter(must=[edge.FieldCondition(SOURCE, match=edge.MatchAny(list(sources)))])
         request = edge.QueryRequest(
-            limit=SPARE * count,
+            limit=OVERSAMPLING * count,
             query=edge.Query.Nearest(query.tolist()),
-            filter=only,
-            params=edge.SearchParams(hnsw_ef=max(CANDIDATES, SPARE * count)),
+            filter=source_filter,
+            params=edge.SearchParams(hnsw_ef=max(HNSW_CANDIDATES, OVERSAMPLING * count)),
         )
-        return np.array([point.id for point in self._asked(self._shard.query, request)], dtype=np.int64)
+        return np.array([point.id for point in self._call(self._shard.query, request)], dtype=np.int64)
 
     def delete(self) -> None:
-        """See `Index`; its files go with the folder."""
+        """See `Index`; the files are deleted with the folder."""
         self._shard.close()
 
 
 class ServerIndex:
-    """A collection of a Qdrant server or cluster, filled where the server lacks it.
+    """A collection on a Qdrant server or cluster, uploaded if the server does not have it.
 
     Args:
-        content: What to index.
+        content: Contents to index.
         client: A `qdrant_client.QdrantClient`.
-        where: The server's URL, for messages.
+        url: URL of the server, for messages.
 
     Raises:
-        ConfigError: The server does not answer.
+        ConfigError: The server does not respond.
     """
 
-    def __init__(self, content: Content, client: Any, where: str) -> None:
-        self._client, self._where = client, where
+    def __init__(self, content: Content, client: Any, url: str) -> None:
+        self._client, self._url = client, url
         self._models = _import("qdrant_client").models
         self._name = f"nvembed-{content.identity}"
-        if not self._asked(client.collection_exists, self._name) or self._count() < len(content.vectors):
+        if not self._call(client.collection_exists, self._name) or self._count() < len(content.vectors):
             self._fill(content)
 
     def _count(self) -> int:
-        return int(self._asked(self._client.count, self._name, exact=True).count)
+        return int(self._call(self._client.count, self._name, exact=True).count)
 
     def _fill(self, content: Content) -> None:
         models = self._models
-        if not self._asked(self._client.collection_exists, self._name):
+        if not self._call(self._client.collection_exists, self._name):
             parameters = models.VectorParams(size=content.vectors.shape[1], distance=models.Distance.DOT)
-            hnsw = models.HnswConfigDiff(m=LINKS, ef_construct=CANDIDATES)
-            self._asked(self._client.create_collection, self._name, vectors_config=parameters, hnsw_config=hnsw)
-            self._asked(self._client.create_payload_index, self._name, SOURCE, models.PayloadSchemaType.KEYWORD)
-        for start, block, sources in _blocks(content):  # points have the rows' numbers, so a second try adds nothing
+            hnsw = models.HnswConfigDiff(m=HNSW_LINKS, ef_construct=HNSW_CANDIDATES)
+            self._call(self._client.create_collection, self._name, vectors_config=parameters, hnsw_config=hnsw)
+            self._call(self._client.create_payload_index, self._name, SOURCE, models.PayloadSchemaType.KEYWORD)
+        for start, block, sources in _blocks(content):  # points have the rows' numbers, so a retry adds nothing
             batch = models.Batch(
                 ids=list(range(start, start + len(block))),
                 vectors=block.tolist(),
                 payloads=[{SOURCE: source} for source in sources],
             )
-            self._asked(self._client.upsert, self._name, batch, wait=True)
+            self._call(self._client.upsert, self._name, batch, wait=True)
 
     def nearest(self, query: Vectors, *, count: int, sources: Sequence[str]) -> NDArray[np.int64]:
         """See `Index`."""
         models = self._models
-        only = None
+        source_filter = None
         if sources:
-            only = models.Filter(must=[models.FieldCondition(key=SOURCE, match=models.MatchAny(any=list(sources)))])
-        found = self._asked(
+            source_filter = models.Filter(
+                must=[models.FieldCondition(key=SOURCE, match=models.MatchAny(any=list(sources)))]
+            )
+        response = self._call(
             self._client.query_points,
             self._name,
             query=query.tolist(),
-            query_filter=only,
-            limit=SPARE * count,
+            query_filter=source_filter,
+            limit=OVERSAMPLING * count,
             with_payload=False,
-            search_params=models.SearchParams(hnsw_ef=max(CANDIDATES, SPARE * count)),
+            search_params=models.SearchParams(hnsw_ef=max(HNSW_CANDIDATES, OVERSAMPLING * count)),
         )
-        return np.array([point.id for point in found.points], dtype=np.int64)
+        return np.array([point.id for point in response.points], dtype=np.int64)
 
     def delete(self) -> None:
         """See `Index`."""
-        self._asked(self._client.delete_collection, self._name)
+        self._call(self._client.delete_collection, self._name)
 
-    def _asked(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        with _told(f"the Qdrant server at {self._where}", "start it"):
-            return call(*arguments, **named)
+    def _call(self, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        with _qdrant_errors(f"the Qdrant server at {self._url}", "start it"):
+            return call(*arguments, **keywords)
 
 
 @contextmanager
-def _told(what: str, cure: str) -> Iterator[None]:
-    """What Qdrant raises as one of ours: its errors have no common class, and connections fail in httpx's."""
+def _qdrant_errors(subject: str, cure: str) -> Iterator[None]:
+    """Converts Qdrant's errors, which have no common class and include httpx's, to `ConfigError`."""
     try:
         yield
     except DeployError:
         raise
     except Exception as err:
         reason = str(err).splitlines()[0] if str(err) else repr(err)
-        raise ConfigError(f"{what} failed ({reason}); {cure}, or search without it: --index {EXACT}") from err
+        raise ConfigError(f"{subject} failed ({reason}); {cure}, or search without it: --index {EXACT}") from err
 
 
 def _blocks(content: Content) -> Iterator[tuple[int, Vectors, Iterable[str]]]:
     total = len(content.vectors)
-    with tqdm(total=total, desc="indexing", unit="passage", disable=None, leave=False) as bar:
+    with tqdm(total=total, desc="indexing", unit="passage", disable=None, leave=False) as progress_bar:
         for start in range(0, total, BLOCK):
             block = np.asarray(content.vectors[start : start + BLOCK])
             yield start, block, content.sources[start : start + BLOCK]
-            bar.update(len(block))
+            progress_bar.update(len(block))

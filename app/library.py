@@ -1,4 +1,4 @@
-"""The collections of a folder: Python's documentation, indexed at the first start, and what people add."""
+"""Collections in a folder: Python's documentation, indexed at the first start, and documents that users add."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,27 +26,33 @@ PYTHON = "Python documentation"
 NAME = re.compile(r"\w[\w .-]{0,39}")
 LOCK = ".lock"
 BLOCK = 64
-"""Passages between two steps, at which work can be stopped."""
+"""Number of passages embedded in one step; adding can be cancelled between two steps."""
 
 _log = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """Where collections are kept: the user's data folder, by the XDG rules."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "nvembed-deploy" / "collections"
+    """Returns the default folder of collections, in the user's data folder by the XDG rules."""
+    folder = Path(os.environ.get("XDG_DATA_HOME", ""))
+    if not folder.is_absolute():  # relative ones are invalid, says the specification
+        try:
+            folder = Path.home() / ".local" / "share"
+        except RuntimeError as err:
+            raise ConfigError("this user has no home folder; pass --collections with a folder to keep them in") from err
+    return folder / "nvembed-deploy" / "collections"
 
 
 class Library:
-    """Collections by name.
+    """Manages the collections of a folder by name.
 
     Args:
-        folder: Where they are kept; made where it is missing.
-        encoder: Embeds what is added.
-        index: See `index.opener`.
+        folder: Folder of the collections; created if missing.
+        encoder: Embeds added passages.
+        index: Kind of index; see `index.opener`.
 
     Raises:
-        ConfigError: There is no such index.
-        MissingExtra: It needs a package that is not installed.
+        ConfigError: The kind of index does not exist.
+        MissingExtra: The index needs a package that is not installed.
     """
 
     def __init__(self, folder: Path, encoder: Encoder, *, index: str = EXACT) -> None:
@@ -58,66 +64,65 @@ class Library:
         remove_leftovers(folder)
 
     def names(self) -> list[str]:
-        """Names of the collections, Python's documentation first; its copies for other engines are left out."""
-        found = sorted(path.parent.name for path in self.folder.glob(f"*/{RECORD}"))
-        found = [name for name in found if NAME.fullmatch(name)]  # not what is being written
-        own = [name for name in found if not name.startswith(f"{PYTHON}.")]
-        return ([PYTHON] if self._path(PYTHON).is_dir() else []) + own
+        """Returns the names of the collections, Python's documentation first, without its copies for other engines."""
+        names = sorted(path.parent.name for path in self.folder.glob(f"*/{RECORD}"))
+        names = [name for name in names if NAME.fullmatch(name)]  # staging folders have other names
+        user_names = [name for name in names if not name.startswith(f"{PYTHON}.")]
+        return ([PYTHON] if self._path(PYTHON).is_dir() else []) + user_names
 
     def open(self, name: str) -> FolderStore:
-        """A collection.
+        """Opens a collection.
 
         Raises:
-            ConfigError: There is none of the name.
-            BundleError: It is damaged.
+            ConfigError: There is no collection with this name.
+            BundleError: The collection is damaged.
         """
         path = self._path(name)
         if not (path / RECORD).is_file():
-            raise ConfigError(f"there is no collection {name!r}; choose one of {', '.join(self.names()) or 'none'}")
-        if name not in self._open or not self._open[name].is_current():  # another page may have written it
+            raise ConfigError(f"there is no collection {name!r}; available: {', '.join(self.names()) or 'none'}")
+        if name not in self._open or not self._open[name].is_current():  # another process may have changed it
             self._open[name] = FolderStore(path, self._open_index)
         return self._open[name]
 
-    def add_steps(self, name: str, passages: Sequence[Passage]) -> Iterator[tuple[int, int]]:
-        """Embeds passages and adds them to a collection of the user's own, which is made where it is missing.
+    def add_steps(self, name: str, passages: Sequence[Passage]) -> Generator[tuple[int, int]]:
+        """Embeds passages step by step and adds them to a user's collection, which is created if missing.
 
         Args:
-            name: Letters, digits, spaces, dots and hyphens.
-            passages: What to add.
+            name: Name of the collection: letters, digits, spaces, dots and hyphens.
+            passages: Passages to add.
 
         Yields:
-            How many are embedded, and of how many; once more before they are written. Nothing is kept of what is not
-            carried to its end.
+            The number of embedded passages and the total, once more before they are written. Nothing is added unless
+            the iterator is exhausted.
 
         Raises:
-            ConfigError: The name does not fit, or the collection is another engine's.
-            InputError: There is nothing to add.
+            ConfigError: The name is not valid, or the collection was made by another engine.
+            InputError: There are no passages.
             BundleError: The collection is damaged.
         """
         if name.casefold().startswith(PYTHON.casefold()):
-            raise ConfigError(f"{name!r} is kept for Python's own documentation; take another name")
+            raise ConfigError(f"{name!r} is reserved for Python's documentation; choose another name")
         yield from self._add(name, passages)
 
     def _add(self, name: str, passages: Sequence[Passage]) -> Iterator[tuple[int, int]]:
         path = self._path(name)
         if not passages:
-            raise InputError("there is no text in these files; bring others")
-        self._writable(name)
+            raise InputError("no text found in these files")
+        self._existing_collection(name)  # fails early if it was made by another engine
         blocks = []
         for start in range(0, len(passages), BLOCK):
             yield start, len(passages)
             blocks.append(self.encoder.encode([passage.text for passage in passages[start : start + BLOCK]]))
         yield len(passages), len(passages)
-        with self._alone():
-            old = self._writable(name)  # another user may have added to it in the meantime
+        with self._write_lock():
+            old = self._existing_collection(name)  # another user may have changed it in the meantime
             if old is not None and name == PYTHON:
-                return  # another page was first
-            kept = [*old.passages] if old else []
+                return  # another process has indexed it
+            all_passages = [*old.passages, *passages] if old else [*passages]
             vectors = np.concatenate([old.vectors, *blocks] if old else blocks)
-            whole = [*kept, *passages]
             try:
-                self._open[name] = FolderStore.write(path, self.engine, whole, vectors, self._open_index)
-            except DeployError:  # the index failed, behind the files
+                self._open[name] = FolderStore.write(path, self.engine, all_passages, vectors, self._open_index)
+            except DeployError:  # the index failed after the files were written
                 self._open.pop(name, None)
                 if old is None:
                     shutil.rmtree(path)
@@ -128,70 +133,71 @@ class Library:
                 try:
                     old.drop_index()
                 except DeployError as err:
-                    _log.warning("the index of what %s was before stays: %s", name, err)
+                    _log.warning("the previous index of %s could not be removed: %s", name, err)
 
-    def _writable(self, name: str) -> FolderStore | None:
-        """The collection as it stands, None where there is none.
+    def _existing_collection(self, name: str) -> FolderStore | None:
+        """Returns the collection that passages will be added to, or None if it does not exist.
 
         Raises:
-            ConfigError: It is another engine's.
+            ConfigError: The collection was made by another engine.
         """
         if not (self._path(name) / RECORD).is_file():
             return None
-        found = self.open(name)
-        if found.engine != self.engine:
+        store = self.open(name)
+        if store.engine != self.engine:
             raise ConfigError(
-                f"collection {name!r} was made by {found.engine.model} {found.engine.precision} "
-                f"({found.engine.manifest_sha256[:12]}); delete it, or add to another one"
+                f"collection {name!r} was made by {store.engine.model} {store.engine.precision} "
+                f"({store.engine.manifest_sha256[:12]}); delete it, or add to another collection"
             )
-        return found
+        return store
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Nobody else writes, be it a thread of this page or another page on the same folder."""
+    def _write_lock(self) -> Iterator[None]:
+        """Locks the folder against writers in other threads and other processes."""
         with self._writing, (self.folder / LOCK).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def add_python(self, passages: Iterable[Passage] | None = None) -> FolderStore:
-        """Python's documentation, as this engine sees it: indexed once with a progress bar, again if damaged."""
+        """Opens Python's documentation for this engine; indexes it if missing or damaged, with a progress bar."""
         if (self._path(PYTHON) / RECORD).is_file():
             try:
                 return self.open(PYTHON)
             except BundleError:
                 shutil.rmtree(self._path(PYTHON))
-        found = list(library_passages() if passages is None else passages)
-        with tqdm(total=len(found), desc=f"indexing {PYTHON}", unit="passage", disable=None) as bar:
-            for done, _ in self._add(PYTHON, found):
-                bar.update(done - bar.n)
+        python_passages = list(library_passages() if passages is None else passages)
+        description = f"indexing {PYTHON}"
+        with tqdm(total=len(python_passages), desc=description, unit="passage", disable=None) as progress_bar:
+            for done, _ in self._add(PYTHON, python_passages):
+                progress_bar.update(done - progress_bar.n)
         return self.open(PYTHON)
 
     def delete(self, name: str) -> None:
-        """Removes a collection.
+        """Deletes a collection.
 
         Raises:
-            ConfigError: There is none of the name, or it is Python's documentation.
+            ConfigError: There is no collection with this name, or it is Python's documentation.
         """
         if name == PYTHON:
-            raise ConfigError("Python's documentation would be indexed again at the next start; it stays")
+            raise ConfigError("Python's documentation cannot be deleted: it would be indexed again at the next start")
         path = self._path(name)
-        with self._alone():  # not while somebody adds to it
+        with self._write_lock():  # not while another process adds to it
             if not (path / RECORD).is_file():
                 raise ConfigError(f"there is no collection {name!r}; it may have been deleted already")
             try:
                 self.open(name).drop_index()
             except BundleError:
-                pass  # damaged: that is why it goes
+                pass  # a damaged collection can be deleted
             except DeployError as err:
-                _log.warning("%s is deleted, but what its index keeps elsewhere may stay: %s", name, err)
+                _log.warning("%s is deleted, but its index outside the folder may remain: %s", name, err)
             shutil.rmtree(path)
             self._open.pop(name, None)
 
     def _path(self, name: str) -> Path:
         if not NAME.fullmatch(name):
             raise ConfigError(
-                f"{name!r} is no name for a collection; take 1 to 40 letters, digits, spaces, dots and hyphens"
+                f"{name!r} is not a valid collection name; use 1 to 40 letters, digits, spaces, dots and hyphens"
             )
-        # What everyone has is indexed for each engine; what people bring is theirs, and refuses other engines.
+        # Python's documentation is indexed for each engine; a user's collection belongs to one engine.
         suffix = f".{self.engine.manifest_sha256[:16]}" if name == PYTHON else ""
         return self.folder / f"{name}{suffix}"

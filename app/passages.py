@@ -1,4 +1,4 @@
-"""What is searched: passages, and those of Python's own documentation, which every machine has."""
+"""Passages to search, and those of Python's own documentation, which every machine has."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from pathlib import Path
 
 from nvembed_deploy.sample_texts import library_files, library_root
 
-SHORTEST_DOC = 20
-LONGEST_TEXT = 1200
-"""Characters of a passage: the embedded model was trained up to 384 tokens."""
-SHORTEST_PARAGRAPH = 80
-GONE = ("distutils",)
-"""Removed in Python 3.12, and half a copy of `shutil` before."""
+MIN_DOC_CHARS = 20
+MAX_TEXT_CHARS = 1200
+"""Maximum length of a passage: the embedded model was trained with up to 384 tokens."""
+MIN_PARAGRAPH_CHARS = 80
+REMOVED_MODULES = ("distutils",)
+"""Modules that are left out: distutils was removed in Python 3.12 and half of it was a copy of `shutil`."""
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """One thing that a search can find."""
+    """One text that a search can find."""
 
     source: str
-    """Where it is from: a kind of documentation, or a file."""
+    """Origin of the passage: a kind of documentation, or a file."""
     title: str
     text: str
 
 
 def library_passages(library: Path | None = None) -> Iterator[Passage]:
-    """Docstrings of the running Python's public library, and the sections of its language reference.
+    """Yields the docstrings of the running Python's public library and the sections of its language reference.
 
-    A passage begins with its name in words, so that "csv reader" is near `csv.reader`.
+    A passage begins with its name in words, so that "csv reader" is close to `csv.reader`.
     """
     root = library or library_root()
     for path in library_files(root):
         module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        if any(part.startswith("_") for part in module.split(".")) or module.split(".")[0] in GONE:
+        if any(name.startswith("_") for name in module.split(".")) or module.split(".")[0] in REMOVED_MODULES:
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -55,37 +55,41 @@ def library_passages(library: Path | None = None) -> Iterator[Passage]:
 
 
 def compiled() -> Iterator[Passage]:
-    """Docstrings of the library's modules that are no Python files, such as `math` and `itertools`."""
+    """Yields the docstrings of the library's modules that are not Python files, such as `math` and `itertools`."""
     for module in sorted(sys.stdlib_module_names):
         spec = None if module.startswith("_") else importlib.util.find_spec(module)
         if spec is None or (spec.origin or "").endswith(".py"):
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # some are about to leave the library
-                found = importlib.import_module(module)
-        except ImportError:  # of another system, or left out when this Python was built
+                warnings.simplefilter("ignore")  # some modules are deprecated
+                imported = importlib.import_module(module)
+        except ImportError:  # a module of another system, or not built into this Python
             continue
-        for name, item in [("", found), *sorted(vars(found).items())]:
-            doc = inspect.getdoc(item) if callable(item) or inspect.ismodule(item) else None
-            own = not name or (not name.startswith("_") and getattr(item, "__module__", module) == module)
-            if doc and own and len(doc) >= SHORTEST_DOC:
+        for name, member in [("", imported), *sorted(vars(imported).items())]:
+            doc = inspect.getdoc(member) if callable(member) or inspect.ismodule(member) else None
+            is_public = not name or (not name.startswith("_") and getattr(member, "__module__", module) == module)
+            if doc and is_public and len(doc) >= MIN_DOC_CHARS:
                 title = f"{module}.{name}".removesuffix(".")
-                text = f"{title}: {re.sub(r'[._]+', ' ', title)}.\n{doc}"[:LONGEST_TEXT]
+                text = f"{title}: {re.sub(r'[._]+', ' ', title)}.\n{doc}"[:MAX_TEXT_CHARS]
                 yield Passage(source=module, title=title, text=text)
 
 
 def topics() -> Iterator[Passage]:
-    """The language reference that `pydoc` shows, cut at its paragraphs."""
-    from pydoc_data.topics import topics as found
+    """Yields the language reference that `pydoc` shows, split at its paragraphs."""
+    from pydoc_data.topics import topics as topic_texts
 
-    for name, text in sorted(found.items()):
-        paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
-        kept = [part for part in paragraphs if len(part) >= SHORTEST_PARAGRAPH and not part.startswith(("**", "=="))]
+    for name, text in sorted(topic_texts.items()):
+        paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
+        prose = [
+            paragraph
+            for paragraph in paragraphs
+            if len(paragraph) >= MIN_PARAGRAPH_CHARS and not paragraph.startswith(("**", "=="))
+        ]
         block: list[str] = []
-        for paragraph in [*kept, ""]:
-            if block and (not paragraph or sum(map(len, block)) + len(paragraph) > LONGEST_TEXT):
-                yield Passage(source="language reference", title=name, text="\n\n".join(block)[:LONGEST_TEXT])
+        for paragraph in [*prose, ""]:
+            if block and (not paragraph or sum(map(len, block)) + len(paragraph) > MAX_TEXT_CHARS):
+                yield Passage(source="language reference", title=name, text="\n\n".join(block)[:MAX_TEXT_CHARS])
                 block = []
             if paragraph:
                 block.append(paragraph)
@@ -96,7 +100,7 @@ def _documented(tree: ast.Module, module: str) -> Iterator[Passage]:
     while stack:
         node, name = stack.pop()
         doc = ast.get_docstring(node)
-        if doc and len(doc) >= SHORTEST_DOC:
+        if doc and len(doc) >= MIN_DOC_CHARS:
             yield Passage(source=module.split(".")[0], title=name, text=_text(node, name, inspect.cleandoc(doc)))
         for child in reversed(node.body):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name[0] != "_":
@@ -108,4 +112,4 @@ def _text(node: _Documented, name: str, doc: str) -> str:
     head = f"{name}: {words}."
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         head = f"{name}({ast.unparse(node.args)}): {words}."
-    return f"{head}\n{doc}"[:LONGEST_TEXT]
+    return f"{head}\n{doc}"[:MAX_TEXT_CHARS]

@@ -1,4 +1,4 @@
-"""The corpus in two dimensions: principal components of its vectors."""
+"""Map of a collection in two dimensions: the principal components of its vectors."""
 
 from __future__ import annotations
 
@@ -9,51 +9,54 @@ from typing import Any
 import numpy as np
 
 from nvembed_deploy.app.index import Vectors
-from nvembed_deploy.app.search import Found
+from nvembed_deploy.app.search import SearchResult
 from nvembed_deploy.app.store import FolderStore
 
-MOST_POINTS = 3000
+MAX_POINTS = 3000
 NAMED_SOURCES = 8
-"""Sources with a colour of their own; the smaller ones share one."""
+"""Number of sources with a colour of their own; the smaller ones share one."""
 OTHERS, RESULT, QUERY = "others", "result", "your query"
 
 
 @dataclass(frozen=True)
 class Plane:
-    """A projection onto the two directions in which the vectors differ most."""
+    """Projection onto the two directions in which the vectors differ most."""
 
     centre: Vectors
+    """float32 [D], the mean of the vectors."""
     axes: Vectors
     """float32 [2, D]."""
 
     @classmethod
     def of(cls, vectors: Vectors) -> Plane:
-        """The projection of a collection; by a sample where it is large."""
-        sample = np.asarray(vectors[:: max(1, len(vectors) // MOST_POINTS)], dtype=np.float32)
+        """Computes the projection for a collection, from a sample if it is large."""
+        sample = np.asarray(vectors[:: max(1, len(vectors) // MAX_POINTS)], dtype=np.float32)
         centre = sample.mean(axis=0)
-        spread = (sample - centre).T @ (sample - centre)
-        axes = np.linalg.eigh(spread)[1][:, -2:].T[::-1]
+        scatter = (sample - centre).T @ (sample - centre)
+        axes = np.linalg.eigh(scatter)[1][:, -2:].T[::-1]
         return cls(centre, axes.astype(np.float32))
 
     def points(self, vectors: Vectors) -> Vectors:
-        """float32 [N, 2]."""
+        """Projects vectors [N, D] to points, float32 [N, 2]."""
         return np.asarray((vectors - self.centre) @ self.axes.T, dtype=np.float32)
 
 
-def draw(store: FolderStore, plane: Plane, found: Found | None) -> dict[str, list[Any]]:
-    """Columns x, y, source and title of the points; results and the query are last, so that they lie on top."""
-    step = max(1, len(store) // MOST_POINTS)
+def draw(store: FolderStore, plane: Plane, search_result: SearchResult | None) -> dict[str, list[Any]]:
+    """Returns columns x, y, source and title of the points; results and query come last, to be drawn on top."""
+    step = max(1, len(store) // MAX_POINTS)
     indices = range(0, len(store), step)
     counts = Counter(passage.source for passage in store.passages)
-    named = {source for source, _ in counts.most_common(NAMED_SOURCES)}
-    places = plane.points(np.asarray(store.vectors[::step]))
-    kinds = [store.passages[index].source if store.passages[index].source in named else OTHERS for index in indices]
+    named_sources = {source for source, _ in counts.most_common(NAMED_SOURCES)}
+    points = plane.points(np.asarray(store.vectors[::step]))
+    labels = [
+        store.passages[index].source if store.passages[index].source in named_sources else OTHERS for index in indices
+    ]
     titles = [store.passages[index].title for index in indices]
-    if found is not None:
-        wanted = {id(hit.passage) for hit in found.hits}
-        hits = [index for index, passage in enumerate(store.passages) if id(passage) in wanted]
-        extra = [store.vectors[index] for index in hits] + [found.query]
-        places = np.concatenate([places, plane.points(np.stack(extra))])
-        kinds += [RESULT] * len(hits) + [QUERY]
+    if search_result is not None:
+        hit_ids = {id(hit.passage) for hit in search_result.hits}
+        hits = [index for index, passage in enumerate(store.passages) if id(passage) in hit_ids]
+        extra_vectors = [store.vectors[index] for index in hits] + [search_result.query]
+        points = np.concatenate([points, plane.points(np.stack(extra_vectors))])
+        labels += [RESULT] * len(hits) + [QUERY]
         titles += [store.passages[index].title for index in hits] + [QUERY]
-    return {"x": places[:, 0].tolist(), "y": places[:, 1].tolist(), "source": kinds, "title": titles}
+    return {"x": points[:, 0].tolist(), "y": points[:, 1].tolist(), "source": labels, "title": titles}

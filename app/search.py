@@ -1,4 +1,4 @@
-"""One search: query to vector to passages, the sentences that match best, and the time of each step."""
+"""Search: from a query to its vector, the nearest passages, the best sentences, and the time of each step."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ from nvembed_deploy.app.store import Engine, FolderStore, Hit
 from nvembed_deploy.errors import InputError
 from nvembed_deploy.tokenization import TokenRow
 
-LONGEST_QUERY = 2000
-"""Characters; the page's own limit is not enforced on the server."""
-MOST_RESULTS = 20
+MAX_QUERY_CHARS = 2000
+"""Maximum length of a query; the limit in the page is not enforced on the server."""
+MAX_RESULTS = 20
 SENTENCE = re.compile(r".+?(?:[.!?](?=\s)\s*|\n\s*\n\s*|\Z)", re.DOTALL)
-MOST_SENTENCES = 10
-"""Of a passage that are looked at; the rest of a long one stays unmarked."""
-NEAR = 0.03
-"""Sentences this near to the best one's cosine are marked as well."""
+MAX_SENTENCES = 10
+"""Maximum number of sentences of a passage that are compared; the remainder of a long passage is not marked."""
+MATCH_MARGIN = 0.03
+"""Sentences within this cosine of the best one are marked as well."""
 MATCH = "match"
-LONGEST_SENTENCE = 300
-"""Characters of a sentence that are looked at."""
+MAX_SENTENCE_CHARS = 300
+"""Maximum number of characters of a sentence that are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """The answer to one search."""
+class SearchResult:
+    """Passages that a search found, with marked sentences and timings."""
 
     hits: list[Hit]
     marked: list[list[tuple[str, str | None]]]
-    """For each hit its text in parts, those that match best with `MATCH`."""
+    """Text of each hit in sentences; the best ones are labelled `MATCH`."""
     query: Vectors
+    """float32 [D], the vector of the query."""
     milliseconds: dict[str, float]
+    """Time of each step."""
 
 
 class Searcher:
-    """Searches of many users through one engine.
+    """Runs the searches of many users through one engine.
 
     Args:
-        encoder: Of the bundle.
+        encoder: Encoder of the bundle.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -52,25 +54,25 @@ class Searcher:
         self._coalescer = Coalescer(encoder)
 
     def embed(self, texts: Sequence[str], *, instruction: str = "") -> Vectors:
-        """float32 [N, D]; runs together with what other threads ask for."""
+        """Embeds texts, batched with those of other threads; returns float32 [N, D]."""
         return self._coalescer.submit(self._rows(texts, instruction)).result()
 
     def search(
         self, store: FolderStore, query: str, *, instruction: str, count: int, sources: Sequence[str] = ()
-    ) -> Found:
-        """Finds passages.
+    ) -> SearchResult:
+        """Finds the nearest passages of a collection.
 
         Args:
-            store: Where to look.
-            query: What is asked.
+            store: The collection.
+            query: Text of the query.
             instruction: The task in words; empty for none.
-            count: Most results.
-            sources: Only of these; of all where empty.
+            count: Maximum number of results.
+            sources: Sources to search; all if empty.
 
         Raises:
             InputError: The query is empty or too long.
-            ConfigError: The store's vectors are of another engine.
-            OverloadedError: Too many searches wait.
+            ConfigError: The collection was made by another engine.
+            OverloadedError: Too many searches are waiting.
         """
         check_query(query, instruction)
         started = time.perf_counter()
@@ -78,7 +80,7 @@ class Searcher:
         tokenized = time.perf_counter()
         vector = self._coalescer.submit(rows).result()[0]
         embedded = time.perf_counter()
-        hits = store.search(self.engine, vector, count=max(1, min(count, MOST_RESULTS)), sources=sources)
+        hits = store.search(self.engine, vector, count=max(1, min(count, MAX_RESULTS)), sources=sources)
         searched = time.perf_counter()
         marked = self.mark(vector, [hit.passage.text for hit in hits])
         ended = time.perf_counter()
@@ -88,7 +90,7 @@ class Searcher:
             "searching": searched - embedded,
             "marking": ended - searched,
         }
-        return Found(
+        return SearchResult(
             hits=hits,
             marked=marked,
             query=vector,
@@ -96,25 +98,30 @@ class Searcher:
         )
 
     def mark(self, query: Vectors, texts: Sequence[str]) -> list[list[tuple[str, str | None]]]:
-        """Cuts texts into sentences, and marks those nearest to the query."""
-        parts = [sentences(text) for text in texts]
-        flat = [part[:LONGEST_SENTENCE] for found in parts for part in found[:MOST_SENTENCES]]
-        if not flat:
+        """Splits texts into sentences and marks those nearest to the query."""
+        text_sentences = [sentences(text) for text in texts]
+        compared = [
+            sentence[:MAX_SENTENCE_CHARS] for split_text in text_sentences for sentence in split_text[:MAX_SENTENCES]
+        ]
+        if not compared:
             return [[(text, None)] for text in texts]
-        scores = self.embed(flat) @ query
+        scores = self.embed(compared) @ query
         marked: list[list[tuple[str, str | None]]] = []
         start = 0
-        for found in parts:
-            looked_at, rest = found[:MOST_SENTENCES], found[MOST_SENTENCES:]
-            own = scores[start : start + len(looked_at)]
-            start += len(looked_at)
-            bound = float(np.max(own, initial=-2.0)) - NEAR
-            near = [(part, MATCH if score >= bound else None) for part, score in zip(looked_at, own, strict=True)]
-            marked.append(near + [(part, None) for part in rest])
+        for split_text in text_sentences:
+            scored, remainder = split_text[:MAX_SENTENCES], split_text[MAX_SENTENCES:]
+            text_scores = scores[start : start + len(scored)]
+            start += len(scored)
+            min_score = float(np.max(text_scores, initial=-2.0)) - MATCH_MARGIN
+            labelled = [
+                (sentence, MATCH if score >= min_score else None)
+                for sentence, score in zip(scored, text_scores, strict=True)
+            ]
+            marked.append(labelled + [(sentence, None) for sentence in remainder])
         return marked
 
     def close(self) -> None:
-        """Ends the shared batches."""
+        """Finishes the waiting searches and stops; later searches fail."""
         self._coalescer.close()
 
     def _rows(self, texts: Sequence[str], instruction: str) -> list[TokenRow]:
@@ -124,20 +131,20 @@ class Searcher:
 
 
 def check_query(query: str, instruction: str) -> None:
-    """Refuses what cannot be searched.
+    """Checks the length of a query and its instruction.
 
     Raises:
-        InputError: With the cure.
+        InputError: The query is empty, or one of them is too long.
     """
     if not query.strip():
-        raise InputError("the query is empty; type what you look for")
+        raise InputError("the query is empty; enter a search query")
     for name, text in (("query", query), ("instruction", instruction)):
-        if len(text) > LONGEST_QUERY:
-            raise InputError(f"the {name} has {len(text)} characters, at most {LONGEST_QUERY} are taken; shorten it")
+        if len(text) > MAX_QUERY_CHARS:
+            raise InputError(f"the {name} has {len(text)} characters; the maximum is {MAX_QUERY_CHARS}")
 
 
 def sentences(text: str) -> list[str]:
-    """The text in parts that join to it again, `MOST_SENTENCES` and the rest at most."""
-    ends = [found.end() for found in SENTENCE.finditer(text)][:MOST_SENTENCES]
-    parts = [text[start:end] for start, end in pairwise([0, *ends])]
-    return [*parts, text[ends[-1] :]] if ends and ends[-1] < len(text) else parts or [text]
+    """Splits a text into up to `MAX_SENTENCES` sentences and the remainder; joined they are the text."""
+    ends = [match.end() for match in SENTENCE.finditer(text)][:MAX_SENTENCES]
+    split_text = [text[start:end] for start, end in pairwise([0, *ends])]
+    return [*split_text, text[ends[-1] :]] if ends and ends[-1] < len(text) else split_text or [text]

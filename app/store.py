@@ -1,7 +1,7 @@
-"""Collections of passages with their vectors, kept on disk.
+"""Collections of passages and their vectors on disk.
 
-A collection knows the engine that made its vectors, and refuses vectors of any other: nearness across engines or
-precisions means nothing.
+A collection records the engine that made its vectors and rejects vectors of any other: similarities across engines or
+precisions are meaningless.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nvembed_deploy import Encoder
 from nvembed_deploy.app.index import Content, ExactIndex, Index, Vectors
 from nvembed_deploy.app.passages import Passage
 from nvembed_deploy.errors import BundleError, ConfigError
-from nvembed_deploy.files.atomic import staged_folder, switch_in
+from nvembed_deploy.files.atomic import move_into_place, staged_folder
 from nvembed_deploy.files.records import from_json
 
 RECORD, PASSAGES, VECTORS = "collection.json", "passages.jsonl", "vectors.npy"
@@ -27,7 +27,7 @@ RECORD, PASSAGES, VECTORS = "collection.json", "passages.jsonl", "vectors.npy"
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What made a collection's vectors."""
+    """The engine that made a collection's vectors."""
 
     model: str
     precision: str
@@ -36,7 +36,7 @@ class Engine:
 
     @classmethod
     def of(cls, encoder: Encoder) -> Engine:
-        """The engine of an encoder's bundle."""
+        """Returns the engine of an encoder's bundle."""
         manifest = encoder.manifest
         return cls(
             model=manifest.source.name,
@@ -47,33 +47,34 @@ class Engine:
 
 
 class Hit(NamedTuple):
-    """A passage that was found, and its cosine to the query."""
+    """A passage of a search result, and its cosine to the query."""
 
     passage: Passage
     score: float
 
 
-def require_same(stored: Engine, asked: Engine) -> None:
-    """Refuses to compare vectors of two engines.
+def require_same_engine(stored: Engine, requested: Engine) -> None:
+    """Checks that a query's vector and a collection were made by the same engine.
 
     Raises:
-        ConfigError: With both, and what to do.
+        ConfigError: The engines differ.
     """
-    if stored != asked:
-        what = "engine" if (stored.model, stored.precision) == (asked.model, asked.precision) else "model or precision"
+    if stored != requested:
+        is_same_model = (stored.model, stored.precision) == (requested.model, requested.precision)
+        difference = "engine" if is_same_model else "model or precision"
         raise ConfigError(
-            f"the collection was made by another {what} ({stored.model} {stored.precision}, "
-            f"{stored.manifest_sha256[:12]}) than the query ({asked.model} {asked.precision}, "
-            f"{asked.manifest_sha256[:12]}); index the passages again with this one, or search with the other"
+            f"the collection was made by another {difference} ({stored.model} {stored.precision}, "
+            f"{stored.manifest_sha256[:12]}) than the query ({requested.model} {requested.precision}, "
+            f"{requested.manifest_sha256[:12]}); index the passages again with this engine, or search with the other"
         )
 
 
 class FolderStore:
-    """A folder with passages and vectors, which are mapped, not read, and an index that finds the nearest of them.
+    """A folder with passages, memory-mapped vectors, and an index that finds the nearest ones.
 
     Args:
-        folder: What `write` made.
-        open_index: See `index.opener`.
+        folder: Folder written by `write`.
+        open_index: Opens the index; see `index.opener`.
 
     Raises:
         BundleError: The folder is damaged.
@@ -89,11 +90,16 @@ class FolderStore:
             lines = (folder / PASSAGES).read_text(encoding="utf-8").splitlines()
             self.passages = [from_json(Passage, json.loads(line)) for line in lines]
             self.vectors: Vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-            whole = self.vectors.dtype == np.float32 and self.vectors.shape == (len(lines), self.engine.dimension)
+            is_consistent = self.vectors.dtype == np.float32 and self.vectors.shape == (
+                len(lines),
+                self.engine.dimension,
+            )
         except (OSError, ValueError, KeyError, AttributeError) as err:
             raise BundleError(f"collection {folder.name} is damaged ({err}); delete it and index again") from err
-        if not whole:
-            raise BundleError(f"collection {folder.name} is damaged (its parts differ); delete it and index again")
+        if not is_consistent:
+            raise BundleError(
+                f"collection {folder.name} is damaged (its files do not match); delete it and index again"
+            )
         self._sources = np.array([passage.source for passage in self.passages], dtype=object)
         self._index = open_index(Content(self.identity, folder, self.vectors, self._sources))
 
@@ -101,7 +107,7 @@ class FolderStore:
         return len(self.passages)
 
     def is_current(self) -> bool:
-        """False where the folder was written again since it was opened, or is gone."""
+        """Returns False if the folder was changed or deleted since it was opened."""
         try:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -109,26 +115,26 @@ class FolderStore:
         return isinstance(record, dict) and record.get("identity") == self.identity
 
     def sources(self) -> list[str]:
-        """Names of the sources, sorted."""
+        """Returns the names of the sources, sorted."""
         return sorted(set(self._sources))
 
     def search(self, engine: Engine, query: Vectors, *, count: int, sources: Sequence[str] = ()) -> list[Hit]:
-        """The nearest passages, the best first.
+        """Returns the nearest passages, the best one first.
 
         Args:
-            engine: What made the query's vector.
+            engine: Engine that made the query's vector.
             query: float32 [D], unit length.
-            count: Most passages.
-            sources: Only of these; of all where empty.
+            count: Maximum number of passages.
+            sources: Sources to search; all if empty.
 
         Raises:
-            ConfigError: The query is of another engine.
+            ConfigError: The query's vector was made by another engine.
         """
-        require_same(self.engine, engine)
+        require_same_engine(self.engine, engine)
         rows = self._index.nearest(query, count=count, sources=sources)
         scores = self.vectors[rows] @ query
-        order = sorted(range(len(rows)), key=lambda place: (-scores[place], rows[place]))[:count]
-        return [Hit(self.passages[rows[place]], float(scores[place])) for place in order]
+        order = sorted(range(len(rows)), key=lambda index: (-scores[index], rows[index]))[:count]
+        return [Hit(self.passages[rows[index]], float(scores[index])) for index in order]
 
     @classmethod
     def write(
@@ -139,17 +145,17 @@ class FolderStore:
         vectors: Vectors,
         open_index: Callable[[Content], Index] = ExactIndex,
     ) -> FolderStore:
-        """Makes or replaces a collection; killed at any moment, the old one or the new one is there."""
+        """Creates or replaces a collection in one step; an interrupted call leaves the old one unchanged."""
         with staged_folder(folder) as staging:
             record = {"identity": secrets.token_hex(8), **asdict(engine)}
             (staging / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
             with (staging / PASSAGES).open("w", encoding="utf-8") as file:
-                # JSON escapes every line separator that splitlines knows.
+                # JSON escapes every line separator of str.splitlines.
                 file.writelines(json.dumps(asdict(passage)) + "\n" for passage in passages)
             np.save(staging / VECTORS, vectors.astype(np.float32, copy=False))
-            switch_in(staging, folder)
+            move_into_place(staging, folder)
         return cls(folder, open_index)
 
     def drop_index(self) -> None:
-        """Removes what the index keeps elsewhere: the collection is about to be replaced or removed."""
+        """Removes index data outside the folder, before the collection is replaced or deleted."""
         self._index.delete()

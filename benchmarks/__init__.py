@@ -1,1 +1,1 @@
-"""What measures the figures of the README, and their records. Not part of the library."""
+"""Benchmarks behind the figures in the README, and their records. Not part of the library."""

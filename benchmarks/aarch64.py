@@ -1,8 +1,8 @@
-"""`python -m benchmarks.aarch64 ARCHIVE.tar --root FOLDER`: runs a device's archive on an emulated aarch64, and here.
+"""`python -m benchmarks.aarch64 ARCHIVE.tar --root FOLDER`: runs a device archive on an emulated aarch64.
 
-Resolves the archive's requirements for Python 3.10 on aarch64 (JetPack 6) from the package index; unpacks an arm64
-Python and the same requirements' wheels for it; embeds there, under qemu's user-mode emulation, with the library and
-the bundle that are in the archive; and compares with the vectors of the same bundle here. Writes docs/aarch64.json.
+Resolves the archive's requirements for Python 3.10 on aarch64 (JetPack 6) from the package index, unpacks an arm64
+Python with wheels of the requirements, embeds under qemu's user-mode emulation with the archive's library and bundle,
+and compares with the vectors of the same bundle on this machine. Writes benchmarks/results/aarch64.json.
 
 Needs Debian's qemu-user-static, apt and dpkg. A Jetson's GPU and its TensorRT are not emulated.
 """
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import run, say
+from nvembed_deploy.console import program, run, say
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import DeployError
 from nvembed_deploy.files.atomic import write_file
@@ -34,7 +34,7 @@ from nvembed_deploy.parity.compare import TOLERANCES
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import describe_machine
 
-RESULT = Path("benchmarks") / "results" / "aarch64.json"
+RECORD_PATH = Path("benchmarks") / "results" / "aarch64.json"
 EMULATOR = "qemu-aarch64-static"
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 DEBIAN = (
@@ -42,7 +42,7 @@ DEBIAN = (
     *("libstdc++6", "zlib1g", "libexpat1", "libssl3", "libffi8", "libbz2-1.0", "liblzma5", "libsqlite3-0", "libuuid1"),
     *("libncursesw6", "libtinfo6", "libreadline8", "libdb5.3", "libtirpc3", "libnsl2", "libcrypt1", "libgssapi-krb5-2"),
 )
-"""What an arm64 Python of Debian 12 needs to start and to import a wheel with C++ in it."""
+"""Packages that an arm64 Python of Debian 12 needs to start and to import a wheel with C++ code."""
 TEXTS = (
     "how do I undo my last git commit but keep the changes?",
     "Dissolved salt lowers the freezing point of water, so ice on the pavement melts below zero degrees.",
@@ -67,13 +67,13 @@ print(json.dumps({"machine": platform.machine(), "python": platform.python_versi
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aarch64", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("archive", type=Path, help="what python -m export.bundle wrote")
-    parser.add_argument("--root", type=Path, required=True, help="folder for the arm64 Python; it is used again")
+    parser.add_argument("archive", type=Path, help=f"archive written by {program('pack')}")
+    parser.add_argument("--root", type=Path, required=True, help="folder for the arm64 Python; reused by later runs")
     flags = parser.parse_args(argv)
 
     def command() -> None:
         if shutil.which(EMULATOR) is None:
-            raise DeployError(f"{EMULATOR} is not installed; apt-get install qemu-user-static")
+            raise DeployError(f"{EMULATOR} is not installed; install it: apt-get install qemu-user-static")
         with tempfile.TemporaryDirectory() as work:
             device = _unpack(flags.archive, Path(work))
             record: dict[str, Any] = {
@@ -86,22 +86,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             python = _python(flags.root.resolve())
             site = _site(flags.root.resolve(), device / "requirements.txt")
             record |= compare(device, python, site, Path(work))
-        write_file(RESULT, (json.dumps(record, indent=1) + "\n").encode())
-        say(f"done: {RESULT}; largest difference to x86-64 {record['max_difference']:.1e}")
+        write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
+        say(f"done: {RECORD_PATH}; largest difference to x86-64 {record['max_difference']:.1e}")
 
     return run(command)
 
 
-PIP_ELSEWHERE = """
+PIP_FOR_TARGET = """
 import sys
 from pip._vendor.packaging import markers
-own, version = markers.default_environment, sys.argv[1]
-there = {"python_version": version, "python_full_version": f"{version}.0", "platform_machine": "aarch64"}
-markers.default_environment = lambda: {**own(), **there}
+local_environment, version = markers.default_environment, sys.argv[1]
+target = {"python_version": version, "python_full_version": f"{version}.0", "platform_machine": "aarch64"}
+markers.default_environment = lambda: {**local_environment(), **target}
 from pip._internal.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
-"""pip chooses wheels by `--python-version`, but judges `python_version < "3.11"` by the Python that it runs on."""
+"""pip selects wheels by `--python-version`, but evaluates `python_version < "3.11"` for the Python that it runs on."""
 
 
 def _unpack(archive: Path, work: Path) -> Path:
@@ -111,14 +111,20 @@ def _unpack(archive: Path, work: Path) -> Path:
 
 
 def resolve(requirements: Path, version: str, folder: Path) -> dict[str, str]:
-    """Versions of the wheels that pip finds for a Python on aarch64, and downloads.
+    """Downloads the wheels that pip selects for a Python on aarch64; returns their versions by package.
 
     Raises:
-        DeployError: A requirement has no wheel there.
+        DeployError: A requirement has no such wheel.
     """
-    command = [sys.executable, "-c", PIP_ELSEWHERE, version, "download", "--quiet", "--only-binary=:all:"]
+    command = [sys.executable, "-c", PIP_FOR_TARGET, version, "download", "--quiet", "--only-binary=:all:"]
     command += ["--dest", str(folder)]
-    command += ["--python-version", version, "--implementation", "cp", *(f"--platform={item}" for item in PLATFORMS)]
+    command += [
+        "--python-version",
+        version,
+        "--implementation",
+        "cp",
+        *(f"--platform={platform}" for platform in PLATFORMS),
+    ]
     done = subprocess.run([*command, "-r", str(requirements)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise DeployError(f"not every requirement has a wheel for Python {version} on aarch64: {done.stderr[-500:]}")
@@ -126,7 +132,7 @@ def resolve(requirements: Path, version: str, folder: Path) -> dict[str, str]:
 
 
 def _python(root: Path) -> list[str]:
-    """The command that starts an arm64 Python under emulation, its packages fetched and unpacked where they are not."""
+    """Returns the command for an emulated arm64 Python; downloads and unpacks its packages if missing."""
     system = root / "system"
     if not (system / "usr" / "bin" / "python3.11").exists():
         lists, cache = root / "lists", root / "archives"
@@ -142,30 +148,30 @@ def _python(root: Path) -> list[str]:
 
 
 def _site(root: Path, requirements: Path) -> Path:
-    """The requirements' wheels for the emulated Python, unpacked."""
+    """Returns the folder of the requirements for the emulated Python; installs them if missing."""
     site = root / "site"
     if not site.is_dir():
         wheels = root / "wheels"
         resolve(requirements, "3.11", wheels)
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
         install += ["--target", str(site), "--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp"]
-        install += [f"--platform={item}" for item in PLATFORMS]
+        install += [f"--platform={platform}" for platform in PLATFORMS]
         subprocess.run([*install, *map(str, sorted(wheels.glob("*.whl")))], check=True, capture_output=True)
     return site
 
 
 def compare(device: Path, python: list[str], site: Path, work: Path) -> dict[str, Any]:
-    """Embeds the same texts there and here.
+    """Embeds the same texts on the emulated device and on this machine.
 
     Raises:
-        DeployError: It fails there, or the vectors are further apart than two sound FP32 programs.
+        DeployError: The emulated run fails, or the vectors differ by more than the tolerance of FP32.
     """
     home = python[2] + "/usr"
     environment = os.environ | {"PYTHONHOME": home, "PYTHONPATH": f"{device}:{site}", "OMP_NUM_THREADS": "1"}
-    vectors = work / "vectors.npy"
+    vectors_path = work / "vectors.npy"
     started = time.monotonic()
     done = subprocess.run(
-        [*python, "-c", PROGRAM, json.dumps(TEXTS), str(vectors)],
+        [*python, "-c", PROGRAM, json.dumps(TEXTS), str(vectors_path)],
         cwd=device,
         env=environment,
         capture_output=True,
@@ -176,21 +182,21 @@ def compare(device: Path, python: list[str], site: Path, work: Path) -> dict[str
         raise DeployError(f"the emulated Python failed ({done.returncode}): {done.stderr[-1000:]}")
     seconds = time.monotonic() - started
     encoder = Encoder(device / "bundle", device="cpu", backend="onnxruntime", threads=1)
-    here = [encoder.encode(TEXTS), encoder.encode(TEXTS, instruction="Given a question, retrieve passages")]
-    there, expected = np.load(vectors), np.concatenate(here)
-    difference = float(np.abs(there - expected).max())
+    local_vectors = [encoder.encode(TEXTS), encoder.encode(TEXTS, instruction="Given a question, retrieve passages")]
+    emulated, expected = np.load(vectors_path), np.concatenate(local_vectors)
+    difference = float(np.abs(emulated - expected).max())
     manifest = Bundle.open(device / "bundle").manifest
     bound = TOLERANCES[Precision.FP32].max_difference
     if manifest.precision is Precision.FP32 and not difference <= bound:
-        raise DeployError(f"vectors differ by {difference:.1e}, more than {bound:.1e}")
+        raise DeployError(f"vectors differ by {difference:.1e}; the tolerance is {bound:.1e}")
     return {
         "emulated": json.loads(done.stdout.splitlines()[-1]),
         "here": encoder.backend,
         "precision": manifest.precision.value,
-        "texts": len(there),
+        "texts": len(emulated),
         "seconds": round(seconds, 1),
         "max_difference": difference,
-        "min_cosine": float((there * expected).sum(axis=1).min()),
+        "min_cosine": float((emulated * expected).sum(axis=1).min()),
     }
 
 

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.full_size WORK`: exports 7.85 B parameters, beside `cp` of the same bytes, in one run.
+"""`python -m benchmarks.full_size WORK`: exports 7.85 B parameters and compares with `cp` of the same bytes.
 
-Makes the synthetic checkpoint (once), then in turn: a read of it, `cp`, the export with `--weights copy`, with
-`--weights reference`, and the same with what it reads in memory already; two layers of it at full width, compared with
-PyTorch and built for TensorRT-RTX, in FP16 and INT8; and the same two calibrated for INT8 part by part. Each is a
-process of its own, whose peak memory the system tells. Only `reference_warm` and the slices may find something of the
-checkpoint in the system's memory. Writes benchmarks/results/full_size.json.
+Makes the synthetic checkpoint (once), then measures: reading it, `cp`, the export with `--weights copy`, with
+`--weights reference`, and the latter again with its input in the page cache; two layers of full size, compared with
+PyTorch and built for TensorRT-RTX, in FP16 and INT8; and two layers calibrated for INT8 block by block. Each step is a
+process of its own, whose peak memory the system reports. Only `reference_warm` and the slices may find parts of the
+checkpoint in the page cache. Writes benchmarks/results/full_size.json.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.system import describe_machine
 
 GIB = 2**30
-RESULT = Path("benchmarks") / "results" / "full_size.json"
-SLACK_SECONDS, MOST_TIMES_CP, MOST_REFERENCE_SECONDS = 30, 1.2, 60
-MOST_BYTES, MOST_FORECAST_ERROR = 10**9, 0.15
+RECORD_PATH = Path("benchmarks") / "results" / "full_size.json"
+SLACK_SECONDS, MAX_TIMES_CP, MAX_REFERENCE_SECONDS = 30, 1.2, 60
+MAX_BYTES, MAX_FORECAST_ERROR = 10**9, 0.15
 TWO_LAYERS = ["--layers", "2", "--precision"]
 INT8 = [*TWO_LAYERS, "int8", "--calibration-tokens", "2048"]
 SLICES = {
     "fp16": ["export.trt", *TWO_LAYERS, "fp16", "--target", "rtx", "--max", "4x256"],
-    # INT8's gate embeds 240 more texts, by a reference whose pooler is not folded: they are cut to the plan's longest.
+    # INT8's gate embeds 240 more texts with a reference whose pooler is not folded; they are truncated to the plan's
+    # maximum length.
     "int8": ["export.trt", *INT8, "--target", "rtx", "--max", "4x32"],
     "int8_streamed": ["export.to_onnx", *INT8, "--no-parity"],
 }
@@ -50,7 +51,7 @@ FORECAST = re.compile(r"up to ([\d.]+) GiB of memory")
 
 @dataclass(frozen=True)
 class Measured:
-    """One process."""
+    """Time, peak memory and output of a process."""
 
     seconds: float
     peak_gib: float
@@ -58,10 +59,10 @@ class Measured:
 
 
 def measure(command: Sequence[str]) -> Measured:
-    """Runs a command to its end.
+    """Runs a command and measures it.
 
     Raises:
-        DeployError: It failed; with its last words.
+        DeployError: The command failed; the message includes the last line of its output.
     """
     started = time.monotonic()
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
@@ -74,8 +75,8 @@ def measure(command: Sequence[str]) -> Measured:
     return Measured(time.monotonic() - started, usage.ru_maxrss * 1024 / GIB, output)
 
 
-def forget(folder: Path) -> None:
-    """Has the system write out what it holds of a folder's files and drop it from memory."""
+def drop_from_page_cache(folder: Path) -> None:
+    """Writes a folder's files to disk and drops them from the page cache."""
     os.sync()
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
@@ -86,31 +87,31 @@ def forget(folder: Path) -> None:
 
 
 def measure_slice(work: Path, name: str) -> dict[str, Any]:
-    """Some layers of true width, with a gate and a plan, or calibrated part by part without either."""
+    """Measures the export of two layers of full size: with a gate and a plan, or calibrated block by block without."""
     bundle = work / "slice"
     command = [sys.executable, "-m", *SLICES[name], "--model", str(work / "checkpoint"), "--out", str(bundle)]
     try:
-        found = measure(command)
+        measured = measure(command)
         manifest = Bundle.open(bundle).manifest
     finally:
         shutil.rmtree(bundle, ignore_errors=True)
     row: dict[str, Any] = {
         "layers": manifest.source.architecture.layers,
-        "seconds": round(found.seconds, 1),
-        "peak_gib": round(found.peak_gib, 3),
+        "seconds": round(measured.seconds, 1),
+        "peak_gib": round(measured.peak_gib, 3),
         "versions": manifest.versions,
     }
     if manifest.parity:
         worst = min(manifest.parity, key=lambda report: report.min_cosine)
         row |= {"min_cosine": worst.min_cosine, "mean_cosine": worst.mean_cosine, "overlap": worst.overlap}
         row["plan_bytes"] = manifest.files[PLAN].bytes
-    if forecast := FORECAST.search(found.output):
+    if forecast := FORECAST.search(measured.output):
         row["forecast_gib"] = float(forecast[1])
     return row
 
 
 def measure_all(work: Path) -> Iterator[dict[str, Any]]:
-    """The runs, then the slices one by one: what is known so far, each time more. Bundles are removed behind them."""
+    """Measures the runs, then the slices; yields the record after each of them, and removes the bundles."""
     checkpoint, copy, bundle = work / "checkpoint", work / "copy", work / "bundle"
     if not (checkpoint / "model.safetensors.index.json").is_file():
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -129,12 +130,12 @@ def measure_all(work: Path) -> Iterator[dict[str, Any]]:
         }
         for name, command in steps.items():
             if name != "reference_warm":
-                forget(checkpoint)
-            found = measure(command)
-            row = {"seconds": round(found.seconds, 1)}
-            # The peaks of cat and cp are this process's: they begin as a copy of it.
-            if forecast := FORECAST.search(found.output):
-                row["peak_gib"], row["forecast_gib"] = round(found.peak_gib, 3), float(forecast[1])
+                drop_from_page_cache(checkpoint)
+            measured = measure(command)
+            row = {"seconds": round(measured.seconds, 1)}
+            # The peaks of cat and cp are those of this process, which they start as a copy of.
+            if forecast := FORECAST.search(measured.output):
+                row["peak_gib"], row["forecast_gib"] = round(measured.peak_gib, 3), float(forecast[1])
                 row["written_bytes"] = sum(
                     path.stat().st_size for path in bundle.iterdir() if path.stat().st_nlink == 1
                 )
@@ -144,7 +145,7 @@ def measure_all(work: Path) -> Iterator[dict[str, Any]]:
             shutil.rmtree(bundle, ignore_errors=True)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
-    result = {
+    record = {
         "command": "python -m benchmarks.full_size WORK",
         "machine": describe_machine(),
         "python": platform.python_version(),
@@ -153,33 +154,33 @@ def measure_all(work: Path) -> Iterator[dict[str, Any]]:
         "runs": rows,
         "slices": {},
         "copy_over_cp": round(rows["copy"]["seconds"] / rows["cp"]["seconds"], 3),
-        "outside": outside(rows, {}),
+        "outside": exceeded_limits(rows, {}),
     }
-    yield result
+    yield record
     for name in SLICES:
-        result["slices"][name] = measure_slice(work, name)
-        result["outside"] = outside(rows, result["slices"])
-        say(f"{name}: {result['slices'][name]}")
-        yield result
+        record["slices"][name] = measure_slice(work, name)
+        record["outside"] = exceeded_limits(rows, record["slices"])
+        say(f"{name}: {record['slices'][name]}")
+        yield record
 
 
-def outside(rows: dict[str, dict[str, Any]], slices: dict[str, dict[str, Any]]) -> list[str]:
-    """The bounds that the runs and slices miss, in words."""
-    bounds = {"copy": MOST_TIMES_CP * rows["cp"]["seconds"] + SLACK_SECONDS, "reference": MOST_REFERENCE_SECONDS}
-    found = [
-        f"{name} takes {rows[name]['seconds']:.0f} s, at most {most:.0f} s are allowed"
-        for name, most in bounds.items()
-        if rows[name]["seconds"] > most
+def exceeded_limits(rows: dict[str, dict[str, Any]], slices: dict[str, dict[str, Any]]) -> list[str]:
+    """Describes the limits that the runs and slices exceed."""
+    limits = {"copy": MAX_TIMES_CP * rows["cp"]["seconds"] + SLACK_SECONDS, "reference": MAX_REFERENCE_SECONDS}
+    violations = [
+        f"{name} takes {rows[name]['seconds']:.0f} s; the limit is {limit:.0f} s"
+        for name, limit in limits.items()
+        if rows[name]["seconds"] > limit
     ]
     for name, row in (rows | slices).items():
         if "forecast_gib" not in row:
             continue
-        peak, said = row["peak_gib"], row["forecast_gib"]
-        if name in rows and peak * GIB > MOST_BYTES:
-            found.append(f"{name} takes {peak:.2f} GiB, at most {MOST_BYTES / GIB:.2f} GiB are allowed")
-        if abs(said / peak - 1) > MOST_FORECAST_ERROR:
-            found.append(f"{name} takes {peak:.2f} GiB and {said:.2f} GiB were forecast")
-    return found
+        peak, forecast = row["peak_gib"], row["forecast_gib"]
+        if name in rows and peak * GIB > MAX_BYTES:
+            violations.append(f"{name} takes {peak:.2f} GiB; the limit is {MAX_BYTES / GIB:.2f} GiB")
+        if abs(forecast / peak - 1) > MAX_FORECAST_ERROR:
+            violations.append(f"{name} takes {peak:.2f} GiB, but {forecast:.2f} GiB were forecast")
+    return violations
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,15 +188,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.full_size", description="Measures the export of a checkpoint of NV-Embed-v2's size."
     )
-    parser.add_argument("work", type=Path, help="folder for the checkpoint and its copies; 32 GB at most")
+    parser.add_argument("work", type=Path, help="folder for the checkpoint and its copies; up to 32 GB")
     flags = parser.parse_args(argv)
 
     def command() -> None:
-        for result in measure_all(flags.work):
-            write_file(RESULT, (json.dumps(result, indent=1) + "\n").encode())
-            say(f"copy takes {result['copy_over_cp']:.2f} x cp; wrote {RESULT}")
-        if result["outside"]:
-            raise DeployError("; ".join(result["outside"]))
+        for record in measure_all(flags.work):
+            write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
+            say(f"copy takes {record['copy_over_cp']:.2f} x cp; wrote {RECORD_PATH}")
+        if record["outside"]:
+            raise DeployError("; ".join(record["outside"]))
 
     return run(command)
 

@@ -1,7 +1,7 @@
-"""One embedder in a process of its own, for `benchmarks.peers`; it runs in that peer's own environment.
+"""Process of one embedder for `benchmarks.peers`; runs in that peer's own environment.
 
-Started with a kind and a model's folder, it embeds one text and prints a line of JSON; then, for each line of JSON on
-its input ({"texts": FILE, "batch": N} or {"query": TEXT}), it embeds, and prints the seconds it took and its memory.
+Started with a kind and a model's folder, it embeds one text and prints a line of JSON. Then, for each line of JSON on
+standard input ({"texts": FILE, "batch": N} or {"query": TEXT}), it embeds and prints the seconds and its peak memory.
 """
 
 import json
@@ -16,7 +16,7 @@ MAX_TOKENS = 512
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has had."""
+    """Returns the peak memory of this process."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
 
@@ -27,7 +27,7 @@ class SentenceTransformers:
     def __init__(self, folder: str, backend: str, dtype: str = "float32") -> None:
         from sentence_transformers import SentenceTransformer
 
-        # Its default is the checkpoint's FP16, which CPUs are slow in.
+        # The default is the checkpoint's FP16, which is slow on CPUs.
         options: dict[str, Any] = {"dtype": dtype}
         if backend == "onnx":
             options = {"file_name": "model.onnx", "provider": "CPUExecutionProvider"}
@@ -39,7 +39,7 @@ class SentenceTransformers:
 
 
 class Torch:
-    """transformers' model, texts in order of length; as it is, or compiled."""
+    """transformers' model, eager or compiled, with texts in order of length."""
 
     def __init__(self, folder: str, *, compiled: bool) -> None:
         import torch
@@ -53,24 +53,26 @@ class Torch:
 
     def forward(self, ids: Any, mask: Any) -> Any:
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        last = mask.sum(dim=1) - 1
-        vectors = states[self.torch.arange(len(ids)), last]
+        last_tokens = mask.sum(dim=1) - 1
+        vectors = states[self.torch.arange(len(ids)), last_tokens]
         return self.torch.nn.functional.normalize(vectors, dim=1)
 
     def encode(self, texts: list[str], batch: int) -> Any:
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        out: list[Any] = [None] * len(texts)
+        vectors: list[Any] = [None] * len(texts)
         with self.torch.inference_mode():
             for start in range(0, len(order), batch):
-                chosen = order[start : start + batch]
-                inputs = tokens(self.tokenizer, [texts[index] for index in chosen], "pt")
-                for index, row in zip(chosen, self.run(inputs["input_ids"], inputs["attention_mask"]), strict=True):
-                    out[index] = row.numpy()
-        return out
+                batch_indices = order[start : start + batch]
+                inputs = tokens(self.tokenizer, [texts[index] for index in batch_indices], "pt")
+                for index, row in zip(
+                    batch_indices, self.run(inputs["input_ids"], inputs["attention_mask"]), strict=True
+                ):
+                    vectors[index] = row.numpy()
+        return vectors
 
 
 class Optimum:
-    """transformers' tokenizer and ONNX Runtime through optimum, texts in order of length."""
+    """transformers' tokenizer and ONNX Runtime through optimum, with texts in order of length."""
 
     def __init__(self, folder: str) -> None:
         from optimum.onnxruntime import ORTModelForFeatureExtraction
@@ -83,19 +85,20 @@ class Optimum:
         import numpy as np
 
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        out: list[Any] = [None] * len(texts)
+        vectors: list[Any] = [None] * len(texts)
         for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            inputs = tokens(self.tokenizer, [texts[index] for index in chosen], "np")
+            batch_indices = order[start : start + batch]
+            inputs = tokens(self.tokenizer, [texts[index] for index in batch_indices], "np")
             states = self.model(**inputs).last_hidden_state
-            vectors = states[np.arange(len(chosen)), inputs["attention_mask"].sum(axis=1) - 1]
-            for index, row in zip(chosen, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), strict=True):
-                out[index] = row
-        return out
+            batch_vectors = states[np.arange(len(batch_indices)), inputs["attention_mask"].sum(axis=1) - 1]
+            unit_vectors = batch_vectors / np.linalg.norm(batch_vectors, axis=1, keepdims=True)
+            for index, row in zip(batch_indices, unit_vectors, strict=True):
+                vectors[index] = row
+        return vectors
 
 
 class FastEmbed:
-    """fastembed with a model of one's own."""
+    """fastembed with a custom model."""
 
     def __init__(self, folder: str) -> None:
         from fastembed import TextEmbedding
@@ -116,7 +119,7 @@ class FastEmbed:
 
 
 class Ours:
-    """This toolkit, on the runtime that is named."""
+    """This library with one of its backends."""
 
     def __init__(self, folder: str, backend: str) -> None:
         from nvembed_deploy import Encoder
@@ -124,18 +127,18 @@ class Ours:
         self.encoder = Encoder(folder, device="cpu", backend=backend)
 
     def encode(self, texts: list[str], batch: int) -> Any:
-        return self.encoder.encode(texts)  # batches by its own budget of tokens
+        return self.encoder.encode(texts)  # batches by a token budget
 
 
 def tokens(tokenizer: Any, texts: list[str], kind: str) -> Any:
-    """Ids and mask, padded on the right."""
+    """Tokenizes texts; returns ids and mask, padded on the right."""
     tokenizer.padding_side = "right"
-    found = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors=kind)
-    return {name: found[name] for name in ("input_ids", "attention_mask")}
+    encoded = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors=kind)
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def gemm(precision: str) -> float:
-    """GFLOP/s of this machine's matrix products through PyTorch: the best of 20."""
+    """Returns the GFLOP/s of matrix products with PyTorch on this machine: the best of 20."""
     import torch
 
     size, dtype = 2048, getattr(torch, precision)
@@ -165,18 +168,18 @@ def main() -> None:
     """Runs the process."""
     kind, folder = sys.argv[1:3]
     if kind == "gemm":
-        say({name: gemm(name) for name in ("float32", "bfloat16")})
+        answer({name: gemm(name) for name in ("float32", "bfloat16")})
         return
     os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"})
     peer: Any = KINDS[kind](folder)
     vector = peer.encode(["how do I undo my last git commit but keep the changes?"], 1)
-    say({"ready": len(vector[0])})
+    answer({"ready": len(vector[0])})
     for line in sys.stdin:
         task = json.loads(line)
         if "query" in task:
             started = time.perf_counter()
             peer.encode([task["query"]], 1)
-            say({"seconds": time.perf_counter() - started})
+            answer({"seconds": time.perf_counter() - started})
             continue
         texts = json.loads(Path(task["texts"]).read_text(encoding="utf-8"))
         started = time.perf_counter()
@@ -186,16 +189,16 @@ def main() -> None:
             import numpy as np
 
             np.save(task["save"], np.stack([np.asarray(row, dtype=np.float32) for row in vectors]))
-        say({"seconds": seconds, "peak_bytes": peak_bytes()})
+        answer({"seconds": seconds, "peak_bytes": peak_bytes()})
 
 
-def say(record: dict[str, Any]) -> None:
-    """One line to whoever started this."""
+def answer(record: dict[str, Any]) -> None:
+    """Writes one line of JSON to the parent process."""
     sys.__stdout__.write(json.dumps(record) + "\n")  # type: ignore[union-attr]
     sys.__stdout__.flush()  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":
-    # What libraries print must not stand between the lines.
+    # Output of libraries must not mix with the lines of JSON.
     sys.stdout = sys.stderr
     main()

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.peers WORK --data DIR`: this toolkit beside what a user would take instead, in one run.
+"""`python -m benchmarks.peers WORK --data DIR`: compares this library with its alternatives in one run.
 
-The same weights everywhere: the embedded model's decoder as a causal last-token embedder (as e5-mistral), which every
-peer can load; NV-Embed itself runs in none of them. Each embedder is a process of its own in its own environment. Cold
-starts are counted from the start of a process to its first vector; then all processes stay, and take turns: one query
-at a time, and the mixed corpus in bulk. Beside every speed stands the cosine to transformers' FP32 vectors. Writes
+All use the same weights: the embedded model's decoder as a causal last-token embedder (like e5-mistral), which every
+peer can load; none of them runs NV-Embed itself. Each embedder is a process in its own environment. A cold start is the
+time from the start of a process to its first vector; then all processes run alternately: one query at a time, and the
+mixed corpus in bulk. Every speed is reported with the cosine to transformers' FP32 vectors. Writes
 benchmarks/results/peers.json. Nothing else should run on the machine.
 """
 
@@ -39,11 +39,11 @@ from nvembed_deploy.files.json_lines import read_rows
 from nvembed_deploy.system import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "peers.json"
-WORKER = ROOT / "tools" / "peer_worker.py"
+RECORD_PATH = ROOT / "benchmarks" / "results" / "peers.json"
+WORKER = ROOT / "benchmarks" / "peer_worker.py"
 ENVIRONMENTS = {
     "torch": ("torch==2.13.0", "sentence-transformers==6.2.0", "fastembed==0.9.1"),
-    # The newest optimum-onnx asks for transformers 4, and sentence-transformers' ONNX backend for optimum-onnx.
+    # The newest optimum-onnx requires transformers 4, and sentence-transformers' ONNX backend requires optimum-onnx.
     "onnx": ("torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0", "sentence-transformers<5.3", "transformers<4.58"),
 }
 OURS = "ours"
@@ -51,19 +51,19 @@ CORPORA = ("banking77", "cranfield", "emotion", "scifact", "stsbenchmark", "trec
 QUERIES = 40
 STARTS = 3
 PEER_BATCH = 32
-"""The peers' default, and the best of 8, 32 and 128 for them on two cores."""
+"""Batch size of the peers: their default, and the fastest of 8, 32 and 128 on two cores."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One row of the table."""
+    """An embedder of the comparison."""
 
     name: str
     kind: str
-    """Of `peer_worker.KINDS`."""
+    """Key of `peer_worker.KINDS`."""
     environment: str
     model: str
-    """Folder in the work folder."""
+    """Name of the model's folder in the work folder."""
 
 
 PEERS = (
@@ -80,16 +80,22 @@ PEERS = (
     Peer("ours, OpenVINO int8", "openvino", OURS, "int8"),
     Peer("ours, ONNX Runtime int8", "onnxruntime", OURS, "int8"),
 )
-TRUTH = "PyTorch, eager"
+REFERENCE = "PyTorch, eager"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("work", type=Path, help="folder for environments, which are used again, models and texts")
+    parser.add_argument(
+        "work", type=Path, help="folder for environments, models and texts; environments are reused by later runs"
+    )
     parser.add_argument("--data", type=Path, required=True, help=f"folder with data sets: {', '.join(CORPORA)}")
-    parser.add_argument("--texts", type=int, default=600, help="of the mixed corpus (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="in which all take turns (default: %(default)s)")
+    parser.add_argument(
+        "--texts", type=int, default=600, help="number of texts of the mixed corpus (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds in which all peers run alternately (default: %(default)s)"
+    )
     flags = parser.parse_args(argv)
 
     def command() -> None:
@@ -100,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _checkpoint(work)
         _bundles(work)
         record = measure(work, mixed_texts(flags.data, flags.texts), rounds=flags.rounds)
-        write_file(RESULT, (json.dumps(record, indent=1) + "\n").encode())
-        say(f"done: {RESULT.relative_to(ROOT)}")
+        write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
+        say(f"done: {RECORD_PATH.relative_to(ROOT)}")
 
     return run(command)
 
@@ -109,12 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _environment(work: Path, name: str) -> None:
     folder = work / "environments" / name
     if not (folder / "bin" / "python").exists():
-        say(f"making the environment {name}")
+        say(f"creating the environment {name}")
         venv.create(folder, with_pip=True)
     if not (folder / "ready").exists():
-        # torch first: what depends on it then takes the one that is there.
-        for wanted in (ENVIRONMENTS[name][:1], ENVIRONMENTS[name]):
-            subprocess.run([_python(work, name), "-m", "pip", "install", "--quiet", *wanted], check=True)
+        # torch first: packages that depend on it then use the installed version.
+        for requirements in (ENVIRONMENTS[name][:1], ENVIRONMENTS[name]):
+            subprocess.run([_python(work, name), "-m", "pip", "install", "--quiet", *requirements], check=True)
         (folder / "ready").touch()
 
 
@@ -123,23 +129,23 @@ def _python(work: Path, environment: str) -> str:
 
 
 def _checkpoint(work: Path) -> None:
-    """The mini's decoder in the layout of e5-mistral and of sentence-transformers, and an ONNX graph of it."""
+    """Writes the mini's decoder in the layout of e5-mistral and sentence-transformers, and as an ONNX graph."""
     from safetensors.numpy import load_file, save_file
 
     folder = work / "checkpoint"
-    shutil.rmtree(folder, ignore_errors=True)  # it may be of an earlier mini
-    for part in ("", "1_Pooling", "2_Normalize"):
-        (folder / part).mkdir(parents=True)
+    shutil.rmtree(folder, ignore_errors=True)  # it may belong to an earlier mini
+    for subfolder in ("", "1_Pooling", "2_Normalize"):
+        (folder / subfolder).mkdir(parents=True)
     mini = default_model()
     weights = load_file(mini / "model.safetensors")
     prefix = "embedding_model."
-    decoder = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    decoder = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     save_file(decoder, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer = Tokenizer.from_file(str(mini / "tokenizer.json"))
-    ends = [("<s>", 1), ("</s>", 2)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    special_tokens = [("<s>", 1), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special_tokens)
     tokenizer.save(str(folder / "tokenizer.json"))
-    # fastembed knows no other limit, and would take longer texts than all others.
+    # fastembed has no other limit and would accept longer texts than the others.
     limit = {"model_max_length": MAX_TOKENS}
     settings = json.loads((mini / "tokenizer_config.json").read_text(encoding="utf-8")) | limit
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -159,9 +165,9 @@ def _checkpoint(work: Path) -> None:
 
 
 def _plain_onnx(folder: Path) -> None:
-    """The graph that the peers' ONNX backends run: ids and mask to states, by torch's own exporter.
+    """Exports the graph for the peers' ONNX backends with torch's exporter: ids and mask to states.
 
-    Optimum's exporter gives a decoder's graph a third input, position ids, which none of the peers fills in.
+    Optimum's exporter adds position ids as a third input to a decoder's graph, which none of the peers provides.
     """
     import torch
     from transformers import AutoModel
@@ -202,17 +208,17 @@ def _bundles(work: Path) -> None:
 
 
 def mixed_texts(data: Path, count: int) -> list[str]:
-    """Short queries and passages of several data sets, mixed, as many of each set.
+    """Returns a shuffled mix of short queries and passages, the same number from each data set.
 
     Raises:
-        DeployError: A set is missing.
+        DeployError: A data set is missing.
     """
     texts: list[str] = []
     for name in CORPORA:
         files = (data / name / file for file in ("corpus.jsonl", "test.jsonl"))
         path = next((file for file in files if file.is_file()), None)
         if path is None:
-            raise DeployError(f"{data / name} holds neither corpus.jsonl nor test.jsonl; see --data")
+            raise DeployError(f"{data / name} has neither corpus.jsonl nor test.jsonl; see --data")
         rows = [next(str(row[key]) for key in ("text", "a", "query") if key in row) for row in read_rows(path)]
         texts += [row for row in rows if row.strip()][: count // len(CORPORA)]
     order = np.random.default_rng(0).permutation(len(texts))
@@ -220,7 +226,7 @@ def mixed_texts(data: Path, count: int) -> list[str]:
 
 
 class Worker:
-    """A peer's process."""
+    """Process of a peer."""
 
     def __init__(self, peer: Peer, work: Path) -> None:
         self.peer = peer
@@ -239,29 +245,29 @@ class Worker:
         self.cold_s = time.perf_counter() - started
 
     def read(self) -> dict[str, Any]:
-        """Its next line.
+        """Reads the next line of the process.
 
         Raises:
-            DeployError: It ended; with its last words.
+            DeployError: The process ended; the message includes the last line of its errors.
         """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
-            words = [line for line in self.errors.read().splitlines() if line.strip()]
-            raise DeployError(f"{self.peer.name}: {words[-1] if words else 'ended without a word'}")
-        found: dict[str, Any] = json.loads(line)
-        return found
+            error_lines = [line for line in self.errors.read().splitlines() if line.strip()]
+            raise DeployError(f"{self.peer.name}: {error_lines[-1] if error_lines else 'ended without a message'}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def ask(self, **task: object) -> dict[str, Any]:
-        """Gives it a task."""
+        """Sends a task to the process and returns its answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
         return self.read()
 
     def close(self) -> None:
-        """Ends it."""
+        """Stops the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
@@ -269,7 +275,7 @@ class Worker:
 
 @dataclass
 class Times:
-    """What a peer took, in seconds, and its peak memory."""
+    """Times of a peer in seconds, and its peak memory."""
 
     cold: list[float] = field(default_factory=list)
     bulk: list[float] = field(default_factory=list)
@@ -278,27 +284,30 @@ class Times:
 
 
 def measure(work: Path, texts: list[str], *, rounds: int) -> dict[str, Any]:
-    """Cold starts, then rounds in which all take turns.
+    """Measures cold starts, then rounds in which all peers run alternately.
 
     Args:
-        work: Environments and models.
+        work: Folder of environments and models.
         texts: The mixed corpus.
-        rounds: Of bulk runs; single queries are spread over them.
+        rounds: Number of bulk runs; single queries are spread over them.
+
+    Returns:
+        The record.
     """
-    file = work / "texts.json"
-    file.write_text(json.dumps(texts), encoding="utf-8")
+    texts_path = work / "texts.json"
+    texts_path.write_text(json.dumps(texts), encoding="utf-8")
     times, failed = start_all(work)
     gemm = subprocess.run(
         [_python(work, "torch"), str(WORKER), "gemm", "-"], capture_output=True, text=True, check=True
     )
     workers = {peer.name: Worker(peer, work) for peer in PEERS if peer.name not in failed}
     vectors = {}
-    for name, worker in workers.items():  # warm-up, and the vectors
-        worker.ask(texts=str(file), batch=PEER_BATCH, save=str(work / "vectors.npy"))
+    for name, worker in workers.items():  # warms up, and stores the vectors
+        worker.ask(texts=str(texts_path), batch=PEER_BATCH, save=str(work / "vectors.npy"))
         vectors[name] = np.load(work / "vectors.npy")
     queries = sorted(texts, key=len)[len(texts) // 10 :][:QUERIES]
-    for turn in tqdm(range(rounds), desc="rounds", disable=None):
-        take_turns(workers, times, file, queries[turn::rounds])
+    for index in tqdm(range(rounds), desc="rounds", disable=None):
+        run_round(workers, times, texts_path, queries[index::rounds])
     for worker in workers.values():
         worker.close()
     encoder = Encoder(work / "fp32", device="cpu", backend="onnxruntime")
@@ -306,20 +315,20 @@ def measure(work: Path, texts: list[str], *, rounds: int) -> dict[str, Any]:
     operations = flops(encoder.manifest.source.architecture, lengths)
     rows = []
     for name in workers:
-        taken = times[name]
-        seconds = statistics.median(taken.bulk)
+        peer_times = times[name]
+        seconds = statistics.median(peer_times.bulk)
         rows.append(
             {
                 "name": name,
                 "texts_s": round(len(texts) / seconds, 1),
                 "tokens_s": round(sum(lengths) / seconds),
-                "bulk_s": [round(item, 3) for item in taken.bulk],
-                "single_p50_ms": round(statistics.median(taken.single) * 1000, 2),
-                "single_p99_ms": round(float(np.quantile(taken.single, 0.99)) * 1000, 2),
-                "cold_s": round(statistics.median(taken.cold), 2),
-                "peak_mb": round(taken.peak_bytes / 1e6),
+                "bulk_s": [round(bulk_seconds, 3) for bulk_seconds in peer_times.bulk],
+                "single_p50_ms": round(statistics.median(peer_times.single) * 1000, 2),
+                "single_p99_ms": round(float(np.quantile(peer_times.single, 0.99)) * 1000, 2),
+                "cold_s": round(statistics.median(peer_times.cold), 2),
+                "peak_mb": round(peer_times.peak_bytes / 1e6),
                 "gflops": round(operations / seconds / 1e9, 1),
-                "min_cosine": float((vectors[name] * vectors[TRUTH]).sum(axis=1).min()),
+                "min_cosine": float((vectors[name] * vectors[REFERENCE]).sum(axis=1).min()),
                 "versions": _versions(work, name),
             }
         )
@@ -332,17 +341,17 @@ def measure(work: Path, texts: list[str], *, rounds: int) -> dict[str, Any]:
         "padding_waste": round(
             padding_waste(lengths, rows=encoder.manifest.profile.max.batch, tokens=DEFAULT_BATCH_TOKENS), 4
         ),
-        "gemm_gflops": {name: round(value) for name, value in json.loads(gemm.stdout).items()},
+        "gemm_gflops": {dtype: round(gflops) for dtype, gflops in json.loads(gemm.stdout).items()},
         "failed": failed,
         "rows": rows,
     }
 
 
 def start_all(work: Path) -> tuple[dict[str, Times], dict[str, str]]:
-    """Starts every peer a few times, in turn; those that cannot run come back with their last words."""
+    """Starts every peer a few times, alternately; returns the times, and the errors of peers that cannot run."""
     times = {peer.name: Times() for peer in PEERS}
     failed: dict[str, str] = {}
-    for turn in range(STARTS):
+    for start in range(STARTS):
         for peer in PEERS:
             if peer.name in failed:
                 continue
@@ -353,26 +362,26 @@ def start_all(work: Path) -> tuple[dict[str, Times], dict[str, str]]:
                 say(f"  {err}")
                 continue
             worker.close()
-            if turn:  # the first start reads everything from disk
+            if start:  # the first start reads everything from disk
                 times[peer.name].cold.append(worker.cold_s)
     return times, failed
 
 
-def take_turns(workers: dict[str, Worker], times: dict[str, Times], file: Path, queries: list[str]) -> None:
-    """One bulk run of each, then each query with each."""
+def run_round(workers: dict[str, Worker], times: dict[str, Times], texts_path: Path, queries: list[str]) -> None:
+    """Runs the corpus once with each peer, then every query with each peer."""
     for name, worker in workers.items():
-        answer = worker.ask(texts=str(file), batch=PEER_BATCH)
+        answer = worker.ask(texts=str(texts_path), batch=PEER_BATCH)
         times[name].bulk.append(answer["seconds"])
         times[name].peak_bytes = answer["peak_bytes"]
     for query in queries:
         for name, worker in workers.items():
-            for _ in range(2):  # the second finds its caches as a busy server's does
-                last = worker.ask(query=query)["seconds"]
-            times[name].single.append(last)
+            for _ in range(2):  # the second call finds warm caches, as on a busy server
+                seconds = worker.ask(query=query)["seconds"]
+            times[name].single.append(seconds)
 
 
 def _versions(work: Path, name: str) -> dict[str, str]:
-    wanted = {
+    packages = {
         "ours": ("onnxruntime", "openvino"),
         "torch": ("torch", "transformers", "sentence-transformers", "fastembed"),
         "onnx": ("transformers", "sentence-transformers", "optimum-onnx", "onnxruntime"),
@@ -380,10 +389,10 @@ def _versions(work: Path, name: str) -> dict[str, str]:
     environment = next(peer.environment for peer in PEERS if peer.name == name)
     code = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
     done = subprocess.run(
-        [_python(work, environment), "-c", code, *wanted[environment]], capture_output=True, text=True, check=True
+        [_python(work, environment), "-c", code, *packages[environment]], capture_output=True, text=True, check=True
     )
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    versions: dict[str, str] = json.loads(done.stdout)
+    return versions
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""`python -m benchmarks.precisions`: exports the embedded model in every precision and records what came out.
+"""`python -m benchmarks.precisions`: exports the embedded model in every precision and measures the bundles.
 
-Sizes, the gate's cosines, times, and MTEB's scores against PyTorch on local data sets. Writes
-`benchmarks/results/precisions.json`,
-from which `tools.readme` makes the README's tables.
+Records sizes, the cosines of the parity gate, times, and MTEB scores against PyTorch on local data sets. Writes
+`benchmarks/results/precisions.json`, from which `tools.readme` makes the README's tables.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import describe_machine, installed_versions
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "precisions.json"
+RECORD_PATH = ROOT / "benchmarks" / "results" / "precisions.json"
 STARTS = 7
 Encode = Callable[..., NDArray[np.float32]]
 FIRST_VECTOR = """
@@ -55,19 +54,22 @@ print(time.perf_counter() - start)
 
 
 def measure(precision: Precision, folder: Path) -> dict[str, Any]:
-    """Exports once, and starts the encoder several times in fresh processes.
+    """Exports a precision once and starts the encoder several times in new processes.
 
     Args:
-        precision: What to export.
-        folder: Where to put the bundle.
+        precision: Precision to export.
+        folder: Folder that gets a folder for the bundle.
+
+    Returns:
+        The row of the record.
     """
     out = folder / precision.value
     command = [sys.executable, "-m", "export.trt", "--precision", precision.value, "--out", str(out)]
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     seconds = time.monotonic() - started
-    told = re.search(r"peak memory ([\d.]+) GiB", done.stderr)
-    assert told is not None
+    peak_match = re.search(r"peak memory ([\d.]+) GiB", done.stderr)
+    assert peak_match is not None
     manifest = Bundle.open(out).manifest
     report = manifest.parity[0]
     starts = [
@@ -76,18 +78,18 @@ def measure(precision: Precision, folder: Path) -> dict[str, Any]:
         )
         for _ in range(STARTS)
     ]
-    kept = []
+    excluded_groups = []
     if precision.quantized:
         groups = json.loads((out / QUANTIZATION).read_text(encoding="utf-8"))["groups"]
-        kept = [group["name"] for group in groups if group["kept"]]
+        excluded_groups = [group["name"] for group in groups if group["excluded"]]
     return {
         "precision": precision.value,
         "export_s": seconds,
-        "export_peak_gib": float(told[1]),
+        "export_peak_gib": float(peak_match[1]),
         "plan_bytes": manifest.files[PLAN].bytes if manifest.plan else None,
         "graph_bytes": manifest.files[GRAPH].bytes + manifest.files[WEIGHTS].bytes,
         "matrix_bytes": manifest.files[WEIGHTS].bytes - _embedding_bytes(manifest),
-        "kept_groups": kept,
+        "kept_groups": excluded_groups,
         "min_cosine": report.min_cosine,
         "mean_cosine": report.mean_cosine,
         "overlap": report.overlap,
@@ -98,75 +100,76 @@ def measure(precision: Precision, folder: Path) -> dict[str, Any]:
 
 
 def _embedding_bytes(manifest: Manifest) -> int:
-    """Token embeddings are never quantized; all else of the weights' file is matrices, and norms of a few kilobytes."""
+    """Returns the bytes of the token embeddings, which are never quantized; other weights are matrices and norms."""
     model = manifest.source.architecture
     return model.vocab_size * model.hidden_size * DTYPES[manifest.precision.base].itemsize
 
 
 def remembering(encode: Encode) -> Encode:
-    """The same with each text embedded once: tasks ask for the same texts again and again."""
-    known: dict[tuple[str | None, str], NDArray[np.float32]] = {}
+    """Wraps `encode` so that each text is embedded once: tasks repeat the same texts."""
+    vectors: dict[tuple[str | None, str], NDArray[np.float32]] = {}
 
     def remembered(texts: list[str], *, prompt: str | None = None) -> NDArray[np.float32]:
-        new = list(dict.fromkeys(text for text in texts if (prompt, text) not in known))
-        if new:
-            known.update(zip(((prompt, text) for text in new), encode(new, prompt=prompt), strict=True))
-        return np.stack([known[prompt, text] for text in texts])
+        new_texts = list(dict.fromkeys(text for text in texts if (prompt, text) not in vectors))
+        if new_texts:
+            vectors.update(zip(((prompt, text) for text in new_texts), encode(new_texts, prompt=prompt), strict=True))
+        return np.stack([vectors[prompt, text] for text in texts])
 
     return remembered
 
 
-def _scores_of(precision: Precision | None, folder: Path, data: Path, most: int | None) -> dict[str, float]:
-    """MTEB's scores of a precision's bundle; of PyTorch for None."""
-    tasks = folder_tasks(data, max_documents=most)
+def _scores_of(precision: Precision | None, folder: Path, data: Path, max_documents: int | None) -> dict[str, float]:
+    """Returns the MTEB scores of a precision's bundle, or of PyTorch for None."""
+    tasks = folder_tasks(data, max_documents=max_documents)
     encoder = Encoder(folder / (precision or Precision.FP32).value, device="cpu", backend="onnxruntime")
     if precision is None:
         encoder = Encoder.from_checkpoint(default_model(), like=encoder)
-    setattr(encoder, "encode", remembering(encoder.encode))  # noqa: B010 - of this one alone
-    found = scores(encoder, [item.task for item in tasks])
+    setattr(encoder, "encode", remembering(encoder.encode))  # noqa: B010 - on this instance only
+    task_scores = scores(encoder, [local_task.task for local_task in tasks])
     say(f"scored {encoder.backend}{f', {precision.value}' if precision else ''}")
-    return found
+    return task_scores
 
 
-def _take_a_core(cores: multiprocessing.Queue[int]) -> None:
+def _claim_core(cores: multiprocessing.Queue[int]) -> None:
     os.sched_setaffinity(0, {cores.get()})
-    torch.set_num_threads(1)  # it counted the cores when it was imported, and threads of one core wait for each other
+    torch.set_num_threads(1)  # torch counted the cores at import, and threads that share a core wait for each other
 
 
-def score(folder: Path, data: Path, most: int | None) -> dict[str, list[dict[str, Any]]]:
-    """MTEB's scores of every precision's bundle against PyTorch, each in a process on a core of its own.
+def score(folder: Path, data: Path, max_documents: int | None) -> dict[str, list[dict[str, Any]]]:
+    """Scores every precision's bundle and PyTorch with MTEB, each in a process on a core of its own.
 
     Args:
-        folder: Holds a bundle for each precision.
+        folder: Folder with a bundle for each precision.
         data: Folder of evaluation sets.
-        most: Most documents of a corpus.
+        max_documents: Maximum number of documents of a corpus.
 
     Returns:
-        Precision to its tasks: name, type, size, both scores and the tolerance, in points.
+        Tasks of each precision: name, type, size, both scores and the tolerance, in points.
     """
     context = multiprocessing.get_context("spawn")
     cores: multiprocessing.Queue[int] = context.Queue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
-    sides = (None, *Precision)
+    candidates = (None, *Precision)
     with ProcessPoolExecutor(
-        min(len(os.sched_getaffinity(0)), len(sides)), context, initializer=_take_a_core, initargs=(cores,)
+        min(len(os.sched_getaffinity(0)), len(candidates)), context, initializer=_claim_core, initargs=(cores,)
     ) as pool:
-        wanted, *found = pool.map(_scores_of, sides, *zip(*[(folder, data, most)] * len(sides), strict=True))
-    tasks = folder_tasks(data, max_documents=most)
+        arguments = zip(*[(folder, data, max_documents)] * len(candidates), strict=True)
+        reference_scores, *precision_scores = pool.map(_scores_of, candidates, *arguments)
+    tasks = folder_tasks(data, max_documents=max_documents)
     return {
         precision.value: [
             {
-                "task": (name := item.task.metadata.name),
-                "type": item.task.metadata.type,
-                "size": item.size,
-                "reference": wanted[name],
-                "engine": own[name],
-                "tolerance": tolerance_of(precision, item.size),
+                "task": (name := local_task.task.metadata.name),
+                "type": local_task.task.metadata.type,
+                "size": local_task.size,
+                "reference": reference_scores[name],
+                "engine": engine_scores[name],
+                "tolerance": tolerance_of(precision, local_task.size),
             }
-            for item in tasks
+            for local_task in tasks
         ]
-        for precision, own in zip(Precision, found, strict=True)
+        for precision, engine_scores in zip(Precision, precision_scores, strict=True)
     }
 
 
@@ -174,25 +177,31 @@ def main() -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precisions", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of evaluation sets")
-    parser.add_argument("--max-documents", type=int, default=None, metavar="N", help="cut the corpora, judged first")
+    parser.add_argument(
+        "--max-documents",
+        type=int,
+        default=None,
+        metavar="N",
+        help="limit the corpora to N documents, judged ones first",
+    )
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for precision in Precision:
             say(f"measuring {precision.value}")
             rows.append(measure(precision, Path(folder)))
-        scored = score(Path(folder), flags.data, flags.max_documents)
-    cut = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
+        precision_scores = score(Path(folder), flags.data, flags.max_documents)
+    documents_flag = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
     record = {
-        "command": f"python -m benchmarks.precisions --data {flags.data}{cut}",
+        "command": f"python -m benchmarks.precisions --data {flags.data}{documents_flag}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe_machine()}, no GPU",
         "rows": rows,
-        "scores": scored,
+        "scores": precision_scores,
         "score_versions": installed_versions(RECORDED) | {"python": platform.python_version()},
     }
-    write_file(RESULTS, (json.dumps(record, indent=1) + "\n").encode())
-    say(f"done: {RESULTS.relative_to(ROOT)}; now python -m tools.readme")
+    write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
+    say(f"done: {RECORD_PATH.relative_to(ROOT)}; now run: python -m tools.readme")
     return 0
 
 

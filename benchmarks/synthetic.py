@@ -1,7 +1,7 @@
 """`python -m benchmarks.synthetic FOLDER`: a checkpoint of NV-Embed-v2's true size and layout with random weights.
 
-For measuring what an export of 7.85 B parameters takes: names, shapes, types and shards are the published ones (304
-tensors, 15.7 GB in four files), the numbers are noise. The tokenizer is the embedded model's.
+For measuring the export of 7.85 B parameters: names, shapes, types and shards are the published ones (304 tensors,
+15.7 GB in four files), the weights are random. The tokenizer is the embedded model's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nvembed_deploy.model.weights import INDEX_NAME
 SHARD_BYTES = 5_000_000_000
 STD = 0.02
 POOL_VALUES = 2**25
-"""Random numbers that all weights are cut from, at different places."""
+"""Number of random values that all weights are taken from, at different offsets."""
 CONFIG = {
     "_name_or_path": "synthetic",
     "add_eos": True,
@@ -63,11 +63,11 @@ def make(folder: Path, *, seed: int = 0) -> int:
     """Writes the checkpoint.
 
     Args:
-        folder: Must not exist.
-        seed: Of the numbers.
+        folder: Folder to create; must not exist.
+        seed: Seed of the weights.
 
     Returns:
-        Bytes of the weights.
+        Size of the weights in bytes.
     """
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -80,18 +80,18 @@ def make(folder: Path, *, seed: int = 0) -> int:
     rng = np.random.default_rng(seed)
     pool = (rng.standard_normal(POOL_VALUES, dtype=np.float32) * STD).astype(np.float16)
     total = sum(_bytes(shape) for shard in shards for shape in shard.values())
-    files: dict[str, str] = {}
-    with tqdm(total=total, desc="writing random weights", unit="B", unit_scale=True, disable=None) as bar:
+    shard_names: dict[str, str] = {}
+    with tqdm(total=total, desc="writing random weights", unit="B", unit_scale=True, disable=None) as progress_bar:
         for index, shard in enumerate(shards):
             name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-            files |= dict.fromkeys(shard, name)
+            shard_names |= dict.fromkeys(shard, name)
             with (folder / name).open("xb") as file:
                 file.write(_header(shard))
                 for tensor, shape in shard.items():
-                    for part in _numbers(tensor, shape, pool, rng):
-                        file.write(part.view(np.uint8).data)
-                        bar.update(part.nbytes)
-    index_file = {"metadata": {"total_size": total}, "weight_map": files}
+                    for block in _weights(tensor, shape, pool, rng):
+                        file.write(block.view(np.uint8).data)
+                        progress_bar.update(block.nbytes)
+    index_file = {"metadata": {"total_size": total}, "weight_map": shard_names}
     (folder / INDEX_NAME).write_text(json.dumps(index_file, indent=1))
     return total
 
@@ -101,7 +101,7 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 
 def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Tensors in order, a new file where the next one would make it too large."""
+    """Splits tensors in order into files; a new file starts where the next tensor would exceed the size."""
     shard: dict[str, tuple[int, ...]] = {}
     size = 0
     for name, shape in shapes.items():
@@ -114,27 +114,27 @@ def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int,
 
 
 def _header(shard: dict[str, tuple[int, ...]]) -> bytes:
-    """A safetensors file up to its data."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Returns the header of a safetensors file."""
+    tensors: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shard.items():
-        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + _bytes(shape)]}
+        tensors[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + _bytes(shape)]}
         offset += _bytes(shape)
-    content = json.dumps(entries, separators=(",", ":")).encode()
+    content = json.dumps(tensors, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     return len(content).to_bytes(8, "little") + content
 
 
-def _numbers(
+def _weights(
     name: str, shape: tuple[int, ...], pool: np.ndarray[tuple[int], np.dtype[np.float16]], rng: np.random.Generator
 ) -> Iterator[np.ndarray[tuple[int], np.dtype[np.float16]]]:
-    """A tensor's numbers, in parts."""
-    left = int(np.prod(shape))
-    while left:
+    """Yields the weights of a tensor in blocks."""
+    remaining = int(np.prod(shape))
+    while remaining:
         start = int(rng.integers(0, len(pool)))
-        part = pool[start : start + left]
-        left -= len(part)
-        yield part + np.float16(1) if name.endswith("norm.weight") and len(shape) == 1 else part
+        block = pool[start : start + remaining]
+        remaining -= len(block)
+        yield block + np.float16(1) if name.endswith("norm.weight") and len(shape) == 1 else block
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.synthetic",
         description="Makes a checkpoint of NV-Embed-v2's size with random weights.",
     )
-    parser.add_argument("folder", type=Path, help="where to make it; 15.7 GB")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    parser.add_argument("folder", type=Path, help="folder to create; 15.7 GB")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     flags = parser.parse_args(argv)
 
     def command() -> None:

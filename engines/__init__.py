@@ -1,5 +1,4 @@
-"""What is known of engines and devices: `nvembed show`.
+"""The life of an engine on its device: build, check, show, measure and pack it.
 
-In a wheel these modules live in `nvembed_deploy.engines`: their name is too common for a site-packages folder. Classes
-that others catch or compare are in `nvembed_deploy`.
+Installed from a wheel, these modules are in `nvembed_deploy.engines`: their name is too common for a top-level package.
 """

@@ -1,8 +1,8 @@
-"""`nvembed bench BUNDLE ...`: engines side by side on the same texts, in turn, in one run.
+"""`nvembed bench BUNDLE ...`: measures engines side by side on the same texts, interleaved in one run.
 
-Sides are bundles, a bundle with a backend (`BUNDLE@openvino`), or the checkpoint in PyTorch (`reference@CHECKPOINT`).
-Every figure is a median or a percentile of repeats in which the sides take turns, so that what else the machine does
-meets all of them alike. Start-up and memory are those of fresh processes.
+An engine is a bundle, a bundle with a backend (`BUNDLE@openvino`), or the checkpoint in PyTorch
+(`reference@CHECKPOINT`). Every figure is a median or a percentile of repeats in which the engines alternate, so that
+other load on the machine affects all of them equally. Start-up time and memory are those of new processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.console import program, run, say
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
 from nvembed_deploy.engines.bench_plot import draw_bench
+from nvembed_deploy.engines.bench_report import BenchReport, EngineFigures, Latency
 from nvembed_deploy.engines.power import PowerMeter
 from nvembed_deploy.engines.targets import TARGETS
 from nvembed_deploy.errors import ConfigError
@@ -43,7 +44,7 @@ from nvembed_deploy.tokenization import TokenRow
 REFERENCE = "reference"
 QUERY = "how do I undo my last git commit but keep the changes?"
 SHAPES = ((1, 16), (1, 128), (8, 64), (32, 64))
-"""Texts x tokens of the latency table; without those that a plan does not take."""
+"""Texts x tokens of the latency table; shapes that a plan does not support are left out."""
 GEMM_SIZE, GEMM_REPEATS = 1024, 5
 FIRST_VECTOR = """
 import sys, time
@@ -56,109 +57,88 @@ print(seconds, peak_memory_bytes())
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """Milliseconds of one shape."""
-
-    texts: int
-    tokens: int
-    p50: float
-    p95: float
-    p99: float
-
-
 METERED_SECONDS = 5.0
-"""The tools read ten times a second, and need a moment to start."""
+"""Duration of the power measurement: the tools read ten times per second and take a moment to start."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """What was measured of one engine."""
-
-    name: str
-    backend: str
-    precision: str
-    min_cosine: float
-    """Of its vectors to the first side's, over the corpus."""
-    query_ms: Latency
-    latency_ms: tuple[Latency, ...]
-    texts_per_second: float
-    tokens_per_second: float
-    gflops: float
-    """Of the model's multiplications, padding left out."""
-    peak_share: float | None
-    """Of `peak_gflops`; None where no recipe tells a GPU's peak."""
-    joules_per_text: float | None
-    """Of a GPU in bulk, as its own tool tells; None elsewhere."""
-    device_peak_mib: float | None
-    """Most memory in use on the GPU in bulk, of all programs; None elsewhere."""
-    start_seconds: float | None
-    """From a fresh process to its first vector; None for the reference."""
-    start_peak_mib: float | None
-
-
-def percentiles(times: Sequence[float], *, texts: int, tokens: int) -> Latency:
-    """Of times in milliseconds, by linear interpolation."""
-    p50, p95, p99 = (round(float(value), 3) for value in np.percentile(times, (50, 95, 99)))
+def percentiles(times_ms: Sequence[float], *, texts: int, tokens: int) -> Latency:
+    """Computes percentiles of times in milliseconds, by linear interpolation."""
+    p50, p95, p99 = (round(float(percentile), 3) for percentile in np.percentile(times_ms, (50, 95, 99)))
     return Latency(texts=texts, tokens=tokens, p50=p50, p95=p95, p99=p99)
 
 
-def in_turn(actions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Milliseconds of each action, once to warm up and then `repeats` times, the actions taking turns."""
-    times: list[list[float]] = [[] for _ in actions]
-    for turn in range(repeats + 1):
-        for own, action in zip(times, actions, strict=True):
+def time_interleaved(actions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Runs the actions alternately, once to warm up and then `repeats` times.
+
+    Returns:
+        The times of each action in milliseconds, without the warm-up.
+    """
+    times_ms: list[list[float]] = [[] for _ in actions]
+    for repeat in range(repeats + 1):
+        for action_times_ms, action in zip(times_ms, actions, strict=True):
             started = time.perf_counter()
             action()
-            if turn:
-                own.append((time.perf_counter() - started) * 1000)
-    return times
+            if repeat:
+                action_times_ms.append((time.perf_counter() - started) * 1000)
+    return times_ms
 
 
 def flops(config: ModelConfig, lengths: Iterable[int]) -> float:
-    """Multiplications and additions of texts: two for each weight (not the embeddings') and token, and attention."""
+    """Counts the multiplications and additions for texts: two per weight and token, plus those of attention.
+
+    The embedding table is not counted, since its rows are looked up and not multiplied.
+    """
     weights = sum(count for name, count in config.parameters(fold=True).items() if name != "embeddings")
     inner = config.heads * config.head_dim
     return float(sum(2 * weights * T + 4 * config.layers * inner * T * T for T in lengths))
 
 
 def padding_waste(lengths: Sequence[int], *, rows: int, tokens: int) -> float:
-    """Share of the tokens in batches that are padding."""
+    """Returns the share of the tokens in batches that are padding."""
     batches = list(plan_batches(lengths, max_rows=rows, max_tokens=tokens))
     padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
     return 1 - sum(lengths) / padded
 
 
 def gemm_gflops() -> float:
-    """Speed of NumPy's FP32 matrix product on this machine, the best of a few."""
-    left = np.random.default_rng(0).random((GEMM_SIZE, GEMM_SIZE), dtype=np.float32)
-    times = in_turn([lambda: left @ left], GEMM_REPEATS)[0]
-    return 2 * GEMM_SIZE**3 / min(times) / 1e6
+    """Measures the speed of NumPy's FP32 matrix product on this machine, the best of `GEMM_REPEATS`."""
+    matrix = np.random.default_rng(0).random((GEMM_SIZE, GEMM_SIZE), dtype=np.float32)
+    times_ms = time_interleaved([lambda: matrix @ matrix], GEMM_REPEATS)[0]
+    return 2 * GEMM_SIZE**3 / min(times_ms) / 1e6
 
 
 def corpus(count: int) -> list[str]:
-    """Passages of Python's own documentation, short and long."""
+    """Returns short and long passages of Python's documentation."""
     return [f"{summary}\n{body}" for summary, body in in_mixed_order(docstring_pairs())[:count]]
 
 
-def open_side(name: str, device: str, first: Encoder | None) -> tuple[Encoder, str]:
-    """An engine by its name on the command line, and its backend's name.
+def open_engine(name: str, device: str, bundle_encoder: Encoder | None) -> tuple[Encoder, str]:
+    """Opens an engine by its name on the command line.
+
+    Args:
+        name: `BUNDLE`, `BUNDLE@BACKEND` or `reference@CHECKPOINT`.
+        device: See `Encoder`.
+        bundle_encoder: Encoder of the first bundle, whose tokens the reference is given.
+
+    Returns:
+        The encoder, and the name of its backend.
 
     Raises:
-        ConfigError: The reference is named first, since it takes its tokens from a bundle.
+        ConfigError: The reference is named before any bundle, or without its checkpoint.
     """
-    place, _, backend = name.partition("@")
-    if place == REFERENCE:
-        if first is None or not backend:
-            raise ConfigError("name a bundle first, and the reference as reference@CHECKPOINT")
-        # Beside a plan on a GPU: FP16 with PyTorch's fused attention, as one would deploy it, not FP32.
-        place = f"cuda:{_index(device)}" if on_gpu(first) else "cpu"
-        return Encoder.from_checkpoint(Path(backend), like=first, device=place), REFERENCE
-    return Encoder(place, device=device, backend=backend or "auto"), backend or "auto"
+    bundle, _, suffix = name.partition("@")
+    if bundle == REFERENCE:
+        if bundle_encoder is None or not suffix:
+            raise ConfigError("the reference needs a bundle before it and a checkpoint: BUNDLE reference@CHECKPOINT")
+        # On a GPU in FP16 with PyTorch's fused attention, as one would deploy it, not in FP32.
+        torch_device = f"cuda:{_index(device)}" if on_gpu(bundle_encoder) else "cpu"
+        return Encoder.from_checkpoint(Path(suffix), like=bundle_encoder, device=torch_device), REFERENCE
+    backend = suffix or "auto"
+    return Encoder(bundle, device=device, backend=backend), backend
 
 
 def on_gpu(encoder: Encoder) -> bool:
-    """A plan, ONNX Runtime's providers for GPUs, or PyTorch on CUDA, by the backend's name."""
+    """Returns True for a plan, a GPU provider of ONNX Runtime, or PyTorch on CUDA, by the name of the backend."""
     backend = encoder.backend
     return backend.startswith(TENSORRT) or any(name in backend for name in GPU) or "(CUDA" in backend
 
@@ -172,27 +152,27 @@ def _gpu(device: str) -> CudaDevice:
 
 
 def peak_gflops(encoder: Encoder, device: str) -> tuple[float, str]:
-    """The most that the device can do: a GPU's datasheet for the bundle's precision, or this CPU's FP32 product.
+    """Returns the peak speed of the device: from a GPU's datasheet, or measured with an FP32 product on a CPU.
 
     Args:
-        encoder: What runs.
-        device: What it was opened with.
+        encoder: The encoder that runs on the device.
+        device: The device argument that the encoder was opened with.
 
     Returns:
-        GFLOP/s, or 0 where no recipe tells it; and where the number comes from.
+        GFLOP/s, or 0 if no target has the peak of this GPU and precision; and the source of the number.
     """
     if not on_gpu(encoder):
         return gemm_gflops(), "FP32 GEMM"
     name = _gpu(device).name
     for target in TARGETS.values():
-        found = target.tflops.get(encoder.manifest.precision)
-        if found and re.search(rf"\b{target.card}\b", name):
-            return found * 1000, target.source
+        peak_tflops = target.tflops.get(encoder.manifest.precision)
+        if peak_tflops and re.search(rf"\b{target.card}\b", name):
+            return peak_tflops * 1000, target.source
     return 0.0, "an unknown peak"
 
 
 def _metered(encoder: Encoder, device: str, passages: Sequence[str]) -> tuple[float | None, float | None]:
-    """Joules a text and the device's MiB over a bulk run, where the device tells."""
+    """Measures joules per text and peak MiB of a GPU during bulk encoding; None on other devices."""
     if not on_gpu(encoder):
         return None, None
     runs = 0
@@ -206,140 +186,130 @@ def _metered(encoder: Encoder, device: str, passages: Sequence[str]) -> tuple[fl
 
 
 def _precision(encoder: Encoder, *, is_reference: bool) -> str:
-    """The reference computes in FP32 on a CPU and in FP16 on a GPU, and says so in its name."""
+    """Returns the precision of an encoder; the reference's is FP32 on a CPU and FP16 on a GPU, as its name says."""
     if not is_reference:
         return encoder.manifest.precision.value
     return "fp16" if "fp16" in encoder.backend else "fp32"
 
 
-def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> dict[str, object]:
-    """Measures all sides."""
+def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> BenchReport:
+    """Measures all engines.
+
+    Args:
+        names: Engines as on the command line.
+        device: See `Encoder`.
+        texts: Passages of the corpus.
+        repeats: Repeats of a single query; bulk encoding is repeated a tenth as often, and shapes half as often.
+    """
     encoders: list[Encoder] = []
     for name in names:
-        encoders.append(open_side(name, device, encoders[0] if encoders else None)[0])
+        encoders.append(open_engine(name, device, encoders[0] if encoders else None)[0])
         say(f"  {name}: {encoders[-1].backend}")
     passages = corpus(texts)
-    rows = [encoder.tokenize(passages) for encoder in encoders]
-    lengths = [len(row) for row in rows[0]]
+    lengths = [len(row) for row in encoders[0].tokenize(passages)]
     say(f"  {len(passages)} passages, {sum(lengths)} tokens ...")
     vectors = [encoder.encode(passages) for encoder in encoders]
-    bulk = in_turn([partial(encoder.encode, passages) for encoder in encoders], max(3, repeats // 10))
+    bulk_ms = time_interleaved([partial(encoder.encode, passages) for encoder in encoders], max(3, repeats // 10))
     say("  queries and shapes ...")
-    queries = in_turn([partial(encoder.encode, QUERY) for encoder in encoders], repeats)
-    longest = min(encoder.max_length for encoder in encoders)
-    shapes = [shape for shape in SHAPES if shape[1] <= longest]
-    shaped = [(shape, in_turn([_shaped(encoder, shape) for encoder in encoders], repeats // 2)) for shape in shapes]
-    say("  fresh processes ...")
+    query_ms = time_interleaved([partial(encoder.encode, QUERY) for encoder in encoders], repeats)
+    max_length = min(encoder.max_length for encoder in encoders)
+    shapes = [(count, tokens) for count, tokens in SHAPES if tokens <= max_length]
+    shape_ms = [
+        time_interleaved([_encode_shape(encoder, *shape) for encoder in encoders], repeats // 2) for shape in shapes
+    ]
+    say("  new processes ...")
     peak, peak_source = peak_gflops(encoders[0], device)
-    sides = []
+    engines = []
     for index, (name, encoder) in enumerate(zip(names, encoders, strict=True)):
-        seconds = statistics.median(bulk[index]) / 1000
-        speed = flops(encoder.manifest.source.architecture, lengths) / seconds / 1e9
+        seconds = statistics.median(bulk_ms[index]) / 1000
+        gflops = flops(encoder.manifest.source.architecture, lengths) / seconds / 1e9
         joules, device_mib = _metered(encoder, device, passages)
-        start = _fresh(name, device) if not name.startswith(f"{REFERENCE}@") else (None, None)
-        sides.append(
-            Side(
+        is_reference = name.startswith(f"{REFERENCE}@")
+        start_seconds, start_mib = (None, None) if is_reference else _measure_start(name, device)
+        latencies = (
+            percentiles(times_ms[index], texts=count, tokens=tokens)
+            for (count, tokens), times_ms in zip(shapes, shape_ms, strict=True)
+        )
+        engines.append(
+            EngineFigures(
                 name=name,
                 backend=encoder.backend,
-                precision=_precision(encoder, is_reference=start[0] is None),
+                precision=_precision(encoder, is_reference=is_reference),
                 min_cosine=round(float((vectors[0] * vectors[index]).sum(axis=1).min()), 7),
-                query_ms=percentiles(queries[index], texts=1, tokens=len(encoder.tokenize([QUERY])[0])),
-                latency_ms=tuple(percentiles(times[index], texts=shape[0], tokens=shape[1]) for shape, times in shaped),
+                query_ms=percentiles(query_ms[index], texts=1, tokens=len(encoder.tokenize([QUERY])[0])),
+                latency_ms=tuple(latencies),
                 texts_per_second=round(len(passages) / seconds, 1),
                 tokens_per_second=round(sum(lengths) / seconds, 1),
-                gflops=round(speed, 1),
-                peak_share=round(speed / peak, 3) if peak else None,
+                gflops=round(gflops, 1),
+                peak_share=round(gflops / peak, 3) if peak else None,
                 joules_per_text=joules,
                 device_peak_mib=device_mib,
-                start_seconds=start[0],
-                start_peak_mib=start[1],
+                start_seconds=start_seconds,
+                start_peak_mib=start_mib,
             )
         )
-    return {
-        "machine": describe_machine(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "passages": len(passages),
-        "tokens": sum(lengths),
-        "padding_waste": round(
-            padding_waste(lengths, rows=encoders[0].manifest.profile.max.batch, tokens=DEFAULT_BATCH_TOKENS), 4
-        ),
-        "peak_gflops": round(peak, 1),
-        "peak_source": peak_source,
-        "sides": [asdict(side) for side in sides],
-    }
+    waste = padding_waste(lengths, rows=encoders[0].manifest.profile.max.batch, tokens=DEFAULT_BATCH_TOKENS)
+    return BenchReport(
+        machine=describe_machine(),
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        passages=len(passages),
+        tokens=sum(lengths),
+        padding_waste=round(waste, 4),
+        peak_gflops=round(peak, 1),
+        peak_source=peak_source,
+        sides=tuple(engines),
+    )
 
 
-def _shaped(encoder: Encoder, shape: tuple[int, int]) -> Callable[[], object]:
-    count, tokens = shape
+def _encode_shape(encoder: Encoder, count: int, tokens: int) -> Callable[[], object]:
+    """Returns a function that encodes `count` texts of `tokens` tokens each."""
     row = encoder.tokenize(["a b c d " * tokens], max_length=tokens)[0]
     rows: list[TokenRow] = [row] * count
     return lambda: encoder.encode_rows(rows)
 
 
-def _fresh(name: str, device: str) -> tuple[float, float]:
-    """Seconds to the first vector and peak MiB of a fresh process, the median of three."""
-    place, _, backend = name.partition("@")
-    command = [sys.executable, "-W", "ignore", "-c", FIRST_VECTOR, place, device, backend or "auto", QUERY]
-    found = []
+def _measure_start(name: str, device: str) -> tuple[float, float]:
+    """Measures the seconds to the first vector and the peak MiB of a new process; medians of three."""
+    bundle, _, backend = name.partition("@")
+    command = [sys.executable, "-W", "ignore", "-c", FIRST_VECTOR, bundle, device, backend or "auto", QUERY]
+    seconds, mib = [], []
     for _ in range(3):
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        found.append((float(out[-2]), float(out[-1]) / 2**20))
-    return round(statistics.median(item[0] for item in found), 3), round(
-        statistics.median(item[1] for item in found), 1
-    )
-
-
-def table(result: dict[str, object]) -> str:
-    """The result for people, as Markdown."""
-    lines = [
-        "| engine | texts/s | tokens/s | GFLOP/s | one query p50 / p99 | to first vector | memory | lowest cosine |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    sides = result["sides"]
-    assert isinstance(sides, list)
-    for side in sides:
-        start = "-" if side["start_seconds"] is None else f"{side['start_seconds']:.2f} s"
-        memory = "-" if side["start_peak_mib"] is None else f"{side['start_peak_mib']:.0f} MiB"
-        query = side["query_ms"]
-        share = "" if side["peak_share"] is None else f" ({side['peak_share']:.0%} of {result['peak_source']})"
-        lines.append(
-            f"| {Path(side['name']).name}: {side['backend']}, {side['precision']} | {side['texts_per_second']:.0f} | "
-            f"{side['tokens_per_second']:.0f} | {side['gflops']:.0f}{share} | "
-            f"{query['p50']:.1f} / {query['p99']:.1f} ms | {start} | {memory} | {side['min_cosine']:.5f} |"
-        )
-    return "\n".join(lines) + "\n"
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        seconds.append(float(output[-2]))
+        mib.append(float(output[-1]) / 2**20)
+    return round(statistics.median(seconds), 3), round(statistics.median(mib), 1)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        prog=prog or program("bench"), description="Measures engines side by side on the same texts, in turn."
+        prog=prog or program("bench"), description="Measures engines side by side on the same texts, interleaved."
     )
     parser.add_argument(
         "sides",
         nargs="+",
         metavar="BUNDLE[@BACKEND]",
-        help="bundles, or reference@CHECKPOINT for PyTorch; cosines are to the first",
+        help="bundles, or reference@CHECKPOINT for PyTorch; cosines are with the first bundle",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--texts", type=int, default=400, help="passages of the corpus (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=50, help="repeats of a single query (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures, and a picture beside it")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures, and a plot next to the file")
     flags = parser.parse_args(argv)
     if flags.texts < 1 or flags.repeats < 2:
         parser.error("--texts must be at least 1 and --repeats at least 2")
 
     def command() -> None:
-        result = bench(flags.sides, device=flags.device, texts=flags.texts, repeats=flags.repeats)
+        report = bench(flags.sides, device=flags.device, texts=flags.texts, repeats=flags.repeats)
         if flags.out is not None:
             flags.out.parent.mkdir(parents=True, exist_ok=True)
-            write_file(flags.out, (json.dumps(result, indent=1) + "\n").encode())
-        sys.stdout.write(table(result))
+            write_file(flags.out, (json.dumps(asdict(report), indent=1) + "\n").encode())
+        sys.stdout.write(report.table())
         if flags.out is not None:
             if importlib.util.find_spec("matplotlib") is None:
-                say("  no picture: matplotlib is not installed; pip install matplotlib")
+                say("  no plot: matplotlib is not installed; pip install matplotlib")
             else:
-                draw_bench(result, flags.out.with_suffix(".png"))
+                draw_bench(report, flags.out.with_suffix(".png"))
 
     return run(command)
 

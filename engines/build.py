@@ -1,6 +1,6 @@
-"""`nvembed build BUNDLE`: builds a bundle's plan on the device that will run it, and judges it there.
+"""`nvembed build BUNDLE`: builds the plan of a bundle on the device that will run it, and checks it there.
 
-Needs the device's TensorRT and no PyTorch: the graph, the tokenizer and the reference's vectors travel in the bundle.
+Needs the device's TensorRT and no PyTorch: the graph, the tokenizer and the reference outputs are in the bundle.
 """
 
 from __future__ import annotations
@@ -15,25 +15,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.bundle.manifest import GRAPH, PLAN, TOKENIZER, TRUTH, Manifest
+from nvembed_deploy.bundle.manifest import GRAPH, PLAN, REFERENCE_OUTPUTS, TOKENIZER, Manifest
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.writer import commit, new_bundle
 from nvembed_deploy.console import program, run, say
-from nvembed_deploy.engines.plan_builder import add_option_flags, asked_options, build_memory_bytes, build_plan
+from nvembed_deploy.engines.plan_builder import (
+    add_option_flags,
+    build_memory_bytes,
+    build_plan,
+    requested_build_options,
+)
 from nvembed_deploy.engines.targets import (
     TARGETS,
     BuildOption,
     Target,
-    capable,
-    choose,
+    capable_gpus,
+    choose_target,
     load_runtime,
     local_compute_capability,
 )
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import free_bytes
 from nvembed_deploy.parity.gate import Gate, step, verdict
-from nvembed_deploy.parity.probes import Truth
+from nvembed_deploy.parity.probes import ReferenceOutputs
 from nvembed_deploy.spec import Dialect, Shape, ShapeProfile
 from nvembed_deploy.system import available_memory_bytes
 from nvembed_deploy.tokenization import TextEncoder
@@ -42,37 +47,41 @@ GIB = 2**30
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Runs the command; its last line on stdout is the folder of the finished bundle."""
+    """Runs the command; the last line on stdout is the folder of the finished bundle."""
     parser = argparse.ArgumentParser(
         prog=prog or program("build"),
-        description="Builds a bundle's engine.plan with this machine's TensorRT, compares it with the vectors that "
-        "travel in the bundle, and switches it in.",
+        description="Builds the engine.plan of a bundle with this machine's TensorRT, compares it with the reference "
+        "outputs in the bundle, and replaces the bundle.",
     )
-    parser.add_argument("bundle", help="a bundle's folder, such as one from an archive of `pack`")
+    parser.add_argument("bundle", help="folder of a bundle, for example one from an archive made by `pack`")
     parser.add_argument(
         "--target",
         choices=["auto", *TARGETS],
         default="auto",
-        help="recipe to build by (default: auto, by this machine's GPU and TensorRT)",
+        help="device to build for (default: auto, which is chosen by this machine's GPU and TensorRT)",
     )
-    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="write a new bundle, and leave this one")
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="DIR", help="folder of the new bundle (default: replace this one)"
+    )
     parser.add_argument(
         "--max",
         type=_shape,
         default=None,
         metavar="BxT",
-        help="largest batch, texts x tokens, where the device has less memory than the recipe counts on "
-        "(default: the recipe's, within the bundle's own)",
+        help="largest batch, texts x tokens, for devices with less memory than the target assumes "
+        "(default: the target's, limited by the bundle's)",
     )
     add_option_flags(parser)
-    parser.add_argument("--force", action="store_true", help="try where memory or disk will not do")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show what TensorRT logs")
+    parser.add_argument("--force", action="store_true", help="build even if memory or disk space seems insufficient")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show TensorRT's log")
     flags = parser.parse_args(argv)
 
     def command() -> None:
-        recipe = choose(flags.target)
-        asked = asked_options(flags, recipe)
-        out = build(flags.bundle, recipe, out=flags.out, largest=flags.max, asked=asked, force=flags.force)
+        target = choose_target(flags.target)
+        build_options = requested_build_options(flags, target)
+        out = build(
+            flags.bundle, target, out=flags.out, max_shape=flags.max, build_options=build_options, force=flags.force
+        )
         sys.stdout.write(f"{out}\n")
 
     return run(command, verbose=flags.verbose)
@@ -80,118 +89,133 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
 def build(
     path: str | Path,
-    recipe: Target,
+    target: Target,
     *,
     out: Path | None = None,
-    largest: Shape | None = None,
-    asked: Set[BuildOption] = frozenset(),
+    max_shape: Shape | None = None,
+    build_options: Set[BuildOption] = frozenset(),
     force: bool = False,
 ) -> Path:
-    """Builds a bundle's plan for this machine.
+    """Builds the plan of a bundle for this machine.
 
     Args:
-        path: A bundle's folder; every file is checked before TensorRT sees it.
-        recipe: The device's.
-        out: Where the bundle with the plan goes; by default it takes the place of the old one, in one step.
-        largest: Largest batch; None for the recipe's.
-        asked: See `build_plan`.
-        force: Try where memory or disk will not do.
+        path: Folder of the bundle; every file is checked before TensorRT reads it.
+        target: The device to build for.
+        out: Folder of the bundle with the plan; by default it replaces the old one atomically.
+        max_shape: Largest batch; None for the target's.
+        build_options: See `build_plan`.
+        force: Build even if memory or disk space seems insufficient.
 
     Returns:
-        The folder.
+        The folder of the bundle with the plan.
 
     Raises:
-        ConfigError: The recipe cannot build this graph or this precision, or there is not room enough.
-        MissingExtra: The recipe's TensorRT is not installed.
-        EngineError: TensorRT is too old, or cannot build it.
-        ParityError: The engine's vectors are not the reference's.
+        ConfigError: The target does not support this graph or precision, or there is not enough memory or disk space.
+        MissingExtra: The target's TensorRT is not installed.
+        EngineError: TensorRT is too old, or cannot build the plan.
+        ParityError: The vectors of the engine are outside the tolerance.
         BundleError: The bundle is damaged.
     """
     started = time.monotonic()
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    recipe = replace(recipe, compute_capabilities=capable(recipe, manifest.precision))
-    bindings = _bindings(recipe, manifest)
-    profile = _profile(recipe, manifest, largest)
+    target = replace(target, compute_capabilities=capable_gpus(target, manifest.precision))
+    bindings = _bindings(target, manifest)
+    profile = _profile(target, manifest, max_shape)
     destination = Path(out or bundle.folder)
-    _require_room(bundle, destination, force=force)
-    say(f"building {bundle.folder} for {recipe.summary}")
+    _require_space(bundle, destination, force=force)
+    say(f"building {bundle.folder} for {target.summary}")
     with new_bundle(destination) as staging:
-        _take_along(bundle, staging)
+        _copy_files(bundle, staging)
         with step(f"building the plan with {bindings.__name__} {bindings.__version__}, shapes {profile}"):
             capability = local_compute_capability()
-            content, info = build_plan(
-                staging / GRAPH, recipe, profile=profile, bindings=bindings, capability=capability, asked=asked
+            content, plan_info = build_plan(
+                staging / GRAPH,
+                target,
+                profile=profile,
+                bindings=bindings,
+                capability=capability,
+                build_options=build_options,
             )
             (staging / PLAN).write_bytes(content)
         reports: list[ParityReport] = []
-        if TRUTH in manifest.files:
+        if REFERENCE_OUTPUTS in manifest.files:
             gate = Gate(
-                truth=Truth.from_bytes(bundle.read(TRUTH)),
+                reference=ReferenceOutputs.from_bytes(bundle.read(REFERENCE_OUTPUTS)),
                 text=TextEncoder(bundle.read(TOKENIZER), manifest.text),
                 model=manifest.source.architecture,
                 precision=manifest.precision,
-                largest=profile.max,
+                max_shape=profile.max,
             )
-            reports = gate.plan(content, info, staging / GRAPH) or gate.graphs(staging)
-        known = {name: entry for name, entry in manifest.files.items() if name != PLAN}
-        changed = replace(
+            reports = gate.plan(content, plan_info, staging / GRAPH) or gate.graphs(staging)
+        hashed = {name: entry for name, entry in manifest.files.items() if name != PLAN}
+        built = replace(
             manifest,
-            target=recipe.name,
+            target=target.name,
             profile=profile,
-            plan=info,
+            plan=plan_info,
             parity=tuple(reports),
-            versions=manifest.versions | {info.runtime: info.version},
+            versions=manifest.versions | {plan_info.runtime: plan_info.version},
         )
-        commit(staging, destination, changed, known=known)
-    size = (destination / PLAN).stat().st_size / 1e6
-    say(f"done: {PLAN} {size:.1f} MB for {recipe.name}, {verdict(reports, info)}, {time.monotonic() - started:.0f} s")
+        commit(staging, destination, built, hashed=hashed)
+    size, seconds = (destination / PLAN).stat().st_size / 1e6, time.monotonic() - started
+    say(f"done: {PLAN} {size:.1f} MB for {target.name}, {verdict(reports, plan_info)}, {seconds:.0f} s")
     return destination
 
 
-def _bindings(recipe: Target, manifest: Manifest) -> Any:
-    """The recipe's TensorRT, if it is new enough for the graph."""
-    if recipe.dialect is Dialect.PORTABLE and manifest.dialect is Dialect.FUSED:
+def _bindings(target: Target, manifest: Manifest) -> Any:
+    """Loads the target's TensorRT, if it supports the dialect of the graph.
+
+    Raises:
+        ConfigError: The target cannot parse the graph.
+    """
+    if target.dialect is Dialect.PORTABLE and manifest.dialect is Dialect.FUSED:
         raise ConfigError(
-            f"the bundle's graph is in the fused dialect (opset {manifest.opset}), and --target {recipe.name} parses "
-            f"up to opset {recipe.dialect.opset}; export again with --target {recipe.name}"
+            f"the bundle's graph has the fused dialect (opset {manifest.opset}), and --target {target.name} supports "
+            f"up to opset {target.dialect.opset}; export the bundle again: {program('export')} --target {target.name}"
         )
-    return load_runtime(recipe)
+    return load_runtime(target)
 
 
-def _profile(recipe: Target, manifest: Manifest, largest: Shape | None) -> ShapeProfile:
-    """The recipe's shapes within the bundle's, whose largest batch is the largest that was asked for at export."""
-    asked, low = largest or recipe.profile.max, manifest.profile.min
-    if largest and asked.tokens > manifest.text.max_tokens:
-        raise ConfigError(f"--max {asked} is longer than the model's {manifest.text.max_tokens} tokens; pass fewer")
-    bound = manifest.profile.max
-    within = asked if largest else Shape(batch=min(asked.batch, bound.batch), tokens=min(asked.tokens, bound.tokens))
-    high = Shape(batch=max(within.batch, low.batch), tokens=max(within.tokens, low.tokens))
-    usual = recipe.profile.opt
-    opt = Shape(
-        batch=min(max(usual.batch, low.batch), high.batch), tokens=min(max(usual.tokens, low.tokens), high.tokens)
+def _profile(target: Target, manifest: Manifest, max_shape: Shape | None) -> ShapeProfile:
+    """Returns the shapes to build for: the target's, limited by the bundle's unless `max_shape` is given."""
+    if max_shape and max_shape.tokens > manifest.text.max_tokens:
+        raise ConfigError(
+            f"--max {max_shape} is too long: the model supports up to {manifest.text.max_tokens} tokens per text"
+        )
+    min_shape, bundle_max = manifest.profile.min, manifest.profile.max
+    limit = max_shape or Shape(
+        batch=min(target.profile.max.batch, bundle_max.batch), tokens=min(target.profile.max.tokens, bundle_max.tokens)
     )
-    return ShapeProfile(min=low, opt=opt, max=high)
+    high = Shape(batch=max(limit.batch, min_shape.batch), tokens=max(limit.tokens, min_shape.tokens))
+    usual = target.profile.opt
+    opt = Shape(
+        batch=min(max(usual.batch, min_shape.batch), high.batch),
+        tokens=min(max(usual.tokens, min_shape.tokens), high.tokens),
+    )
+    return ShapeProfile(min=min_shape, opt=opt, max=high)
 
 
-def _require_room(bundle: Bundle, destination: Path, *, force: bool) -> None:
-    """Refuses with the numbers where memory or disk will not do."""
+def _require_space(bundle: Bundle, destination: Path, *, force: bool) -> None:
+    """Refuses to build if memory or disk space is insufficient, unless `force` is set."""
     files = {name: entry.bytes for name, entry in bundle.manifest.files.items() if name != PLAN}
     weights = sum(size for name, size in files.items() if name.endswith((".data", ".safetensors")))
     disk = sum(size for name, size in files.items() if name not in bundle.manifest.referenced) + weights
-    for what, needed, there in (
+    for resource, required, available in (
         ("memory", build_memory_bytes(weights), available_memory_bytes()),
         ("disk", disk, free_bytes(destination)),
     ):
-        if there is not None and needed > there:
-            words = f"building needs about {needed / GIB:.1f} GiB of {what} and {there / GIB:.1f} GiB are free"
+        if available is not None and required > available:
+            shortage = (
+                f"building needs about {required / GIB:.1f} GiB of {resource} and {available / GIB:.1f} GiB are free"
+            )
             if not force:
-                raise ConfigError(f"{words}; free some, or try all the same with --force")
-            say(f"  {words}; going on, as --force asks")
+                raise ConfigError(f"{shortage}; free some, or build anyway with --force")
+            say(f"  {shortage}; building anyway because of --force")
 
 
-def _take_along(bundle: Bundle, staging: Path) -> None:
-    """Everything but the old plan; the checkpoint's own files are linked again."""
+def _copy_files(bundle: Bundle, staging: Path) -> None:
+    """Copies the files of a bundle except its plan; files of the checkpoint are linked instead."""
     for name in bundle.manifest.files:
         if name == PLAN:
             continue
@@ -204,5 +228,5 @@ def _take_along(bundle: Bundle, staging: Path) -> None:
 def _shape(text: str) -> Shape:
     try:
         return Shape.parse(text)
-    except ConfigError as err:  # argparse shows the words of its own error only
+    except ConfigError as err:  # argparse shows the messages of its own error type only
         raise argparse.ArgumentTypeError(str(err)) from err

@@ -1,7 +1,7 @@
-"""The plan: one builder for TensorRT 10, TensorRT 11 and TensorRT-RTX, against the bindings module.
+"""Building plans with TensorRT 10, TensorRT 11 and TensorRT-RTX, whose Python bindings have the same interface.
 
-Networks are strongly typed: precision is what the ONNX graph says, since TensorRT 11 has no flags for it. Every bool
-and None that TensorRT returns is checked and named. Source: NVIDIA TensorRT documentation, "Python API: build phase".
+Networks are strongly typed: the ONNX graph defines the precision, since TensorRT 11 has no flags for it. Every bool and
+None that TensorRT returns is checked. Source: NVIDIA TensorRT documentation, "Python API: build phase".
 """
 
 from __future__ import annotations
@@ -27,43 +27,41 @@ from nvembed_deploy.spec import ShapeProfile
 
 FLAGS = {
     BuildOption.WEIGHT_STREAMING: ("WEIGHT_STREAMING",),
-    # Identical: what is put in is what was taken out, so kernels may be chosen for these very weights.
+    # Identical: the weights are the same when they are refitted, so kernels may be selected for these weights.
     BuildOption.STRIP_WEIGHTS: ("STRIP_PLAN", "REFIT_IDENTICAL"),
 }
-"""Names of TensorRT's builder flags."""
-
-
+"""TensorRT's builder flags for each build option."""
 BUILD_FACTOR = 2.8
-"""Peak of TensorRT-RTX's ahead-of-time build over the weights, measured at 1.3 B parameters."""
+"""Peak memory of TensorRT-RTX's ahead-of-time build relative to the weights, measured at 1.3 B parameters."""
 BUILD_BASE_BYTES = int(0.35 * 2**30)
-"""TensorRT itself."""
+"""Memory of TensorRT itself."""
 
 
-def build_memory_bytes(weights: int) -> int:
-    """Memory of the host that a build takes, for so many bytes of weights."""
-    return int(BUILD_FACTOR * weights) + BUILD_BASE_BYTES
+def build_memory_bytes(weight_bytes: int) -> int:
+    """Returns the host memory that a build needs for a number of bytes of weights."""
+    return int(BUILD_FACTOR * weight_bytes) + BUILD_BASE_BYTES
 
 
 def add_option_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds the flags of the options for large engines."""
-    for option, what in (
-        (BuildOption.WEIGHT_STREAMING, "let weights that do not fit the GPU's memory stay in the host's"),
-        (BuildOption.STRIP_WEIGHTS, "build a plan without weights, which are put in from the graph's file at load"),
+    """Adds the command-line flags of the build options."""
+    for option, description in (
+        (BuildOption.WEIGHT_STREAMING, "keep weights that do not fit in the GPU's memory in host memory"),
+        (BuildOption.STRIP_WEIGHTS, "build a plan without weights; loading it reads them from the graph's weight file"),
     ):
-        having = ", ".join(target.name for target in TARGETS.values() if option in target.offers)
-        parser.add_argument(f"--{option.value}", action="store_true", help=f"{what} (targets: {having})")
+        targets = ", ".join(target.name for target in TARGETS.values() if option in target.supported)
+        parser.add_argument(f"--{option.value}", action="store_true", help=f"{description} (targets: {targets})")
 
 
-def asked_options(flags: argparse.Namespace, target: Target) -> frozenset[BuildOption]:
-    """The options that flags ask for.
+def requested_build_options(flags: argparse.Namespace, target: Target) -> frozenset[BuildOption]:
+    """Returns the build options that the command line requests.
 
     Raises:
-        ConfigError: The target has not got one; with its recipe's reason.
+        ConfigError: The target does not support one of them.
     """
-    asked = {option for option in BuildOption if getattr(flags, option.value.replace("-", "_"), False)}
-    for option in sorted(asked):
+    build_options = {option for option in BuildOption if getattr(flags, option.value.replace("-", "_"), False)}
+    for option in sorted(build_options):
         require_option(target, option)
-    return frozenset(asked)
+    return frozenset(build_options)
 
 
 def build_plan(
@@ -73,24 +71,24 @@ def build_plan(
     profile: ShapeProfile,
     bindings: Any,
     capability: str | None,
-    asked: Set[BuildOption] = frozenset(),
+    build_options: Set[BuildOption] = frozenset(),
 ) -> tuple[memoryview, PlanInfo]:
     """Builds a plan from a graph.
 
     Args:
         graph: `model.onnx`, its weights beside it.
-        target: The device's recipe.
-        profile: Shapes to accept; the target's recipe may add a narrower one inside.
-        bindings: The module of TensorRT or TensorRT-RTX.
-        capability: This machine's GPU, for targets that build for it.
-        asked: Options beside those that the target's recipe always takes.
+        target: The device to build for.
+        profile: Shapes that the plan accepts; the target may add a second, smaller profile.
+        bindings: The Python module of TensorRT or TensorRT-RTX.
+        capability: Compute capability of this machine's GPU, for targets that build on the device.
+        build_options: Options that are not always used for the target.
 
     Returns:
-        The plan's bytes, in TensorRT's own memory, and what it needs to run.
+        The bytes of the plan, in TensorRT's memory, and its requirements.
 
     Raises:
-        EngineError: TensorRT cannot parse the graph or cannot build the plan; its own words are in the message.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, once TensorRT has let go.
+        EngineError: TensorRT cannot parse the graph or build the plan; its own message is included.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after TensorRT has stopped.
     """
     logger = make_logger(bindings)
     builder = ask(logger, "creating the builder", bindings.Builder, logger)
@@ -98,19 +96,19 @@ def build_plan(
     _parse(graph, network, bindings=bindings, logger=logger)
     _let_attention_decompose(network, bindings)
     config = ask(logger, "creating the configuration", builder.create_builder_config)
-    # On by default: FP32 products with 10 bits of mantissa, in an FP32 plan and in every plan's pooling.
+    # TF32 is on by default: FP32 products with 10 bits of mantissa, in an FP32 plan and in the pooling of every plan.
     config.clear_flag(bindings.BuilderFlag.TF32)
     profiles = target.profiles(profile)
-    for item in profiles:
-        _add_profile(builder, config, item, logger=logger)
+    for plan_profile in profiles:
+        _add_profile(builder, config, plan_profile, logger=logger)
     capabilities = _set_capabilities(config, target, bindings=bindings, capability=capability)
-    for option in sorted(asked):
+    for option in sorted(build_options):
         for flag in FLAGS[option]:
             _set_flag(config, flag, bindings)
-    timings = None
-    if BuildOption.TIMING_CACHE in target.offers:
-        timings = TimingCache.of(bindings, capabilities[0])
-        timings.load(config, logger)
+    timing_cache = None
+    if BuildOption.TIMING_CACHE in target.supported:
+        timing_cache = TimingCache.of(bindings, capabilities[0])
+        timing_cache.load(config, logger)
     with _progress(bindings) as (monitor, was_cancelled):
         config.progress_monitor = monitor
         try:
@@ -118,31 +116,33 @@ def build_plan(
         except EngineError:
             if not was_cancelled():
                 raise
-    if was_cancelled():  # also where TensorRT was done before it asked again: the user's word counts
+    if was_cancelled():  # even if TensorRT finished before it noticed the interruption
         raise KeyboardInterrupt
-    if timings is not None:
-        timings.store(config)
-    info = PlanInfo(
+    if timing_cache is not None:
+        timing_cache.store(config)
+    plan_info = PlanInfo(
         runtime=target.runtime,
         version=bindings.__version__,
         platform=this_platform(),
         compute_capabilities=capabilities,
         profiles=profiles,
-        stripped=BuildOption.STRIP_WEIGHTS in asked,
-        weight_streaming=BuildOption.WEIGHT_STREAMING in asked,
+        stripped=BuildOption.STRIP_WEIGHTS in build_options,
+        weight_streaming=BuildOption.WEIGHT_STREAMING in build_options,
     )
-    return memoryview(plan).cast("B"), info
+    return memoryview(plan).cast("B"), plan_info
 
 
 def _set_flag(config: Any, name: str, bindings: Any) -> None:
     flag = getattr(bindings.BuilderFlag, name, None)
     if flag is None:
-        raise EngineError(f"{bindings.__name__} {bindings.__version__} has no builder flag {name}; take a newer one")
+        raise EngineError(
+            f"{bindings.__name__} {bindings.__version__} has no builder flag {name}; install a newer version"
+        )
     config.set_flag(flag)
 
 
 def _network_flags(bindings: Any) -> int:
-    """STRONGLY_TYPED; on TensorRT 10 the batch is explicit by default, on 11 both are all there is."""
+    """Returns STRONGLY_TYPED; explicit batches are the default of TensorRT 10 and all that TensorRT 11 has."""
     return 1 << int(bindings.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
@@ -161,40 +161,41 @@ def _add_profile(builder: Any, config: Any, profile: ShapeProfile, *, logger: An
     shapes = ask(logger, "creating the optimization profile", builder.create_optimization_profile)
     sizes = [(shape.batch, shape.tokens) for shape in (profile.min, profile.opt, profile.max)]
     for name in INPUTS:
-        shapes.set_shape(name, *sizes)  # returns nothing; a wrong shape shows when the profile is added
-    before = logger.errors_seen
+        shapes.set_shape(name, *sizes)  # returns nothing; an invalid shape is reported when the profile is added
+    errors_before = logger.errors_seen
     if config.add_optimization_profile(shapes) < 0:
-        words = "; ".join(logger.errors[-(logger.errors_seen - before) :] if logger.errors_seen > before else ())
-        raise EngineError(f"TensorRT: the shape profile {profile} is refused{': ' if words else ''}{words}")
+        new_errors = logger.errors_seen - errors_before
+        reason = "; ".join(logger.errors[-new_errors:]) if new_errors > 0 else ""
+        raise EngineError(f"TensorRT refused the shape profile {profile}{': ' if reason else ''}{reason}")
 
 
 def _let_attention_decompose(network: Any, bindings: Any) -> None:
-    """Lets TensorRT run an attention as plain operators where it has no fused kernel: FP32, unusual head widths."""
-    kind = getattr(bindings.LayerType, "ATTENTION_INPUT", None)
+    """Allows TensorRT to run an attention as separate operators if it has no fused kernel, as for FP32."""
+    attention_type = getattr(bindings.LayerType, "ATTENTION_INPUT", None)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if kind is not None and layer.type == kind:
+        if attention_type is not None and layer.type == attention_type:
             layer.__class__ = bindings.IAttentionInputLayer
             layer.attention.decomposable = True
 
 
 def _set_capabilities(config: Any, target: Target, *, bindings: Any, capability: str | None) -> tuple[str, ...]:
-    """Names the GPUs of an ahead-of-time plan; TensorRT itself builds for the GPU it runs on."""
+    """Sets the GPUs of an ahead-of-time plan; TensorRT itself builds for the GPU that it runs on."""
     if target.runtime != TENSORRT_RTX:
         if capability is None:
-            raise EngineError(f"--target {target.name} builds on the GPU itself, and there is none here")
+            raise EngineError(f"--target {target.name} builds on the GPU itself, and this machine has none")
         return (capability,)
     config.num_compute_capabilities = len(target.compute_capabilities)
-    for index, item in enumerate(target.compute_capabilities):
-        member = getattr(bindings.ComputeCapability, f"SM{item.replace('.', '')}", None)
+    for index, gpu in enumerate(target.compute_capabilities):
+        member = getattr(bindings.ComputeCapability, f"SM{gpu.replace('.', '')}", None)
         if member is None or not config.set_compute_capability(member, index):
-            raise EngineError(f"{bindings.__name__} {bindings.__version__} cannot build for compute capability {item}")
+            raise EngineError(f"{bindings.__name__} {bindings.__version__} cannot build for compute capability {gpu}")
     return target.compute_capabilities
 
 
 @contextmanager
 def _progress(bindings: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
-    """TensorRT's progress as a bar. Ctrl-C asks the builder to stop: an exception must not cross its C++."""
+    """Shows TensorRT's progress as a bar, and makes Ctrl-C stop the builder without an exception in its C++ code."""
     cancelled = False
 
     def cancel(signum: int, frame: FrameType | None) -> None:
@@ -206,26 +207,28 @@ def _progress(bindings: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
     class Monitor(bindings.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.left: dict[str, int] = {}
+            self.remaining_steps: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.left[phase_name] = num_steps
+            self.remaining_steps[phase_name] = num_steps
             bar.total += num_steps
             bar.set_postfix_str(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self.left[phase_name] = self.left.get(phase_name, 0) - 1  # phases of one name may run at once
+            self.remaining_steps[phase_name] = (
+                self.remaining_steps.get(phase_name, 0) - 1
+            )  # phases of the same name may run concurrently
             bar.update()
             return not cancelled
 
         def phase_finish(self, phase_name: str) -> None:
-            bar.update(max(self.left.pop(phase_name, 0), 0))
+            bar.update(max(self.remaining_steps.pop(phase_name, 0), 0))
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, cancel) for number in numbers}
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    previous = {signum: signal.signal(signum, cancel) for signum in signals}
     try:
         yield Monitor(), lambda: cancelled
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
         bar.close()

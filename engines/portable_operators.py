@@ -1,6 +1,6 @@
-"""What the ONNX parser of TensorRT 10 takes, for graphs that are built on a device which is not at hand.
+"""The operators that TensorRT 10's ONNX parser supports, to check graphs for a device that is not at hand.
 
-Only the operators that portable graphs may hold are in the table; any other is refused, known to TensorRT or not.
+The table has only the operators that portable graphs may contain; any other is refused, even if TensorRT supports it.
 Source: onnx/onnx-tensorrt, docs/operators.md at 10.1-GA; JetPack 6.2 has TensorRT 10.3.
 """
 
@@ -16,7 +16,7 @@ from nvembed_deploy.spec import Dialect
 
 OPSET = Dialect.PORTABLE.opset
 INT4_OPSET = 21
-"""The first that has 4-bit tensors."""
+"""First opset with 4-bit tensors."""
 
 _FLOATS = frozenset(("FLOAT", "FLOAT16", "BFLOAT16"))
 _NUMBERS = _FLOATS | {"INT32", "INT64"}
@@ -36,59 +36,65 @@ TYPES: dict[str, frozenset[str]] = {
     "Cast": _ANY | {"UINT8"},
     "DequantizeLinear": frozenset(("INT8", "FLOAT8E4M3FN", "INT4")),
 }
-"""Types of an operator's operand."""
-OPERAND = {"Where": 1}
-"""The input that `TYPES` is about, where it is not the first."""
+"""Types that each operator supports for its operand."""
+OPERAND_INDEX = {"Where": 1}
+"""Index of the input that `TYPES` refers to, if it is not the first."""
 CONSTANT_AXES = ("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum", "Squeeze", "Unsqueeze")
-"""Their second input must be a constant; of Slice, the fourth."""
-STANDARD = ("", "ai.onnx")
+"""Operators whose second input must be a constant; for Slice it is the fourth."""
+STANDARD_DOMAINS = ("", "ai.onnx")
 SYMMETRIC = ("QuantizeLinear", "DequantizeLinear")
-"""Their zero points must be 0."""
+"""Operators whose zero points must be 0."""
 
 
 def require_portable(path: Path) -> None:
-    """Checks a graph against the table.
+    """Checks that TensorRT 10 can parse a graph.
 
     Raises:
-        ExportError: With everything that TensorRT 10 does not take.
+        ExportError: It cannot; the message lists everything that it does not support.
     """
-    if found := sorted(set(unsupported(path))):
+    if problems := sorted(set(unsupported(path))):
         raise ExportError(
-            f"{path.name} holds what TensorRT 10 cannot parse: {'; '.join(found)}. Export with --dialect portable; "
-            "if it was, this is a bug, please report it"
+            f"TensorRT 10 cannot parse {path.name}: {'; '.join(problems)}. Export with --dialect portable; if the "
+            "graph was exported with it, please report a bug"
         )
 
 
 def unsupported(path: Path) -> Iterator[str]:
-    """What in a graph TensorRT 10's parser does not take, in words."""
+    """Yields a description of each thing in a graph that TensorRT 10's parser does not support."""
     model = onnx.load(path, load_external_data=False)
-    opset = next(item.version for item in model.opset_import if item.domain in STANDARD)
-    # 4-bit integers are in ONNX from opset 21 on; the parser's list has them, for graphs with nothing else of it.
-    most = INT4_OPSET if any(item.data_type == onnx.TensorProto.INT4 for item in model.graph.initializer) else OPSET
-    if opset > most:
-        yield f"opset {opset}, above {most}"
-    strange = [node.op_type for node in model.graph.node if node.domain not in STANDARD or node.op_type not in TYPES]
-    yield from (f"operator {name}" for name in strange)
-    if strange:  # whose types cannot be inferred either
+    opset = next(imported.version for imported in model.opset_import if imported.domain in STANDARD_DOMAINS)
+    # ONNX has 4-bit integers from opset 21 on, and the parser supports them in graphs that use nothing else of it.
+    has_int4 = any(tensor.data_type == onnx.TensorProto.INT4 for tensor in model.graph.initializer)
+    max_opset = INT4_OPSET if has_int4 else OPSET
+    if opset > max_opset:
+        yield f"opset {opset}, above {max_opset}"
+    operators = [
+        node.op_type for node in model.graph.node if node.domain not in STANDARD_DOMAINS or node.op_type not in TYPES
+    ]
+    yield from (f"operator {name}" for name in operators)
+    if operators:  # the types of unknown operators cannot be inferred
         return
-    # In memory: shape inference of a file would look for its weights.
+    # In memory, because shape inference of a file would need its weights.
     graph = onnx.shape_inference.infer_shapes(model).graph
-    constants = {item.name: item for item in graph.initializer}
-    types = {name: item.data_type for name, item in constants.items()}
-    types |= {item.name: item.type.tensor_type.elem_type for item in (*graph.input, *graph.value_info, *graph.output)}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    types = {name: tensor.data_type for name, tensor in constants.items()}
+    values = (*graph.input, *graph.value_info, *graph.output)
+    types |= {value.name: value.type.tensor_type.elem_type for value in values}
     for node in graph.node:
-        yield from _of_node(node, types, constants)
+        yield from _unsupported_in_node(node, types, constants)
 
 
-def _of_node(node: onnx.NodeProto, types: dict[str, int], constants: dict[str, onnx.TensorProto]) -> Iterator[str]:
-    name = node.op_type
-    operand = node.input[OPERAND.get(name, 0)]
-    kind = onnx.TensorProto.DataType.Name(types[operand]) if operand in types else "an unknown type"
-    if kind not in TYPES[name]:
-        yield f"{name} of {kind}"
-    axes = node.input[1:2] if name in CONSTANT_AXES else node.input[3:4] if name == "Slice" else ()
-    yield from (f"{name} whose axes are computed" for item in axes if item and item not in constants)
-    for item in node.input[2:3] if name in SYMMETRIC else ():
-        point = constants.get(item)
-        if point is None or any(point.raw_data) or any(point.int32_data):
-            yield f"{name} with a zero point"
+def _unsupported_in_node(
+    node: onnx.NodeProto, types: dict[str, int], constants: dict[str, onnx.TensorProto]
+) -> Iterator[str]:
+    operator = node.op_type
+    operand = node.input[OPERAND_INDEX.get(operator, 0)]
+    type_name = onnx.TensorProto.DataType.Name(types[operand]) if operand in types else "an unknown type"
+    if type_name not in TYPES[operator]:
+        yield f"{operator} of {type_name}"
+    axes = node.input[1:2] if operator in CONSTANT_AXES else node.input[3:4] if operator == "Slice" else ()
+    yield from (f"{operator} with computed axes" for name in axes if name and name not in constants)
+    for name in node.input[2:3] if operator in SYMMETRIC else ():
+        zero_point = constants.get(name)
+        if zero_point is None or any(zero_point.raw_data) or any(zero_point.int32_data):
+            yield f"{operator} with a zero point"

@@ -1,4 +1,4 @@
-"""Watts and memory of a GPU while something runs, as nvidia-smi or, on a Jetson, tegrastats tells them."""
+"""Power and memory of a GPU while something runs, read from nvidia-smi or, on a Jetson, from tegrastats."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ INTERVAL_MS = 100
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=power.draw,memory.used", "--format=csv,noheader,nounits", "-lms")
 TEGRASTATS = ("tegrastats", "--interval")
 TEGRA_BOARD = re.compile(r"\b(?:VDD_IN|VIN) (\d+)mW")
-"""The whole board's rail, where a board has one (Orin NX and Nano, Thor)."""
+"""The rail of the whole board, on boards that have one (Orin NX and Nano, Thor)."""
 TEGRA_RAILS = re.compile(r"\b(?:VDD_\w+|VIN_SYS_5V0|VDDQ_\w+) (\d+)mW")
-"""AGX Orin's rails, which together are the board: VIN_SYS_5V0 is that of its peripherals alone. Source: NVIDIA Jetson
-Linux Developer Guide, tegrastats."""
+"""The rails of AGX Orin, whose sum is the board's power: VIN_SYS_5V0 covers the peripherals alone. Source: NVIDIA
+Jetson Linux Developer Guide, tegrastats."""
 TEGRA_MEMORY = re.compile(r"\bRAM (\d+)/")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One line of the tool."""
+    """Power and memory in one line of the tool's output."""
 
     watts: float | None
     memory_mib: float | None
 
 
 def read_line(line: str) -> Reading | None:
-    """A line of either tool; None where it tells nothing."""
+    """Parses a line of either tool; returns None if it has neither figure."""
     if memory := TEGRA_MEMORY.search(line):
         board, rails = TEGRA_BOARD.search(line), TEGRA_RAILS.findall(line)
         milliwatts = int(board[1]) if board else sum(map(int, rails)) if rails else None
         return Reading(None if milliwatts is None else milliwatts / 1000, float(memory[1]))
     watts, _, used = line.partition(",")
-    found = Reading(_number(watts), _number(used))
-    return None if found == Reading(None, None) else found
+    reading = Reading(_parse_number(watts), _parse_number(used))
+    return None if reading == Reading(None, None) else reading
 
 
-def _number(text: str) -> float | None:
-    """What nvidia-smi prints; "[N/A]" where a device does not tell."""
+def _parse_number(text: str) -> float | None:
+    """Parses a number printed by nvidia-smi; returns None for "[N/A]"."""
     try:
         return float(text)
     except ValueError:
@@ -49,10 +49,10 @@ def _number(text: str) -> float | None:
 
 @dataclass
 class PowerMeter:
-    """Reads the tool while the `with` block runs; without a tool it reads nothing.
+    """Runs the tool during a `with` block and collects its readings; there are none if no tool is installed.
 
     Args:
-        bus: The GPU's place on the PCI bus, by which nvidia-smi knows it whatever CUDA's number of it is.
+        bus: PCI bus id of the GPU, which nvidia-smi accepts whatever the index in CUDA is.
     """
 
     bus: str
@@ -61,7 +61,7 @@ class PowerMeter:
 
     def __enter__(self) -> PowerMeter:
         command: list[str] = []
-        if shutil.which(TEGRASTATS[0]):  # first: a Jetson has nvidia-smi as well, which tells nothing there
+        if shutil.which(TEGRASTATS[0]):  # first, because nvidia-smi reports nothing on a Jetson
             command = [*TEGRASTATS, str(INTERVAL_MS)]
         elif shutil.which(NVIDIA_SMI[0]):
             command = [*NVIDIA_SMI, str(INTERVAL_MS), "-i", self.bus]
@@ -89,11 +89,12 @@ class PowerMeter:
 
     @property
     def joules(self) -> float | None:
-        """Mean power times the time; None where nothing was read."""
-        watts = [item.watts for item in self.readings if item.watts is not None]
+        """Mean power times the duration; None without readings."""
+        watts = [reading.watts for reading in self.readings if reading.watts is not None]
         return self.seconds * sum(watts) / len(watts) if watts else None
 
     @property
     def peak_memory_mib(self) -> float | None:
-        """Most memory in use, of all programs on the device; None where nothing was read."""
-        return max((item.memory_mib for item in self.readings if item.memory_mib is not None), default=None)
+        """Peak memory in use by all programs on the device; None without readings."""
+        memory_mib = [reading.memory_mib for reading in self.readings if reading.memory_mib is not None]
+        return max(memory_mib, default=None)

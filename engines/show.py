@@ -1,4 +1,4 @@
-"""`nvembed show BUNDLE`: what an engine is, what it was compared with, and whether it runs here."""
+"""`nvembed show BUNDLE`: describes an engine, how it was checked, and whether it runs on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nvembed_deploy.backends.bindings import load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
 from nvembed_deploy.backends.trt import check_fit
 from nvembed_deploy.bundle.manifest import Manifest
-from nvembed_deploy.bundle.parity_report import DEPTH
+from nvembed_deploy.bundle.parity_report import TOP_K
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import program, run
 from nvembed_deploy.engines.targets import TARGETS
@@ -22,15 +22,15 @@ from nvembed_deploy.model.config import Pooling
 from nvembed_deploy.system import available_memory_bytes
 
 GIB = 2**30
-POOLED = {
-    Pooling.LATENT: "mean of the tokens behind latent attention",
+POOLING_NAMES = {
+    Pooling.LATENT: "mean of the tokens after latent attention",
     Pooling.MEAN: "mean of the tokens",
     Pooling.LAST: "last token",
 }
 
 
-def fits_here(manifest: Manifest) -> tuple[bool, str]:
-    """Whether the plan runs on this machine, and the reason in words."""
+def plan_runs_here(manifest: Manifest) -> tuple[bool, str]:
+    """Returns whether the plan of a bundle runs on this machine, and the reason as a text."""
     if manifest.plan is None:
         return False, "the bundle has no plan: the graph runs on ONNX Runtime"
     try:
@@ -43,7 +43,7 @@ def fits_here(manifest: Manifest) -> tuple[bool, str]:
 
 
 def component_bytes(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the weights by component, in the formats of the precision; layers kept wider are not counted out."""
+    """Returns the bytes of the weights of each component, as if no layer was excluded from quantization."""
     precision = manifest.precision
     quantized_bits, base_bits = precision.bits_per_weight, precision.base.bits_per_weight
     model = manifest.source.architecture
@@ -56,8 +56,8 @@ def component_bytes(manifest: Manifest) -> dict[str, int]:
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
-    """The same as `lines`, for programs."""
-    runs, reason = fits_here(manifest)
+    """Returns the description of a bundle as values for JSON."""
+    runs, reason = plan_runs_here(manifest)
     memory = available_memory_bytes()
     return {
         "manifest": to_json(manifest),
@@ -69,59 +69,59 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 
 
 def lines(manifest: Manifest) -> Iterator[str]:
-    """What there is to say, a line each."""
+    """Yields the description of a bundle as lines of text."""
     model, plan = manifest.source.architecture, manifest.plan
     revision = f", revision {manifest.source.revision}" if manifest.source.revision else ""
-    size = f"{model.layers} layers, width {model.hidden_size}"
-    yield f"model      {manifest.source.name}{revision}: {model.relative}, {size}"
-    yield f"           {model.mask.value}, {POOLED[model.pooling]}; vectors of {manifest.dimension}"
+    size = f"{model.layers} layers, hidden size {model.hidden_size}"
+    yield f"model      {manifest.source.name}{revision}: {model.family}, {size}"
+    yield f"           {model.mask.value}, {POOLING_NAMES[model.pooling]}; {manifest.dimension} dimensions"
     if model.matryoshka is not None:
-        yield f"           vectors may be cut to {model.matryoshka}"
+        yield f"           vectors may be truncated to {model.matryoshka}"
     prompt = manifest.text.instruction_template or "no instructions"
     names = f"; named prompts: {', '.join(manifest.text.prompts)}" if manifest.text.prompts else ""
     yield f"queries    {prompt!r}{names}"
-    kept = f"; in fp32: {', '.join(manifest.fp32_modules)}" if manifest.fp32_modules else ""
-    yield f"precision  {manifest.precision.value}{kept}"
+    fp32_modules = f"; in fp32: {', '.join(manifest.fp32_modules)}" if manifest.fp32_modules else ""
+    yield f"precision  {manifest.precision.value}{fp32_modules}"
     yield f"graph      ONNX opset {manifest.opset}, {manifest.dialect.value} dialect"
-    yield f"shapes     {manifest.profile} (texts x tokens: smallest, usual, largest)"
-    recipe = TARGETS.get(manifest.target)
-    yield f"target     {manifest.target}{f': {recipe.summary}' if recipe else ''}"
+    yield f"shapes     {manifest.profile} (texts x tokens: min, opt, max)"
+    target = TARGETS.get(manifest.target)
+    yield f"target     {manifest.target}{f': {target.summary}' if target else ''}"
     if plan is None:
         yield "plan       none"
     else:
         yield f"plan       {plan.runtime} {plan.version}, {plan.platform}, GPUs {', '.join(plan.compute_capabilities)}"
         for profile in plan.profiles[1:]:
-            yield f"           and kernels of their own for {profile}"
-        for on, what in (
+            yield f"           with a separate profile for {profile}"
+        for enabled, option in (
             (plan.stripped, "without weights"),
-            (plan.weight_streaming, "weights may stay in the host"),
+            (plan.weight_streaming, "weights may stay in host memory"),
         ):
-            if on:
-                yield f"           {what}"
+            if enabled:
+                yield f"           {option}"
     for name, entry in manifest.files.items():
         yield f"file       {name}: {entry.bytes / 1e6:.1f} MB"
-    parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in component_bytes(manifest).items())
-    yield f"weights    {parts}"
+    components = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in component_bytes(manifest).items())
+    yield f"weights    {components}"
     for report in manifest.parity:
-        overlap = "" if report.overlap is None else f", top-{DEPTH} overlap {report.overlap:.1%}"
+        overlap = "" if report.overlap is None else f", top-{TOP_K} overlap {report.overlap:.1%}"
         cosines = f"lowest cosine {report.min_cosine:.6f}, mean {report.mean_cosine:.6f}"
         yield f"parity     {report.candidate}: {cosines}{overlap}"
     if not manifest.parity:
         yield f"parity     NOT checked: {program('check')} BUNDLE --model CHECKPOINT"
     yield f"made       {manifest.created} by version {manifest.tool_version}"
-    runs, reason = fits_here(manifest)
+    runs, reason = plan_runs_here(manifest)
     yield f"here       {'yes' if runs else 'no'}: {reason}"
     memory = available_memory_bytes()
-    needed = sum(component_bytes(manifest).values())
-    if memory is not None and needed > memory:
-        yield f"           the weights alone take {needed / GIB:.1f} GiB and {memory / GIB:.1f} GiB of memory are free"
+    weight_bytes = sum(component_bytes(manifest).values())
+    if memory is not None and weight_bytes > memory:
+        yield f"           the weights need {weight_bytes / GIB:.1f} GiB and {memory / GIB:.1f} GiB of memory are free"
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog=prog or program("show"), description=__doc__.split(": ", 1)[1])
-    parser.add_argument("bundle", help="a bundle's folder, or the engine.plan or model.onnx in it")
-    parser.add_argument("--json", action="store_true", help="the same for programs, with the whole manifest")
+    parser.add_argument("bundle", help="folder of a bundle, or the engine.plan or model.onnx in it")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the complete manifest")
     flags = parser.parse_args(argv)
 
     def command() -> None:

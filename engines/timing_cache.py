@@ -1,4 +1,4 @@
-"""TensorRT's measured kernel times, kept between builds. Source: TensorRT documentation, "Timing cache"."""
+"""A cache of TensorRT's kernel timings between builds. Source: TensorRT documentation, "Timing cache"."""
 
 from __future__ import annotations
 
@@ -17,38 +17,40 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TimingCache:
-    """A file of one TensorRT version and one kind of GPU; what it holds is worth nothing elsewhere."""
+    """A cache file for one TensorRT version and one kind of GPU; timings are not valid for others."""
 
     path: Path
 
     @classmethod
     def of(cls, bindings: Any, capability: str) -> TimingCache:
-        """The file for these bindings and this GPU, in the user's cache folder."""
+        """Returns the cache for a version of TensorRT and a GPU, in the user's cache folder."""
         return cls(
             cache_folder() / f"{bindings.__name__}-{bindings.__version__}-sm{capability.replace('.', '')}.timing"
         )
 
     def load(self, config: Any, logger: Any) -> None:
-        """Gives the builder what is known; a file that TensorRT does not take is left out."""
+        """Gives the stored timings to the builder; a file that TensorRT refuses is ignored."""
         content = self.path.read_bytes() if self.path.is_file() else b""
         try:
-            self._give(config, logger, content)
+            self._set(config, logger, content)
         except EngineError:
             if not content:
                 raise
-            _log.warning("%s is of another GPU or damaged, and begun anew", self.path)
-            self._give(config, logger, b"")
+            _log.warning("%s is damaged or was made on another GPU; starting with an empty timing cache", self.path)
+            self._set(config, logger, b"")
 
     @staticmethod
-    def _give(config: Any, logger: Any, content: bytes) -> None:
+    def _set(config: Any, logger: Any, content: bytes) -> None:
         cache = ask(logger, "creating the timing cache", config.create_timing_cache, content)
         ask(logger, "setting the timing cache", config.set_timing_cache, cache, False)
 
     def store(self, config: Any) -> None:
-        """Keeps what was measured. A cache that cannot be written costs time at the next build, and nothing else."""
+        """Stores the timings of a build. If the file cannot be written, the next build takes longer."""
         content = memoryview(config.get_timing_cache().serialize()).cast("B")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_file(self.path, content)
         except OSError as err:
-            _log.warning("%s cannot be written (%s); the next build measures again", self.path, err.strerror)
+            _log.warning(
+                "%s cannot be written (%s); the next build will measure the kernels again", self.path, err.strerror
+            )

@@ -1,33 +1,31 @@
-"""Work that goes on beside the main thread, and dies with it."""
+"""Work that runs beside the main thread and ends with the program."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from concurrent.futures import Future
+from typing import TypeVar
 
 Result = TypeVar("Result")
 
 
-class InBackground(Generic[Result]):
-    """Runs a function on a thread that does not outlive the program: Ctrl-C does not wait for it."""
+def run_in_background(function: Callable[[], Result]) -> Future[Result]:
+    """Runs a function on a daemon thread and returns its future.
 
-    def __init__(self, function: Callable[[], Result]) -> None:
-        self._found: list[Result] = []
-        self._error: BaseException | None = None
+    The threads of a `ThreadPoolExecutor` are joined when Python exits, so that Ctrl-C would have to wait for them. A
+    daemon thread is not.
 
-        def work() -> None:
-            try:
-                self._found.append(function())
-            except BaseException as err:
-                self._error = err
+    Args:
+        function: The function to run; an exception that it raises is raised again by the future's `result`.
+    """
+    future: Future[Result] = Future()
 
-        self._thread = threading.Thread(target=work, daemon=True)
-        self._thread.start()
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as err:  # whatever it is, `result` raises it on the thread that asks
+            future.set_exception(err)
 
-    def result(self) -> Result:
-        """What the function gave, once it is done; its error is raised here."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._found[0]
+    threading.Thread(target=work, daemon=True).start()
+    return future

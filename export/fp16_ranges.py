@@ -1,9 +1,10 @@
-"""Which parts of a model must stay in FP32 when the rest goes to FP16: found on real tokens, before anything is built.
+"""Finds the modules of a model that must stay in FP32 when the rest is converted to FP16.
 
-FP16 ends at 65,504. A tensor that passes it becomes infinite, and one norm later NaN or silent zeros. The probes are
-the gate's: first tokens, punctuation, instructed texts and the longest input, where large models keep their outliers.
-What comes near the limit is computed in FP32 in the graph, exactly that and no more. Norms compute in FP32 anyway, so
-the square inside them, which a value of 256 would already overflow, needs no care here.
+The largest FP16 number is 65,504. A tensor that exceeds it becomes infinite, and after the next norm NaN or silently
+zero. Before anything is built, the model runs on the texts of the parity gate: first tokens, punctuation, texts with an
+instruction and the longest input, which is where large models have their outliers. Exactly the modules whose tensors
+come near the limit compute in FP32 in the graph. The squares inside norms, which a value of 256 would already overflow,
+need no care here: norms always compute in FP32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle as Handle
 
-from nvembed_deploy.export.layerwise import POOLER, Parts
+from nvembed_deploy.export.layerwise import POOLER, LayerwiseModel
 from nvembed_deploy.model.decoder import Attention, RMSNorm, SwiGLU
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.latent_attention import GEGLU, CrossAttention, LatentAttentionModel, PreNorm
@@ -24,87 +25,92 @@ from nvembed_deploy.tokenization import TextEncoder
 
 FP16_MAX = 65504.0
 HEADROOM = 4.0
-"""Texts that were not probed may reach further: what passes a quarter of the limit counts as near it."""
+"""Other texts may reach higher values than the probes: a value above a quarter of the limit counts as near it."""
 DECODER = "embedding_model"
+Record = Callable[[str, Tensor], None]
+"""Takes a tensor's name and the tensor, of which it records the largest absolute value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranges:
-    """What the probe saw."""
+    """Largest absolute values that were measured."""
 
-    largest: dict[str, float]
-    """Name of each tensor to its largest absolute value."""
+    max_abs: dict[str, float]
+    """Largest absolute value of each tensor, by the tensor's name."""
 
     @property
-    def near(self) -> dict[str, float]:
+    def near_limit(self) -> dict[str, float]:
         """The tensors that come near FP16's limit, or are not finite even in FP32."""
-        return {name: value for name, value in self.largest.items() if not value <= FP16_MAX / HEADROOM}
+        return {name: peak for name, peak in self.max_abs.items() if not peak <= FP16_MAX / HEADROOM}
 
 
-def probe(parts: Parts, text: TextEncoder, *, longest: int) -> Ranges:
-    """Runs the gate's texts through the FP32 reference and keeps every tensor's largest value.
+def measure_ranges(layerwise: LayerwiseModel, text: TextEncoder, *, longest: int) -> Ranges:
+    """Runs the gate's texts through the FP32 model and records the largest absolute value of every tensor.
 
     Args:
-        parts: The reference.
+        layerwise: The FP32 model.
         text: The model's text encoder.
-        longest: Tokens of the longest probe.
+        longest: Tokens of the longest text.
 
     Returns:
-        Values by name: a module's name for its output; with `.product` behind, the gated product in front of a
-        down-projection; with `.scores`, a bound on the attention's scores; with `.residual`, the sum behind a block.
+        Values by name. A module's name stands for its output; with the suffix `.product`, for the gated product in
+        front of a down-projection; with `.scores`, for an upper bound of the attention's scores; with `.residual`, for
+        the residual stream that a norm takes.
     """
-    largest: dict[str, float] = {}
+    max_abs: dict[str, float] = {}
 
-    def keep(name: str, tensor: Tensor) -> None:
-        value = float(tensor.abs().max())
-        largest[name] = value if value != value else max(largest.get(name, 0.0), value)  # NaN stays
+    def record(name: str, tensor: Tensor) -> None:
+        peak = float(tensor.abs().max())
+        max_abs[name] = peak if peak != peak else max(max_abs.get(name, 0.0), peak)  # NaN is not replaced again
 
-    hooks = [handle for name, module in parts.model.named_modules() for handle in _watch(name, module, keep)]
+    handles = [
+        handle for name, module in layerwise.model.named_modules() for handle in _register_hooks(name, module, record)
+    ]
     try:
-        parts.embed(text, probe_rows(text, longest)[1])
+        layerwise.embed(text, probe_rows(text, longest)[1])
     finally:
-        for handle in hooks:
+        for handle in handles:
             handle.remove()
-    return Ranges(largest=largest)
+    return Ranges(max_abs=max_abs)
 
 
-def _watch(name: str, module: nn.Module, keep: Callable[[str, Tensor], None]) -> list[Handle]:
+def _register_hooks(name: str, module: nn.Module, record: Record) -> list[Handle]:
     if isinstance(module, SwiGLU):
-        return [module.down_proj.register_forward_pre_hook(lambda _, args: keep(f"{name}.product", args[0]))]
+        return [module.down_proj.register_forward_pre_hook(lambda _, args: record(f"{name}.product", args[0]))]
     if isinstance(module, Attention):
-        return _watch_scores(name, module, keep)
+        return _register_score_hooks(name, module, record)
     if isinstance(module, RMSNorm) and name.endswith(("q_norm", "k_norm")):
-        return [module.register_forward_hook(lambda _, args, out: keep(name, out))]
-    if isinstance(module, RMSNorm):  # what it takes is the residual
+        return [module.register_forward_hook(lambda _, args, out: record(name, out))]
+    if isinstance(module, RMSNorm):  # its input is the residual stream
         return [
-            module.register_forward_pre_hook(lambda _, args: keep(f"{name}.residual", args[0])),
-            module.register_forward_hook(lambda _, args, out: keep(name, out)),
+            module.register_forward_pre_hook(lambda _, args: record(f"{name}.residual", args[0])),
+            module.register_forward_hook(lambda _, args, out: record(name, out)),
         ]
-    if isinstance(module, PreNorm):  # what it takes is the pooler's residual
-        return [module.register_forward_pre_hook(lambda _, args: keep(f"{name}.residual", args[0]))]
+    if isinstance(module, PreNorm):  # its input is the pooler's residual stream
+        return [module.register_forward_pre_hook(lambda _, args: record(f"{name}.residual", args[0]))]
     if isinstance(module, CrossAttention):
-        return _watch_latents(name, module, keep)
+        return _register_latent_score_hooks(name, module, record)
     if isinstance(module, FoldedLatentAttention):
         return [
             module.get_submodule("norm").register_forward_hook(
-                lambda _, args, out: keep(f"{name}.scores", out @ module.scores)
+                lambda _, args, out: record(f"{name}.scores", out @ module.scores)
             ),
-            module.register_forward_hook(lambda _, args, out: keep(name, out)),
+            module.register_forward_hook(lambda _, args, out: record(name, out)),
         ]
     if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm | nn.Sequential | GEGLU) or name == POOLER:
-        return [module.register_forward_hook(lambda _, args, out: keep(name, out))]
+        return [module.register_forward_hook(lambda _, args, out: record(name, out))]
     return []
 
 
-def _watch_scores(name: str, attention: Attention, keep: Callable[[str, Tensor], None]) -> list[Handle]:
-    """A score is at most the product of the longest query and the longest key; turning keeps lengths."""
+def _register_score_hooks(name: str, attention: Attention, record: Record) -> list[Handle]:
+    """Bounds the scores by the norm of the longest query times that of the longest key; rotation keeps norms."""
     longest: dict[str, Tensor] = {}
 
     def measure(side: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_: nn.Module, args: object, out: Tensor) -> None:
             longest[side] = out.reshape(*out.shape[:-1], -1, attention.head_dim).norm(dim=-1).max()
             if side == "key":
-                keep(f"{name}.scores", longest["query"] * longest["key"] * attention.head_dim**-0.5)
+                record(f"{name}.scores", longest["query"] * longest["key"] * attention.head_dim**-0.5)
 
         return hook
 
@@ -112,89 +118,89 @@ def _watch_scores(name: str, attention: Attention, keep: Callable[[str, Tensor],
     return [query.register_forward_hook(measure("query")), key.register_forward_hook(measure("key"))]
 
 
-def _watch_latents(name: str, attention: CrossAttention, keep: Callable[[str, Tensor], None]) -> list[Handle]:
-    """The same for tokens and latents, whose products are scaled only afterwards."""
+def _register_latent_score_hooks(name: str, attention: CrossAttention, record: Record) -> list[Handle]:
+    """Bounds the scores of tokens and latents, whose products are scaled only afterwards."""
     longest: dict[str, Tensor] = {}
 
-    def lengths(rows: Tensor) -> Tensor:
-        found: Tensor = rows.reshape(*rows.shape[:-1], attention.heads, attention.head_dim).norm(dim=-1).max()
-        return found
+    def max_norm(heads: Tensor) -> Tensor:
+        norm: Tensor = heads.reshape(*heads.shape[:-1], attention.heads, attention.head_dim).norm(dim=-1).max()
+        return norm
 
-    def query(_: nn.Module, args: object, out: Tensor) -> None:
-        longest["query"] = lengths(out)
+    def query_hook(_: nn.Module, args: object, out: Tensor) -> None:
+        longest["query"] = max_norm(out)
 
-    def key(_: nn.Module, args: object, out: Tensor) -> None:
-        keep(f"{name}.scores", longest["query"] * lengths(out.chunk(2, dim=-1)[0]))
+    def key_hook(_: nn.Module, args: object, out: Tensor) -> None:
+        record(f"{name}.scores", longest["query"] * max_norm(out.chunk(2, dim=-1)[0]))
 
-    return [attention.to_q.register_forward_hook(query), attention.to_kv.register_forward_hook(key)]
+    return [attention.to_q.register_forward_hook(query_hook), attention.to_kv.register_forward_hook(key_hook)]
 
 
-def wide_modules(model: NVEmbed, ranges: Ranges) -> frozenset[str]:
-    """Modules that compute in FP32 so that no tensor near the limit is FP16.
+def find_fp32_modules(model: NVEmbed, ranges: Ranges) -> frozenset[str]:
+    """Returns the modules that must compute in FP32 so that no tensor near the limit is FP16.
 
-    What makes such a tensor gives FP32, and what takes it takes FP32. A sum is FP32 where one of its terms is: once a
-    block gives FP32, the residual stays FP32 to the end.
+    These are the modules that produce such a tensor and those that take it. A sum is FP32 if one of its terms is: once
+    a block's output is FP32, the residual stream stays FP32 to the end.
     """
-    wide: set[str] = set()
-    for name in ranges.near:
+    fp32_modules: set[str] = set()
+    for name in ranges.near_limit:
         if name.startswith(POOLER):
-            wide.add(POOLER)
+            fp32_modules.add(POOLER)
             continue
-        parent, _, what = name.rpartition(".")
-        if what == "product":
-            wide |= {f"{parent}.{part}_proj" for part in ("gate", "up", "down")}
-        elif what == "residual":
-            wide.add(_feeds_residual(parent, layers=len(model.embedding_model.layers)))
-        elif what == "scores":
-            wide |= {f"{parent}.{part}_proj" for part in "qkv"}
+        parent, _, tensor = name.rpartition(".")
+        if tensor == "product":
+            fp32_modules |= {f"{parent}.{projection}_proj" for projection in ("gate", "up", "down")}
+        elif tensor == "residual":
+            fp32_modules.add(_last_residual_writer(parent, layers=len(model.embedding_model.layers)))
+        elif tensor == "scores":
+            fp32_modules |= {f"{parent}.{projection}_proj" for projection in "qkv"}
         else:
-            wide |= {name, *_takers(parent, what)}
-    for name in list(wide):  # the attention takes three tensors of one type
-        parent, _, what = name.rpartition(".")
-        if what in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"):
-            wide |= {f"{parent}.{part}_proj" for part in "qkv"}
-    return frozenset(wide)
+            fp32_modules |= {name, *_consumers(parent, tensor)}
+    for name in list(fp32_modules):  # the attention takes queries, keys and values of one type
+        parent, _, module = name.rpartition(".")
+        if module in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"):
+            fp32_modules |= {f"{parent}.{projection}_proj" for projection in "qkv"}
+    return frozenset(fp32_modules)
 
 
-def _takers(parent: str, what: str) -> list[str]:
-    """Modules that take a module's output, where it does not first become part of a sum or a product."""
-    if what == "input_layernorm":
-        return [f"{parent}.self_attn.{part}_proj" for part in "qkv"]
-    if what == "post_attention_layernorm":
+def _consumers(parent: str, module: str) -> list[str]:
+    """Returns the modules that take a module's output directly, not as part of a sum or a product."""
+    if module == "input_layernorm":
+        return [f"{parent}.self_attn.{projection}_proj" for projection in "qkv"]
+    if module == "post_attention_layernorm":
         return [f"{parent}.mlp.gate_proj", f"{parent}.mlp.up_proj"]
-    if what == "v_proj":
+    if module == "v_proj":
         return [f"{parent}.o_proj"]
-    return [POOLER] if what == "norm" else []
+    return [POOLER] if module == "norm" else []
 
 
-def _feeds_residual(norm: str, *, layers: int) -> str:
-    """The module whose output was the last to be added to what a norm takes."""
+def _last_residual_writer(norm: str, *, layers: int) -> str:
+    """Returns the module whose output is the last one added to the residual stream that a norm takes."""
     if norm == f"{DECODER}.norm":
         return f"{DECODER}.layers.{layers - 1}.mlp.down_proj"
-    layer, _, which = norm.rpartition(".")
-    if which == "post_attention_layernorm":
+    layer, _, norm_name = norm.rpartition(".")
+    if norm_name == "post_attention_layernorm":
         return f"{layer}.self_attn.o_proj"
-    number = int(layer.rpartition(".")[2])
-    return f"{DECODER}.layers.{number - 1}.mlp.down_proj" if number else f"{DECODER}.embed_tokens"
+    index = int(layer.rpartition(".")[2])
+    return f"{DECODER}.layers.{index - 1}.mlp.down_proj" if index else f"{DECODER}.embed_tokens"
 
 
-def widen(model: nn.Module, wide: frozenset[str]) -> None:
-    """Puts modules into FP32 in place, and casts where FP32 and the model's own type meet.
+def convert_to_fp32(model: nn.Module, fp32_modules: frozenset[str]) -> None:
+    """Converts modules to FP32 in place, and adds casts where FP32 and the model's own type meet.
 
     Args:
         model: In FP16, its pooler folded or not.
-        wide: As from `wide_modules`.
+        fp32_modules: Module names, from `find_fp32_modules`.
     """
-    if not wide:
+    if not fp32_modules:
         return
-    for name in wide:
-        for part in model.get_submodule(name).modules():
-            for own, weight in list(part.named_parameters(recurse=False)):  # `float()` cannot turn fake tensors
-                setattr(part, own, nn.Parameter(weight.float(), requires_grad=False))
+    for name in fp32_modules:
+        for submodule in model.get_submodule(name).modules():
+            for key, weight in list(submodule.named_parameters(recurse=False)):  # `float()` fails on fake tensors
+                setattr(submodule, key, nn.Parameter(weight.float(), requires_grad=False))
     for name, module in model.named_modules():
-        inside_pooler = name.startswith(f"{POOLER}.")
+        is_in_pooler = name.startswith(f"{POOLER}.")
         if isinstance(module, LatentAttentionModel | FoldedLatentAttention) or (
-            isinstance(module, nn.Linear) and not inside_pooler
+            isinstance(module, nn.Linear) and not is_in_pooler
         ):
             module.register_forward_pre_hook(_cast_inputs)
 

@@ -1,8 +1,8 @@
-"""A model that computes part by part: each part in memory while it is at work, or all of them at once.
+"""A model that computes block by block, with one block in memory at a time or all of them at once.
 
-The parts are the embeddings, each decoder layer, the final norm and the pooler. Every batch passes a part before the
-next part begins, so a model larger than memory is read once for all batches, and what is looked at while it runs
-(ranges, inputs of linear layers) is of one part at a time.
+The blocks are the embeddings, each decoder layer, the final norm and the pooler. All batches pass through a block
+before the next one starts, so that a model larger than memory is read once for all batches. Hooks, which measure ranges
+and collect inputs of linear layers, see one block at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nvembed_deploy.export.graph.weights import State, StoredState
+from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.latent_attention import LatentAttentionModel
 from nvembed_deploy.model.nvembed import NVEmbed
@@ -24,166 +24,178 @@ from nvembed_deploy.tokenization import TextEncoder, TokenBatch, TokenRow
 EMBEDDINGS = "embedding_model.embed_tokens"
 NORM = "embedding_model.norm"
 POOLER = "latent_attention_model"
-Watch = Callable[[str], AbstractContextManager[None]]
-"""Given a part's name, what stands around its work."""
+BlockHook = Callable[[str], AbstractContextManager[None]]
+"""Takes a block's name and returns the context in which the block computes."""
 
 
-def unwatched(_: str) -> AbstractContextManager[None]:
-    """Nothing around a part's work."""
+def no_hook(_: str) -> AbstractContextManager[None]:
+    """A `BlockHook` that does nothing."""
     return nullcontext()
 
 
-class Parts:
-    """See the module's text.
+class LayerwiseModel:
+    """A model that computes block by block; see the module's docstring.
 
     Args:
-        model: In memory, or on the meta device.
-        state: Where its weights come from, if it is on the meta device.
+        model: The model, in memory or on the meta device.
+        weight_source: Where the weights of a model on the meta device are read from; None for a model in memory.
     """
 
-    def __init__(self, model: NVEmbed, state: State | None = None) -> None:
+    def __init__(self, model: NVEmbed, weight_source: WeightSource | None = None) -> None:
         self.model = model
-        self.state = state
-        self.batch = 0
-        """Number of the batch that is being computed."""
+        self.weight_source = weight_source
+        self.batch_index = 0
+        """Index of the batch that is being computed."""
         self._edits: dict[str, list[Callable[[], None]]] = {}
         self._loaded = ""
 
     @classmethod
-    def of_checkpoint(cls, weights: StoredWeights, *, fold: bool) -> Parts:
-        """A model whose weights stay in the checkpoint's files."""
+    def from_checkpoint(cls, weights: StoredWeights, *, fold: bool) -> LayerwiseModel:
+        """Creates a model whose weights stay in the checkpoint's files."""
         with torch.device("meta"):
             model = folded_form(NVEmbed(weights.config).requires_grad_(False).eval(), fold=fold)
-        return cls(model, StoredState(weights, fold=fold))
+        return cls(model, CheckpointWeights(weights, fold=fold))
 
     @property
     def streamed(self) -> bool:
-        """True where only one part is in memory."""
-        return self.state is not None
+        """True if only one block is in memory."""
+        return self.weight_source is not None
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The parts, in the order of the data."""
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the blocks, in the order in which they compute."""
         layers = (f"embedding_model.layers.{index}" for index in range(len(self.model.embedding_model.layers)))
         return (EMBEDDINGS, *layers, NORM, POOLER)
 
+    @property
+    def parameter_count(self) -> int:
+        """Number of the model's parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     @contextmanager
-    def part(self, name: str) -> Iterator[nn.Module]:
-        """Holds a part in memory, in FP32, as `edit` has changed it."""
+    def block(self, name: str) -> Iterator[nn.Module]:
+        """Holds a block in memory, in FP32, with its edits applied."""
         module = self.model.get_submodule(name)
-        if self.state is None or self._loaded == name:
+        if self.weight_source is None or self._loaded == name:
             yield module
             return
-        loaded = {own: self.state.read(f"{name}.{own}").float() for own, _ in module.named_parameters()}
-        module.load_state_dict(loaded, strict=True, assign=True)
+        tensors = {key: self.weight_source.read(f"{name}.{key}").float() for key, _ in module.named_parameters()}
+        module.load_state_dict(tensors, strict=True, assign=True)
         module.requires_grad_(False)
-        del loaded
+        del tensors
         self._loaded = name
         try:
-            for change in self._edits.get(name, ()):
-                change()
+            for edit in self._edits.get(name, ()):
+                edit()
             yield module
         finally:
             module.to("meta")
             self._loaded = ""
 
-    def edit(self, part: str, change: Callable[[], None]) -> None:
-        """Changes a part's weights in place, now and whenever it comes into memory again."""
-        if self.state is None:
-            change()
+    def edit(self, block_name: str, edit: Callable[[], None]) -> None:
+        """Changes a block's weights in place, now and each time that the block is loaded again."""
+        if self.weight_source is None:
+            edit()
             return
-        self._edits.setdefault(part, []).append(change)
-        if self._loaded == part:
-            change()
+        self._edits.setdefault(block_name, []).append(edit)
+        if self._loaded == block_name:
+            edit()
 
     @torch.no_grad()
-    def forward(self, batches: Sequence[TokenBatch], *, watch: Watch = unwatched, what: str = "") -> Tensor:
+    def forward(self, batches: Sequence[TokenBatch], *, hook: BlockHook = no_hook, description: str = "") -> Tensor:
         """Embeds batches.
 
         Args:
             batches: Right-padded rows.
-            watch: Stands around the work of each part, while the part is in memory.
-            what: Said by the progress bar, which there is for streamed models.
+            hook: Entered around the computation of each block, while the block is in memory.
+            description: Text of the progress bar, which is shown for streamed models.
 
         Returns:
             float32 [N, D], rows of unit length, batch after batch.
         """
         inputs = _tensors(batches)
-        states: list[Tensor] = [ids for ids, _, _ in inputs]
-        bar = tqdm(self.names, desc=what, unit="part", disable=None if self.streamed else True, leave=False)
+        hidden: list[Tensor] = [ids for ids, _, _ in inputs]
+        bar = tqdm(
+            self.block_names, desc=description, unit="block", disable=None if self.streamed else True, leave=False
+        )
         for name in bar:
-            with self.part(name) as module, watch(name):
-                for self.batch, (_, attended, _) in enumerate(inputs):
-                    states[self.batch] = self._step(name, module, states[self.batch], attended)
-        return self._pooled(states, inputs)
+            with self.block(name) as module, hook(name):
+                for self.batch_index, (_, attention_mask, _) in enumerate(inputs):
+                    hidden[self.batch_index] = self._step(name, module, hidden[self.batch_index], attention_mask)
+        return self._pooled(hidden, inputs)
 
     @torch.no_grad()
     def variants(
         self,
         batches: Sequence[TokenBatch],
         changes: Mapping[str, Callable[[], AbstractContextManager[None]]],
-        what: str,
+        description: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Embeds batches, and again for each change of a part: what comes before that part is computed once for all.
+        """Embeds batches as they are, and once more for each change of a block.
+
+        The blocks in front of a changed one are computed once for all variants.
 
         Args:
             batches: Right-padded rows.
-            changes: By the name of a module in the changed part: what stands around the part's work then.
-            what: Said by the progress bar.
+            changes: Context in which a changed block computes, by the name of a module in it.
+            description: Text of the progress bar.
 
         Returns:
-            float32 [N, D] without a change, and with each.
+            float32 [N, D] of the unchanged model, and of the model with each change.
         """
         inputs = _tensors(batches)
-        plain: list[Tensor] = [ids for ids, _, _ in inputs]
+        unchanged: list[Tensor] = [ids for ids, _, _ in inputs]
         changed: dict[str, list[Tensor]] = {}
-        for name in tqdm(self.names, desc=what, unit="part", disable=None, leave=False):
-            with self.part(name) as module:
+        for name in tqdm(self.block_names, desc=description, unit="block", disable=None, leave=False):
+            with self.block(name) as module:
 
-                def forward(states: list[Tensor], name: str = name, module: nn.Module = module) -> list[Tensor]:
+                def forward(hidden: list[Tensor], name: str = name, module: nn.Module = module) -> list[Tensor]:
                     return [
-                        self._step(name, module, state, item[1]) for state, item in zip(states, inputs, strict=True)
+                        self._step(name, module, x, attention_mask)
+                        for x, (_, attention_mask, _) in zip(hidden, inputs, strict=True)
                     ]
 
-                changed = {key: forward(states) for key, states in changed.items()}
+                changed = {key: forward(hidden) for key, hidden in changed.items()}
                 for key, change in changes.items():
-                    if part_of(key) == name:
+                    if block_of(key) == name:
                         with change():
-                            changed[key] = forward(plain)
-                plain = forward(plain)
-        return self._pooled(plain, inputs), {key: self._pooled(states, inputs) for key, states in changed.items()}
+                            changed[key] = forward(unchanged)
+                unchanged = forward(unchanged)
+        return self._pooled(unchanged, inputs), {key: self._pooled(hidden, inputs) for key, hidden in changed.items()}
 
-    def _pooled(self, states: Sequence[Tensor], inputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
-        return torch.cat([self.model.pool(state, item[2])[0] for state, item in zip(states, inputs, strict=True)])
+    def _pooled(self, hidden: Sequence[Tensor], inputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        return torch.cat(
+            [self.model.pool(x, pool_mask)[0] for x, (_, _, pool_mask) in zip(hidden, inputs, strict=True)]
+        )
 
-    def _step(self, name: str, module: nn.Module, state: Tensor, attended: Tensor) -> Tensor:
+    def _step(self, name: str, module: nn.Module, x: Tensor, attention_mask: Tensor) -> Tensor:
         if name in (EMBEDDINGS, NORM, POOLER):
-            found: Tensor = module(state)
-            return found
+            out: Tensor = module(x)
+            return out
         decoder = self.model.embedding_model
-        cos, sin = decoder.rotary(state.shape[1], state)
-        found = module(state, cos, sin, decoder.visible(attended))
-        return found
+        cos, sin = decoder.rotary(x.shape[1], x)
+        out = module(x, cos, sin, decoder.visible(attention_mask))
+        return out
 
-    def embed(self, text: TextEncoder, rows: Sequence[TokenRow], *, watch: Watch = unwatched) -> Tensor:
-        """float32 [N, D] of rows, each alone."""
-        return self.forward([text.pad([row]) for row in rows], watch=watch, what="embedding, layer by layer")
+    def embed(self, text: TextEncoder, rows: Sequence[TokenRow], *, hook: BlockHook = no_hook) -> Tensor:
+        """Returns float32 [N, D], each row computed in a batch of its own."""
+        return self.forward([text.pad([row]) for row in rows], hook=hook, description="embedding, layer by layer")
 
 
 def _tensors(batches: Sequence[TokenBatch]) -> list[tuple[Tensor, ...]]:
-    return [tuple(torch.from_numpy(item) for item in batch) for batch in batches]
+    return [tuple(torch.from_numpy(array) for array in batch) for batch in batches]
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter or a module belongs to."""
-    pieces = name.split(".")
-    if pieces[0] == POOLER:
+def block_of(name: str) -> str:
+    """Returns the name of the block that a parameter or a module belongs to."""
+    components = name.split(".")
+    if components[0] == POOLER:
         return POOLER
-    return ".".join(pieces[: 3 if pieces[1] == "layers" else 2])
+    return ".".join(components[: 3 if components[1] == "layers" else 2])
 
 
 def folded_form(model: NVEmbed, *, fold: bool) -> NVEmbed:
-    """Puts the folded pooler in place of the model's, if it has one and `fold` says so; in place."""
+    """Replaces the model's latent attention by its folded form, in place, if it has one and `fold` is True."""
     if fold and isinstance(model.latent_attention_model, LatentAttentionModel):
         model.latent_attention_model = FoldedLatentAttention(model.latent_attention_model)
     return model

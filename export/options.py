@@ -1,66 +1,70 @@
-"""The flags that the export commands share, and what they mean."""
+"""The options of an export, and the command-line flags that set them."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from nvembed_deploy.console import program
-from nvembed_deploy.engines.plan_builder import add_option_flags, asked_options
-from nvembed_deploy.engines.targets import TARGETS, BuildOption, Target, capable, choose
+from nvembed_deploy.engines.plan_builder import add_option_flags, requested_build_options
+from nvembed_deploy.engines.targets import TARGETS, BuildOption, Target, capable_gpus, choose_target
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.spec import Dialect, Precision, Shape, ShapeProfile
 
 DEFAULT_MODEL = Path("models") / "nv-embed-mini"
 """The embedded checkpoint, from the root of the repository."""
-WEIGHTS_WAYS = ("copy", "reference")
-TOKENS = 16_384
-"""Tokens that calibration takes: ranges of the embedded model change by less than 2 % beyond half of them."""
+COPY, REFERENCE = "copy", "reference"
+CALIBRATION_TOKENS = 16_384
+"""Default of `--calibration-tokens`: beyond half of it, ranges of the embedded model change by less than 2 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to export, and how."""
+    """Options of an export.
+
+    A field that has the name of a flag has the flag's value; its description is the flag's help text.
+    """
 
     model: str
     """A local folder in Hugging Face layout, or a hub name."""
     revision: str | None
     layers: int | None
-    """Take this many of the decoder's layers; None for all."""
+    """Number of decoder layers to export; None for all."""
     out: Path
     precision: Precision
     dialect: Dialect
     target: Target
     onnx_only: bool
-    """Build no plan."""
     profile: ShapeProfile
     fold: bool
-    reference: bool
-    """Leave weights where they lie, and link the checkpoint's files into the bundle."""
+    """Whether to fold the latent attention."""
+    reference_weights: bool
+    """Whether to link the checkpoint's files into the bundle instead of copying weights."""
     parity: bool
+    """Whether to compare with PyTorch."""
     probe_ranges: bool
-    """Search for values near FP16's limit also where nothing is compared."""
-    asked: frozenset[BuildOption]
-    """What TensorRT shall do for a large engine."""
+    build_options: frozenset[BuildOption]
+    """TensorRT's options for large engines."""
     calibration: Path | None
-    """JSONL of texts to calibrate on; None: the built-in mixture."""
+    """None for the built-in texts."""
     calibration_tokens: int
     reuse: Path | None
-    """An earlier bundle or its `quantization.json`, in place of calibrating."""
+    """An earlier bundle, or its `quantization.json`."""
     force: bool
 
     @property
     def runs_model(self) -> bool:
-        """True where PyTorch computes something: with the whole model in memory where it is compared, else by parts."""
+        """True if PyTorch runs the model: as a whole if it is compared, otherwise block by block."""
         return self.parity or self.probe_ranges or self.precision.quantized
 
 
 def default_model() -> Path:
-    """The embedded checkpoint's folder.
+    """Returns the folder of the embedded checkpoint.
 
     Raises:
-        ConfigError: This is an installed wheel, which does not hold it.
+        ConfigError: The package was installed from a wheel, which does not contain the checkpoint.
     """
     folder = Path(__file__).resolve().parent.parent / DEFAULT_MODEL
     if not folder.is_dir():
@@ -72,14 +76,14 @@ def default_model() -> Path:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `ExportOptions`, in groups."""
+    """Adds the flags that set `ExportOptions`, in groups."""
     _add_checkpoint_flags(parser.add_argument_group("checkpoint"))
     _add_bundle_flags(parser.add_argument_group("bundle"))
     _add_gate_flags(parser.add_argument_group("comparison with PyTorch"))
     _add_quantization_flags(parser.add_argument_group("quantization"))
     add_option_flags(parser.add_argument_group("large engines"))
-    parser.add_argument("--force", action="store_true", help="go on where the forecast says that it will not fit")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show what TensorRT and the exporter log")
+    parser.add_argument("--force", action="store_true", help="start even if the forecast says that it will not fit")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the log of TensorRT and of the exporter")
 
 
 def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
@@ -87,8 +91,8 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
         "--model",
         default=None,
         metavar="DIR|NAME",
-        help="checkpoint: a folder in Hugging Face layout, or a hub name such as nvidia/NV-Embed-v2, which is "
-        f"downloaded (default: the embedded mini model, {DEFAULT_MODEL})",
+        help="checkpoint to export: a folder in Hugging Face layout, or a hub name such as nvidia/NV-Embed-v2, which "
+        f"is downloaded (default: the embedded mini model, {DEFAULT_MODEL})",
     )
     group.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
     group.add_argument(
@@ -96,17 +100,18 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
         type=_positive,
         default=None,
         metavar="N",
-        help="take the first N layers only: a smaller model of true width, to try a large one on a small machine",
+        help="export only the first N layers: a smaller model with the true layer sizes, to try a large model on a "
+        "small machine",
     )
 
 
 def _add_bundle_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--precision",
-        choices=[item.value for item in Precision],
+        choices=[precision.value for precision in Precision],
         default=Precision.FP16.value,
-        help="number format of weights and activations; int8 and fp8 quantize the linear layers and their inputs, int4 "
-        "their weights, the rest stays fp16 (default: %(default)s)",
+        help="number format of weights and activations; int8 and fp8 quantize linear layers and their inputs, int4 "
+        "only their weights, and the rest stays fp16 (default: %(default)s)",
     )
     group.add_argument(
         "--target",
@@ -119,46 +124,51 @@ def _add_bundle_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--onnx-only",
         action="store_true",
-        help="no plan: the graph runs on ONNX Runtime and OpenVINO, and `build` makes a plan of it anywhere",
+        help="build no plan: the graph runs on ONNX Runtime and OpenVINO, and `build` can build a plan from it later, "
+        "on any machine",
     )
     group.add_argument(
         "--dialect",
-        choices=[item.value for item in Dialect],
+        choices=[dialect.value for dialect in Dialect],
         default=None,
         help="ONNX operators: fused (opset 23) or portable (opset 20, primitive operators) (default: the target's)",
     )
     group.add_argument(
         "--out", type=Path, default=None, metavar="DIR", help="bundle to write (default: bundles/MODEL-PRECISION)"
     )
-    for name, what in (("min", "smallest"), ("opt", "most usual"), ("max", "largest")):
+    for name, adjective in (("min", "smallest"), ("opt", "most usual"), ("max", "largest")):
         group.add_argument(
             f"--{name}",
             type=_shape,
             default=None,
             metavar="BxT",
-            help=f"{what} batch, texts x tokens (default: the target's; rtx {getattr(TARGETS['rtx'].profile, name)})",
+            help=f"{adjective} batch, texts x tokens (default: the target's; rtx "
+            f"{getattr(TARGETS['rtx'].profile, name)})",
         )
     group.add_argument(
         "--weights",
-        choices=WEIGHTS_WAYS,
-        default="copy",
-        help="copy: the bundle holds the weights, turned as runtimes take them; reference: weights whose type stays "
-        "are not written again, the checkpoint's own files are linked into the bundle (default: %(default)s)",
+        choices=(COPY, REFERENCE),
+        default=COPY,
+        help="copy: write the weights into the bundle, transposed the way runtimes take them; reference: link the "
+        "checkpoint's own files into the bundle, and write only weights whose type changes (default: %(default)s)",
     )
-    group.add_argument("--no-fold", action="store_true", help="keep the latent attention unfolded, to compare")
+    group.add_argument(
+        "--no-fold", dest="fold", action="store_false", help="keep the latent attention unfolded, for comparison"
+    )
 
 
 def _add_gate_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--no-parity",
-        action="store_true",
-        help="skip the comparison with PyTorch, which holds the whole model in memory; the manifest then says so. "
-        "Values near FP16's limit are not searched either, unless --probe-ranges asks for it",
+        dest="parity",
+        action="store_false",
+        help="skip the comparison with PyTorch, which holds the whole model in memory; the manifest then says so. The "
+        "search for values near FP16's limit is skipped too, unless --probe-ranges is given",
     )
     group.add_argument(
         "--probe-ranges",
         action="store_true",
-        help="with --no-parity: search for values near FP16's limit all the same, one layer in memory at a time",
+        help="with --no-parity: search for values near FP16's limit nevertheless, with one layer in memory at a time",
     )
 
 
@@ -168,22 +178,22 @@ def _add_quantization_flags(group: argparse._ArgumentGroup) -> None:
         type=Path,
         default=None,
         metavar="FILE.jsonl",
-        help='texts that quantization is fitted to, one {"text": ...} a line, "instruction" beside it for queries: '
-        "use what will be embedded (default: a built-in mixture of queries, passages, code and other languages)",
+        help='texts to calibrate quantization on, one {"text": ...} per line, with "instruction" for queries: use what '
+        "will be embedded (default: a built-in mixture of queries, passages, code and other languages)",
     )
     group.add_argument(
         "--calibration-tokens",
         type=_positive,
-        default=TOKENS,
+        default=CALIBRATION_TOKENS,
         metavar="N",
-        help="tokens of them to take (default: %(default)s)",
+        help="number of tokens to calibrate on (default: %(default)s)",
     )
     group.add_argument(
         "--reuse",
         type=Path,
         default=None,
         metavar="BUNDLE",
-        help="take ranges, smoothing and kept layers from an earlier quantized bundle of the same checkpoint",
+        help="take ranges, smoothing and excluded layers from an earlier quantized bundle of the same checkpoint",
     )
 
 
@@ -196,55 +206,63 @@ def _positive(text: str) -> int:
 def _shape(text: str) -> Shape:
     try:
         return Shape.parse(text)
-    except ConfigError as err:  # argparse shows the words of its own error only
+    except ConfigError as err:  # argparse shows only the text of its own error
         raise argparse.ArgumentTypeError(str(err)) from err
 
 
 def from_flags(flags: argparse.Namespace) -> ExportOptions:
-    """Checks the flags together.
+    """Checks the flags together and completes them with the target's defaults.
 
     Raises:
-        ConfigError: A flag does not fit the others; its name is in the message.
+        ConfigError: Two flags contradict each other; the message names them.
     """
-    target = choose(flags.target)
+    target, precision = choose_target(flags.target), Precision(flags.precision)
+    build_options = requested_build_options(flags, target)
+    _refuse_contradictions(flags, precision, build_options)
+    # If this machine builds the plan, its own GPU must support the precision.
+    built_on = replace(target, on_device=False) if flags.onnx_only else target
+    target = replace(target, compute_capabilities=capable_gpus(built_on, precision))
+    model = flags.model or str(default_model())
+    name = (Path(model).name or "model") + (f"-{flags.layers}-layers" if flags.layers else "")
+    completed: dict[str, Any] = {
+        "model": model,
+        "out": flags.out or Path("bundles") / f"{name}-{flags.precision}",
+        "precision": precision,
+        "dialect": Dialect(flags.dialect) if flags.dialect else target.dialect,
+        "target": target,
+        "profile": _profile(flags, target),
+        "reference_weights": flags.weights == REFERENCE,
+        "build_options": build_options,
+    }
+    unchanged = {
+        field.name: getattr(flags, field.name) for field in fields(ExportOptions) if field.name not in completed
+    }
+    return ExportOptions(**completed, **unchanged)
+
+
+def _profile(flags: argparse.Namespace, target: Target) -> ShapeProfile:
     shapes = {name: getattr(flags, name) or getattr(target.profile, name) for name in ("min", "opt", "max")}
     if flags.opt is None:  # a user who narrows --max means the whole profile
         opt, low, high = shapes["opt"], shapes["min"], shapes["max"]
         shapes["opt"] = Shape(
             batch=min(max(opt.batch, low.batch), high.batch), tokens=min(max(opt.tokens, low.tokens), high.tokens)
         )
-    precision = Precision(flags.precision)
-    asked = asked_options(flags, target)
-    if asked and flags.onnx_only:
-        names = " and ".join(f"--{option.value}" for option in sorted(asked))
-        raise ConfigError(f"{names} changes the plan, and --onnx-only builds none; pass it to {program('build')}")
+    return ShapeProfile(**shapes)
+
+
+def _refuse_contradictions(
+    flags: argparse.Namespace, precision: Precision, build_options: frozenset[BuildOption]
+) -> None:
+    if build_options and flags.onnx_only:
+        names = " and ".join(f"--{option.value}" for option in sorted(build_options))
+        raise ConfigError(f"{names} changes the plan, but --onnx-only builds none; pass it to {program('build')}")
     for name in ("calibration", "reuse"):
         if getattr(flags, name) is not None and not precision.quantized:
-            raise ConfigError(f"--{name} is for quantized precisions, and --precision is {precision.value}; pass int8")
-    if flags.weights == "reference" and precision.quantized:
-        raise ConfigError(f"--weights reference is for weights that stay as they are; {precision.value} writes others")
-    # Where this machine builds the plan, its own GPU must be capable.
-    judged = replace(target, on_device=False) if flags.onnx_only else target
-    target = replace(target, compute_capabilities=capable(judged, precision))
-    model = flags.model or str(default_model())
-    name = (Path(model).name or "model") + (f"-{flags.layers}-layers" if flags.layers else "")
-    return ExportOptions(
-        model=model,
-        revision=flags.revision,
-        layers=flags.layers,
-        out=flags.out or Path("bundles") / f"{name}-{flags.precision}",
-        precision=precision,
-        dialect=Dialect(flags.dialect) if flags.dialect else target.dialect,
-        target=target,
-        onnx_only=flags.onnx_only,
-        profile=ShapeProfile(**shapes),
-        fold=not flags.no_fold,
-        reference=flags.weights == "reference",
-        parity=not flags.no_parity,
-        probe_ranges=flags.probe_ranges,
-        asked=asked,
-        calibration=flags.calibration,
-        calibration_tokens=flags.calibration_tokens,
-        reuse=flags.reuse,
-        force=flags.force,
-    )
+            raise ConfigError(
+                f"--{name} is for quantized precisions, but --precision is {precision.value}; pass --precision int8"
+            )
+    if flags.weights == REFERENCE and precision.quantized:
+        raise ConfigError(
+            f"--weights reference needs weights that are not changed, but --precision {precision.value} quantizes "
+            "them; pass --weights copy"
+        )

@@ -1,4 +1,4 @@
-"""The steps of an export, each gated, ending in a bundle that is switched in whole."""
+"""The steps of an export, from a checkpoint to a complete bundle that replaces the old one in one step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 import json
 import platform
 import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +22,51 @@ from nvembed_deploy.bundle.manifest import (
     PLAN,
     QUANTIZATION,
     QUANTIZATION_PICTURE,
+    REFERENCE_OUTPUTS,
     TOKENIZER,
-    TRUTH,
     WEIGHTS,
     Manifest,
     PlanInfo,
     Source,
 )
+from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.writer import commit, new_bundle
 from nvembed_deploy.console import program, say
 from nvembed_deploy.engines.plan_builder import build_plan
 from nvembed_deploy.engines.targets import BuildOption, load_runtime, local_compute_capability
 from nvembed_deploy.errors import ConfigError, MaskError, MissingExtra, ParityError
-from nvembed_deploy.export.background import InBackground
+from nvembed_deploy.export.background import run_in_background
 from nvembed_deploy.export.forecast import GIB, Forecast, forecast, require_room
-from nvembed_deploy.export.fp16_ranges import FP16_MAX, probe, wide_modules
+from nvembed_deploy.export.fp16_ranges import FP16_MAX, find_fp32_modules, measure_ranges
 from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
 from nvembed_deploy.export.graph.trace import trace
-from nvembed_deploy.export.graph.weights import StoredState
+from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource
 from nvembed_deploy.export.graph.write import check, write
-from nvembed_deploy.export.layerwise import Parts, folded_form
+from nvembed_deploy.export.layerwise import LayerwiseModel, folded_form
 from nvembed_deploy.export.options import ExportOptions
 from nvembed_deploy.export.quantization.calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from nvembed_deploy.export.quantization.formats import FORMATS
-from nvembed_deploy.export.quantization.qdq import insert
+from nvembed_deploy.export.quantization.qdq import insert_qdq
 from nvembed_deploy.export.quantization.record import (
     QuantizationRecord,
-    keep_next,
-    keep_wide,
+    exclude_fp32,
+    exclude_next,
     read_record,
     write_record,
 )
-from nvembed_deploy.export.quantization.search import QuantizedState, apply_record, quantize
+from nvembed_deploy.export.quantization.search import QuantizedWeights, apply_record, quantize
 from nvembed_deploy.files.hashing import FileEntry
-from nvembed_deploy.files.read_ahead import Pace
+from nvembed_deploy.files.read_ahead import ReadAhead
 from nvembed_deploy.model import source
 from nvembed_deploy.model.config import Pooling
 from nvembed_deploy.model.family import read_checkpoint_architecture
 from nvembed_deploy.model.weights import StoredWeights, weight_files
-from nvembed_deploy.parity.compare import observe
+from nvembed_deploy.parity.compare import compute_reference_outputs
 from nvembed_deploy.parity.gate import Gate, step, verdict
 from nvembed_deploy.parity.probes import longest_probe
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import installed_versions, peak_memory_bytes, return_large_blocks
-from nvembed_deploy.tokenization import TextEncoder
+from nvembed_deploy.tokenization import TextContract, TextEncoder, TokenRow
 from nvembed_deploy.version import __version__
 
 POOLING = {
@@ -71,7 +74,42 @@ POOLING = {
     Pooling.MEAN: "masked mean, L2",
     Pooling.LAST: "last token, L2",
 }
-RECORDED = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
+RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The checkpoint of an export."""
+
+    folder: Path
+    name: str
+    """The hub name, or the name of the local folder."""
+    revision: str | None
+    weights: StoredWeights
+    contract: TextContract
+
+
+@dataclass(kw_only=True)
+class ExportState:
+    """The results that the steps of an export pass on; each step describes what it sets."""
+
+    options: ExportOptions
+    checkpoint: Checkpoint
+    staging: Path
+    """Folder in which the bundle is written."""
+    read_ahead: ReadAhead
+    source: Future[Source]
+    """The hashed checkpoint."""
+    text: TextEncoder
+    gate: Gate | None = None
+    layerwise: LayerwiseModel | None = None
+    record: QuantizationRecord | None = None
+    fp32_modules: frozenset[str] = frozenset()
+    opset: int = 0
+    hashes: dict[str, FileEntry] = field(default_factory=dict)
+    """Files that were hashed while they were written or read."""
+    reports: list[ParityReport] = field(default_factory=list)
+    plan: PlanInfo | None = None
 
 
 def export(options: ExportOptions) -> Manifest:
@@ -82,227 +120,53 @@ def export(options: ExportOptions) -> Manifest:
             says what is missing.
 
     Raises:
-        DeployError: A step failed; the destination is as it was.
+        DeployError: A step failed; the destination is unchanged.
     """
     started = time.monotonic()
+    checkpoint = _open_checkpoint(options)
+    bindings, no_plan_reason = (None, "") if options.onnx_only else _bindings(options)
+    needs = forecast(checkpoint.weights, options, plan=bindings is not None)
+    say(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needs}")
+    reads_all_weights = not (options.runs_model or options.reference_weights)
+    streamed = tuple(weight_files(checkpoint.folder)) if reads_all_weights else ()
+    with new_bundle(options.out) as staging, ReadAhead(streamed) as read_ahead:
+        require_room(needs, options.out, force=options.force)
+        _note_small_gpus(needs, options)
+        state = _start(options, checkpoint, staging, read_ahead)
+        _load_model(state)
+        _quantize(state)
+        _search_fp16_limit(state)
+        _write_passing_graphs(state)
+        _hash_checkpoint(state)
+        if bindings is not None:
+            _build_plan(state, bindings)
+        manifest = commit(staging, options.out, _manifest(state), hashed=state.hashes)
+    _report(manifest, options.out, no_plan_reason=no_plan_reason, seconds=time.monotonic() - started)
+    return manifest
+
+
+def _open_checkpoint(options: ExportOptions) -> Checkpoint:
+    """Finds or downloads the checkpoint, and checks its architecture, tensors and tokenizer."""
     folder, revision = source.resolve(options.model, options.revision)
     config = read_checkpoint_architecture(folder).slice(options.layers)
     contract = source.text_contract(folder, config)
     if options.profile.max.tokens > contract.max_tokens:
         raise ConfigError(
-            f"--max {options.profile.max} is longer than the model's {contract.max_tokens} tokens; pass fewer"
+            f"--max {options.profile.max} has more tokens than the model takes; pass at most {contract.max_tokens}"
         )
+    name = options.model if revision else Path(options.model).resolve().name
     weights = StoredWeights(folder, config)
-    bindings, missing = (None, "") if options.onnx_only else _bindings(options)
-    needed = forecast(weights, options, plan=bindings is not None)
-    say(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needed}")
-    streamed = () if options.runs_model or options.reference else tuple(weight_files(folder))
-    with new_bundle(options.out) as staging, Pace(streamed) as pace:
-        require_room(needed, options.out, force=options.force)
-        _note_small_gpus(needed, options)
-        name = options.model if revision else Path(options.model).resolve().name
-        hashing = InBackground(lambda: source.describe(folder, name, revision, config, pace))
-        tokenizer = (folder / "tokenizer.json").read_bytes()
-        (staging / TOKENIZER).write_bytes(tokenizer)
-        text = TextEncoder(tokenizer, contract)
-        gate, parts = _gate_and_parts(folder, weights, text, options)
-        if gate is not None:
-            (staging / TRUTH).write_bytes(gate.truth.to_bytes())
-        record = _quantize(parts, text, hashing.result(), options) if parts and options.precision.quantized else None
-        wide: frozenset[str] = frozenset()
-        if parts is not None and options.precision.base is Precision.FP16:
-            with step("probing for values near FP16's limit"):
-                wide = _probe(parts, text, options)
-        record = record and keep_wide(record, wide)
-        while True:
-            opset, known = _write_graphs(options, weights, parts, record, staging, wide, pace)
-            try:
-                reports = gate.graphs(staging) if gate is not None else []
-                break
-            except ParityError as err:
-                record = record and keep_next(record, "the gate did not pass without it")
-                if record is None or isinstance(err, MaskError):
-                    raise
-                say(f"  {err}; keeping the next costliest layers in {options.precision.base.value}")
-        if record is not None:
-            _write_record(record, staging)
-        del parts
-        with step("hashing the checkpoint"):
-            origin = hashing.result()
-        linked = tuple(sorted(path.name for path in staging.glob("*.safetensors")))
-        known |= {shard: origin.files[shard] for shard in linked}
-        info: PlanInfo | None = None
-        if bindings is not None:
-            say(f"  building for {options.target.summary}")
-            with step(f"building the plan with {bindings.__name__} {bindings.__version__}, shapes {options.profile}"):
-                content, info = build_plan(
-                    staging / GRAPH,
-                    options.target,
-                    profile=options.profile,
-                    bindings=bindings,
-                    capability=local_compute_capability(),
-                    asked=options.asked,
-                )
-                (staging / PLAN).write_bytes(content)
-            if gate is not None:
-                reports += gate.plan(content, info, staging / GRAPH)
-        manifest = commit(
-            staging,
-            options.out,
-            Manifest(
-                format_version=FORMAT_VERSION,
-                manifest_sha256="",
-                created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                tool_version=__version__,
-                source=origin,
-                target=options.target.name,
-                precision=options.precision,
-                dialect=options.dialect,
-                opset=opset,
-                pooling=POOLING[config.pooling],
-                folded=options.fold and config.latent is not None,
-                fp32_modules=tuple(sorted(wide)),
-                dimension=config.hidden_size,
-                text=contract,
-                profile=options.profile,
-                plan=info,
-                parity=tuple(reports),
-                versions=_versions(info),
-                referenced=linked,
-                files={},
-            ),
-            known=known,
-        )
-    _report(manifest, options.out, missing=missing, seconds=time.monotonic() - started)
-    return manifest
-
-
-def _note_small_gpus(needed: Forecast, options: ExportOptions) -> None:
-    """The target's smallest device may be too small for the plan; larger ones of the same recipe are not."""
-    smallest = options.target.memory_gib
-    if smallest is not None and needed.gpu > smallest * GIB and BuildOption.WEIGHT_STREAMING not in options.asked:
-        say(
-            f"note: a plan of this needs about {needed.gpu / GIB:.0f} GiB of GPU memory, and the smallest "
-            f"{options.target.name} has {smallest:g}; take a larger one, --precision int8 or int4, or a smaller --max"
-        )
-
-
-def _gate_and_parts(
-    folder: Path, weights: StoredWeights, text: TextEncoder, options: ExportOptions
-) -> tuple[Gate | None, Parts | None]:
-    """The gate, and the model as far as one is needed: in memory beside a gate, else part by part."""
-    if options.parity:
-        with step("reading the checkpoint"):
-            reference = PyTorchBackend(folder, layers=options.layers)
-        gate = _gate(reference, text, options)
-        return gate, Parts(folded_form(reference.model, fold=options.fold))  # nobody else needs it any more
-    return_large_blocks()  # what a model in memory computes takes a third less time where they are kept
-    return None, Parts.of_checkpoint(weights, fold=options.fold) if options.runs_model else None
-
-
-def _gate(reference: PyTorchBackend, text: TextEncoder, options: ExportOptions) -> Gate:
-    """What the reference makes of the probes, for every graph and plan to be measured by."""
-    largest = options.profile.max
-    with step("embedding the probes with PyTorch"):
-        truth = observe(reference, text, precision=options.precision, largest=largest)
-    model = reference.model.config
-    return Gate(truth=truth, text=text, model=model, precision=options.precision, largest=largest)
-
-
-def _quantize(parts: Parts, text: TextEncoder, origin: Source, options: ExportOptions) -> QuantizationRecord:
-    """Ranges, smoothing and kept layers, found or read again; the model is smoothed in place."""
-    weights = {name: entry.sha256 for name, entry in origin.files.items() if name.endswith(".safetensors")}
-    model_sha256 = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-    rows = None
-    if options.calibration is not None or options.reuse is None:
-        texts = read_texts(options.calibration) if options.calibration else built_in_texts()
-        rows = tokenize(texts, text, tokens=options.calibration_tokens)
-    if options.reuse is not None:
-        record = read_record(
-            options.reuse,
-            precision=options.precision,
-            model_sha256=model_sha256,
-            texts=texts_sha256(rows) if rows is not None else None,
-        )
-        with step(f"smoothing as {options.reuse} says"):
-            apply_record(parts, record)
-        return record
-    assert rows is not None
-    with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
-        longest = longest_probe(text, options.profile.max)
-        record = quantize(parts, text, rows, options.precision, model_sha256=model_sha256, longest=longest)
-    kept = [item.name for item in record.groups if item.kept]
-    say(
-        f"  {len(record.groups) - len(kept)} of {len(record.groups)} groups of layers quantized; kept: {kept or 'none'}"
-    )
-    return record
-
-
-def _write_record(record: QuantizationRecord, staging: Path) -> None:
-    """The record, and the picture of its ranking."""
-    from nvembed_deploy.export.quantization.plot import draw_ranking  # matplotlib takes a second to load
-
-    write_record(record, staging / QUANTIZATION)
-    draw_ranking(record, staging / QUANTIZATION_PICTURE)
-
-
-def _probe(parts: Parts, text: TextEncoder, options: ExportOptions) -> frozenset[str]:
-    """The modules that must stay in FP32, said with the reason."""
-    found = probe(parts, text, longest=longest_probe(text, options.profile.max))
-    wide = wide_modules(parts.model, found)
-    worst = max(found.largest, key=lambda name: found.largest[name])
-    say(f"  largest value {found.largest[worst]:.4g} at {worst}; FP16 ends at {FP16_MAX:.0f}")
-    if wide:
-        near = ", ".join(f"{name} {value:.3g}" for name, value in sorted(found.near.items()))
-        say(f"  near the limit: {near}; kept in FP32: {', '.join(sorted(wide))}")
-    return wide
-
-
-def _write_graphs(
-    options: ExportOptions,
-    weights: StoredWeights,
-    parts: Parts | None,
-    record: QuantizationRecord | None,
-    staging: Path,
-    wide: frozenset[str],
-    pace: Pace,
-) -> tuple[int, dict[str, FileEntry]]:
-    """Writes what the engine is built from, and what CPUs run where that is not for them.
-
-    Returns:
-        The opset, and the hash of what was hashed while it was written.
-    """
-    quantized = None if parts is None or record is None else QuantizedState(parts, record)
-    folding = InBackground(lambda: quantized or StoredState(weights, fold=options.fold))
-    with step(f"tracing to ONNX ({options.dialect.value})"):
-        traced = trace(
-            weights.config, precision=options.precision, dialect=options.dialect, fold=options.fold, wide=wide
-        )
-    if quantized is not None:
-        insert(traced, quantized.input_scales, FORMATS[options.precision])
-    for path in (staging / name for name in (GRAPH, CPU_GRAPH, WEIGHTS)):  # of an attempt that did not pass
-        path.unlink(missing_ok=True)
-    with step("writing the weights"):
-        known = write(traced, folding.result(), staging, name=GRAPH, reference=options.reference, reached=pace.reached)
-        pace.release()
-        if quantized is not None:
-            quantized.close()
-    with step("checking the graph"):
-        check(staging / GRAPH, linked=options.reference)
-        if options.precision.has_cpu_graph:
-            write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)
-            check(staging / CPU_GRAPH, linked=options.reference)
-    return traced.opset_imports[""], known
+    return Checkpoint(folder=folder, name=name, revision=revision, weights=weights, contract=contract)
 
 
 def _bindings(options: ExportOptions) -> tuple[Any, str]:
-    """The target's TensorRT, or why there will be no plan."""
-    target, here = options.target, local_compute_capability()
-    if target.on_device and here not in target.compute_capabilities:
-        found = f", and this machine's GPU has compute capability {here}" if here else ""
+    """Returns the module of the target's TensorRT, or None and the reason why no plan can be built."""
+    target, capability = options.target, local_compute_capability()
+    if target.on_device and capability not in target.compute_capabilities:
+        local_gpu = f", and this machine's GPU has compute capability {capability}" if capability else ""
         return (
             None,
-            f"--target {target.name} is built on the device itself{found}: {program('pack')} BUNDLE packs what it "
+            f"--target {target.name} is built on the device itself{local_gpu}: {program('pack')} BUNDLE packs what it "
             "needs there",
         )
     try:
@@ -311,19 +175,252 @@ def _bindings(options: ExportOptions) -> tuple[Any, str]:
         return None, str(err)
 
 
-def _versions(info: PlanInfo | None) -> dict[str, str]:
-    found = {"python": platform.python_version()} | installed_versions(RECORDED)
-    found["torch"] = torch.__version__
-    if info is not None:
-        found[info.runtime] = info.version
-    return found
+def _note_small_gpus(needs: Forecast, options: ExportOptions) -> None:
+    """Warns if the smallest device of the target has too little memory for the plan; larger ones may have enough."""
+    memory_gib = options.target.memory_gib
+    streams_weights = BuildOption.WEIGHT_STREAMING in options.build_options
+    if memory_gib is not None and needs.gpu > memory_gib * GIB and not streams_weights:
+        say(
+            f"note: the plan will need about {needs.gpu / GIB:.0f} GiB of GPU memory, and the smallest "
+            f"{options.target.name} has {memory_gib:g}; use a larger one, --precision int8 or int4, or a smaller --max"
+        )
 
 
-def _report(manifest: Manifest, out: Path, *, missing: str, seconds: float) -> None:
+def _start(options: ExportOptions, checkpoint: Checkpoint, staging: Path, read_ahead: ReadAhead) -> ExportState:
+    """Starts hashing the checkpoint in the background, and copies the tokenizer."""
+    folder, config = checkpoint.folder, checkpoint.weights.config
+    hashing = run_in_background(
+        lambda: source.describe(folder, checkpoint.name, checkpoint.revision, config, read_ahead)
+    )
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    (staging / TOKENIZER).write_bytes(tokenizer)
+    text = TextEncoder(tokenizer, checkpoint.contract)
+    return ExportState(
+        options=options, checkpoint=checkpoint, staging=staging, read_ahead=read_ahead, source=hashing, text=text
+    )
+
+
+def _load_model(state: ExportState) -> None:
+    """Sets the gate and the model: in memory if it is compared, block by block if it only runs, none otherwise."""
+    options, weights = state.options, state.checkpoint.weights
+    if options.parity:
+        with step("reading the checkpoint"):
+            reference = PyTorchBackend(state.checkpoint.folder, layers=options.layers)
+        state.gate = _gate(reference, state.text, options)
+        (state.staging / REFERENCE_OUTPUTS).write_bytes(state.gate.reference.to_bytes())
+        # In place: the reference itself is not needed any more.
+        state.layerwise = LayerwiseModel(folded_form(reference.model, fold=options.fold))
+        return
+    return_large_blocks()  # not for a model in memory, which computes in two thirds of the time without this
+    if options.runs_model:
+        state.layerwise = LayerwiseModel.from_checkpoint(weights, fold=options.fold)
+
+
+def _gate(reference: PyTorchBackend, text: TextEncoder, options: ExportOptions) -> Gate:
+    """Embeds the gate's texts with the reference; every graph and plan is compared with these embeddings."""
+    max_shape = options.profile.max
+    with step("embedding the probes with PyTorch"):
+        outputs = compute_reference_outputs(reference, text, precision=options.precision, max_shape=max_shape)
+    model = reference.model.config
+    return Gate(reference=outputs, text=text, model=model, precision=options.precision, max_shape=max_shape)
+
+
+def _quantize(state: ExportState) -> None:
+    """Sets the quantization record, searched or reused, and smooths the model in place."""
+    options, layerwise, text = state.options, state.layerwise, state.text
+    if layerwise is None or not options.precision.quantized:
+        return
+    files = state.source.result().files
+    weight_hashes = {name: entry.sha256 for name, entry in files.items() if name.endswith(".safetensors")}
+    model_sha256 = hashlib.sha256(json.dumps(weight_hashes, sort_keys=True).encode()).hexdigest()
+    rows = _calibration_rows(options, text)
+    if options.reuse is not None:
+        state.record = read_record(
+            options.reuse,
+            precision=options.precision,
+            model_sha256=model_sha256,
+            texts_sha256=texts_sha256(rows) if rows is not None else None,
+        )
+        with step(f"smoothing with the settings of {options.reuse}"):
+            apply_record(layerwise, state.record)
+        return
+    assert rows is not None
+    with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
+        longest = longest_probe(text, options.profile.max)
+        record = quantize(layerwise, text, rows, options.precision, model_sha256=model_sha256, longest=longest)
+    excluded = [group.name for group in record.groups if group.excluded]
+    say(
+        f"  {len(record.groups) - len(excluded)} of {len(record.groups)} groups of layers quantized; excluded: "
+        f"{', '.join(excluded) or 'none'}"
+    )
+    state.record = record
+
+
+def _calibration_rows(options: ExportOptions, text: TextEncoder) -> list[TokenRow] | None:
+    """Returns the tokenized calibration texts; None if a record is reused and no texts are given."""
+    if options.calibration is None and options.reuse is not None:
+        return None
+    texts = read_texts(options.calibration) if options.calibration else built_in_texts()
+    return tokenize(texts, text, tokens=options.calibration_tokens)
+
+
+def _search_fp16_limit(state: ExportState) -> None:
+    """Sets the modules that must stay in FP32, and excludes them from quantization."""
+    if state.layerwise is None or state.options.precision.base is not Precision.FP16:
+        return
+    with step("searching for values near FP16's limit"):
+        longest = longest_probe(state.text, state.options.profile.max)
+        ranges = measure_ranges(state.layerwise, state.text, longest=longest)
+        state.fp32_modules = find_fp32_modules(state.layerwise.model, ranges)
+        peak_name = max(ranges.max_abs, key=lambda name: ranges.max_abs[name])
+        say(f"  largest value {ranges.max_abs[peak_name]:.4g} at {peak_name}; FP16's maximum is {FP16_MAX:.0f}")
+        if state.fp32_modules:
+            near_limit = ", ".join(f"{name} {peak:.3g}" for name, peak in sorted(ranges.near_limit.items()))
+            say(f"  near the limit: {near_limit}; computed in FP32: {', '.join(sorted(state.fp32_modules))}")
+    if state.record is not None:
+        state.record = exclude_fp32(state.record, state.fp32_modules)
+
+
+def _write_passing_graphs(state: ExportState) -> None:
+    """Writes graphs that pass the gate, and their reports; while a quantized one fails, excludes one more group."""
+    while True:
+        _write_graphs(state)
+        try:
+            state.reports = state.gate.graphs(state.staging) if state.gate is not None else []
+            break
+        except ParityError as err:
+            if state.record is None or isinstance(err, MaskError):
+                raise
+            record = exclude_next(state.record, "the parity gate did not pass with it quantized")
+            if record is None:
+                raise
+            state.record = record
+            say(f"  {err}; excluding the next most sensitive layers from quantization")
+    state.layerwise = None  # frees the model's memory
+    if state.record is not None:
+        _write_record(state.record, state.staging)
+
+
+def _write_graphs(state: ExportState) -> None:
+    """Writes the graph that plans are built from and, for some precisions, the CPU's; sets the opset and the hashes."""
+    options, weights, staging = state.options, state.checkpoint.weights, state.staging
+    quantized = (
+        None if state.layerwise is None or state.record is None else QuantizedWeights(state.layerwise, state.record)
+    )
+
+    def weight_source() -> WeightSource:
+        return quantized or CheckpointWeights(weights, fold=options.fold)
+
+    folding = run_in_background(weight_source)
+    with step(f"tracing to ONNX ({options.dialect.value})"):
+        traced = trace(
+            weights.config,
+            precision=options.precision,
+            dialect=options.dialect,
+            fold=options.fold,
+            fp32_modules=state.fp32_modules,
+        )
+    if quantized is not None:
+        insert_qdq(traced, quantized.input_scales, FORMATS[options.precision])
+    for path in (staging / name for name in (GRAPH, CPU_GRAPH, WEIGHTS)):  # from an attempt that did not pass
+        path.unlink(missing_ok=True)
+    with step("writing the weights"):
+        state.hashes = write(
+            traced,
+            folding.result(),
+            staging,
+            name=GRAPH,
+            reference=options.reference_weights,
+            reached=state.read_ahead.reached,
+        )
+        state.read_ahead.release()
+        if quantized is not None:
+            quantized.close()
+    with step("checking the graph"):
+        check(staging / GRAPH, linked=options.reference_weights)
+        if options.precision.has_cpu_graph:
+            write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)
+            check(staging / CPU_GRAPH, linked=options.reference_weights)
+    state.opset = traced.opset_imports[""]
+
+
+def _write_record(record: QuantizationRecord, staging: Path) -> None:
+    """Writes the quantization record, and the chart of its ranking."""
+    from nvembed_deploy.export.quantization.plot import draw_ranking  # matplotlib takes a second to load
+
+    write_record(record, staging / QUANTIZATION)
+    draw_ranking(record, staging / QUANTIZATION_PICTURE)
+
+
+def _linked_shards(staging: Path) -> tuple[str, ...]:
+    """Returns the names of the checkpoint's files that are linked into the bundle."""
+    return tuple(sorted(path.name for path in staging.glob("*.safetensors")))
+
+
+def _hash_checkpoint(state: ExportState) -> None:
+    """Waits for the checkpoint's hashes, and adds those of linked files."""
+    with step("hashing the checkpoint"):
+        files = state.source.result().files
+    state.hashes |= {shard: files[shard] for shard in _linked_shards(state.staging)}
+
+
+def _build_plan(state: ExportState, bindings: Any) -> None:
+    """Builds the plan and compares it; sets the plan and adds its reports."""
+    options, graph = state.options, state.staging / GRAPH
+    say(f"  building for {options.target.summary}")
+    with step(f"building the plan with {bindings.__name__} {bindings.__version__}, shapes {options.profile}"):
+        content, state.plan = build_plan(
+            graph,
+            options.target,
+            profile=options.profile,
+            bindings=bindings,
+            capability=local_compute_capability(),
+            build_options=options.build_options,
+        )
+        (state.staging / PLAN).write_bytes(content)
+    if state.gate is not None:
+        state.reports += state.gate.plan(content, state.plan, graph)
+
+
+def _manifest(state: ExportState) -> Manifest:
+    options, config = state.options, state.checkpoint.weights.config
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        manifest_sha256="",
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        tool_version=__version__,
+        source=state.source.result(),
+        target=options.target.name,
+        precision=options.precision,
+        dialect=options.dialect,
+        opset=state.opset,
+        pooling=POOLING[config.pooling],
+        folded=options.fold and config.latent is not None,
+        fp32_modules=tuple(sorted(state.fp32_modules)),
+        dimension=config.hidden_size,
+        text=state.checkpoint.contract,
+        profile=options.profile,
+        plan=state.plan,
+        parity=tuple(state.reports),
+        versions=_versions(state.plan),
+        referenced=_linked_shards(state.staging),
+        files={},
+    )
+
+
+def _versions(plan: PlanInfo | None) -> dict[str, str]:
+    versions = {"python": platform.python_version()} | installed_versions(RECORDED_PACKAGES)
+    versions["torch"] = torch.__version__
+    if plan is not None:
+        versions[plan.runtime] = plan.version
+    return versions
+
+
+def _report(manifest: Manifest, out: Path, *, no_plan_reason: str, seconds: float) -> None:
     sizes = ", ".join(f"{name} {entry.bytes / 1e6:.1f} MB" for name, entry in manifest.files.items())
     say(f"  {sizes}")
-    if missing:
-        say(f"no {PLAN} was built: {missing}. The ONNX bundle is complete and runs on ONNX Runtime.")
-    what = f"{manifest.precision.value} bundle" + (" with a plan" if manifest.plan else " without a plan")
+    if no_plan_reason:
+        say(f"no {PLAN} was built: {no_plan_reason}. The ONNX bundle is complete and runs on ONNX Runtime.")
+    summary = f"{manifest.precision.value} bundle" + (" with a plan" if manifest.plan else " without a plan")
     checked = verdict(manifest.parity, manifest.plan)
-    say(f"done: {what}, {checked}, {seconds:.0f} s, peak memory {peak_memory_bytes() / GIB:.2f} GiB")
+    say(f"done: {summary}, {checked}, {seconds:.0f} s, peak memory {peak_memory_bytes() / GIB:.2f} GiB")

@@ -1,8 +1,9 @@
 """`nvembed bulk BUNDLE --input corpus.jsonl --out vectors`: embeds a corpus on as many machines as Ray has.
 
-JSON lines and Parquet in, Parquet out: the input's columns and `embedding`, float32 [D]. The corpus is cut into shards,
-each written whole or not at all, so that the same command goes on where a killed one stopped. On a cluster the bundle,
-the input and the output lie where every machine sees them, and `RAY_ADDRESS` names the cluster.
+It reads JSON lines and Parquet, and writes Parquet: the input's columns and `embedding`, float32 [D]. The corpus is
+split into shards, each written completely or not at all, so that the same command continues where an interrupted one
+stopped. On a cluster, the bundle, the input and the output must be where every machine can access them, and
+`RAY_ADDRESS` names the cluster.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog or program("bulk"), description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", type=Path, help="a bundle's folder")
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl or .parquet files")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of Parquet files to write")
-    parser.add_argument("--column", default="text", help="the texts' column (default: %(default)s)")
-    parser.add_argument("--instruction", default=None, help="for texts that are queries: the task in words")
-    parser.add_argument("--workers", type=int, default=1, help="engines at once, one a GPU (default: %(default)s)")
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs of a worker (default: 0, CPUs)")
-    parser.add_argument("--cpus", type=float, default=1, help="CPU cores of a worker (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write Parquet files to")
+    parser.add_argument("--column", default="text", help="column that has the texts (default: %(default)s)")
+    parser.add_argument("--instruction", default=None, help="the task in words, for texts that are queries")
+    parser.add_argument("--workers", type=int, default=1, help="concurrent engines, one per GPU (default: %(default)s)")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs per worker (default: 0, run on CPUs)")
+    parser.add_argument("--cpus", type=float, default=1, help="CPU cores per worker (default: %(default)s)")
     parser.add_argument(
         "--shard-rows",
         type=int,
         default=SHARD_ROWS,
-        help="texts of an output file, from JSON lines (default: %(default)s)",
+        help="texts per output file, for JSON lines (default: %(default)s)",
     )
     flags = parser.parse_args(argv)
     for name in ("workers", "shard_rows"):
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             resources={"num_cpus": flags.cpus, "num_gpus": flags.gpus},
             shard_rows=flags.shard_rows,
         )
-        say(f"done: {rows} texts embedded now, {flags.out}")
+        say(f"done: {rows} texts embedded by this run, {flags.out}")
         sys.stdout.write(f"{flags.out}\n")
 
     return run(command)
@@ -78,24 +79,24 @@ def embed_corpus(
     resources: dict[str, float],
     shard_rows: int = SHARD_ROWS,
 ) -> int:
-    """Embeds what the output does not hold yet.
+    """Embeds the shards that the output does not have yet.
 
     Args:
         bundle: A bundle's folder.
         inputs: Files of JSON lines or Parquet.
-        out: Folder of the output; made where it is missing.
-        column: Of the texts.
-        instruction: For queries; None for documents.
-        workers: Engines at once.
-        resources: `num_cpus` and `num_gpus` of each.
-        shard_rows: Texts of a shard of JSON lines; of Parquet, a row group is a shard.
+        out: Folder of the output; created if it is missing.
+        column: Name of the column that has the texts.
+        instruction: The task in words for queries; None for documents.
+        workers: Number of engines that run at the same time.
+        resources: `num_cpus` and `num_gpus` of each worker.
+        shard_rows: Texts per shard of JSON lines; for Parquet, a shard is a row group.
 
     Returns:
-        Texts that were embedded by this call.
+        Number of texts that this call embedded.
 
     Raises:
-        ConfigError: The output is of another bundle, input or setting, or an input is of no known kind.
-        InputError: A row has no text.
+        ConfigError: The output belongs to another bundle, input or setting, or an input file has an unsupported type.
+        InputError: A shard failed, for example because a row has no text.
         MissingExtra: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -104,8 +105,8 @@ def embed_corpus(
     except ImportError as err:
         raise MissingExtra(f"bulk jobs run on Ray ({err}); pip install 'nvembed-deploy[ray]'") from err
     manifest = Bundle.open(bundle).manifest
-    shards = list(cut(inputs, shard_rows))
-    _claim(
+    shards = list(split(inputs, shard_rows))
+    _require_same_job(
         out,
         {
             "manifest_sha256": manifest.manifest_sha256,
@@ -116,27 +117,27 @@ def embed_corpus(
         },
     )
     missing = [shard for shard in shards if not (out / shard["name"]).exists()]
-    say(f"{len(shards)} shards, {len(shards) - len(missing)} done before")
+    say(f"{len(shards)} shards, {len(shards) - len(missing)} already done")
     if not missing:
         return 0
     task = {"bundle": str(bundle.resolve()), "out": str(out.resolve()), "column": column, "instruction": instruction}
-    embedder: Any = Embedder  # ray's types know functions only
-    results = (
+    embedder: Any = Embedder  # ray's type hints allow only functions
+    reports = (
         ray.data.from_items(missing, override_num_blocks=len(missing))
         .map(embedder, fn_constructor_kwargs=task, compute=ray.data.ActorPoolStrategy(size=workers), **resources)
         .take_all()
     )
-    if failed := [item["error"] for item in results if item["error"]]:
-        raise InputError(f"{len(failed)} of {len(missing)} shards failed; the first: {failed[0]}")
-    return sum(item["rows"] for item in results)
+    if errors := [report["error"] for report in reports if report["error"]]:
+        raise InputError(f"{len(errors)} of {len(missing)} shards failed; the first: {errors[0]}")
+    return sum(report["rows"] for report in reports)
 
 
-def cut(inputs: Sequence[Path], shard_rows: int) -> Iterator[dict[str, Any]]:
-    """The shards of the input: file, first row and number of rows, or a row group; and the name of the output."""
-    for number, path in enumerate(inputs):
+def split(inputs: Sequence[Path], shard_rows: int) -> Iterator[dict[str, Any]]:
+    """Yields the shards of the input: file, first row and number of rows, or a row group; and the output's name."""
+    for file_index, path in enumerate(inputs):
         if not path.is_file():
-            raise ConfigError(f"--input {path} is no file; pass .jsonl or .parquet files")
-        stem = f"{number:04d}-{path.stem}"
+            raise ConfigError(f"--input {path} is not a file; pass .jsonl or .parquet files")
+        stem = f"{file_index:04d}-{path.stem}"
         if path.suffix == ".jsonl":
             with path.open("rb") as file:
                 rows = sum(1 for line in file if line.strip())
@@ -150,34 +151,37 @@ def cut(inputs: Sequence[Path], shard_rows: int) -> Iterator[dict[str, Any]]:
                 name = f"{stem}-{index:06d}.parquet"
                 yield {"path": str(path.resolve()), "start": index, "rows": -1, "name": name}
         else:
-            raise ConfigError(f"--input {path} is of no known kind; pass .jsonl or .parquet files")
+            raise ConfigError(f"unsupported file type: --input {path}. Supported: .jsonl, .parquet")
 
 
-def _claim(out: Path, record: dict[str, Any]) -> None:
-    """Writes down what the output is of, or refuses one that is of something else."""
-    content = json.dumps(record, indent=1, sort_keys=True).encode()
+def _require_same_job(out: Path, job: dict[str, Any]) -> None:
+    """Records the job in a new output folder, and refuses a folder of another job."""
+    content = json.dumps(job, indent=1, sort_keys=True).encode()
     path = out / RECORD
     if path.exists():
         if path.read_bytes() != content:
             raise ConfigError(
-                f"--out {out} holds vectors of another bundle, input or setting (see its {RECORD}); name another folder"
+                f"--out {out} has the output of another bundle, input or setting (see its {RECORD}); choose another "
+                "folder"
             )
         return
-    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):  # hidden: what a kill left
-        raise ConfigError(f"--out {out} is not empty and holds no {RECORD}; name another folder")
+    if out.is_dir() and any(
+        not path.name.startswith(".") for path in out.iterdir()
+    ):  # an interrupted run leaves hidden files
+        raise ConfigError(f"--out {out} is not empty and has no {RECORD}; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_file(path, content)
 
 
 class Embedder:
-    """A worker of Ray's: one engine, one shard after the other."""
+    """A Ray worker: one engine that embeds one shard after another."""
 
     def __init__(self, *, bundle: str, out: str, column: str, instruction: str | None) -> None:
         self.encoder = Encoder(bundle)
         self.out, self.column, self.instruction = Path(out), column, instruction
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """Embeds a shard and writes its file; an error comes back as its text, so that other shards go on."""
+        """Embeds a shard and writes its file; an error is returned as text, so that the other shards continue."""
         import pyarrow as pa
 
         try:
@@ -192,7 +196,9 @@ class Embedder:
         import pyarrow.parquet as pq
 
         if self.column not in table.column_names:
-            raise InputError(f"there is no column {self.column!r}, only {', '.join(table.column_names)}; pass --column")
+            raise InputError(
+                f"there is no column {self.column!r}, only {', '.join(table.column_names)}; pass --column NAME"
+            )
         texts = table.column(self.column).to_pylist()
         vectors = self.encoder.encode(texts, instruction=self.instruction)
         flat = pa.array(vectors.reshape(-1), type=pa.float32())
@@ -211,7 +217,7 @@ def _read(shard: dict[str, Any]) -> Any:
         return pq.ParquetFile(path).read_row_group(shard["start"])
     start = shard["start"]
     rows = list(itertools.islice(read_rows(path), start, start + shard["rows"]))
-    columns = dict.fromkeys(key for row in rows for key in row)  # pyarrow alone would take the first row's
+    columns = dict.fromkeys(key for row in rows for key in row)  # pyarrow takes only the first row's
     return pa.table({key: [row.get(key) for row in rows] for key in columns})
 
 

@@ -1,4 +1,4 @@
-"""`python -m export.to_onnx`: the same as `nvembed export --onnx-only`."""
+"""`python -m export.to_onnx`: the same command as `nvembed export --onnx-only`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """`nvembed triton BUNDLE --out REPOSITORY`: a model repository for NVIDIA's Triton Inference Server.
 
-Three models: NAME takes a text and an instruction and gives a vector; it is an ensemble of NAME_tokenizer (Python, the
-bundle's own tokenizer and masks) and NAME_engine (the plan, or the graph on ONNX Runtime). Requests are put together in
-both: the tokenizer pads what it has at hand to a few lengths, so that the engine finds requests of one shape.
+The repository has three models. NAME takes a text and an instruction and returns an embedding; it is an ensemble of
+NAME_tokenizer (in Python, with the bundle's tokenizer and masks) and NAME_engine (the plan, or the graph on ONNX
+Runtime). Both batch requests: the tokenizer pads its batch to one of a few lengths, so that the engine finds requests
+of the same shape.
 
 Source: Triton Inference Server documentation, "Model configuration" and "Python backend".
 """
@@ -25,94 +26,96 @@ from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, TOKENIZER, WE
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import program, run, say
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.files.atomic import staged_folder, switch_in
+from nvembed_deploy.files.atomic import move_into_place, staged_folder
 from nvembed_deploy.files.records import to_json
 from nvembed_deploy.spec import ShapeProfile
 
 TENSORRT, ONNXRUNTIME = "tensorrt", "onnxruntime"
 CONTRACT = "contract.json"
-MARK = "nvembed_triton.json"
-"""Tells a repository that this command made, which it may replace, from another."""
+MARKER = "nvembed_triton.json"
+"""File that marks a repository as written by this command, which may therefore replace it."""
 MAX_DELAY_US = 2000
-SHORTEST_BUCKET = 16
+MIN_BUCKET = 16
+"""Shortest length that the tokenizer pads to, in tokens."""
 
 
-class Word(str):
-    """A name of an enumeration, which stands without quotes."""
+class PbEnum(str):
+    """A value of a protobuf enumeration, which is written without quotes."""
 
     __slots__ = ()
 
 
 def buckets(profile: ShapeProfile) -> tuple[int, ...]:
-    """Lengths that the tokenizer pads to: powers of two that the engine takes, then its longest."""
-    found = []
-    length = SHORTEST_BUCKET
+    """Returns the lengths that the tokenizer pads to: powers of two that the engine takes, then its maximum."""
+    lengths = []
+    length = MIN_BUCKET
     while length < profile.max.tokens:
         if length >= profile.min.tokens:
-            found.append(length)
+            lengths.append(length)
         length *= 2
-    return (*found, profile.max.tokens)
+    return (*lengths, profile.max.tokens)
 
 
 def engine_config(manifest: Manifest, name: str, *, platform: str, instances: int) -> dict[str, Any]:
-    """Of the model that computes."""
+    """Returns the configuration of the model that runs the engine."""
     usual = manifest.profile.opt
-    kinds = {"backend": platform} if platform == ONNXRUNTIME else {"platform": "tensorrt_plan"}
-    warm = {
+    backend = {"backend": platform} if platform == ONNXRUNTIME else {"platform": "tensorrt_plan"}
+    warmup = {
         "name": "usual",
         "batch_size": usual.batch,
         "inputs": {
-            key: {"data_type": Word("TYPE_INT64"), "dims": [usual.tokens], "input_data_file": "ones"} for key in INPUTS
+            key: {"data_type": PbEnum("TYPE_INT64"), "dims": [usual.tokens], "input_data_file": "ones"}
+            for key in INPUTS
         },
     }
     return {
         "name": f"{name}_engine",
-        **kinds,
+        **backend,
         "max_batch_size": manifest.profile.max.batch,
-        "input": [{"name": key, "data_type": Word("TYPE_INT64"), "dims": [-1]} for key in INPUTS],
+        "input": [{"name": key, "data_type": PbEnum("TYPE_INT64"), "dims": [-1]} for key in INPUTS],
         "output": [
-            {"name": OUTPUTS[0], "data_type": Word("TYPE_FP32"), "dims": [manifest.dimension]},
-            {"name": OUTPUTS[1], "data_type": Word("TYPE_FP32"), "dims": [1], "reshape": {"shape": []}},
+            {"name": OUTPUTS[0], "data_type": PbEnum("TYPE_FP32"), "dims": [manifest.dimension]},
+            {"name": OUTPUTS[1], "data_type": PbEnum("TYPE_FP32"), "dims": [1], "reshape": {"shape": []}},
         ],
         "instance_group": [_instances(manifest, platform, instances)],
         "dynamic_batching": {
             "preferred_batch_size": [manifest.profile.max.batch],
             "max_queue_delay_microseconds": MAX_DELAY_US,
         },
-        "model_warmup": [warm],
+        "model_warmup": [warmup],
     }
 
 
 def _instances(manifest: Manifest, platform: str, count: int) -> dict[str, Any]:
-    """Copies of the engine; of a plan's profiles Triton takes the one that is nearest to a batch, if all are named."""
+    """Returns the instances of the engine; Triton chooses a plan's nearest profile for each batch if all are named."""
     if platform != TENSORRT or manifest.plan is None:
-        return {"count": count, "kind": Word("KIND_AUTO")}
-    profiles = [str(number) for number in range(len(manifest.plan.profiles))]
-    return {"count": count, "kind": Word("KIND_GPU"), "profile": profiles}
+        return {"count": count, "kind": PbEnum("KIND_AUTO")}
+    profiles = [str(index) for index in range(len(manifest.plan.profiles))]
+    return {"count": count, "kind": PbEnum("KIND_GPU"), "profile": profiles}
 
 
 def tokenizer_config(manifest: Manifest, name: str) -> dict[str, Any]:
-    """Of the model that makes ids and masks."""
+    """Returns the configuration of the model that turns texts into ids and masks."""
     return {
         "name": f"{name}_tokenizer",
         "backend": "python",
         "max_batch_size": manifest.profile.max.batch,
-        "input": [{"name": key, "data_type": Word("TYPE_STRING"), "dims": [1]} for key in ("text", "instruction")],
-        "output": [{"name": key, "data_type": Word("TYPE_INT64"), "dims": [-1]} for key in INPUTS],
-        "instance_group": [{"count": 1, "kind": Word("KIND_CPU")}],
+        "input": [{"name": key, "data_type": PbEnum("TYPE_STRING"), "dims": [1]} for key in ("text", "instruction")],
+        "output": [{"name": key, "data_type": PbEnum("TYPE_INT64"), "dims": [-1]} for key in INPUTS],
+        "instance_group": [{"count": 1, "kind": PbEnum("KIND_CPU")}],
         "dynamic_batching": {"max_queue_delay_microseconds": MAX_DELAY_US},
     }
 
 
 def ensemble_config(manifest: Manifest, name: str) -> dict[str, Any]:
-    """Of the model that users ask."""
+    """Returns the configuration of the model that clients call."""
     texts = ("text", "instruction")
     return {
         "name": name,
         "platform": "ensemble",
         "max_batch_size": manifest.profile.max.batch,
-        "input": [{"name": key, "data_type": Word("TYPE_STRING"), "dims": [1]} for key in texts],
-        "output": [{"name": "embedding", "data_type": Word("TYPE_FP32"), "dims": [manifest.dimension]}],
+        "input": [{"name": key, "data_type": PbEnum("TYPE_STRING"), "dims": [1]} for key in texts],
+        "output": [{"name": "embedding", "data_type": PbEnum("TYPE_FP32"), "dims": [manifest.dimension]}],
         "ensemble_scheduling": {
             "step": [
                 {
@@ -133,18 +136,18 @@ def ensemble_config(manifest: Manifest, name: str) -> dict[str, Any]:
 
 
 def as_text(config: Mapping[str, Any]) -> str:
-    """A configuration in protobuf's text format."""
+    """Returns a configuration in protobuf's text format."""
     return "\n".join(_fields(config, "")) + "\n"
 
 
 def _fields(config: Mapping[str, Any], indent: str) -> Iterator[str]:
     for key, value in config.items():
         if isinstance(value, Mapping) and key in ("input_map", "output_map", "inputs"):
-            for name, item in value.items():  # a map's entries
-                yield from _field(key, {"key": name, "value": item}, indent)
+            for map_key, map_value in value.items():  # each of a map's pairs is a field
+                yield from _field(key, {"key": map_key, "value": map_value}, indent)
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            for item in value:
-                yield from _field(key, item, indent)
+            for message in value:
+                yield from _field(key, message, indent)
         else:
             yield from _field(key, value, indent)
 
@@ -154,46 +157,46 @@ def _field(key: str, value: Any, indent: str) -> Iterator[str]:
         yield f"{indent}{key} {{"
         yield from _fields(value, f"{indent}  ")
         yield f"{indent}}}"
-    elif isinstance(value, Word):
+    elif isinstance(value, PbEnum):
         yield f"{indent}{key}: {value}"
     else:
         yield f"{indent}{key}: {json.dumps(value)}"
 
 
 def write_repository(bundle: Bundle, out: Path, *, name: str, platform: str, instances: int) -> None:
-    """Writes the repository beside its destination and switches it in.
+    """Writes the repository beside its destination, and then moves it there in one step.
 
     Raises:
-        ConfigError: The bundle has no plan for the platform, or the destination holds something else.
+        ConfigError: The bundle has no plan for the platform, or the destination is not a repository of this command.
     """
     manifest = bundle.manifest
     if platform == TENSORRT and (manifest.plan is None or manifest.plan.runtime != "tensorrt"):
-        built = "no plan" if manifest.plan is None else f"a plan of {manifest.plan.runtime}"
+        plan_in_bundle = "no plan" if manifest.plan is None else f"a plan of {manifest.plan.runtime}"
         raise ConfigError(
-            f"--platform tensorrt: {bundle.folder} has {built}, and Triton runs TensorRT's: build one on the GPU "
-            f"itself ({program('build')} BUNDLE --target datacenter), or pass --platform onnxruntime"
+            f"--platform tensorrt: {bundle.folder} has {plan_in_bundle}, and Triton needs a TensorRT plan. Build "
+            f"one on the GPU itself ({program('build')} BUNDLE --target datacenter), or pass --platform onnxruntime"
         )
     if platform == TENSORRT and manifest.plan is not None and manifest.plan.stripped:
         raise ConfigError(
-            f"{bundle.folder} has a plan without weights, which nothing puts in within Triton; build it again without "
+            f"{bundle.folder} has a plan without weights, and Triton cannot add them; build it again without "
             "--strip-weights"
         )
     if manifest.profile.min.batch > 1:
         raise ConfigError(
-            f"{bundle.folder} takes batches of {manifest.profile.min.batch} texts and more, and Triton sends single "
+            f"{bundle.folder} takes batches of at least {manifest.profile.min.batch} texts, and Triton sends single "
             "requests; export it again without --min"
         )
-    if out.exists() and not (out / MARK).is_file():
-        raise ConfigError(f"--out {out} exists and was not made by this command; name another folder")
+    if out.exists() and not (out / MARKER).is_file():
+        raise ConfigError(f"--out {out} exists and was not written by this command; choose another folder")
     with staged_folder(out) as folder:
         _write_engine(bundle, folder / f"{name}_engine", name=name, platform=platform, instances=instances)
         _write_tokenizer(bundle, folder / f"{name}_tokenizer", name=name)
         ensemble = folder / name
         (ensemble / "1").mkdir(parents=True)
         (ensemble / "config.pbtxt").write_text(as_text(ensemble_config(manifest, name)), encoding="utf-8")
-        made = {"bundle": manifest.manifest_sha256, "platform": platform, "name": name}
-        (folder / MARK).write_text(json.dumps(made) + "\n", encoding="utf-8")
-        switch_in(folder, out)
+        marker = {"bundle": manifest.manifest_sha256, "platform": platform, "name": name}
+        (folder / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+        move_into_place(folder, out)
 
 
 def _write_engine(bundle: Bundle, folder: Path, *, name: str, platform: str, instances: int) -> None:
@@ -205,8 +208,8 @@ def _write_engine(bundle: Bundle, folder: Path, *, name: str, platform: str, ins
     else:
         graph = CPU_GRAPH if CPU_GRAPH in manifest.files else GRAPH
         (version / "model.onnx").write_bytes(bundle.read(graph))
-        for data in (WEIGHTS, *manifest.referenced):
-            shutil.copyfile(bundle.folder / data, version / data)
+        for file_name in (WEIGHTS, *manifest.referenced):
+            shutil.copyfile(bundle.folder / file_name, version / file_name)
     config = engine_config(manifest, name, platform=platform, instances=instances)
     (folder / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
     (folder / "warmup").mkdir()
@@ -225,38 +228,40 @@ def _write_tokenizer(bundle: Bundle, folder: Path, *, name: str) -> None:
     (folder / "config.pbtxt").write_text(as_text(tokenizer_config(manifest, name)), encoding="utf-8")
 
 
-MODEL = '''"""Texts to ids and masks, in Triton's Python backend. Needs nvembed-deploy in the backend's Python."""
+MODEL = '''"""Converts texts to ids and masks in Triton's Python backend, whose Python needs nvembed-deploy."""
 
 from nvembed_deploy.serve.triton_tokenizer import TritonPythonModel  # noqa: F401
 '''
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Runs the command; its last line on stdout is the repository."""
+    """Runs the command; its last line on stdout is the repository's path."""
     parser = argparse.ArgumentParser(
         prog=prog or program("triton"), description="Writes a model repository for Triton Inference Server."
     )
     parser.add_argument("bundle", help="a bundle's folder, or the engine.plan or model.onnx in it")
     parser.add_argument("--out", type=Path, required=True, metavar="REPOSITORY", help="folder to write")
-    parser.add_argument("--name", default="nvembed", help="name of the model that users ask (default: %(default)s)")
+    parser.add_argument("--name", default="nvembed", help="name of the model that clients call (default: %(default)s)")
     parser.add_argument(
         "--platform",
         choices=["auto", TENSORRT, ONNXRUNTIME],
         default="auto",
-        help="what runs the engine (default: auto, the plan where the bundle has TensorRT's, else the graph)",
+        help="what runs the engine (default: auto, tensorrt if the bundle has a TensorRT plan, else onnxruntime)",
     )
-    parser.add_argument("--instances", type=int, default=1, help="copies of the engine on each GPU (default: 1)")
+    parser.add_argument(
+        "--instances", type=int, default=1, help="instances of the engine on each GPU (default: %(default)s)"
+    )
     flags = parser.parse_args(argv)
 
     def command() -> None:
         if not flags.name.isidentifier():
-            raise ConfigError(f"--name {flags.name!r} is not a plain name; use letters, digits and _")
+            raise ConfigError(f"--name {flags.name!r} is not a valid name; use letters, digits and _")
         if flags.instances < 1:
-            raise ConfigError(f"--instances is {flags.instances}; pass at least 1")
+            raise ConfigError(f"--instances must be at least 1, got {flags.instances}")
         bundle = Bundle.open(flags.bundle)
         plan = bundle.manifest.plan
-        own = TENSORRT if plan is not None and plan.runtime == "tensorrt" else ONNXRUNTIME
-        platform = own if flags.platform == "auto" else flags.platform
+        automatic = TENSORRT if plan is not None and plan.runtime == "tensorrt" else ONNXRUNTIME
+        platform = automatic if flags.platform == "auto" else flags.platform
         out = Path(os.path.realpath(flags.out))
         write_repository(bundle, out, name=flags.name, platform=platform, instances=flags.instances)
         say(f"done: {flags.name} on {platform}; tritonserver --model-repository={flags.out}")

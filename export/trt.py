@@ -1,6 +1,6 @@
-"""`python -m export.trt --precision fp16`: checkpoint to ONNX to TensorRT plan to bundle, compared with PyTorch.
+"""`python -m export.trt --precision fp16`: exports a checkpoint to a bundle with a TensorRT plan.
 
-The same as `nvembed export`.
+It is the same as `nvembed export`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, onnx_onl
     """Runs the command; its last line on stdout is the bundle's path.
 
     Args:
-        argv: The flags; by default the process's.
-        prog: How the command was typed, for its usage line.
-        onnx_only: As if `--onnx-only` were given.
+        argv: The flags; by default those of the process.
+        prog: The command as it was typed, for the usage line.
+        onnx_only: Whether to act as if `--onnx-only` were given.
 
     Returns:
-        0, or 1 after an error that is told in one line.
+        0, or 1 after an error that is reported in one line.
     """
     parser = argparse.ArgumentParser(
         prog=prog or program("export"),
-        description="Exports an NV-Embed checkpoint to a bundle: an ONNX graph and a TensorRT plan, its tokenizer and "
-        "a manifest, compared with PyTorch on real text. Works without a GPU.",
+        description="Exports an NV-Embed checkpoint to a bundle: an ONNX graph, a TensorRT plan, the tokenizer and a "
+        "manifest, compared with PyTorch on real text. Works without a GPU.",
     )
     add_flags(parser)
     parser.set_defaults(onnx_only=onnx_only)
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, onnx_onl
             from nvembed_deploy.export.pipeline import export
         except ImportError as err:
             raise MissingExtra(
-                f"exporting needs packages that are not installed ({err}); pip install 'nvembed-deploy[export,cpu]'"
+                f"export needs packages that are not installed ({err}); pip install 'nvembed-deploy[export,cpu]'"
             ) from err
         export(options)
         sys.stdout.write(f"{options.out}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import shutil
 import signal
@@ -26,6 +27,7 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
         The exit code: 0, or 1 for a `DeployError`, a full disk, Ctrl-C or SIGTERM.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    _let_any_text_be_written()
     in_main = threading.current_thread() is threading.main_thread()  # others may set no handlers
     previous = signal.signal(signal.SIGTERM, _interrupt) if in_main else None
     try:
@@ -68,6 +70,13 @@ def say(message: str) -> None:
     """Tells the person at the terminal what happens; stdout is kept for results."""
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
+
+
+def _let_any_text_be_written() -> None:
+    """Has a terminal or a pipe that knows no UTF-8 get escapes for what it lacks: results must not end in a trace."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def url_host(host: str) -> str:

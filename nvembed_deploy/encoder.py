@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.backends.base import Backend, Output
+from nvembed_deploy.backends.base import Backend, ClosedBackend, Output
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.bundle.manifest import TOKENIZER, Manifest
 from nvembed_deploy.bundle.reader import OPEN_ATTEMPTS, Bundle
@@ -24,12 +27,14 @@ from nvembed_deploy.errors import (
     BundleError,
     ConfigError,
     DeployError,
+    EngineError,
     InputError,
     InputTypeError,
     MissingExtra,
     NumericsError,
 )
 from nvembed_deploy.files.hashing import hash_file
+from nvembed_deploy.files.hub import is_hub_name
 from nvembed_deploy.select_backend import Wish, open_backend
 from nvembed_deploy.tokenization import TextEncoder, TokenRow, check_pooled, check_texts
 
@@ -39,7 +44,19 @@ DEFAULT_BATCH_TOKENS = 4096
 UNIT_TOLERANCE = 1e-3
 NORM_FLOOR = 1e-12
 
+OpenParts = Callable[[], tuple[Bundle, TextEncoder, Backend]]
+
 _log = logging.getLogger(__name__)
+_fork_lock = threading.Lock()
+
+
+def _renew_fork_lock() -> None:
+    global _fork_lock
+    _fork_lock = threading.Lock()  # a thread that is gone may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_fork_lock)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +95,8 @@ class Encoder:
     one, the graph that the plan was built from runs on ONNX Runtime, and a warning says why.
 
     Args:
-        path: A bundle's folder, its `engine.plan`, or its `model.onnx` (which then runs on ONNX Runtime by choice).
+        path: A bundle's folder, its `engine.plan`, or its `model.onnx` (which then runs on ONNX Runtime by choice); or
+            the name of a hub repository that holds one, such as `org/name`, which is downloaded (huggingface_hub).
         device: `auto`, `cpu`, `cuda` or `cuda:N`. With `cuda` nothing falls back.
         backend: `auto`, `tensorrt`, `onnxruntime` or `openvino`. On a CPU with both of the latter, `auto` takes the
             faster one if its vectors agree: measured once for a bundle and machine, and kept.
@@ -97,10 +115,15 @@ class Encoder:
         (4096,)
     """
 
+    _bundle: Bundle
+    _text: TextEncoder
+    _backend: Backend
+
     def __init__(
         self, path: str | Path, *, device: str = "auto", backend: str = "auto", threads: int | None = None
     ) -> None:
-        self._bundle, self._text, self._backend = open_parts(path, device, backend=backend, threads=threads)
+        # In full: another process may stand in another folder when it opens the bundle again.
+        self._take(functools.partial(open_parts, _absolute(path), device, backend=backend, threads=threads))
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path, *, like: Encoder, device: str = "cpu") -> Encoder:
@@ -116,22 +139,56 @@ class Encoder:
             CheckpointError: The folder cannot be read.
             MissingExtra: PyTorch is not installed.
         """
-        try:
-            from nvembed_deploy.backends.pytorch import PyTorchBackend
-        except ImportError as err:
-            raise MissingExtra(f"a checkpoint runs in PyTorch ({err}); pip install 'nvembed-deploy[export]'") from err
-        for name, entry in like.manifest.source.files.items():
-            path = checkpoint / name
-            if path.suffix == ".safetensors" and (not path.is_file() or hash_file(path) != entry):
-                raise ConfigError(
-                    f"{name} of {checkpoint} is not what the bundle was made from; pass its own checkpoint as "
-                    "--reference, or export it again"
-                )
-        encoder = cls.__new__(cls)
-        encoder._bundle, encoder._text = like._bundle, like._text
-        layers = like.manifest.source.architecture.layers
-        encoder._backend = PyTorchBackend(checkpoint, layers=layers, device=device, half=device != "cpu")
-        return encoder
+        return _opened(
+            functools.partial(
+                _open_checkpoint,
+                str(Path(checkpoint).absolute()),
+                str(like._bundle.folder),
+                like.manifest.manifest_sha256,
+                device,
+            )
+        )
+
+    def close(self) -> None:
+        """Frees the engine and its memory; any further call raises `EngineError`. A second call does nothing."""
+        self._is_closed = True
+        self._backend = ClosedBackend(self._backend.name)
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Callable[[OpenParts], Encoder], tuple[OpenParts]]:
+        """Pickles and copies the path and the options: the other side opens the bundle again."""
+        return _opened, (self._open,)
+
+    def _take(self, open_: OpenParts) -> None:
+        self._open = open_
+        self._bundle, self._text, self._backend = open_()
+        self._process = os.getpid()
+        self._is_closed = False
+
+    def _require_open_here(self) -> None:
+        """Opens the bundle again in a forked process, where the runtime's threads are gone and a batch would hang.
+
+        Raises:
+            EngineError: The encoder was closed, or it runs on a GPU, of which a fork can make no use.
+        """
+        if self._is_closed:
+            raise EngineError("this Encoder was closed; open the bundle again")
+        if self._process == os.getpid():
+            return
+        if "CPU" not in self.backend:
+            raise EngineError(
+                f"this process was forked from one in which {self.backend} runs, and a fork cannot use its parent's "
+                "GPU; start processes with the method 'spawn', or open the bundle in each"
+            )
+        with _fork_lock:
+            if self._process != os.getpid():
+                self._inherited = self._backend  # kept: freeing a runtime whose threads are gone can hang
+                self._take(self._open)
 
     @property
     def backend(self) -> str:
@@ -267,9 +324,12 @@ class Encoder:
         """
         _check_container(texts)
         rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
+        self._require_open_here()
         layout = self._layout(dimensions, batch_size=batch_size, batch_tokens=batch_tokens, normalize=normalize)
-        if isinstance(texts, (Sequence, np.ndarray)) and len(texts) > WINDOW_TEXTS:
-            check_texts(list(texts))  # the last window's faults are told before the first one runs
+        texts = _plain(texts)
+        if isinstance(texts, Sized) and cast("object", iter(texts)) is not texts and len(texts) > WINDOW_TEXTS:
+            for first_index, window in _blocks(texts):  # the last one's faults are told before the first one runs
+                check_texts(window, first_index=first_index)
         return self._stream(texts, rules, layout, show_progress=show_progress)
 
     def tokenize(
@@ -293,7 +353,7 @@ class Encoder:
         """
         _check_container(texts)
         rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
-        return self._prepare(list(texts), 0, rules).rows
+        return self._prepare(list(_plain(texts)), 0, rules).rows
 
     def token_spans(self, text: str) -> list[tuple[int, int]]:
         """For each token of a text of any length, its first character and the one behind its last.
@@ -318,6 +378,9 @@ class Encoder:
             ConfigError: `dimensions` does not fit.
             NumericsError: As of `encode`.
         """
+        self._require_open_here()
+        if not isinstance(rows, Sequence) or not all(isinstance(row, TokenRow) for row in rows):
+            raise InputTypeError("rows are not what `tokenize` returned; pass its list, or a part of it")
         layout = self._layout(dimensions, batch_size=None, batch_tokens=None, normalize=normalize)
         return self._run_window(rows, 0, layout, bar=None)
 
@@ -467,10 +530,76 @@ def open_parts(
     raise BundleError(f"{path} is being replaced all the time; open it when that has ended")
 
 
+def _opened(open_: OpenParts) -> Encoder:
+    """Returns an encoder of what a function opens, here and in each process that the encoder is sent to."""
+    encoder = Encoder.__new__(Encoder)
+    encoder._take(open_)
+    return encoder
+
+
+def _open_checkpoint(
+    checkpoint: str, bundle_folder: str, manifest_sha256: str, device: str
+) -> tuple[Bundle, TextEncoder, Backend]:
+    """Opens a checkpoint in PyTorch with the tokenizer and the rules of a bundle that was made from it."""
+    try:
+        from nvembed_deploy.backends.pytorch import PyTorchBackend
+    except ImportError as err:
+        raise MissingExtra(f"a checkpoint runs in PyTorch ({err}); pip install 'nvembed-deploy[export]'") from err
+    bundle = Bundle.open(bundle_folder)
+    if bundle.manifest.manifest_sha256 != manifest_sha256:
+        raise BundleError(f"{bundle_folder} was replaced by another bundle; open both encoders again")
+    text = TextEncoder(bundle.read(TOKENIZER), bundle.manifest.text)
+    source = bundle.manifest.source
+    for name, entry in source.files.items():
+        path = Path(checkpoint, name)
+        if path.suffix == ".safetensors" and (not path.is_file() or hash_file(path) != entry):
+            raise ConfigError(
+                f"{name} of {checkpoint} is not what the bundle was made from; pass its own checkpoint as "
+                "--reference, or export it again"
+            )
+    layers = source.architecture.layers
+    return bundle, text, PyTorchBackend(checkpoint, layers=layers, device=device, half=device != "cpu")
+
+
+def _absolute(path: str | Path) -> str:
+    """The path in full, links as they are.
+
+    Raises:
+        InputTypeError: It is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputTypeError(
+            f"path is a {type(path).__name__}; pass a bundle's folder, its engine.plan or its model.onnx"
+        )
+    is_name = not os.path.lexists(path) and is_hub_name(str(path))
+    return str(path) if is_name else str(Path(path).absolute())
+
+
 def _check_container(texts: object) -> None:
     """Refuses what iterates over something else than texts: a str over its characters, a dict over its keys."""
+    kind = type(texts).__name__
+    if hasattr(texts, "columns") or hasattr(texts, "column_names"):  # pandas, polars, pyarrow: their columns' names
+        raise InputTypeError(f"texts is a table ({kind}); pass one of its columns, such as table['text']")
+    if getattr(texts, "ndim", 1) == 0:
+        raise InputTypeError(f"texts is an array without dimensions ({kind}); pass a list of str")
     if isinstance(texts, (str, bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
-        raise InputTypeError(f"texts is a {type(texts).__name__}; pass a list of str, or a generator of str")
+        raise InputTypeError(f"texts is a {kind}; pass a list of str, or a generator of str")
+
+
+def _plain(texts: Iterable[str]) -> Iterable[str]:
+    """Returns the str of a pyarrow array, whose elements are scalars of its own; anything else as it is."""
+    if type(texts).__module__.partition(".")[0] == "pyarrow" and hasattr(texts, "to_pylist"):
+        return cast("list[str]", texts.to_pylist())
+    return texts
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yields windows of texts, each with the index of its first one."""
+    remaining = iter(texts)
+    first_index = 0
+    while window := list(itertools.islice(remaining, WINDOW_TEXTS)):
+        yield first_index, window
+        first_index += len(window)
 
 
 def _laid_out(output: Output, layout: _Layout) -> NDArray[np.float32]:

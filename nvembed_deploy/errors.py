@@ -27,6 +27,10 @@ class BundleError(DeployError):
     """A bundle's files are missing, damaged, or do not belong together."""
 
 
+class HubError(CheckpointError, BundleError):
+    """A model could not be downloaded from the Hugging Face hub."""
+
+
 class ExportError(DeployError):
     """A graph or a plan could not be made."""
 
@@ -53,6 +57,10 @@ class NumericsError(DeployError):
 
 class OverloadedError(DeployError):
     """Too much is waiting for the engine, or it shuts down: the same request may succeed later."""
+
+
+class DeadlineError(DeployError):
+    """A request could not be done in its time, and was not run to its end."""
 
 
 class MissingExtra(DeployError, ImportError):

@@ -29,7 +29,7 @@ from nvembed_deploy.console import program
 from nvembed_deploy.errors import BundleError, ConfigError, DeployError, DeviceMismatchError, MissingExtra
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.files.records import from_json
-from nvembed_deploy.parity.compare import compare, observe
+from nvembed_deploy.parity.compare import compare, compute_reference_outputs
 from nvembed_deploy.parity.probes import PROBES
 from nvembed_deploy.spec import Precision, Shape
 from nvembed_deploy.system import available_memory_bytes, cache_folder, describe_machine, installed_versions
@@ -45,6 +45,8 @@ COMPARED = Shape(batch=8, tokens=128)
 """Largest batch of the comparison. The bundle's own gate has compared the longest inputs."""
 COPIES = 3
 """Memory that both runtimes together may take, in files of weights: OpenVINO packs a second copy."""
+MAX_THREADS = 1024
+"""More than any machine has cores; beyond it runtimes end the process rather than raise."""
 EXACT = (Precision.FP32, Precision.FP16)
 """Precisions that OpenVINO runs in FP32: BF16 is eight times coarser than what their gate allows."""
 
@@ -77,8 +79,10 @@ class Wish:
         """
         if backend not in list(Runtime):
             raise ConfigError(f"backend is {backend!r}; pass {', '.join(repr(item.value) for item in Runtime)}")
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ConfigError(f"threads is {threads!r}; pass a whole number of at least 1")
+        if threads is not None and (
+            isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS
+        ):
+            raise ConfigError(f"threads is {threads!r}; pass a whole number from 1 to {MAX_THREADS}")
         wish = cls(device=device, runtime=Runtime(backend), threads=threads)
         index = wish.index
         if wish.runtime is Runtime.OPENVINO and index is not None and device != "auto":
@@ -171,6 +175,7 @@ def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
         try:
             return OrtBackend(
                 bundle.folder / GRAPH,
+                bundle=bundle,
                 providers=(*ordered, CPU),
                 as_written=bundle.manifest.precision.quantized,  # full optimisation refuses signed pairs (1.27 to 1.32)
                 dimension=bundle.manifest.dimension,
@@ -212,6 +217,7 @@ def _ort_on_cpu(bundle: Bundle, threads: int | None) -> Backend:
     graph = _cpu_graph(bundle)
     return OrtBackend(
         bundle.folder / graph,
+        bundle=bundle,
         note=CPU_NOTES[bundle.manifest.precision.base] if graph == CPU_GRAPH else "",
         dimension=bundle.manifest.dimension,
         threads=threads,
@@ -275,8 +281,8 @@ def measure_cpu_runtimes(
     try:
         other = makers[OPENVINO]()
         precision = bundle.manifest.precision
-        truth = observe(trusted, text, precision=precision, largest=COMPARED)
-        report = compare(truth, other, text, precision=precision, largest=COMPARED)
+        reference_outputs = compute_reference_outputs(trusted, text, precision=precision, max_shape=COMPARED)
+        report = compare(reference_outputs, other, text, precision=precision, max_shape=COMPARED)
     except DeployError as err:
         reason = f"openvino does not run this graph: {err}"
         return CpuChoice(backend=ONNXRUNTIME, reason=reason, single_ms={}, batch_ms={}, min_cosine=None), trusted

@@ -1,4 +1,4 @@
-"""What a precision, a dialect and a shape are, read from flags; and JSON files of a checkpoint."""
+"""Precisions, ONNX dialects and shapes, as given on the command line; and reading JSON files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from typing import Any
 from nvembed_deploy.errors import CheckpointError, ConfigError
 
 INT4_BLOCK = 64
-"""Weights of a column that share a scale of 16 bits. TensorRT takes 64 and 128."""
+"""Weights of a column that share a 16-bit scale. TensorRT supports 64 and 128."""
 
 
 class Precision(str, Enum):
-    """Number format of the engine's weights and activations; norms, pooling and L2 stay in FP32 in all of them."""
+    """Number format of an engine's weights and activations; norms, pooling and L2 are FP32 in all of them."""
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
-    """Linear layers in INT8, weights and inputs, and all else in FP16."""
+    """Weights and inputs of the linear layers in INT8, everything else in FP16."""
     FP8 = "fp8"
-    """The same in FP8 (E4M3)."""
+    """Weights and inputs of the linear layers in FP8 (E4M3), everything else in FP16."""
     INT4 = "int4"
-    """Weights of the linear layers in INT4, in blocks, and all else in FP16."""
+    """Weights of the linear layers in INT4 with block scales, everything else in FP16."""
 
     @property
     def quantized(self) -> bool:
-        """True where linear layers have another format than all else."""
+        """True if the linear layers have another format than everything else."""
         return self in (Precision.INT8, Precision.FP8, Precision.INT4)
 
     @property
     def has_cpu_graph(self) -> bool:
-        """True where CPUs run another graph than the engine's: they have neither BF16 nor FP16 arithmetic."""
+        """True if CPUs run another graph than the engine, because they lack its arithmetic."""
         return self is Precision.BF16 or self.quantized
 
     @property
     def base(self) -> Precision:
-        """The format of what is not quantized."""
+        """Format of everything that is not quantized."""
         return Precision.FP16 if self.quantized else self
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a weight of a linear layer takes on disk, block scales included."""
+        """Bits per weight of a linear layer on disk, including block scales."""
         if self is Precision.FP32:
             return 32
         if self is Precision.INT4:
@@ -54,7 +54,7 @@ class Precision(str, Enum):
 
 
 class Dialect(str, Enum):
-    """Which ONNX operators a graph is written in."""
+    """The set of ONNX operators that a graph uses."""
 
     FUSED = "fused"
     """Opset 23 with Attention, RMSNormalization and RotaryEmbedding: TensorRT 11 and TensorRT-RTX."""
@@ -63,12 +63,12 @@ class Dialect(str, Enum):
 
     @property
     def opset(self) -> int:
-        """ONNX opset version of the dialect. TensorRT 10 parses up to 20, TensorRT 11 up to 25."""
+        """ONNX opset version of the dialect. TensorRT 10 supports up to 20, TensorRT 11 up to 25."""
         return 23 if self is Dialect.FUSED else 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of a checkpoint.
+    """Reads a JSON file of a checkpoint that contains an object.
 
     Raises:
         CheckpointError: The file is missing, unreadable, not JSON, or not an object.
@@ -77,16 +77,17 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} does not exist; a checkpoint folder holds config.json, tokenizer.json and *.safetensors"
+            f"{path} does not exist; a checkpoint folder has config.json, tokenizer.json and *.safetensors"
         ) from None
     except (OSError, ValueError, RecursionError) as err:
         raise CheckpointError(f"{path} cannot be read as JSON ({err}); download the file again") from err
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; download the file again")
+        raise CheckpointError(f"{path} has a JSON {type(value).__name__} instead of an object; download the file again")
     return value
 
 
 MAX_ELEMENTS = 2**31 - 1
+"""TensorRT's limit for the elements of a tensor."""
 _SHAPE = re.compile(r"^\s*(\d+)\s*[xX×]\s*(\d+)\s*$")
 
 
@@ -99,20 +100,20 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.tokens < 1:
-            raise ConfigError(f"shape {self.batch}x{self.tokens}: batch and tokens must be at least 1")
+            raise ConfigError(f"shape {self}: batch and tokens must be at least 1")
         if self.batch * self.tokens > MAX_ELEMENTS:
-            raise ConfigError(f"shape {self.batch}x{self.tokens} has more than {MAX_ELEMENTS} ids, TensorRT's limit")
+            raise ConfigError(f"shape {self} has more than {MAX_ELEMENTS} token ids, the limit of TensorRT")
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Reads `BATCHxTOKENS`, such as `8x64`.
+        """Parses `BATCHxTOKENS`, such as `8x64`.
 
         Raises:
-            ConfigError: The text is not two whole numbers joined by x.
+            ConfigError: The text is not two integers separated by x.
         """
         match = _SHAPE.match(text)
         if match is None:
-            raise ConfigError(f"shape {text!r} is not BATCHxTOKENS; write 8x64 for 8 texts of 64 tokens")
+            raise ConfigError(f"shape {text!r} is not of the form BATCHxTOKENS; for 8 texts of 64 tokens write 8x64")
         return cls(batch=int(match[1]), tokens=int(match[2]))
 
     def __str__(self) -> str:
@@ -121,17 +122,17 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeProfile:
-    """TensorRT's optimization profile: the shapes a plan accepts, and the one it is tuned for."""
+    """TensorRT's optimization profile: the shapes that a plan accepts, and the shape that it is tuned for."""
 
     min: Shape
     opt: Shape
     max: Shape
 
     def __post_init__(self) -> None:
-        for name, low, high in (("--opt", self.min, self.opt), ("--max", self.opt, self.max)):
+        for flag, low, high in (("--opt", self.min, self.opt), ("--max", self.opt, self.max)):
             if high.batch < low.batch or high.tokens < low.tokens:
                 raise ConfigError(
-                    f"{name} {high} is smaller than {low}; profiles need --min <= --opt <= --max in batch and in tokens"
+                    f"{flag} {high} is smaller than {low}; --min <= --opt <= --max must hold for batch and for tokens"
                 )
 
     def __str__(self) -> str:

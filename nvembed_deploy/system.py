@@ -1,4 +1,4 @@
-"""The machine in words, beside every figure that was measured on it."""
+"""Information about this machine: processor, memory, installed packages and cache folder."""
 
 from __future__ import annotations
 
@@ -15,41 +15,47 @@ from contextlib import suppress
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Limits of a container, version 2."""
+PROCESS_GROUPS = Path("/proc/self/cgroup")
+"""Control groups of this process, which have the limits of a container."""
 CPU_INFORMATION = Path("/proc/cpuinfo")
 VNNI = frozenset(("avx512_vnni", "avx_vnni"))
-"""Linux's names for products of 8 bits that are summed in 32."""
+"""CPU flags of Linux for 8-bit products that are accumulated in 32 bits."""
 M_MMAP_THRESHOLD = -3
 """Source: glibc, malloc.h."""
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of modules; what is not installed is left out. onnxruntime also comes as onnxruntime-gpu and others."""
-    found = {}
+    """Returns the versions of packages or modules, without those that are not installed.
+
+    A module may come from a package of another name, as onnxruntime from onnxruntime-gpu.
+    """
+    versions = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             if importlib.util.find_spec(name) is not None:
-                found[name] = str(importlib.import_module(name).__version__)
-    return found
+                versions[name] = str(importlib.import_module(name).__version__)
+    return versions
 
 
 def describe_machine() -> str:
-    """Processor and number of cores that this process may use."""
+    """Returns the name of the processor and the number of cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{processor()}, {cores} cores"
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Returns the name of the processor."""
     return _cpu_information("model name") or platform.processor() or platform.machine()
 
 
 def eight_bit_products_overflow() -> bool:
-    """True where the sum of two products of 8 bits is cut off at 16: x86-64 without VNNI, or where nothing tells.
+    """Returns True if the sum of two 8-bit products saturates at 16 bits: x86-64 without VNNI, or with unknown flags.
 
-    Intel before 2019, AMD before Zen 4, and many laptops in between. Source: Intel's manual, VPMADDUBSW and VPDPBUSD.
+    These are Intel CPUs before 2019, AMD CPUs before Zen 4, and many laptops in between.
+
+    Source: Intel's manual, VPMADDUBSW and VPDPBUSD.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -57,7 +63,7 @@ def eight_bit_products_overflow() -> bool:
 
 
 def _cpu_information(name: str) -> str | None:
-    """What Linux tells of the first core, or None."""
+    """Returns a field of the first core in Linux's /proc/cpuinfo, or None."""
     if CPU_INFORMATION.is_file():
         for line in CPU_INFORMATION.read_text(encoding="utf-8").splitlines():
             if line.startswith(name):
@@ -66,12 +72,13 @@ def _cpu_information(name: str) -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where this machine's measurements are kept: the user's cache folder, by the XDG rules.
+    """Returns the folder for measurements of this machine, in the user's cache folder by the XDG rules.
 
-    A user without a home, as in many containers, gets a path that nothing can be written to: nothing is kept then.
+    For a user without a home directory, as in many containers, the path is not writable and nothing is cached.
     """
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "nvembed-deploy"
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if folder.is_absolute():  # the specification ignores relative paths
+        return folder / "nvembed-deploy"
     try:
         return Path.home() / ".cache" / "nvembed-deploy"
     except RuntimeError:
@@ -79,34 +86,57 @@ def cache_folder() -> Path:
 
 
 def return_large_blocks() -> None:
-    """Has the C library give blocks of 1 MiB and more back to the system when they are freed.
+    """Makes the C library return blocks of 1 MiB and more to the system when they are freed.
 
-    glibc raises that bound to the size of what was freed last, up to 32 MiB, and then keeps what it could give back.
-    Other C libraries have no such bound.
+    glibc raises this threshold to the size of the largest block freed, up to 32 MiB, and then keeps blocks below it.
+    Other C libraries have no such threshold.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that programs can still get, by the system and by a container's limit, or None where neither tells."""
-    found = []
+    """Returns the memory available in the system and within the container's limits, or None if both are unknown."""
+    candidates = []
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+        candidates.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    candidates += [available for group in _control_groups() if (available := _available_in(group)) is not None]
+    return min(candidates, default=None)
+
+
+def _control_groups() -> list[Path]:
+    """Returns the folders of this process's control group and its parents, for versions 1 and 2."""
+    groups = [CGROUP, CGROUP / "memory"]  # the group of a container, seen from inside
+    with suppress(OSError, UnicodeDecodeError):
+        for line in PROCESS_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            root = CGROUP / controllers
+            group = root / path.lstrip("/")
+            groups += [folder for folder in (group, *group.parents) if root in folder.parents]
+    return groups
+
+
+def _available_in(group: Path) -> int | None:
+    """Returns the bytes that a control group may still use, or None without a limit; the page cache is reclaimable."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if not (group / names[0]).exists():
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     with suppress(OSError, ValueError, StopIteration):
-        limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))  # "max" without a limit
-        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
-        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-        cached = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
-        found.append(max(0, limit - used + cached))  # files in memory give way
-    return min(found, default=None)
+        limit = int((group / names[0]).read_text(encoding="ascii"))  # "max" without a limit
+        used = int((group / names[1]).read_text(encoding="ascii"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        cached = int(next(line for line in lines if line.startswith(f"{names[2]} ")).split()[1])
+        return max(0, limit - used + cached)
+    return None
 
 
 def peak_memory_bytes() -> int:
-    """Most memory that this process has had resident.
+    """Returns the peak resident memory of this process.
 
-    Where Linux tells it of the program itself: getrusage also counts the process that started it, until then.
+    On Linux it is read from /proc, because getrusage also counts the parent process before the program was started.
     """
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

@@ -44,9 +44,9 @@ class TextContract:
     """True where the prompt's tokens attend but are not pooled."""
     max_tokens: int
     """Positions that the model knows."""
-    suffix_survives: bool = False
+    keep_suffix_on_truncation: bool = False
     """False where the suffix counts as text, so that truncation cuts it off, as in NVIDIA's code."""
-    mask_prefix: bool = False
+    exclude_prefix_from_pooling: bool = False
     """True where the prefix of a row with a prompt is not pooled either (GritLM)."""
     pool_last: bool = False
     """True where the last token alone is pooled."""
@@ -189,7 +189,7 @@ class TextEncoder:
             start, prompt_tokens = start + head_ids, len(head_ids)
         if tail:
             prompt_tokens += len(self._literal.encode(tail, add_special_tokens=False).ids)
-        if prompt and self.contract.mask_prefix:
+        if prompt and self.contract.exclude_prefix_from_pooling:
             prompt_tokens += len(self.contract.prefix_ids)
         limit = None
         if self._longest_token_chars is not None:
@@ -198,7 +198,7 @@ class TextEncoder:
         rows = []
         encode = self._literal.encode_batch if with_spans else self._literal.encode_batch_fast
         suffix = list(self.contract.suffix_ids)
-        kept = len(suffix) if self.contract.suffix_survives else 0
+        kept = len(suffix) if self.contract.keep_suffix_on_truncation else 0
         for encoding in encode(bodies, add_special_tokens=False):
             ids = [*start, *encoding.ids, *suffix]
             cut = ids if len(ids) <= max_length else ids[: max(0, max_length - kept)] + suffix[: min(kept, max_length)]

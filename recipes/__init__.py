@@ -1,1 +1,1 @@
-"""How models of this repository were made. Not part of the library."""
+"""Recipes of the models in this repository. Not part of the library."""

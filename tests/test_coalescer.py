@@ -2,13 +2,14 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
 
-from nvembed_deploy import Coalescer, ConfigError, Encoder, NumericsError, OverloadedError
+from nvembed_deploy import Coalescer, ConfigError, DeadlineError, Encoder, NumericsError, OverloadedError
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.tokenization import TokenBatch
 from tests.conformance import TEXTS
@@ -71,7 +72,7 @@ def test_the_queue_is_bounded_and_cancelled_places_are_free(encoder: Encoder, ga
         assert gated.entered.wait(20)
         waiting = [coalescer.submit(encoder.tokenize(["waiting"])) for _ in range(3)]
         for texts in (["one more"], ["two", "more"]):
-            with pytest.raises(OverloadedError, match="3 texts are waiting and at most 3 may"):
+            with pytest.raises(OverloadedError, match="3 texts are waiting in small requests and at most 3 may"):
                 coalescer.submit(encoder.tokenize(texts))
         assert waiting[1].cancel()
         taken = coalescer.submit(encoder.tokenize(["taken"]))
@@ -102,21 +103,21 @@ def test_a_request_that_could_never_wait_is_refused_for_good(encoder: Encoder) -
 
 def test_places_are_claimed_before_tokenizing(encoder: Encoder) -> None:
     with Coalescer(encoder, max_waiting=3) as coalescer:
-        claim = coalescer.claim(2)
+        reservation = coalescer.reserve(2)
         assert coalescer.waiting_texts == 2
-        with pytest.raises(OverloadedError, match="2 texts are waiting and at most 3 may"):
-            coalescer.claim(2)
-        with pytest.raises(ConfigError, match="3 rows are submitted and 2 places were claimed"):
-            claim.submit(encoder.tokenize(["one", "two", "three"]))
-        claim.release()
-        claim.release()
+        with pytest.raises(OverloadedError, match="2 texts are waiting in small requests and at most 3 may"):
+            coalescer.reserve(2)
+        with pytest.raises(ConfigError, match="3 rows are submitted and 2 places were reserved"):
+            reservation.submit(encoder.tokenize(["one", "two", "three"]))
+        reservation.release()
+        reservation.release()
         assert coalescer.waiting_texts == 0
-        claim = coalescer.claim(3)
-        vectors = claim.submit(encoder.tokenize(["one", "two", "three"])).result()
-        claim.release()
+        reservation = coalescer.reserve(3)
+        vectors = reservation.submit(encoder.tokenize(["one", "two", "three"])).result()
+        reservation.release()
         np.testing.assert_allclose(vectors, encoder.encode(["one", "two", "three"]), atol=2e-6)
     with pytest.raises(OverloadedError, match="shutting down"):
-        coalescer.claim(1)
+        coalescer.reserve(1)
 
 
 def test_a_large_request_runs_in_pieces_and_lets_others_in(encoder: Encoder, gated: Gate) -> None:
@@ -214,3 +215,89 @@ def test_closing_runs_what_waits_and_refuses_what_comes(encoder: Encoder) -> Non
         coalescer.submit(encoder.tokenize(["text"]))
     with pytest.raises(ConfigError, match="max_waiting is 0"):
         Coalescer(encoder, max_waiting=0)
+
+
+def test_large_and_small_requests_have_places_of_their_own(encoder: Encoder, gated: Gate) -> None:
+    """One request of the largest size locks no query out, and queries do not keep it out."""
+    with Coalescer(encoder, max_waiting=100) as coalescer:
+        first = coalescer.submit(encoder.tokenize(["first"]))
+        assert gated.entered.wait(20)
+        large = coalescer.reserve(100)
+        with pytest.raises(OverloadedError, match="100 texts are waiting in large requests and at most 100 may"):
+            coalescer.reserve(50)
+        small = [coalescer.submit(encoder.tokenize([f"query {number}"])) for number in range(100)]
+        with pytest.raises(OverloadedError, match="100 texts are waiting in small requests"):
+            coalescer.reserve(1)
+        answer = large.submit(encoder.tokenize([f"text {number}" for number in range(100)]))
+        with pytest.raises(ConfigError, match="used or given back before"):
+            large.submit(encoder.tokenize(["twice"]))
+        gated.open.set()
+        assert answer.result(20).shape == (100, encoder.dimension)
+        assert len([future.result(20) for future in [first, *small]]) == 101
+
+
+class SlowGate(Gate):
+    """Takes 5 ms for each token of a batch, so 200 tokens a second."""
+
+    def run(self, batch: TokenBatch) -> Output:
+        time.sleep(0.005 * batch.input_ids.size)
+        return super().run(batch)
+
+
+def test_what_cannot_be_done_in_time_is_refused_or_not_run(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = SlowGate(encoder)
+    gate.open.set()
+    monkeypatch.setattr(encoder, "_backend", gate)
+    rows = encoder.tokenize(["a text of several tokens"])
+    tokens = len(rows[0])
+    with Coalescer(encoder, group_tokens=tokens) as coalescer:
+        coalescer.submit(rows).result(20)  # measures the speed
+        waiting = [coalescer.submit(rows) for _ in range(20)]
+        with pytest.raises(OverloadedError, match=r"would take \d+\.\d s with what is waiting, and 0\.1 s are allowed"):
+            coalescer.submit(rows, max_seconds=0.1)
+        for future in waiting:
+            future.cancel()
+
+
+def test_what_is_too_late_is_not_run(encoder: Encoder, gated: Gate) -> None:
+    rows = encoder.tokenize(["a text"])
+    with Coalescer(encoder, group_tokens=1) as coalescer:
+        first = coalescer.submit(rows)
+        assert gated.entered.wait(20)
+        late = coalescer.submit(rows, max_seconds=0.2)
+        time.sleep(0.3)
+        gated.open.set()
+        with pytest.raises(DeadlineError, match="could not be done in its time; it was not started"):
+            late.result(20)
+        first.result(20)
+    assert len(gated.rows) == 1
+
+
+def test_an_idle_engine_takes_what_a_slow_moment_would_refuse(encoder: Encoder) -> None:
+    rows = encoder.tokenize(["a text"])
+    with Coalescer(encoder) as coalescer:
+        coalescer._tokens_per_second = 1e-6
+        assert coalescer.submit(rows, max_seconds=20).result(20).shape == (1, encoder.dimension)
+
+
+def test_small_groups_say_nothing_of_the_speed(encoder: Encoder) -> None:
+    """A query has a fixed cost: a large request must not be refused for the speed that a lone text had."""
+    with Coalescer(encoder) as coalescer:
+        coalescer.submit(encoder.tokenize(["a"])).result(20)
+        assert coalescer._tokens_per_second == float("inf")
+        coalescer.submit(encoder.tokenize(["several words " * 20] * 300)).result(60)
+        assert coalescer._tokens_per_second < float("inf")
+
+
+def test_closing_has_a_limit(encoder: Encoder, gated: Gate) -> None:
+    coalescer = Coalescer(encoder, group_tokens=1)
+    running = coalescer.submit(encoder.tokenize(["one"]))
+    waiting = coalescer.submit(encoder.tokenize(["two"]))
+    assert gated.entered.wait(20)
+    started = time.monotonic()
+    coalescer.close(max_seconds=0.2)
+    assert time.monotonic() - started < 5
+    with pytest.raises(OverloadedError, match="shutting down"):
+        waiting.result(0)
+    gated.open.set()
+    assert running.result(20).shape == (1, encoder.dimension)

@@ -250,7 +250,7 @@ def test_an_error_in_a_later_window_names_its_text(encoder: Encoder, monkeypatch
 
 
 def test_paths(bundles: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"does not exist; make a bundle: .* export"):
+    with pytest.raises(BundleError, match=r"does not exist; export a bundle: .* export"):
         Encoder(tmp_path / "nothing" / "engine.plan")
     (tmp_path / "engine.plan").write_bytes(b"plan")
     with pytest.raises(BundleError, match=r"has no manifest\.json"):

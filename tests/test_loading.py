@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -103,7 +104,7 @@ def test_a_fifo_in_place_of_any_file_does_not_hang(bundles: dict[str, Path], tmp
         (folders[-1] / name).unlink()
         os.mkfifo(folders[-1] / name)
     for folder, (error, message) in zip(folders, opened_in_child(*folders), strict=True):
-        assert (error, f"{folder.name} is a link, a folder or a device" in message) == ("BundleError", True)
+        assert (error, f"{folder.name} is a folder or a device" in message) == ("BundleError", True)
 
 
 @pytest.mark.parametrize(
@@ -175,18 +176,82 @@ def test_hostile_external_data_is_refused(bundles: dict[str, Path], tmp_path: Pa
         Encoder(tmp_path / "out", device="cpu")
 
 
-def test_links_are_refused_wherever_the_graph_points(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_links_lead_to_what_was_hashed_and_nowhere_else(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """As in a hub's cache or a volume: a link to the right bytes is as good as the file, one to others is damage."""
     out = rebuild(bundles["fp32"], tmp_path / "out", {})
+    expected = Encoder(out, device="cpu").encode("a text")
     weights = (out / WEIGHTS).rename(tmp_path / "weights")
     for link in (os.symlink, os.link):
         link(weights, out / WEIGHTS)
-        with pytest.raises(BundleError, match=r"model\.onnx\.data is a (hard )?link"):
-            Encoder(out, device="cpu")
+        encoder = Encoder(out, device="cpu")
+        np.testing.assert_array_equal(encoder.encode("a text"), expected)
         (out / WEIGHTS).unlink()
+    (tmp_path / "others").write_bytes(bytes(weights.stat().st_size))
+    (out / WEIGHTS).symlink_to(tmp_path / "others")
+    with pytest.raises(BundleError, match=r"model\.onnx\.data is damaged"):
+        Encoder(out, device="cpu")
     rebuild(bundles["fp32"], out, {GRAPH: hostile_graph(bundles["fp32"], location=f"sub/{WEIGHTS}")})
     (out / "sub").symlink_to(bundles["fp32"])
     with pytest.raises(BundleError, match="sub is not part of the bundle"):
         Encoder(out, device="cpu")
+
+
+@pytest.mark.parametrize("layout", ["hub cache", "volume", "clone"])
+def test_bundles_open_where_models_live(bundles: dict[str, Path], tmp_path: Path, layout: str) -> None:
+    source, folder = bundles["fp32"], tmp_path / "bundle"
+    folder.mkdir()
+    content = {"hub cache": tmp_path / "blobs", "volume": folder / "..2026_11_29", "clone": folder}[layout]
+    content.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        shutil.copy(path, content)
+        if layout == "hub cache":
+            (folder / path.name).symlink_to(content / path.name)
+    if layout == "volume":
+        (folder / "..data").symlink_to("..2026_11_29")
+        for path in source.iterdir():
+            (folder / path.name).symlink_to(Path("..data") / path.name)
+    for name in (".gitattributes", "README.md", "LICENSE"):
+        (folder / name).write_text("x")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    expected = Encoder(source, device="cpu").encode("a text")
+    np.testing.assert_array_equal(Encoder(folder, device="cpu").encode("a text"), expected)
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(BundleError, match=r"notes\.txt is not part of the bundle"):
+        Encoder(folder, device="cpu")
+
+
+def test_a_hub_name_is_downloaded(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub import errors
+
+    asked: list[str] = []
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        assert {"manifest.json", "model.onnx", "engine.plan"} <= set(allow_patterns)
+        if name == "org/gated":
+            raise errors.GatedRepoError("403", response=Mock())
+        if name == "org/private":
+            raise errors.RepositoryNotFoundError("404", response=Mock())
+        if name == "org/unreachable":
+            raise OSError("no route")
+        return str(bundles["fp32"])
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    encoder = Encoder("org/name", device="cpu")
+    assert encoder.encode("a").shape == (encoder.dimension,)
+    for name, message in (
+        ("org/gated", "is gated on the hub: accept its terms"),
+        ("org/private", "does not exist on the hub or is private"),
+        ("org/unreachable", r"could not be downloaded from the hub \(no route\)"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            Encoder(name)
+    (tmp_path / "bundles").mkdir()
+    with pytest.raises(BundleError, match=r"bundles/none does not exist; export a bundle"):
+        Encoder("bundles/none")
+    assert asked == ["org/name", "org/gated", "org/private", "org/unreachable"]
 
 
 class Canary:
@@ -214,7 +279,7 @@ def test_pickles_are_refused_by_name_and_never_opened(
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(bait)
     assert main(["--model", str(folder), "--out", str(tmp_path / "out")]) == 1
-    assert "holds only pytorch_model.bin, which are pickles and never opened" in capsys.readouterr().err
+    assert "has only pytorch_model.bin, which are pickles and never opened" in capsys.readouterr().err
     index = {"metadata": {}, "weight_map": {"embedding_model.norm.weight": "pytorch_model.bin"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"'pytorch_model\.bin', which is not a safetensors file"):

@@ -1,4 +1,4 @@
-"""Pairs out of docstrings."""
+"""Pairs of texts from docstrings."""
 
 from nvembed_deploy.sample_texts import docstring_pairs, topic_pairs
 
@@ -15,7 +15,7 @@ def short():
 '''
 
 
-def test_summaries_meet_bodies_and_signatures(tmp_path):
+def test_summaries_are_paired_with_bodies_and_signatures(tmp_path):
     (tmp_path / "tools.py").write_text(SOURCE)
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "tests").mkdir()
@@ -27,5 +27,5 @@ def test_summaries_meet_bodies_and_signatures(tmp_path):
     assert pairs[1][1].startswith("The separator stands")
 
 
-def test_the_language_reference_gives_many_pairs():
+def test_the_language_reference_has_many_pairs():
     assert len(list(topic_pairs())) > 300

@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""Information about this machine."""
 
 import importlib.machinery
 import importlib.metadata
@@ -10,11 +10,11 @@ import pytest
 from nvembed_deploy.system import installed_versions
 
 
-def test_versions_of_what_is_there_under_whatever_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime-gpu is the module onnxruntime, and no distribution of that name."""
+def test_versions_of_modules_from_packages_of_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu provides the module onnxruntime, and there is no distribution of that name."""
     module = ModuleType("only_a_module")
     module.__version__ = "1.2.3"
     module.__spec__ = importlib.machinery.ModuleSpec("only_a_module", None)
     monkeypatch.setitem(sys.modules, "only_a_module", module)
-    found = installed_versions(("numpy", "only_a_module", "not-installed"))
-    assert found == {"numpy": importlib.metadata.version("numpy"), "only_a_module": "1.2.3"}
+    versions = installed_versions(("numpy", "only_a_module", "not-installed"))
+    assert versions == {"numpy": importlib.metadata.version("numpy"), "only_a_module": "1.2.3"}

@@ -179,7 +179,9 @@ def test_bad_texts_are_named(value: object, error: type[Exception], message: str
 
 def test_a_text_that_has_no_tokens_is_named() -> None:
     """A model without a suffix, whose own tokens are not pooled, as GritLM's."""
-    contract = TextContract(prefix_ids=(1,), suffix_ids=(), pad_id=2, mask_prompt=True, mask_prefix=True, max_tokens=99)
+    contract = TextContract(
+        prefix_ids=(1,), suffix_ids=(), pad_id=2, mask_prompt=True, exclude_prefix_from_pooling=True, max_tokens=99
+    )
     rows = TextEncoder(TOKENIZER.to_str().encode(), contract).tokenize(["water", ""], prompt=PROMPT, max_length=99)
     with pytest.raises(InputError, match="text 8 has no tokens"):
         check_pooled(rows, 7, max_length=99)

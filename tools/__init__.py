@@ -1,1 +1,1 @@
-"""Developers' commands: what the README says is measured and written by these."""
+"""Developers' commands: documentation, screenshots, and checks of the tests."""

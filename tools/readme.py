@@ -1,6 +1,6 @@
-"""`python -m tools.readme`: writes the generated parts of README.md and docs/*.md: help texts, and tables from JSON.
+"""`python -m tools.readme`: generates parts of README.md and docs/*.md: help texts, and tables from JSON.
 
-A part stands between `<!-- made: NAME -->` and `<!-- end -->`. A test checks that the files are what this writes.
+A generated part is between `<!-- made: NAME -->` and `<!-- end -->`. A test checks that the files are up to date.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from typing import Any
 from nvembed_deploy.backends.bindings import TENSORRT_RTX
 from nvembed_deploy.console import say
 from nvembed_deploy.engines.targets import TARGETS, BuildOption, runs_on
-from nvembed_deploy.model.family import FAMILY
+from nvembed_deploy.model.family import MODEL_FAMILIES
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.training.ablation import as_table
 
@@ -27,7 +28,7 @@ PART = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def help_text(module: str) -> str:
-    """What `python -m MODULE --help` prints, at a fixed width."""
+    """Returns the output of `python -m MODULE --help` at a fixed width."""
     environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0"}
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
@@ -36,7 +37,7 @@ def help_text(module: str) -> str:
 
 
 def precision_table() -> str:
-    """The record of `benchmarks.precisions`: sizes, the gate, times."""
+    """Formats the record of `benchmarks.precisions`: sizes, parity gate and times."""
     record = json.loads((RESULTS / "precisions.json").read_text(encoding="utf-8"))
     lines = [
         "| precision | plan | ONNX | left in FP16 | lowest cosine | mean cosine | top-10 overlap | export | "
@@ -46,11 +47,11 @@ def precision_table() -> str:
     for row in record["rows"]:
         plan = f"{row['plan_bytes'] / 1e6:.1f} MB" if row["plan_bytes"] else "-"
         overlap = "-" if row["overlap"] is None else f"{row['overlap']:.1%}"
-        left = f"{len(row['kept_groups'])} groups" if Precision(row["precision"]).quantized else "-"
+        excluded = f"{len(row['kept_groups'])} groups" if Precision(row["precision"]).quantized else "-"
         lines.append(
-            f"| {row['precision']} | {plan} | {row['graph_bytes'] / 1e6:.1f} MB | {left} | {row['min_cosine']:.7f} | "
-            f"{row['mean_cosine']:.7f} | {overlap} | {row['export_s']:.0f} s, {row['export_peak_gib']} GiB | "
-            f"{row['first_vector_s']:.2f} s |"
+            f"| {row['precision']} | {plan} | {row['graph_bytes'] / 1e6:.1f} MB | {excluded} | "
+            f"{row['min_cosine']:.7f} | {row['mean_cosine']:.7f} | {overlap} | {row['export_s']:.0f} s, "
+            f"{row['export_peak_gib']} GiB | {row['first_vector_s']:.2f} s |"
         )
     versions = record["rows"][0]["versions"]
     lines += [
@@ -70,43 +71,43 @@ def _matrix_share(record: dict[str, Any]) -> float:
 
 
 def mteb_table() -> str:
-    """The record of `benchmarks.precisions`: differences to PyTorch by type of task."""
+    """Formats the record of `benchmarks.precisions`: differences to PyTorch by type of task."""
     record = json.loads((RESULTS / "precisions.json").read_text(encoding="utf-8"))
     scores = record["scores"]
-    kinds = list(dict.fromkeys(item["type"] for item in scores["fp32"]))
+    kinds = list(dict.fromkeys(task["type"] for task in scores["fp32"]))
     lines = [f"| precision | {' | '.join(kinds)} | largest of a task |", "| --- |" + " --- |" * (len(kinds) + 1)]
-    reference = [_mean(item["reference"] for item in scores["fp32"] if item["type"] == kind) for kind in kinds]
-    lines.append(f"| PyTorch fp32, points | {' | '.join(f'{value:.2f}' for value in reference)} | |")
-    for precision, items in scores.items():
+    reference = [_mean(task["reference"] for task in scores["fp32"] if task["type"] == kind) for kind in kinds]
+    lines.append(f"| PyTorch fp32, points | {' | '.join(f'{points:.2f}' for points in reference)} | |")
+    for precision, tasks in scores.items():
         by_kind = [
-            _mean(item["engine"] - item["reference"] for item in items if item["type"] == kind) for kind in kinds
+            _mean(task["engine"] - task["reference"] for task in tasks if task["type"] == kind) for kind in kinds
         ]
-        worst = max(items, key=lambda item: abs(item["engine"] - item["reference"]))
+        worst = max(tasks, key=lambda task: abs(task["engine"] - task["reference"]))
         lines.append(
-            f"| {precision} | {' | '.join(f'{value:+.3f}' for value in by_kind)} | "
+            f"| {precision} | {' | '.join(f'{points:+.3f}' for points in by_kind)} | "
             f"{worst['engine'] - worst['reference']:+.3f} ({worst['task']}) |"
         )
     return "\n".join(lines) + "\n"
 
 
 def family_table() -> str:
-    """The rows of `family.FAMILY`."""
+    """Formats the rows of `family.MODEL_FAMILIES`."""
     lines = [
         "| checkpoints | mask | pooling | instruction | vectors may be cut to |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for item in FAMILY.values():
-        pooling = {"latent": "latent attention, mean", "mean": "mean", "last": "last token"}[item.pooling.value]
-        pooling += ", instruction not pooled" if item.mask_instruction else ""
-        prompt = item.template or "; ".join(f"{name}: {text}" for name, text in item.prompts.items())
+    for family in MODEL_FAMILIES.values():
+        pooling = {"latent": "latent attention, mean", "mean": "mean", "last": "last token"}[family.pooling.value]
+        pooling += ", instruction not pooled" if family.mask_instruction else ""
+        prompt = family.template or "; ".join(f"{name}: {text}" for name, text in family.prompts.items())
         shown = prompt.replace("\n", "\\n")
-        cut = str(item.matryoshka) if item.matryoshka else "-"
-        lines.append(f"| {item.published} | {item.mask.value} | {pooling} | `{shown}` | {cut} |")
+        dims = str(family.matryoshka) if family.matryoshka else "-"
+        lines.append(f"| {family.published} | {family.mask.value} | {pooling} | `{shown}` | {dims} |")
     return "\n".join(lines) + "\n"
 
 
 def full_size_table() -> str:
-    """The record of `benchmarks.full_size`."""
+    """Formats the record of `benchmarks.full_size`."""
     record = json.loads((RESULTS / "full_size.json").read_text(encoding="utf-8"))
     lines = [
         "| what | time | peak memory | forecast | written |",
@@ -125,16 +126,16 @@ def full_size_table() -> str:
         lines.append(f"| {names[name]} | {row['seconds']:.0f} s | {memory} | {written} |")
     for name, row in record["slices"].items():
         precision, _, streamed = name.partition("_")
-        what = f"{row['layers']} layers, {precision}, "
+        description = f"{row['layers']} layers, {precision}, "
         if streamed:
-            what += "calibrated part by part with `--no-parity`"
+            description += "calibrated part by part with `--no-parity`"
         else:
-            what += (
+            description += (
                 f"compared and built for TensorRT-RTX: lowest cosine {row['min_cosine']:.5f}, plan "
                 f"{row['plan_bytes'] / 1e9:.2f} GB"
             )
         lines.append(
-            f"| {what} | {row['seconds']:.0f} s | {row['peak_gib']:.1f} GiB | {row['forecast_gib']:.1f} GiB | |"
+            f"| {description} | {row['seconds']:.0f} s | {row['peak_gib']:.1f} GiB | {row['forecast_gib']:.1f} GiB | |"
         )
     lines += [
         "",
@@ -146,17 +147,19 @@ def full_size_table() -> str:
 
 
 def targets_table() -> str:
-    """The recipes of `targets.TARGETS`."""
+    """Formats the rows of `targets.TARGETS`."""
     lines = [
         "| `--target` | device | TensorRT | dialect | GPUs | built | profile | options |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for target in TARGETS.values():
         runtime = {TENSORRT_RTX: "TensorRT-RTX"}.get(target.runtime, "TensorRT")
-        options = ", ".join(f"`--{item.value}`" for item in target.offers if item is not BuildOption.TIMING_CACHE)
-        what = target.summary.split(";")[0].split(" through ")[0].rstrip(",")
+        options = ", ".join(
+            f"`--{option.value}`" for option in target.supported if option is not BuildOption.TIMING_CACHE
+        )
+        device = target.summary.split(";")[0].split(" through ")[0].rstrip(",")
         lines.append(
-            f"| `{target.name}` | {what} | {runtime} {target.oldest_runtime}+ | {target.dialect.value} | "
+            f"| `{target.name}` | {device} | {runtime} {target.min_runtime_version}+ | {target.dialect.value} | "
             f"{', '.join(target.compute_capabilities)} | {'on the device' if target.on_device else 'anywhere'} | "
             f"{target.profile} | {options or '-'} |"
         )
@@ -164,48 +167,54 @@ def targets_table() -> str:
 
 
 def reasons_table() -> str:
-    """Why recipes have an option or not, and where their peaks come from."""
+    """Formats the reasons for each target's options, and the sources of its peak performance."""
     lines = ["| `--target` | peak, TFLOPS | source | has | has not |", "| --- | --- | --- | --- | --- |"]
     for target in TARGETS.values():
-        peak = ", ".join(f"{precision.value} {value:g}" for precision, value in target.tflops.items()) or "-"
+        peak = ", ".join(f"{precision.value} {tflops:g}" for precision, tflops in target.tflops.items()) or "-"
         having, lacking = (
-            "; ".join(f"{option.value}: {reason}" for option, reason in found.items()) or "-"
-            for found in (target.offers, target.lacks)
+            "; ".join(f"{option.value}: {reason}" for option, reason in reasons.items()) or "-"
+            for reasons in (target.supported, target.unsupported)
         )
         lines.append(f"| `{target.name}` | {peak} | {target.source} | {having} | {lacking} |")
     return "\n".join(lines) + "\n"
 
 
 def compatibility_table() -> str:
-    """Which precision each recipe takes; a cell is computed by what the commands compute with."""
+    """Formats the precisions of each target, computed as by the commands."""
     precisions = list(Precision)
     lines = [
-        f"| `--target` | graph | {' | '.join(item.value for item in precisions)} |",
+        f"| `--target` | graph | {' | '.join(precision.value for precision in precisions)} |",
         "| --- |" + " --- |" * (len(precisions) + 1),
     ]
     for target in TARGETS.values():
         cells = []
         for precision in precisions:
-            fit = [gpu for gpu in target.compute_capabilities if runs_on(precision, gpu)]
-            some = "yes" if len(fit) == len(target.compute_capabilities) else f"{fit[0]} and newer" if fit else "no"
-            cells.append(some)
+            supported_gpus = [gpu for gpu in target.compute_capabilities if runs_on(precision, gpu)]
+            support = (
+                "yes"
+                if len(supported_gpus) == len(target.compute_capabilities)
+                else f"{supported_gpus[0]} and newer"
+                if supported_gpus
+                else "no"
+            )
+            cells.append(support)
         graph = f"opset {target.dialect.opset}, {target.dialect.value}"
         lines.append(f"| `{target.name}` | {graph} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def aarch64_table() -> str:
-    """The record of `benchmarks.aarch64`."""
+    """Formats the record of `benchmarks.aarch64`."""
     record = _record("aarch64")
-    ran, found = record["emulated"], record["python_3.10"]
-    wanted = ("numpy", "onnxruntime", "tokenizers", "cuda_bindings")
-    versions = ", ".join(f"{name} {found[name]}" for name in wanted)
+    emulated, wheels = record["emulated"], record["python_3.10"]
+    named = ("numpy", "onnxruntime", "tokenizers", "cuda_bindings")
+    versions = ", ".join(f"{name} {wheels[name]}" for name in named)
     lines = [
         "| what | found |",
         "| --- | --- |",
-        f"| wheels for Python 3.10 on aarch64, from the package index | {len(found)}, among them {versions} |",
-        f"| the archive's library and bundle under emulation | {ran['machine']}, Python {ran['python']}, onnxruntime "
-        f"{ran['onnxruntime']}, numpy {ran['numpy']} |",
+        f"| wheels for Python 3.10 on aarch64, from the package index | {len(wheels)}, among them {versions} |",
+        f"| the archive's library and bundle under emulation | {emulated['machine']}, Python {emulated['python']}, "
+        f"onnxruntime {emulated['onnxruntime']}, numpy {emulated['numpy']} |",
         f"| largest difference to x86-64's vectors ({record['precision']}, {record['texts']} rows) | "
         f"{record['max_difference']:.1e} |",
         "",
@@ -215,7 +224,7 @@ def aarch64_table() -> str:
 
 
 def peers_table() -> str:
-    """The record of `benchmarks.peers`."""
+    """Formats the record of `benchmarks.peers`."""
     record = _record("peers")
     rows = {row["name"]: row for row in record["rows"]}
     base = rows["sentence-transformers, torch"]
@@ -230,7 +239,7 @@ def peers_table() -> str:
             f"{row['peak_mb']} MB | {row['min_cosine']:.5f} |"
         )
     lines += [
-        f"| {name} | does not run: {words.split(': ', 1)[-1]} | | | | | |" for name, words in record["failed"].items()
+        f"| {name} | does not run: {error.split(': ', 1)[-1]} | | | | | |" for name, error in record["failed"].items()
     ]
     versions: dict[str, str] = {}
     for row in record["rows"]:
@@ -250,15 +259,15 @@ def peers_table() -> str:
 
 
 def profile_table() -> str:
-    """The record of `benchmarks.stages`."""
+    """Formats the record of `benchmarks.stages`."""
     record = _record("profile")
     lines = ["| | tokenizing | padding | engine | the rest | in all |", "| --- | --- | --- | --- | --- | --- |"]
-    for key, what in (("bulk_ms", "bulk"), ("query_ms", "one query")):
+    for key, run in (("bulk_ms", "bulk"), ("query_ms", "one query")):
         for name, row in record[key].items():
             steps = [row[step] for step in ("tokenizing", "padding", "engine")]
-            rest = max(0.0, row["in all"] - sum(steps))
-            cells = " | ".join(f"{value:.2f} ms" for value in (*steps, rest, row["in all"]))
-            lines.append(f"| {what}, {name} | {cells} |")
+            remainder = max(0.0, row["in all"] - sum(steps))
+            cells = " | ".join(f"{milliseconds:.2f} ms" for milliseconds in (*steps, remainder, row["in all"]))
+            lines.append(f"| {run}, {name} | {cells} |")
     lines += [
         "",
         f"Made by `{record['command']}` on {record['date']}: {record['machine']}; {record['texts']} passages of "
@@ -268,18 +277,18 @@ def profile_table() -> str:
 
 
 def operators_table() -> str:
-    """What OpenVINO's operators take, of the record of `benchmarks.stages`."""
-    found = _record("profile")["operators_ms"]
-    kinds = list(next(iter(found.values())))
+    """Formats the times of OpenVINO's operators in the record of `benchmarks.stages`."""
+    operators = _record("profile")["operators_ms"]
+    kinds = list(next(iter(operators.values())))
     lines = [f"| within the engine | {' | '.join(kinds)} |", "| --- |" + " --- |" * len(kinds)]
-    for name, row in found.items():
+    for name, row in operators.items():
         cells = " | ".join(f"{row[kind]:.0f} ms, {row[kind] / sum(row.values()):.0%}" for kind in kinds)
         lines.append(f"| {name} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def search_table() -> str:
-    """The record of `benchmarks.search_speed`."""
+    """Formats the record of `benchmarks.search_speed`."""
     record = _record("search_speed")
     lines = ["| index | p50 | p99 | of the ten best |", "| --- | --- | --- | --- |"]
     for kind, recall in (("exact", 1.0), ("qdrant", record["recall_at_10"])):
@@ -293,7 +302,7 @@ def search_table() -> str:
 
 
 def ablation_table() -> str:
-    """The record of `nvembed train ablate`."""
+    """Formats the record of `nvembed train ablate`."""
     record = json.loads((ROOT / "docs" / "ablation" / "ablation.json").read_text(encoding="utf-8"))
     settings = record["settings"]
     return (
@@ -305,13 +314,12 @@ def ablation_table() -> str:
 
 
 def _record(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return record
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+def _mean(numbers: Iterable[float]) -> float:
+    return statistics.fmean(numbers)
 
 
 TABLES = {
@@ -332,19 +340,19 @@ TABLES = {
 
 
 def pages() -> list[Path]:
-    """Files with generated parts."""
+    """Returns the files with generated parts."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def render(text: str) -> str:
-    """A page with its generated parts made anew."""
+    """Returns a page with its generated parts updated."""
 
-    def make(match: re.Match[str]) -> str:
+    def generate(match: re.Match[str]) -> str:
         kind, _, name = match[2].partition(":")
-        made = help_text(name) if kind == "help" else TABLES[name]()
-        return match[1] + made + match[3]
+        content = help_text(name) if kind == "help" else TABLES[name]()
+        return match[1] + content + match[3]
 
-    return PART.sub(make, text)
+    return PART.sub(generate, text)
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""`python -m tools.seeded_faults`: does the default run of the tests notice a fault? Seeds ten, one at a time.
+"""`python -m tools.seeded_faults`: checks that the tests detect faults; seeds ten, one at a time.
 
-Each fault is one edit of a copy of this checkout. `make test` then runs there on the test files that should notice it,
-which are part of its default tier, so that red here means red there. Exits 1 if a fault passes, or if the tests of a
-fault are red without it.
+Each fault is one edit in a copy of this checkout, in which `make test` then runs the test files that should detect it.
+These belong to the default tier, so that a failure here is a failure there. Exits 1 if a fault is not detected, or if
+the tests fail without a fault.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One edit, and the tests that have to fail with it."""
+    """An edit, and the tests that must fail with it."""
 
     name: str
     path: str
-    """File that is edited, below the checkout."""
+    """Path of the edited file in the checkout."""
     before: str
-    """Text that stands in the file exactly once."""
+    """Text that occurs in the file exactly once."""
     after: str
     tests: tuple[str, ...]
 
@@ -107,7 +107,7 @@ FAULTS = (
 
 
 def copy_checkout(folder: Path) -> None:
-    """Copies the files that git tracks or would add, with their times, as make compares those."""
+    """Copies the files that git tracks or would add, with their times, which make compares."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
@@ -117,13 +117,13 @@ def copy_checkout(folder: Path) -> None:
 
 
 def tests_pass(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
-    """Runs `make test` on some test files, to the first failure.
+    """Runs `make test` on test files until the first failure.
 
     Returns:
-        Whether they passed, and the last lines of the output.
+        True if the tests passed, and a line of the output.
 
     Raises:
-        SystemExit: No test ran: neither red nor green.
+        SystemExit: No test ran.
     """
     command = ["make", "test", f"VENV={ROOT / '.venv'}", f"ARGS=--maxfail=1 -q {' '.join(tests)}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
@@ -134,26 +134,26 @@ def tests_pass(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Prints a line a fault; see the module."""
+    """Runs the command; prints a line for each fault."""
     with tempfile.TemporaryDirectory() as work:
         copy = Path(work) / "checkout"
         copy_checkout(copy)
         all_tests = tuple(sorted({test for fault in FAULTS for test in fault.tests}))
         passed, line = tests_pass(copy, all_tests)
-        sys.stdout.write(f"without a fault: {'green' if passed else 'RED'}: {line}\n")
+        sys.stdout.write(f"without a fault: {'passed' if passed else 'FAILED'}: {line}\n")
         missed = [] if passed else ["without a fault"]
         for fault in FAULTS:
             path = copy / fault.path
             source = path.read_text(encoding="utf-8")
             if source.count(fault.before) != 1:
                 raise SystemExit(
-                    f"error: {fault.path} holds {fault.before!r} {source.count(fault.before)} times, not once"
+                    f"error: {fault.path} contains {fault.before!r} {source.count(fault.before)} times instead of once"
                 )
             path.write_text(source.replace(fault.before, fault.after), encoding="utf-8")
             started = time.monotonic()
             passed, line = tests_pass(copy, fault.tests)
             path.write_text(source, encoding="utf-8")
-            verdict = "NOT NOTICED" if passed else "noticed"
+            verdict = "NOT DETECTED" if passed else "detected"
             sys.stdout.write(f"{fault.name}: {verdict} in {time.monotonic() - started:.0f} s: {line}\n")
             sys.stdout.flush()
             if passed:

@@ -1,1 +1,1 @@
-"""The ONNX graph: traced without weights, simplified, written with them."""
+"""The ONNX graph: traced without weights, simplified, and written with them."""

@@ -1,6 +1,6 @@
-"""Layers that are not traced: a decoder's are alike, so that three of them stand for all.
+"""Adds decoder layers to a traced graph by copying: they are alike, so three traced ones are enough.
 
-Tracing takes about a second a layer, and is most of an export that refers to weights where they lie.
+Tracing takes about a second per layer, which is most of the time of an export with `--weights reference`.
 """
 
 from __future__ import annotations
@@ -12,101 +12,102 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 TRACED_LAYERS = 3
-"""The first also computes what all share; the other two show that they differ in nothing but their weights."""
+"""The first layer also computes what all layers share; the other two show that only their weights differ."""
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
 def repeat_layers(model: ir.Model, layers: int) -> bool:
-    """Adds layers like the last one behind it, in place.
+    """Appends copies of the last decoder layer, in place.
 
     Args:
-        model: Of `TRACED_LAYERS` layers, simplified, its weights without values.
-        layers: How many it is to have.
+        model: A simplified model of `TRACED_LAYERS` layers, its weights without values.
+        layers: Number of layers that the model will have.
 
     Returns:
-        False where the last two layers differ in more than their weights; the model is then as it was.
+        False if the last two layers differ in more than their weights; the model is then unchanged.
     """
-    blocks = _last_blocks(list(model.graph))
-    if blocks is None or not _are_alike(*blocks):
+    layer_nodes = _last_layers(list(model.graph))
+    if layer_nodes is None or not _are_alike(*layer_nodes):
         return False
-    before, block = blocks
-    tail = list(model.graph)[list(model.graph).index(block[-1]) + 1 :]
-    follower = dict(zip(_outputs(before), _outputs(block), strict=True))
-    place = block[-1]
-    here: dict[ir.Value, ir.Value] = {}
-    """For what the last traced layer computes or takes from the one before it: the same of the layer at hand."""
+    previous_layer, last_layer = layer_nodes
+    following = list(model.graph)[list(model.graph).index(last_layer[-1]) + 1 :]
+    successors = dict(zip(_outputs(previous_layer), _outputs(last_layer), strict=True))
+    insert_point = last_layer[-1]
+    copied: dict[ir.Value, ir.Value] = {}
+    """Maps each value that the last traced layer computes, or takes from the one before it, to the copy's."""
     for layer in range(TRACED_LAYERS, layers):
-        here = {value: here.get(next_one, next_one) for value, next_one in follower.items()}
-        copies = [_copy(node, here, layer, model.graph) for node in block]
-        model.graph.insert_after(place, copies)
-        place = copies[-1]
-    for node in tail:
+        copied = {value: copied.get(successor, successor) for value, successor in successors.items()}
+        copies = [_copy(node, copied, layer, model.graph) for node in last_layer]
+        model.graph.insert_after(insert_point, copies)
+        insert_point = copies[-1]
+    for node in following:
         for index, value in enumerate(node.inputs):
-            if value in here:
-                node.replace_input_with(index, here[value])
+            if value in copied:
+                node.replace_input_with(index, copied[value])
     passes.NameFixPass()(model)
     return True
 
 
-def _last_blocks(nodes: Sequence[ir.Node]) -> tuple[Sequence[ir.Node], Sequence[ir.Node]] | None:
-    """The nodes of the last two layers, each from its first weight on; None where they do not lie behind each other."""
+def _last_layers(nodes: Sequence[ir.Node]) -> tuple[Sequence[ir.Node], Sequence[ir.Node]] | None:
+    """Returns the nodes of the last two layers, each from its first weight on; None if they are not contiguous."""
     users: dict[int, list[int]] = {}
     for index, node in enumerate(nodes):
         for value in node.inputs:
             if value is not None and (layer := _layer_of(value)) is not None:
                 users.setdefault(layer, []).append(index)
-    first, begin, middle = (min(users[layer]) for layer in range(TRACED_LAYERS))
-    end = 2 * middle - begin
-    inside = {0: range(first, begin), 1: range(begin, middle), 2: range(middle, end)}
-    if end > len(nodes) or any(index not in inside[layer] for layer, found in users.items() for index in found):
+    starts = [min(users[layer]) for layer in range(TRACED_LAYERS)]
+    end = 2 * starts[2] - starts[1]
+    ranges = {0: range(starts[0], starts[1]), 1: range(starts[1], starts[2]), 2: range(starts[2], end)}
+    is_contiguous = all(index in ranges[layer] for layer, indices in users.items() for index in indices)
+    if end > len(nodes) or not is_contiguous:
         return None
-    return nodes[begin:middle], nodes[middle:end]
+    return nodes[starts[1] : starts[2]], nodes[starts[2] : end]
 
 
-def _are_alike(one: Sequence[ir.Node], other: Sequence[ir.Node]) -> bool:
-    """True where the second block is the first one with another layer's weights, and takes its place in the data."""
-    own = set(_outputs(one))
-    follower: dict[ir.Value, ir.Value] = {}
-    for ours, theirs in zip(one, other, strict=True):
-        if _kind(ours) != _kind(theirs):
+def _are_alike(layer: Sequence[ir.Node], next_layer: Sequence[ir.Node]) -> bool:
+    """Returns True if the next layer does with the layer's outputs what the layer does with its inputs."""
+    layer_outputs = set(_outputs(layer))
+    successors: dict[ir.Value, ir.Value] = {}
+    for node, next_node in zip(layer, next_layer, strict=True):
+        if _signature(node) != _signature(next_node):
             return False
-        for value, next_one in zip(ours.inputs, theirs.inputs, strict=True):
-            if value is not None and next_one in own:  # what came from the layer before comes from this one
-                follower.setdefault(value, next_one)
-            if not _follows(value, next_one, follower):
+        for value, next_value in zip(node.inputs, next_node.inputs, strict=True):
+            if value is not None and next_value in layer_outputs:  # an input from the layer before corresponds to it
+                successors.setdefault(value, next_value)
+            if not _corresponds(value, next_value, successors):
                 return False
-        follower.update(zip(ours.outputs, theirs.outputs, strict=True))
+        successors.update(zip(node.outputs, next_node.outputs, strict=True))
     return True
 
 
-def _follows(value: ir.Value | None, next_one: ir.Value | None, follower: dict[ir.Value, ir.Value]) -> bool:
-    if value is None or next_one is None:
-        return value is next_one
+def _corresponds(value: ir.Value | None, next_value: ir.Value | None, successors: dict[ir.Value, ir.Value]) -> bool:
+    if value is None or next_value is None:
+        return value is next_value
     if _layer_of(value) is None:
-        return follower.get(value, value) is next_one
-    return next_one.name == _name_in(value, TRACED_LAYERS - 1)
+        return successors.get(value, value) is next_value
+    return next_value.name == _name_in(value, TRACED_LAYERS - 1)
 
 
-def _kind(node: ir.Node) -> tuple[object, ...]:
-    attributes = {name: (item.type, item.value) for name, item in node.attributes.items()}
+def _signature(node: ir.Node) -> tuple[object, ...]:
+    attributes = {name: (attribute.type, attribute.value) for name, attribute in node.attributes.items()}
     types = [(value.type, value.shape) for value in node.outputs]
     return node.domain, node.op_type, attributes, types, len(node.inputs)
 
 
-def _copy(node: ir.Node, here: dict[ir.Value, ir.Value], layer: int, graph: ir.Graph) -> ir.Node:
-    """A node for another layer; its outputs are added to `here`."""
+def _copy(node: ir.Node, copied: dict[ir.Value, ir.Value], layer: int, graph: ir.Graph) -> ir.Node:
+    """Copies a node for another layer, and adds the copy's outputs to `copied`."""
     inputs = [
-        value if value is None else _weight(value, layer, graph) or here.get(value, value) for value in node.inputs
+        value if value is None else _weight(value, layer, graph) or copied.get(value, value) for value in node.inputs
     ]
     outputs = [ir.Value(name=f"{value.name}_{layer}", type=value.type, shape=value.shape) for value in node.outputs]
-    here.update(zip(node.outputs, outputs, strict=True))
+    copied.update(zip(node.outputs, outputs, strict=True))
     return ir.Node(
         node.domain, node.op_type, inputs, node.attributes.values(), outputs=outputs, name=f"{node.name}_{layer}"
     )
 
 
 def _weight(value: ir.Value, layer: int, graph: ir.Graph) -> ir.Value | None:
-    """The same weight of another layer, made where there is none yet; None for what is no layer's weight."""
+    """Returns the same weight of another layer, adding it to the graph; None if the value is no layer's weight."""
     if _layer_of(value) is None:
         return None
     name = _name_in(value, layer)
@@ -120,8 +121,8 @@ def _outputs(nodes: Sequence[ir.Node]) -> list[ir.Value]:
 
 
 def _layer_of(value: ir.Value) -> int | None:
-    found = _LAYER.search(str(value.name)) if value.is_initializer() else None
-    return int(found[0]) if found else None
+    match = _LAYER.search(str(value.name)) if value.is_initializer() else None
+    return int(match[0]) if match else None
 
 
 def _name_in(value: ir.Value, layer: int) -> str:

@@ -1,7 +1,7 @@
-"""Makes a traced graph small: constants folded, what does nothing removed, RMSNormalization fused if there is such.
+"""Simplifies a traced graph: folds constants, removes nodes without effect, and fuses RMSNormalization.
 
-The same passes as `onnxscript.optimizer.optimize`, with the rules that a decoder needs. One of the others compares
-every Slice with every other, which was half of the time when 32 layers were traced.
+These are the passes of `onnxscript.optimizer.optimize`, restricted to the rewrite rules that a decoder needs. One of
+the other rules compares every Slice with every other, which took half of the time when 32 layers were traced.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ RULES = (
     rules.squeeze_reshape_1d_rule,
 )
 ROUNDS = 2
-"""What one round removes lets the next fold more; a third changes nothing."""
+"""Nodes that the first round removes allow the second to fold more; a third changes nothing."""
 
 
 def simplify(model: ir.Model) -> None:
-    """Works in place; weights without values stay as they are."""
+    """Simplifies a graph in place; weights without values are not changed."""
     passes.InlinePass()(model)
     rewrite = RewritePass(RULES)
     for _ in range(ROUNDS):

@@ -1,7 +1,7 @@
-"""The ONNX graph: traced once on fake tensors, then the weights are written to one file beside it.
+"""Traces a model to an ONNX graph on fake tensors; `write.py` then adds the weights.
 
-Tracing never holds a weight. Precision is in the graph: tensors are FP32, FP16 or BF16; norms, pooling and L2 compute
-in FP32. Linear weights are stored the way MatMul takes them, so that no runtime has to turn them at load.
+Tracing never holds a weight. The precision is part of the graph: tensors are FP32, FP16 or BF16, while norms, pooling
+and the L2 normalization compute in FP32.
 """
 
 from __future__ import annotations
@@ -20,55 +20,59 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.errors import ExportError
-from nvembed_deploy.export.fp16_ranges import widen
+from nvembed_deploy.export.fp16_ranges import convert_to_fp32
 from nvembed_deploy.export.graph.repeat_layers import TRACED_LAYERS, repeat_layers
 from nvembed_deploy.export.graph.simplify import simplify
+from nvembed_deploy.export.layerwise import folded_form
 from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.model.decoder import Decoder
-from nvembed_deploy.model.fold import FoldedLatentAttention
-from nvembed_deploy.model.latent_attention import LatentAttentionModel
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.spec import Dialect, Precision
 
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 TRACE_SHAPE = (3, 7)
-"""Both above 1, or the tracer takes them for constants."""
+"""Batch and tokens of the example; both above 1, or the tracer would treat them as constants."""
 
 
 def trace(
-    config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: bool, wide: frozenset[str] = frozenset()
+    config: ModelConfig,
+    *,
+    precision: Precision,
+    dialect: Dialect,
+    fold: bool,
+    fp32_modules: frozenset[str] = frozenset(),
 ) -> ir.Model:
-    """Traces the model of a configuration; its weights are names without values. Layers beyond the third are repeated.
+    """Traces the model of a configuration; its weights are names without values.
+
+    Layers beyond the third are copied from the traced ones, unless one of the layers has FP32 modules.
 
     Args:
         config: The architecture.
         precision: Type of weights and activations.
         dialect: Operators to use.
-        fold: Fold the latent attention.
-        wide: Modules that compute in FP32; see `fp16_ranges.py`.
+        fold: Whether to fold the latent attention.
+        fp32_modules: Modules that compute in FP32; see `fp16_ranges.py`.
 
     Returns:
         A model with inputs int64 [batch, tokens] x 3 and outputs float32 [batch, D] and [batch].
     """
-    if config.layers > TRACED_LAYERS and not any(".layers." in name for name in wide):
-        few = replace(config, layers=TRACED_LAYERS)
-        traced = _trace(few, precision=precision, dialect=dialect, fold=fold, wide=wide)
+    if config.layers > TRACED_LAYERS and not any(".layers." in name for name in fp32_modules):
+        shortened = replace(config, layers=TRACED_LAYERS)
+        traced = _trace(shortened, precision=precision, dialect=dialect, fold=fold, fp32_modules=fp32_modules)
         if repeat_layers(traced, config.layers):
             return traced
-    return _trace(config, precision=precision, dialect=dialect, fold=fold, wide=wide)
+    return _trace(config, precision=precision, dialect=dialect, fold=fold, fp32_modules=fp32_modules)
 
 
 def _trace(
-    config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: bool, wide: frozenset[str]
+    config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: bool, fp32_modules: frozenset[str]
 ) -> ir.Model:
     with FakeTensorMode(), _default_dtype(DTYPES[precision.base]):
-        model = NVEmbed(config).requires_grad_(False).eval()
-        if fold and isinstance(model.latent_attention_model, LatentAttentionModel):
-            model.latent_attention_model = FoldedLatentAttention(model.latent_attention_model)
-        widen(model, wide)
+        model = folded_form(NVEmbed(config).requires_grad_(False).eval(), fold=fold)
+        convert_to_fp32(model, fp32_modules)
         if dialect is Dialect.FUSED:
             _use_rotary_operator(model.embedding_model)
-        # Three tensors: one given twice would be merged into one input.
+        # Three separate tensors: if one were passed twice, the tracer would merge the two inputs.
         example = tuple(torch.ones(TRACE_SHAPE, dtype=torch.int64) for _ in INPUTS)
         with _quiet():
             program = torch.onnx.export(
@@ -86,22 +90,25 @@ def _trace(
     graph = program.model.graph
     weights = {name for name, _ in model.named_parameters()}
     for name in weights & graph.initializers.keys():
-        graph.initializers[name].const_value = None  # fake; and what has no value cannot be folded
+        graph.initializers[name].const_value = None  # it is fake, and a weight without a value is not folded
     with _quiet():
         simplify(program.model)
         passes.ClearMetadataAndDocStringPass()(program.model)  # they hold paths of this machine
-    if missing := sorted(weights - graph.initializers.keys()):
-        raise ExportError(f"the tracer dropped {missing[0]}; this torch {torch.__version__} is not one we know")
+    if missing_weights := sorted(weights - graph.initializers.keys()):
+        raise ExportError(
+            f"the exporter of torch {torch.__version__} dropped the weight {missing_weights[0]}; install a torch "
+            "version that this package was tested with (constraints.txt)"
+        )
     program.model.producer_name = "nvembed-deploy"
     program.model.producer_version = None
     return program.model
 
 
 def _use_rotary_operator(backbone: Decoder) -> None:
-    """Puts ONNX's RotaryEmbedding in place of the five operators that it stands for."""
+    """Replaces the five primitive operators of a rotary embedding by ONNX's RotaryEmbedding."""
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # The operator takes half of each table, one row a text: ONNX Runtime refuses a batch of 1 for many.
+        # The operator takes half of each table, repeated for every text: ONNX Runtime does not broadcast the batch.
         B, half = x.shape[0], cos.shape[-1] // 2
         tables = (table[None, :, :half].expand(B, -1, -1) for table in (cos, sin))
         return torch.onnx.ops.rotary_embedding(x, *tables)
@@ -122,7 +129,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back the exporter's notes on values without content: there are many, and they are meant."""
+    """Silences the exporter's warnings about weights without values: there are many, and they are intended."""
     loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

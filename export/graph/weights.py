@@ -1,4 +1,4 @@
-"""Where the graph's weights come from: a model in memory, or a checkpoint's files read one tensor at a time."""
+"""Sources of a graph's weights: a model in memory, or a checkpoint's files read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from nvembed_deploy.model.fold import fold_stored
 from nvembed_deploy.model.weights import StoredTensor, StoredWeights
 
 _POOLER = "latent_attention_model."
-_FOLDED_AS = {
+_CHECKPOINT_PREFIXES = {
     f"{_POOLER}norm.": f"{_POOLER}cross_attend_blocks.0.norm.",
     f"{_POOLER}feed_forward.": f"{_POOLER}cross_attend_blocks.1.",
 }
-"""Beginnings of names in `FoldedLatentAttention`, and of the same tensors in a checkpoint."""
+"""Prefixes of names in `FoldedLatentAttention`, each with the prefix of the same tensors in a checkpoint."""
 
 
-class State(Protocol):
-    """The tensors of a model, by the graph's names."""
+class WeightSource(Protocol):
+    """The tensors of a model, under the names that the graph has for them."""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a tensor; None where there is none of the name."""
+        """Returns the shape of a tensor, or None if there is no tensor of this name."""
         ...
 
-    def place(self, name: str) -> StoredTensor | None:
-        """Where a tensor lies in a file as it is, or None."""
+    def location(self, name: str) -> StoredTensor | None:
+        """Returns where a file stores exactly this tensor, or None if no file does."""
         ...
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, or the rows from `rows[0]` to before `rows[1]` of it."""
+        """Returns a tensor, or its rows from `rows[0]` up to, but not including, `rows[1]`."""
         ...
 
 
-class MemoryState:
+class MemoryWeights:
     """Tensors in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """See `State`."""
-        found = self.tensors.get(name)
-        return None if found is None else tuple(found.shape)
+        """See `WeightSource`."""
+        tensor = self.tensors.get(name)
+        return None if tensor is None else tuple(tensor.shape)
 
-    def place(self, name: str) -> StoredTensor | None:
-        """See `State`."""
+    def location(self, name: str) -> StoredTensor | None:
+        """See `WeightSource`."""
         return None
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """See `State`."""
+        """See `WeightSource`."""
         return self.tensors[name] if rows is None else self.tensors[name][rows[0] : rows[1]]
 
 
-class StoredState:
-    """Tensors of a checkpoint, none of them in memory but the folded pooler's.
+class CheckpointWeights:
+    """Tensors of a checkpoint; only those of a folded pooler are held in memory.
 
     Args:
-        weights: The checkpoint's.
+        weights: The checkpoint's weights.
         fold: Whether the graph's latent attention is folded.
     """
 
@@ -71,24 +71,24 @@ class StoredState:
 
     def _stored_name(self, name: str) -> str:
         if self.folded:
-            for ours, stored in _FOLDED_AS.items():
-                if name.startswith(ours):
-                    return stored + name.removeprefix(ours)
+            for folded_prefix, stored_prefix in _CHECKPOINT_PREFIXES.items():
+                if name.startswith(folded_prefix):
+                    return stored_prefix + name.removeprefix(folded_prefix)
         return name
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """See `State`."""
+        """See `WeightSource`."""
         if name in self.folded:
             return tuple(self.folded[name].shape)
-        place = self.place(name)
-        return None if place is None else place.shape
+        location = self.location(name)
+        return None if location is None else location.shape
 
-    def place(self, name: str) -> StoredTensor | None:
-        """See `State`."""
+    def location(self, name: str) -> StoredTensor | None:
+        """See `WeightSource`."""
         return None if name in self.folded else self.weights.tensors.get(self._stored_name(name))
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """See `State`."""
+        """See `WeightSource`."""
         if name in self.folded:
-            return MemoryState(self.folded).read(name, rows=rows)
+            return MemoryWeights(self.folded).read(name, rows=rows)
         return self.weights.read(self._stored_name(name), rows=rows)

@@ -1,4 +1,4 @@
-"""The traced graph on disk: its weights block by block into one file beside it, or referred to where they lie.
+"""Writes the traced graph: its weights block by block into one file beside it, or as references to the checkpoint.
 
 Linear weights are stored the way MatMul takes them, so that no runtime has to transpose them at load.
 """
@@ -20,51 +20,39 @@ from tqdm import tqdm
 
 from nvembed_deploy.bundle.manifest import WEIGHTS
 from nvembed_deploy.errors import ConfigError, ExportError
-from nvembed_deploy.export.graph.weights import State
+from nvembed_deploy.export.graph.weights import WeightSource
 from nvembed_deploy.files.hashed_file import HashedFile
 from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.model.weights import StoredTensor
 
-STORED = {
+TORCH_DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.INT8: torch.int8,
     ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
-    ir.DataType.INT4: torch.int8,  # two to a byte once they are written
+    ir.DataType.INT4: torch.int8,  # packed two to a byte when they are written
 }
-
-
-CODES_DTYPES = (torch.int8, torch.float8_e4m3fn)
-
-
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-"""By size."""
-
-
+QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""Integer types by their size in bytes."""
 BLOCK_BYTES = 8 * 2**20
-"""Written at a time."""
-
-
+"""Bytes that are written at a time."""
 PANEL_BYTES = 128 * 2**20
-"""Of a matrix that is turned: all of a 7 B decoder's layers fit in 16 bits, and the pooler's largest is read twice."""
-
-
+"""Bytes of a matrix that are transposed at a time. Every matrix of a 7 B decoder layer fits in 16 bits; the pooler's
+largest one is read twice."""
 READ_BYTES = 2**19
-"""Read into a panel at a time: what large blocks cost the system (`machine.return_large_blocks`) is not paid for it."""
-
-
+"""Bytes that are read into a panel at a time: so small that the system's cost of large blocks (see
+`system.return_large_blocks`) is not paid."""
 UNCACHED_BYTES = 4 * 2**30
-"""Weights beyond this are not left in the system's memory: they would drive out what is still to be read."""
-
-
+"""Weights larger than this bypass the system's file cache, where they would displace what is still to be read."""
 PAGE_BYTES = 4096
-"""Tensors start on pages, so that a runtime can map the file into memory."""
+"""Tensors start on page boundaries, so that a runtime can map the file into memory."""
 
 
 def write(
     model: ir.Model,
-    state: State,
+    weight_source: WeightSource,
     folder: Path,
     *,
     name: str,
@@ -74,60 +62,67 @@ def write(
     """Writes the weights block by block, then the graph that refers to them.
 
     Args:
-        model: What `trace` gave.
-        state: The weights, folded if the graph is; codes and scales of quantized layers.
+        model: A graph from `trace`.
+        weight_source: The weights, folded if the graph is, with quantized values and scales for quantized layers.
         folder: Where to write.
         name: File name of the graph.
-        reference: Leave weights where they lie if their bytes are what the graph takes: the graph then refers to the
-            checkpoint's files, which are linked into the folder, and turns matrices itself.
-        reached: Called behind each tensor with the file that it was read from and the offset of its end.
+        reference: Do not copy weights whose stored bytes are what the graph takes. The checkpoint's files are linked
+            into the folder, the graph refers to them, and it transposes matrices itself.
+        reached: Called after each tensor with the file that it was read from and the offset of its end.
 
     Returns:
-        Size and hash of the weights' file, and of none but it.
+        Size and hash of the weights' file.
 
     Raises:
-        ExportError: A weight is missing, is of another shape, or does not fit into FP16.
-        ConfigError: The checkpoint's files cannot be linked, since they lie on another disk.
+        ExportError: A weight is missing, has another shape, or does not fit into FP16.
+        ConfigError: The checkpoint's files cannot be linked because they are on another disk.
     """
     graph = model.graph
-    values = [value for value in graph.initializers.values() if value.const_value is None]
-    for value in values:
-        shape = state.shape(str(value.name))
-        if shape is None or value.shape is None or list(shape) != [int(size) for size in value.shape]:
-            raise ExportError(f"the graph's weight {value.name} {value.shape} is not one of the checkpoint's")
-    linked = {value: place for value in values if reference and (place := _as_it_lies(value, state)) is not None}
-    for value, place in linked.items():
-        if not (folder / place.path.name).exists():
-            link_into(place.path, folder)
-        _refer(value, place.path.name, place.offset, place.bytes, folder)
-    written = [value for value in values if value not in linked]
-    # In the order of the checkpoint, so that its files are read from end to end.
-    written.sort(key=lambda value: _order(state.place(str(value.name))))
-    total = sum(_stored_bytes(value, state) for value in written)
+    initializers = [initializer for initializer in graph.initializers.values() if initializer.const_value is None]
+    for initializer in initializers:
+        shape = weight_source.shape(str(initializer.name))
+        graph_shape = initializer.shape
+        if shape is None or graph_shape is None or list(shape) != [int(size) for size in graph_shape]:
+            raise ExportError(
+                f"the checkpoint has no weight {initializer.name} of shape {graph_shape}, which the graph needs"
+            )
+    references = {
+        initializer: location
+        for initializer in initializers
+        if reference and (location := _unchanged_location(initializer, weight_source)) is not None
+    }
+    for initializer, location in references.items():
+        if not (folder / location.path.name).exists():
+            link_into(location.path, folder)
+        _refer(initializer, location.path.name, location.offset, location.bytes, folder)
+    copied = [initializer for initializer in initializers if initializer not in references]
+    # In the order of the checkpoint, so that its files are read from beginning to end.
+    copied.sort(key=lambda initializer: _read_order(weight_source.location(str(initializer.name))))
+    total_bytes = sum(_stored_bytes(initializer, weight_source) for initializer in copied)
     with (
-        HashedFile(folder / WEIGHTS, direct=total > UNCACHED_BYTES) as file,
-        tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        HashedFile(folder / WEIGHTS, direct=total_bytes > UNCACHED_BYTES) as file,
+        tqdm(total=total_bytes, desc="writing weights", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
-        turner = Turner(file.drain)
-        for value in written:
+        transposer = Transposer(file.drain)
+        for initializer in copied:
             file.write(b"\0" * (-file.size % PAGE_BYTES))
             offset = file.size
-            for block in _blocks(value, state, turner):
-                file.write(block)
-                bar.update(len(block))
-            place = state.place(str(value.name))
-            if reached is not None and place is not None:
-                reached(place.path, place.offset + place.bytes)
-            _refer(value, WEIGHTS, offset, file.size - offset, folder)
+            for chunk in _chunks(initializer, weight_source, transposer):
+                file.write(chunk)
+                bar.update(len(chunk))
+            source_location = weight_source.location(str(initializer.name))
+            if reached is not None and source_location is not None:
+                reached(source_location.path, source_location.offset + source_location.bytes)
+            _refer(initializer, WEIGHTS, offset, file.size - offset, folder)
     ir.save(model, folder / name)
     return {WEIGHTS: file.entry()}
 
 
 def link_into(path: Path, folder: Path) -> None:
-    """Makes a file stand in a folder as well, without copying it.
+    """Creates a hard link to a file in a folder.
 
     Raises:
-        ConfigError: The folder is on another disk, or one that knows no links.
+        ConfigError: The folder is on another disk, or on one that does not support hard links.
     """
     try:
         os.link(os.path.realpath(path), folder / path.name)
@@ -138,24 +133,31 @@ def link_into(path: Path, folder: Path) -> None:
         ) from err
 
 
-def _as_it_lies(value: ir.Value, state: State) -> StoredTensor | None:
-    place = state.place(str(value.name))
-    return place if place is not None and place.dtype == STORED[value.dtype or ir.DataType.FLOAT] else None
+def _unchanged_location(initializer: ir.Value, weight_source: WeightSource) -> StoredTensor | None:
+    """Returns where the checkpoint stores a weight, if its type there is the graph's."""
+    location = weight_source.location(str(initializer.name))
+    return location if location is not None and location.dtype == _torch_dtype(initializer) else None
 
 
-def _order(place: StoredTensor | None) -> tuple[str, int]:
-    return ("", 0) if place is None else (place.path.name, place.offset)
+def _torch_dtype(initializer: ir.Value) -> torch.dtype:
+    return TORCH_DTYPES[initializer.dtype or ir.DataType.FLOAT]
 
 
-def _stored_bytes(value: ir.Value, state: State) -> int:
-    shape = state.shape(str(value.name)) or ()
-    return math.prod(shape) * STORED[value.dtype or ir.DataType.FLOAT].itemsize
+def _read_order(location: StoredTensor | None) -> tuple[str, int]:
+    return ("", 0) if location is None else (location.path.name, location.offset)
 
 
-def _refer(value: ir.Value, file: str, offset: int, size: int, folder: Path) -> None:
-    shape = value.shape or ir.Shape(())
-    dtype = value.dtype or ir.DataType.FLOAT
-    value.const_value = ir.ExternalTensor(file, offset, size, dtype, shape=shape, name=str(value.name), base_dir=folder)
+def _stored_bytes(initializer: ir.Value, weight_source: WeightSource) -> int:
+    shape = weight_source.shape(str(initializer.name)) or ()
+    return math.prod(shape) * _torch_dtype(initializer).itemsize
+
+
+def _refer(initializer: ir.Value, file_name: str, offset: int, size: int, folder: Path) -> None:
+    shape = initializer.shape or ir.Shape(())
+    dtype = initializer.dtype or ir.DataType.FLOAT
+    initializer.const_value = ir.ExternalTensor(
+        file_name, offset, size, dtype, shape=shape, name=str(initializer.name), base_dir=folder
+    )
 
 
 def check(path: Path, *, linked: bool = False) -> None:
@@ -163,27 +165,27 @@ def check(path: Path, *, linked: bool = False) -> None:
 
     Args:
         path: The graph.
-        linked: True where files of the checkpoint are linked in, which onnx.checker refuses to look at.
+        linked: True if files of the checkpoint are linked into the folder; onnx.checker refuses to read those.
 
     Raises:
-        ExportError: With what is wrong.
+        ExportError: The graph is not valid ONNX, or a constant is infinite.
     """
     try:
         onnx.checker.check_model(_without_weights(path) if linked else str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         raise ExportError(f"{path.name} is not valid ONNX ({err}); this is a bug, please report it") from err
-    for value in ir.load(path).graph.initializers.values():
-        constant = value.const_value
+    for initializer in ir.load(path).graph.initializers.values():
+        constant = initializer.const_value
         if isinstance(constant, ir.ExternalTensor) or constant is None or constant.dtype != ir.DataType.FLOAT16:
             continue
         if not np.isfinite(constant.numpy()).all():
             raise ExportError(
-                f"{path.name}: constant {value.name} is infinite in FP16; this is a bug, please report it"
+                f"{path.name}: constant {initializer.name} is infinite in FP16; this is a bug, please report it"
             )
 
 
 def _without_weights(path: Path) -> onnx.ModelProto:
-    """The graph with its weights as inputs."""
+    """Returns the graph with its weights as inputs."""
     model = onnx.load(path, load_external_data=False)
     weights = [tensor for tensor in model.graph.initializer if tensor.external_data]
     for tensor in weights:
@@ -192,95 +194,99 @@ def _without_weights(path: Path) -> onnx.ModelProto:
     return model
 
 
-class Turner:
-    """Exchanges rows and columns, panel by panel, in memory that is asked for once.
+class Transposer:
+    """Transposes matrices panel by panel, in memory that is allocated once.
 
     Args:
-        drain: Returns once nobody needs what was turned last.
+        drain: Called before a panel is overwritten; returns once the previous panel is no longer needed.
     """
 
     def __init__(self, drain: Callable[[], None]) -> None:
         self._drain = drain
-        self._read = self._turned = torch.empty(0, dtype=torch.uint8)
+        self._panel = self._transposed = torch.empty(0, dtype=torch.uint8)
 
-    def panels(self, state: State, name: str, dtype: torch.dtype) -> Iterator[memoryview]:
-        """The bytes of a matrix [N, K] as [K, N]; each panel is gone when the next is asked for."""
-        N, K = state.shape(name) or (0, 0)
-        row_bytes = N * dtype.itemsize
-        wide = min(K, max(1, PANEL_BYTES // row_bytes))
-        if len(self._read) < wide * row_bytes:
-            self._read, self._turned = (torch.empty(wide * row_bytes, dtype=torch.uint8) for _ in range(2))
-        step = max(1, READ_BYTES // (K * dtype.itemsize))
-        for left in range(0, K, wide):
-            right = min(left + wide, K)
-            size = (right - left) * row_bytes
-            panel, turned = self._read[:size].view(dtype).view(N, -1), self._turned[:size]
-            state.read(name, rows=(0, 1))  # what has to be computed is, on all cores
-            # Hashing and writing have the other cores: threads that wait for one another would wait for them.
+    def panels(self, weight_source: WeightSource, name: str, dtype: torch.dtype) -> Iterator[memoryview]:
+        """Yields the bytes of a matrix [N, K] as [K, N]; each panel is valid until the next one is requested."""
+        N, K = weight_source.shape(name) or (0, 0)
+        column_bytes = N * dtype.itemsize
+        panel_columns = min(K, max(1, PANEL_BYTES // column_bytes))
+        if len(self._panel) < panel_columns * column_bytes:
+            self._panel, self._transposed = (
+                torch.empty(panel_columns * column_bytes, dtype=torch.uint8) for _ in range(2)
+            )
+        rows_per_read = max(1, READ_BYTES // (K * dtype.itemsize))
+        for start in range(0, K, panel_columns):
+            end = min(start + panel_columns, K)
+            size = (end - start) * column_bytes
+            panel, transposed = self._panel[:size].view(dtype).view(N, -1), self._transposed[:size]
+            weight_source.read(name, rows=(0, 1))  # whatever has to be computed is computed here, on all cores
+            # One thread: hashing and writing occupy the other cores, and torch's threads would wait for each other.
             with _one_thread():
-                for first in range(0, N, step):
-                    rows = (first, min(first + step, N))
-                    panel[slice(*rows)] = state.read(name, rows=rows)[:, left:right]
-                _refuse_infinite(panel, name, state)
+                for row in range(0, N, rows_per_read):
+                    rows = (row, min(row + rows_per_read, N))
+                    panel[slice(*rows)] = weight_source.read(name, rows=rows)[:, start:end]
+                _refuse_infinite(panel, name, weight_source)
                 self._drain()
-                # As integers: torch turns these fast, whole matrices that is, and parts of them slowly.
-                turned.view(INTEGERS[dtype.itemsize]).view(-1, N).copy_(panel.view(INTEGERS[dtype.itemsize]).T)
-            yield _bytes(turned)
+                # As integers: torch transposes these fast if the matrix is whole, and slowly if it is a slice.
+                integers = INTEGER_DTYPES[dtype.itemsize]
+                transposed.view(integers).view(-1, N).copy_(panel.view(integers).T)
+            yield _bytes(transposed)
 
 
-def _blocks(value: ir.Value, state: State, turner: Turner) -> Iterator[memoryview]:
-    """The bytes of a weight as the graph takes it: converted, and turned where every use would turn it."""
-    name, dtype = str(value.name), STORED[value.dtype or ir.DataType.FLOAT]
-    shape = state.shape(name) or ()
-    if dtype in CODES_DTYPES and value.dtype == ir.DataType.INT4:
-        yield _bytes(_packed(state.read(name)))
+def _chunks(initializer: ir.Value, weight_source: WeightSource, transposer: Transposer) -> Iterator[memoryview]:
+    """Yields the bytes of a weight as the graph takes it: converted, and transposed if every use transposes it."""
+    name, dtype = str(initializer.name), _torch_dtype(initializer)
+    shape = weight_source.shape(name) or ()
+    if dtype in QUANTIZED_DTYPES and initializer.dtype == ir.DataType.INT4:
+        yield _bytes(_packed(weight_source.read(name)))
         return
-    if _take_turns(value):
-        yield from turner.panels(state, name, dtype)
+    if _absorb_transposes(initializer):
+        yield from transposer.panels(weight_source, name, dtype)
         return
-    step = max(1, BLOCK_BYTES * shape[0] // max(1, math.prod(shape) * dtype.itemsize)) if shape else 1
-    for first in range(0, shape[0] if shape else 1, step):
-        rows = (first, min(first + step, shape[0])) if shape else None
-        block = state.read(name, rows=rows).to(dtype).contiguous()
-        _refuse_infinite(block, name, state)
-        yield _bytes(block)
+    rows_per_chunk = max(1, BLOCK_BYTES * shape[0] // max(1, math.prod(shape) * dtype.itemsize)) if shape else 1
+    for row in range(0, shape[0] if shape else 1, rows_per_chunk):
+        rows = (row, min(row + rows_per_chunk, shape[0])) if shape else None
+        chunk = weight_source.read(name, rows=rows).to(dtype).contiguous()
+        _refuse_infinite(chunk, name, weight_source)
+        yield _bytes(chunk)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _refuse_infinite(converted: Tensor, name: str, state: State) -> None:
-    if converted.dtype in CODES_DTYPES:
+def _refuse_infinite(converted: Tensor, name: str, weight_source: WeightSource) -> None:
+    if converted.dtype in QUANTIZED_DTYPES:
         return
-    if not all(math.isfinite(float(end)) for end in converted.aminmax()):  # NaN wins both; abs() would copy it all
+    # NaN is both the minimum and the maximum where there is one; abs() would copy the whole tensor.
+    if not all(math.isfinite(float(extreme)) for extreme in converted.aminmax()):
         raise ExportError(
-            f"weight {name} reaches {float(state.read(name).abs().max()):.3g}, which "
+            f"weight {name} reaches {float(weight_source.read(name).abs().max()):.3g}, which "
             f"{str(converted.dtype).removeprefix('torch.')} cannot hold; export with --precision bf16 or fp32"
         )
 
 
-def _take_turns(value: ir.Value) -> bool:
-    """Takes away the transpositions of a weight if all its uses are such; True if it is to be stored turned."""
-    turns = [node for node, _ in value.uses()]
-    if not turns or not all(_is_turn(node) for node in turns):
+def _absorb_transposes(initializer: ir.Value) -> bool:
+    """Removes a weight's Transpose nodes if every use is one; returns True if it must be stored transposed."""
+    users = [node for node, _ in initializer.uses()]
+    if not users or not all(_is_transpose(node) for node in users):
         return False
-    for node in turns:
-        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+    for node in users:
+        ir.convenience.replace_all_uses_with(node.outputs[0], initializer)
         if node.graph is not None:
             node.graph.remove(node, safe=True)
-    assert value.shape is not None
-    value.shape = ir.Shape(list(value.shape)[::-1])
+    assert initializer.shape is not None
+    initializer.shape = ir.Shape(list(initializer.shape)[::-1])
     return True
 
 
-def _packed(codes: Tensor) -> Tensor:
-    """4-bit codes, two to a byte, the first in the lower half, as ONNX stores them."""
-    pairs = codes.reshape(-1, 2).to(torch.uint8) & 0xF  # an even number: blocks are
+def _packed(quantized: Tensor) -> Tensor:
+    """Packs 4-bit values two to a byte, the first one in the lower half, as ONNX stores them."""
+    pairs = quantized.reshape(-1, 2).to(torch.uint8) & 0xF  # blocks are of even size, so every value has its pair
     return pairs[:, 0] | (pairs[:, 1] << 4)
 
 
-def _is_turn(node: ir.Node) -> bool:
+def _is_transpose(node: ir.Node) -> bool:
     permutation = node.attributes.get("perm")
     return node.op_type == "Transpose" and permutation is not None and list(permutation.as_ints()) == [1, 0]
 

@@ -1,6 +1,6 @@
-"""What quantization looks at: real texts, the ranges that they bring, and a record of both that can be used again.
+"""Calibration for quantization: the texts, and the ranges of the linear layers' inputs on them.
 
-Tokens count, not texts: a thousand short titles see less of a model than twenty pages.
+Calibration is measured in tokens, not in texts: a thousand short titles exercise less of a model than twenty pages.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from torch import Tensor, nn
 
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.export.layerwise import Parts
+from nvembed_deploy.export.layerwise import LayerwiseModel
 from nvembed_deploy.export.quantization.linear_groups import LinearGroup
 from nvembed_deploy.files.json_lines import read_rows
 from nvembed_deploy.parity.probes import INSTRUCTION, PROBES
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order, library_files, topic_pairs
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch, TokenRow, check_texts
 
-LONGEST_TOKENS = 256
+MAX_TEXT_TOKENS = 256
+"""Longer texts are truncated."""
 BATCH_TOKENS = 2048
 SAMPLED_ROWS = 384
-"""Inputs of each group that are kept for the search of scales, chosen at random..."""
+"""Rows of each group's input that the search of scales runs on, chosen at random."""
 EXTREME_ROWS = 32
-"""... beside those with the largest values, which random choice would miss."""
+"""Rows with the largest values, which a random choice would miss; the search runs on them too."""
 SEED = 0
 SHORT_TEXTS = 12
-"""Beside one text of each other kind: they have few tokens."""
+"""Short texts per text of each other kind; they have few tokens."""
 PACKAGES = (
     "json",
     "argparse",
@@ -50,9 +51,9 @@ PACKAGES = (
     "random",
     "zipfile",
 )
-"""Of Python's library: enough text, and read in a second."""
+"""Packages of Python's standard library whose texts are used: enough text, and read in a second."""
 REPEATS = (4, 8, 16, 32)
-"""How often a word stands in a text that is nothing else."""
+"""Numbers of repetitions in texts that repeat one word."""
 OTHER_LANGUAGES = (
     "Der Zug nach München fährt heute von Gleis 7 ab und hat etwa zehn Minuten Verspätung.",
     "Pourquoi le pain rassis devient-il dur alors que les biscuits deviennent mous ?",
@@ -79,100 +80,109 @@ OTHER_LANGUAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationText:
-    """A text, and the task in words where it is a query."""
+    """A text to calibrate on."""
 
     text: str
     instruction: str = ""
+    """The task in words if the text is a query; empty if it is a document."""
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What calibration saw of the tensor that a group reads."""
+class GroupInputs:
+    """The inputs of a group of linear layers during calibration."""
 
-    largest: Tensor
-    """float32 [K], largest absolute value of each channel, over every token."""
-    rows: Tensor
-    """float32 [n, K], some of its rows."""
+    channel_max: Tensor
+    """float32 [K], largest absolute value of each channel, over all tokens."""
+    sampled_rows: Tensor
+    """float32 [n, K], some of the rows."""
 
 
 def built_in_texts() -> list[CalibrationText]:
-    """Instructed queries, passages, code, other languages and texts of a word or two, in turn.
+    """Returns queries with instructions, passages, code, other languages and very short texts, interleaved.
 
-    They are the documentation and the source that every Python carries, and sentences of this module.
+    They are taken from the documentation and the source code that come with Python, and from `OTHER_LANGUAGES`.
     """
     summaries, bodies = zip(*in_mixed_order(docstring_pairs(under=PACKAGES)), strict=True)
     queries = (CalibrationText(text=text, instruction=INSTRUCTION) for text in summaries)
     topics = (CalibrationText(text=body) for _, body in in_mixed_order(topic_pairs()))
     passages = (CalibrationText(text=text) for text in bodies)
     code = (CalibrationText(text=text) for text in _functions())
-    other = (
+    foreign = (
         CalibrationText(text=text, instruction=INSTRUCTION if index % 3 == 1 else "")
         for index, text in enumerate(OTHER_LANGUAGES)
     )
     short = (CalibrationText(text=text) for text in _short_texts(summaries))
-    few = itertools.zip_longest(*[short] * SHORT_TEXTS)
-    kinds = itertools.zip_longest(queries, topics, passages, code, other)
-    rounds = zip(kinds, itertools.chain(few, itertools.repeat(())), strict=False)
-    return [item for kind, brief in rounds for item in (*kind, *brief) if item is not None]
+    short_rounds = itertools.zip_longest(*[short] * SHORT_TEXTS)
+    long_rounds = itertools.zip_longest(queries, topics, passages, code, foreign)
+    rounds = zip(long_rounds, itertools.chain(short_rounds, itertools.repeat(())), strict=False)
+    return [text for long_texts, short_texts in rounds for text in (*long_texts, *short_texts) if text is not None]
 
 
 def _short_texts(sentences: Iterable[str]) -> Iterator[str]:
-    """One character, one word, two words, and one word again and again.
+    """Yields texts of one character, one word, two words, and one word repeated.
 
-    In such texts attention has little or nothing to take a mean of, so what comes out of it is several times larger.
+    In such texts attention averages over little or nothing, so that its outputs are several times larger.
     """
     words = dict.fromkeys(word for sentence in sentences for word in sentence.split())
-    marks = itertools.cycle(string.punctuation + string.digits + string.ascii_letters)
-    probes = {text for _, text in PROBES}  # the gate judges by what was not calibrated on
-    for number, (first, second, third, fourth) in enumerate(zip(*[iter(words)] * 4, strict=False)):
-        again = " ".join([fourth] * REPEATS[number % len(REPEATS)])
-        yield from (text for text in (next(marks), first, f"{second} {third}", again) if text not in probes)
+    characters = itertools.cycle(string.punctuation + string.digits + string.ascii_letters)
+    probes = {text for _, text in PROBES}  # the gate must judge by texts that were not calibrated on
+    for index, (word1, word2, word3, word4) in enumerate(zip(*[iter(words)] * 4, strict=False)):
+        repeated = " ".join([word4] * REPEATS[index % len(REPEATS)])
+        yield from (text for text in (next(characters), word1, f"{word2} {word3}", repeated) if text not in probes)
 
 
 def _functions() -> list[str]:
-    """Functions of Python's own library, of some lines each."""
-    found = []
+    """Returns the source of functions of 5 to 41 lines from Python's standard library."""
+    functions = []
     for path in library_files(under=PACKAGES[:3]):
         source = path.read_text(encoding="utf-8")
-        lines = source.encode().split(b"\n")  # ast counts bytes; its own get_source_segment splits the file each time
+        # ast's offsets count bytes; ast.get_source_segment would split the file again for each function.
+        lines = source.encode().split(b"\n")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and 4 <= (node.end_lineno or 0) - node.lineno <= 40:
-                own = lines[node.lineno - 1 : node.end_lineno]
-                own[-1] = own[-1][: node.end_col_offset]
-                found.append(b"\n".join((own[0][node.col_offset :], *own[1:])).decode())
-    return [text for text, _ in in_mixed_order((text, "") for text in found)]
+                function_lines = lines[node.lineno - 1 : node.end_lineno]
+                function_lines[-1] = function_lines[-1][: node.end_col_offset]
+                function_lines[0] = function_lines[0][node.col_offset :]
+                functions.append(b"\n".join(function_lines).decode())
+    return [text for text, _ in in_mixed_order((text, "") for text in functions)]
 
 
 def read_texts(path: Path) -> list[CalibrationText]:
-    """Texts of a JSONL file with {"text": ...} and, for queries, {"instruction": ...}.
+    """Reads texts from a JSONL file with {"text": ...} and, for queries, {"instruction": ...}.
 
     Raises:
-        ConfigError: The file cannot be read, or a line is something else; its number is in the message.
+        ConfigError: The file is empty or cannot be read, or a line is no such object; the message has its number.
     """
-    found = []
+    texts = []
     for number, record in enumerate(read_rows(path), 1):
         text, instruction = record.get("text"), record.get("instruction", "")
         if not isinstance(text, str) or not text.strip() or not isinstance(instruction, str):
             raise ConfigError(
-                f'--calibration {path}, text {number} is no text; each line is {{"text": "..."}}, queries with '
-                '"instruction": "..." beside it'
+                f"--calibration {path}: row {number} has no text. Each line must be an object with a string "
+                '"text" and, for queries, a string "instruction"'
             )
-        found.append(CalibrationText(text=text, instruction=instruction))
-    if not found:
+        texts.append(CalibrationText(text=text, instruction=instruction))
+    if not texts:
         raise ConfigError(
-            f"--calibration {path} is empty; give it a few hundred texts of the kind that will be embedded"
+            f"--calibration {path} is empty; provide a few hundred texts of the kind that will be embedded"
         )
-    return found
+    return texts
 
 
 def tokenize(texts: Sequence[CalibrationText], text: TextEncoder, *, tokens: int) -> list[TokenRow]:
-    """Rows of the texts in order, until there are enough tokens or no more texts."""
+    """Tokenizes texts in order, until there are enough tokens or no more texts.
+
+    Raises:
+        ConfigError: Every text is truncated within its instruction.
+    """
     rows: list[TokenRow] = []
     total = 0
-    longest = min(LONGEST_TOKENS, text.contract.max_tokens)
-    for number, item in enumerate(texts):
-        prompt = text.query_prompt(item.instruction) if item.instruction else text.prompt(None, None)
-        row = text.tokenize(check_texts([item.text], first_index=number), prompt=prompt, max_length=longest)[0]
+    max_length = min(MAX_TEXT_TOKENS, text.contract.max_tokens)
+    for index, calibration_text in enumerate(texts):
+        instruction = calibration_text.instruction
+        prompt = text.query_prompt(instruction) if instruction else text.prompt(None, None)
+        checked = check_texts([calibration_text.text], first_index=index)
+        row = text.tokenize(checked, prompt=prompt, max_length=max_length)[0]
         if len(row) > row.prompt_tokens:
             rows.append(row)
             total += len(row)
@@ -180,98 +190,104 @@ def tokenize(texts: Sequence[CalibrationText], text: TextEncoder, *, tokens: int
             break
     if not rows:
         raise ConfigError(
-            f"no calibration text has a token behind its instruction within {longest} tokens; shorten the instructions"
+            f"no calibration text has a token after its instruction within {max_length} tokens; shorten the "
+            "instructions"
         )
     return rows
 
 
 def texts_sha256(rows: Sequence[TokenRow]) -> str:
-    """Hash of what the model was given: ids and prompts."""
+    """Returns the hash of the model's inputs: token ids and lengths of prompts."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.ids, row.prompt_tokens]).encode())
     return digest.hexdigest()
 
 
-def in_batches(text: TextEncoder, rows: Sequence[TokenRow]) -> tuple[list[int], list[TokenBatch]]:
-    """Padded batches of like length, and the rows' numbers in their order."""
-    order = list(plan_batches([len(row) for row in rows], max_rows=64, max_tokens=BATCH_TOKENS))
-    return [index for batch in order for index in batch], [
-        text.pad([rows[index] for index in batch]) for batch in order
-    ]
+def padded_batches(text: TextEncoder, rows: Sequence[TokenRow]) -> tuple[list[int], list[TokenBatch]]:
+    """Pads rows to batches of similar length.
+
+    Returns:
+        The indices of the rows in the order of the batches, and the batches.
+    """
+    batch_indices = list(plan_batches([len(row) for row in rows], max_rows=64, max_tokens=BATCH_TOKENS))
+    batches = [text.pad([rows[index] for index in indices]) for indices in batch_indices]
+    return [index for indices in batch_indices for index in indices], batches
 
 
-class Collector:
-    """Keeps the ranges and some rows of what groups of layers read, while a model runs over batches of rows.
+class InputCollector:
+    """Collects ranges and some rows of the inputs of groups of layers, while a model runs over batches.
 
     Args:
-        parts: The FP32 model.
-        rows: The calibration's texts.
+        layerwise: The FP32 model.
         text: The model's text encoder.
+        rows: The tokenized calibration texts.
     """
 
-    def __init__(self, parts: Parts, text: TextEncoder, rows: Sequence[TokenRow]) -> None:
-        self.parts = parts
-        _, self.batches = in_batches(text, rows)
+    def __init__(self, layerwise: LayerwiseModel, text: TextEncoder, rows: Sequence[TokenRow]) -> None:
+        self.layerwise = layerwise
+        _, self.batches = padded_batches(text, rows)
         total = sum(map(len, rows))
-        chosen = torch.zeros(total, dtype=torch.bool)
+        is_sampled = torch.zeros(total, dtype=torch.bool)
         generator = np.random.default_rng(SEED)
-        chosen[torch.from_numpy(generator.choice(total, size=min(SAMPLED_ROWS, total), replace=False))] = True
-        counts = [int(batch.attention_mask.sum()) for batch in self.batches]
-        self._chosen = torch.split(chosen, counts)
+        is_sampled[torch.from_numpy(generator.choice(total, size=min(SAMPLED_ROWS, total), replace=False))] = True
+        tokens_per_batch = [int(batch.attention_mask.sum()) for batch in self.batches]
+        self._is_sampled = torch.split(is_sampled, tokens_per_batch)
 
     @contextmanager
-    def watching(self, groups: Sequence[LinearGroup]) -> Iterator[dict[str, Inputs]]:
-        """What the groups read goes into the dictionary, by their names, when the context ends."""
-        keepers = {group.name: _Keeper() for group in groups}
+    def collecting(self, groups: Sequence[LinearGroup]) -> Iterator[dict[str, GroupInputs]]:
+        """Collects inputs until the context ends, and then adds them to the yielded dictionary, by group name."""
+        collectors = {group.name: _GroupCollector() for group in groups}
 
-        def watch(keeper: _Keeper) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def collect_into(collector: _GroupCollector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                number = self.parts.batch
-                real = torch.from_numpy(self.batches[number].attention_mask).bool()
-                keeper.see(args[0][real], self._chosen[number])
+                index = self.layerwise.batch_index
+                attention_mask = torch.from_numpy(self.batches[index].attention_mask).bool()
+                collector.add(args[0][attention_mask], self._is_sampled[index])
 
             return hook
 
-        model = self.parts.model
-        hooks = [
-            model.get_submodule(group.linears[0]).register_forward_pre_hook(watch(keepers[group.name]))
+        model = self.layerwise.model
+        handles = [
+            model.get_submodule(group.linears[0]).register_forward_pre_hook(collect_into(collectors[group.name]))
             for group in groups
         ]
-        seen: dict[str, Inputs] = {}
+        collected: dict[str, GroupInputs] = {}
         try:
-            yield seen
-            seen |= {name: keeper.result() for name, keeper in keepers.items()}
+            yield collected
+            collected |= {name: collector.finish() for name, collector in collectors.items()}
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
 
-class _Keeper:
+class _GroupCollector:
     def __init__(self) -> None:
-        self.largest: Tensor | None = None
-        self.sampled: list[Tensor] = []
-        self.extreme: Tensor | None = None
+        self.channel_max: Tensor | None = None
+        self.sampled_rows: list[Tensor] = []
+        self.extreme_rows: Tensor | None = None
 
-    def see(self, rows: Tensor, chosen: Tensor) -> None:
-        reach = rows.abs()
-        largest = reach.amax(dim=0)
-        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
-        self.sampled.append(rows[chosen])
-        pool = rows if self.extreme is None else torch.cat((self.extreme, rows))
-        self.extreme = pool[pool.abs().amax(dim=1).topk(min(EXTREME_ROWS, len(pool))).indices]
+    def add(self, rows: Tensor, is_sampled: Tensor) -> None:
+        channel_max = rows.abs().amax(dim=0)
+        self.channel_max = channel_max if self.channel_max is None else torch.maximum(self.channel_max, channel_max)
+        self.sampled_rows.append(rows[is_sampled])
+        candidates = rows if self.extreme_rows is None else torch.cat((self.extreme_rows, rows))
+        most_extreme = candidates.abs().amax(dim=1).topk(min(EXTREME_ROWS, len(candidates))).indices
+        self.extreme_rows = candidates[most_extreme]
 
-    def result(self) -> Inputs:
-        assert self.largest is not None
-        assert self.extreme is not None
-        return Inputs(largest=self.largest, rows=torch.cat((*self.sampled, self.extreme)))
+    def finish(self) -> GroupInputs:
+        assert self.channel_max is not None
+        assert self.extreme_rows is not None
+        return GroupInputs(
+            channel_max=self.channel_max, sampled_rows=torch.cat((*self.sampled_rows, self.extreme_rows))
+        )
 
 
-def pack(values: Tensor) -> str:
-    """float32 [K] as text: base64 of its little-endian bytes."""
-    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
+def pack(array: Tensor) -> str:
+    """Encodes float32 [K] as text: base64 of its little-endian bytes."""
+    return base64.b64encode(array.numpy().astype("<f4").tobytes()).decode()
 
 
 def unpack(text: str) -> Tensor:
-    """The opposite of `pack`."""
+    """Decodes the text that `pack` returned."""
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32))

@@ -1,7 +1,7 @@
-"""The number formats that linear layers are quantized to, in PyTorch: scales, codes, and what comes back from them.
+"""The number formats that linear layers are quantized to, in PyTorch: scales, quantization and dequantization.
 
-Zero is zero: TensorRT takes no zero points. A scale is rounded to FP16 before codes are made with it, since the graph
-keeps scales in FP16.
+Zero points are always zero: TensorRT takes no others. A scale is rounded to FP16 before values are quantized with it,
+because the graph stores scales in FP16.
 """
 
 from __future__ import annotations
@@ -13,94 +13,110 @@ from torch import Tensor
 
 from nvembed_deploy.spec import INT4_BLOCK, Precision
 
-SMALLEST_SCALE = 2.0**-20
-"""Still a number in FP16; a channel of zeros needs a scale too."""
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
-"""For 4 bits: shares of a block's largest weight that its scale may be made for, the best by squared error taken."""
+MIN_SCALE = 2.0**-20
+"""Not zero in FP16; a channel of zeros needs a scale too."""
+BLOCK_CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+"""For 4 bits: parts of a block's range that its scale may cover; the one with the least squared error is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format:
-    """How the inputs and the weights of a linear layer are stored."""
+class NumberFormat:
+    """Number format of a linear layer's weights, and of its inputs if they are quantized too."""
 
     precision: Precision
-    largest: float
-    """Largest code."""
-    smallest: float
-    """The most negative one."""
+    max_value: float
+    """Largest quantized value."""
+    min_value: float
+    """Smallest, that is most negative, quantized value."""
     dtype: torch.dtype
-    """Of the codes; 4-bit codes stand in int8 until they are written."""
-    inputs: bool
-    """Whether the inputs are quantized as well, per tensor; otherwise the weights alone."""
-    block: int | None = None
-    """Weights that share a scale, along the inner dimension; None: a whole output channel."""
+    """Type of the quantized values; 4-bit values are held in int8 until they are written."""
+    quantizes_inputs: bool
+    """True if inputs are quantized too, with a scale per tensor; False if only weights are."""
+    block_size: int | None = None
+    """Number of weights that share a scale, along the inner dimension; None if a whole output channel does."""
 
-    def input_scale(self, largest: float) -> float:
-        """The scale for inputs up to an absolute value."""
-        return float(rounded_scale(torch.tensor(largest), self.largest))
+    def input_scale(self, max_abs: float) -> float:
+        """Returns the scale for inputs up to an absolute value."""
+        return float(rounded_scale(torch.tensor(max_abs), self.max_value))
 
-    def round_trip(self, values: Tensor, scale: Tensor | float) -> Tensor:
-        """Values [...] as they come back from their codes."""
-        return self.encode(values, scale).to(values.dtype) * scale
+    def fake_quantize(self, x: Tensor, scale: Tensor | float) -> Tensor:
+        """Quantizes and dequantizes a tensor [...]."""
+        return self.quantize(x, scale).to(x.dtype) * scale
 
-    def encode(self, values: Tensor, scale: Tensor | float) -> Tensor:
-        """Codes of values; ties go to even, what is too large is clipped."""
-        scaled = values / scale
+    def quantize(self, x: Tensor, scale: Tensor | float) -> Tensor:
+        """Returns the quantized values of a tensor; ties are rounded to even, values out of range are clipped."""
+        scaled = x / scale
         if self.dtype == torch.int8:
             scaled.round_()
-        return scaled.clamp_(self.smallest, self.largest).to(self.dtype)
+        return scaled.clamp_(self.min_value, self.max_value).to(self.dtype)
 
-    def encode_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales of a linear layer's weight.
+    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantizes the weight of a linear layer.
 
         Args:
             weight: float32 [out, in].
 
         Returns:
-            Codes [in, out], the way MatMul takes them, and scales in FP32: [out], or [in / block, out].
+            Quantized values [in, out], the way MatMul takes them, and scales in FP32: [out], or [in / block size, out].
         """
-        turned = weight.T
-        if self.block is None:
-            scale = rounded_scale(weight.abs().amax(dim=1), self.largest)
-            return self.encode(turned, scale), scale
-        blocks = turned.reshape(-1, self.block, turned.shape[1])
-        reach = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1) * (self.largest / self.smallest))
-        best = torch.full_like(reach, torch.inf)
-        scale = torch.empty_like(reach)
-        for shrink in SHRINKS:
-            tried = rounded_scale(reach * shrink, self.largest)
-            error = (self.round_trip(blocks, tried[:, None]) - blocks).square().sum(dim=1)
-            better = error < best
-            best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
-        return self.encode(blocks, scale[:, None]).reshape(turned.shape), scale
+        transposed = weight.T
+        if self.block_size is None:
+            scale = rounded_scale(weight.abs().amax(dim=1), self.max_value)
+            return self.quantize(transposed, scale), scale
+        blocks = transposed.reshape(-1, self.block_size, transposed.shape[1])
+        max_abs = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1) * (self.max_value / self.min_value))
+        best_error = torch.full_like(max_abs, torch.inf)
+        scale = torch.empty_like(max_abs)
+        for clip_ratio in BLOCK_CLIP_RATIOS:
+            candidate = rounded_scale(max_abs * clip_ratio, self.max_value)
+            error = (self.fake_quantize(blocks, candidate[:, None]) - blocks).square().sum(dim=1)
+            better = error < best_error
+            best_error, scale = torch.where(better, error, best_error), torch.where(better, candidate, scale)
+        return self.quantize(blocks, scale[:, None]).reshape(transposed.shape), scale
 
-    def decode_weight(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """Weight float32 [out, in] that stands for codes and scales of `encode_weight`."""
-        if self.block is None:
-            return codes.float().mul_(scale).T
-        blocks = codes.float().reshape(-1, self.block, codes.shape[1])
-        return blocks.mul_(scale[:, None]).reshape(codes.shape).T
+    def dequantize_weight(self, quantized: Tensor, scale: Tensor) -> Tensor:
+        """Returns the weight float32 [out, in] that the results of `quantize_weight` represent."""
+        if self.block_size is None:
+            return quantized.float().mul_(scale).T
+        blocks = quantized.float().reshape(-1, self.block_size, quantized.shape[1])
+        return blocks.mul_(scale[:, None]).reshape(quantized.shape).T
+
+    def fake_quantize_weight(self, weight: Tensor) -> Tensor:
+        """Quantizes and dequantizes a weight [out, in]."""
+        return self.dequantize_weight(*self.quantize_weight(weight))
 
     def scale_shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
-        """Shape of the scales of a weight [out, in]."""
-        return (outputs,) if self.block is None else (inputs // self.block, outputs)
+        """Returns the shape of the scales of a weight [out, in]."""
+        return (outputs,) if self.block_size is None else (inputs // self.block_size, outputs)
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether a weight [out, in] can be stored so."""
-        return self.block is None or weight.shape[1] % self.block == 0
+        """Returns True if a weight [out, in] divides into blocks."""
+        return self.block_size is None or weight.shape[1] % self.block_size == 0
 
 
-def rounded_scale(largest: Tensor, code: float) -> Tensor:
-    """Scale that takes an absolute value to the largest code, as FP16 holds it, in FP32."""
-    return (largest.float() / code).clamp_min(SMALLEST_SCALE).half().float()
+def rounded_scale(max_abs: Tensor, max_value: float) -> Tensor:
+    """Returns the FP32 scale, rounded to FP16, that maps an absolute value to the largest quantized value."""
+    return (max_abs.float() / max_value).clamp_min(MIN_SCALE).half().float()
 
 
-FORMATS: dict[Precision, Format] = {
-    item.precision: item
-    for item in (
-        Format(precision=Precision.INT8, largest=127.0, smallest=-127.0, dtype=torch.int8, inputs=True),
-        Format(precision=Precision.FP8, largest=448.0, smallest=-448.0, dtype=torch.float8_e4m3fn, inputs=True),
-        # TensorRT takes blocks of 64 and of 128; in 64 the mini's groups, alone, lose 0.057 of cosine, in 128 0.081
-        Format(precision=Precision.INT4, largest=7.0, smallest=-8.0, dtype=torch.int8, inputs=False, block=INT4_BLOCK),
+FORMATS: dict[Precision, NumberFormat] = {
+    fmt.precision: fmt
+    for fmt in (
+        NumberFormat(
+            precision=Precision.INT8, max_value=127.0, min_value=-127.0, dtype=torch.int8, quantizes_inputs=True
+        ),
+        NumberFormat(
+            precision=Precision.FP8, max_value=448.0, min_value=-448.0, dtype=torch.float8_e4m3fn, quantizes_inputs=True
+        ),
+        # TensorRT takes blocks of 64 and of 128. Quantized alone in blocks of 64, the mini's groups lose 0.057 of
+        # cosine; in blocks of 128, 0.081.
+        NumberFormat(
+            precision=Precision.INT4,
+            max_value=7.0,
+            min_value=-8.0,
+            dtype=torch.int8,
+            quantizes_inputs=False,
+            block_size=INT4_BLOCK,
+        ),
     )
 }

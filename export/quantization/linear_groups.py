@@ -1,8 +1,8 @@
-"""Linear layers that read the same tensor, and what makes that tensor: the units of calibration and of quantization.
+"""Groups of linear layers that take the same input: the units of calibration and of quantization.
 
-SmoothQuant (arXiv 2211.10438) divides a tensor's channels by factors and multiplies the readers' columns by them, which
-changes nothing in exact arithmetic. The division is folded into what makes the tensor: a norm's weight, or rows of the
-layer before it.
+SmoothQuant (arXiv 2211.10438) divides the channels of a group's input by factors and multiplies the columns of the
+group's weights by them, which changes nothing in exact arithmetic. The division is folded into the module that produces
+the input: a norm's weight, or rows of the preceding layer.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from nvembed_deploy.model.nvembed import NVEmbed
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Layers that read one tensor [.., K]."""
+    """Linear layers that take the same input [.., K]."""
 
     name: str
     linears: tuple[str, ...]
-    """Their module names."""
+    """Module names of the layers."""
     tie: Callable[[Tensor], Tensor]
-    """Makes factors [K] equal where one channel of the maker feeds several of the tensor's."""
+    """Makes factors [K] equal for channels of the input that come from the same channel of its producer."""
     divide: Callable[[Tensor], None]
-    """Divides the tensor's channels by tied factors, in the weights of what makes it."""
+    """Divides the input's channels by tied factors, in the weights of its producer."""
 
 
 def linear_groups(model: NVEmbed) -> tuple[LinearGroup, ...]:
-    """Every group of a model, in the order of the data.
+    """Returns the groups of a model, in the order in which they compute.
 
-    The pooler's products with its latents are attention, and no linear layers.
+    The pooler's products with its latents are attention, not linear layers, and are in no group.
     """
     groups: list[LinearGroup] = []
     for index, layer in enumerate(model.embedding_model.layers):
@@ -50,17 +50,17 @@ def linear_groups(model: NVEmbed) -> tuple[LinearGroup, ...]:
 
 def _decoder_groups(name: str, layer: DecoderLayer) -> list[LinearGroup]:
     attention, mlp = layer.self_attn, layer.mlp
-    shared, width = attention.heads // attention.kv_heads, attention.head_dim
+    heads_per_kv_head, head_dim = attention.heads // attention.kv_heads, attention.head_dim
 
-    def tie_heads(factors: Tensor) -> Tensor:  # query heads that share a value head
-        together = factors.view(attention.kv_heads, shared, width).amax(dim=1, keepdim=True)
-        return together.expand(-1, shared, -1).reshape(-1)
+    def tie_heads(factors: Tensor) -> Tensor:  # for query heads that share a value head
+        tied = factors.view(attention.kv_heads, heads_per_kv_head, head_dim).amax(dim=1, keepdim=True)
+        return tied.expand(-1, heads_per_kv_head, -1).reshape(-1)
 
     def divide_values(factors: Tensor) -> None:
-        one_of_each = factors.view(attention.kv_heads, shared, width)[:, 0].reshape(-1)
-        attention.v_proj.weight /= one_of_each[:, None]
+        kv_factors = factors.view(attention.kv_heads, heads_per_kv_head, head_dim)[:, 0].reshape(-1)
+        attention.v_proj.weight /= kv_factors[:, None]
         if attention.v_proj.bias is not None:
-            attention.v_proj.bias /= one_of_each
+            attention.v_proj.bias /= kv_factors
 
     def divide_product(factors: Tensor) -> None:
         mlp.up_proj.weight /= factors[:, None]
@@ -68,7 +68,7 @@ def _decoder_groups(name: str, layer: DecoderLayer) -> list[LinearGroup]:
     return [
         LinearGroup(
             f"{name}.self_attn.qkv",
-            tuple(f"{name}.self_attn.{part}_proj" for part in "qkv"),
+            tuple(f"{name}.self_attn.{projection}_proj" for projection in "qkv"),
             _untied,
             _divide_norm(layer.input_layernorm),
         ),
@@ -86,12 +86,12 @@ def _decoder_groups(name: str, layer: DecoderLayer) -> list[LinearGroup]:
 def _pooler_groups(name: str, block: PreNorm) -> list[LinearGroup]:
     feed_forward = block.fn
     assert isinstance(feed_forward, GatedFeedForward)
-    first = feed_forward.net[0]
+    up_proj = feed_forward.net[0]
 
-    def divide_value(factors: Tensor) -> None:  # the first half of the rows is the value, the second gates it
+    def divide_value(factors: Tensor) -> None:  # the first half of the rows is the value, the second half gates it
         half = len(factors)
-        first.weight[:half] /= factors[:, None]
-        first.bias[:half] /= factors
+        up_proj.weight[:half] /= factors[:, None]
+        up_proj.bias[:half] /= factors
 
     return [
         LinearGroup(f"{name}.first", (f"{name}.fn.net.0",), _untied, _divide_norm(block.norm)),
@@ -113,12 +113,12 @@ def _divide_norm(norm: nn.Module) -> Callable[[Tensor], None]:
 
 @torch.no_grad()
 def smooth(model: NVEmbed, group: LinearGroup, factors: Tensor) -> None:
-    """Divides a group's tensor by factors [K] and multiplies its readers' columns by them, in place."""
+    """Divides a group's input by factors [K] and multiplies the columns of its weights by them, in place."""
     group.divide(factors)
     for name in group.linears:
         weight_of(model, name).mul_(factors)
 
 
 def weight_of(model: NVEmbed, name: str) -> Tensor:
-    """Weight [out, in] of a linear layer."""
+    """Returns the weight [out, in] of a linear layer."""
     return model.get_parameter(f"{name}.weight")

@@ -1,4 +1,4 @@
-"""The ranking of a quantization as a picture: what each group of layers costs, and which were kept."""
+"""Draws the sensitivity of each group of layers to quantization, and which groups were excluded."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from matplotlib import pyplot
 
 from nvembed_deploy.export.quantization.record import QuantizationRecord
 
-SHORT = (
+ABBREVIATIONS = (
     ("embedding_model.layers.", "layer "),
     ("latent_attention_model.", "pooler "),
     (".self_attn", ""),
     (".mlp", ""),
 )
-MOST = 60
-"""Groups that are drawn: the costliest."""
+MAX_GROUPS = 60
+"""Number of groups that are drawn: the most sensitive ones."""
 
 
 def draw_ranking(record: QuantizationRecord, path: Path) -> None:
-    """Draws the groups by cost, the costliest on top.
+    """Draws the groups by sensitivity, the most sensitive one on top.
 
     Args:
-        record: What was found.
-        path: Of the PNG.
+        record: The quantization record.
+        path: The PNG file to write.
     """
-    groups = sorted(record.groups, key=lambda item: item.cost)[-MOST:]
+    groups = sorted(record.groups, key=lambda group: group.sensitivity)[-MAX_GROUPS:]
     figure, axis = pyplot.subplots(figsize=(8, 0.22 * len(groups) + 1.4), layout="constrained")
-    for place, item in enumerate(groups):
-        axis.barh(place, max(item.cost, 1e-8), color="tab:orange" if item.kept else "tab:blue")
-    axis.set_yticks(range(len(groups)), [_short(item.name) for item in groups], fontsize=8)
+    for position, group in enumerate(groups):
+        axis.barh(position, max(group.sensitivity, 1e-8), color="tab:orange" if group.excluded else "tab:blue")
+    axis.set_yticks(range(len(groups)), [_abbreviated(group.name) for group in groups], fontsize=8)
     axis.set_xscale("log")
-    axis.set_xlabel("1 - mean cosine when this group alone is quantized")
-    kept = sum(item.kept for item in record.groups)
+    axis.set_xlabel("1 - mean cosine when only this group is quantized")
+    excluded = sum(group.excluded for group in record.groups)
     axis.set_title(
-        f"{record.precision.value}: {len(record.groups) - kept} groups quantized, {kept} kept (orange); "
+        f"{record.precision.value}: {len(record.groups) - excluded} groups quantized, {excluded} excluded (orange); "
         f"{record.texts} texts, {record.tokens} tokens",
         fontsize=10,
     )
@@ -47,7 +47,7 @@ def draw_ranking(record: QuantizationRecord, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _short(name: str) -> str:
-    for long, short in SHORT:
-        name = name.replace(long, short)
+def _abbreviated(name: str) -> str:
+    for full, abbreviation in ABBREVIATIONS:
+        name = name.replace(full, abbreviation)
     return name

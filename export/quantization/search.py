@@ -1,11 +1,12 @@
-"""From an FP32 model and real text to quantized linear layers: smoothing, scales, ranking, and what stays as it is.
+"""Quantizes the linear layers of an FP32 model: searches scales, ranks groups, and excludes the most sensitive ones.
 
-Per group of layers that read one tensor: SmoothQuant's exponent and the share of the range that the input's scale
-covers are searched for the smallest error of the layers' outputs. Then every group alone is quantized in the model, in
-the best of these settings and, in a small model, the next ones, and what that costs is measured in cosine on real text:
-what lies behind a group makes more or less of its outputs' error. The cheapest setting is taken. Groups that cost
-most for the weights that they make small stay in the base precision until the gate's bound holds; then those that it
-holds without are quantized after all, the largest first.
+1. For each group of layers that take the same input, SmoothQuant's alpha and the clip ratio of the input's scale are
+   searched for the smallest error of the layers' outputs.
+2. Each group alone is quantized in the model, with the best of these settings and, in a small model, the next ones. Its
+   sensitivity is the loss of cosine on real text: an error of a group's outputs matters more or less to the embeddings.
+   The setting with the lowest sensitivity is taken.
+3. The groups with the highest sensitivity per weight are excluded until the parity gate's tolerance holds. Excluded
+   groups without which it holds too are then quantized after all, the largest first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -22,41 +23,56 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.export.layerwise import Parts, Watch, part_of, unwatched
-from nvembed_deploy.export.quantization.calibration import Collector, Inputs, in_batches, pack, texts_sha256, unpack
-from nvembed_deploy.export.quantization.formats import FORMATS, Format
+from nvembed_deploy.export.layerwise import BlockHook, LayerwiseModel, block_of, no_hook
+from nvembed_deploy.export.quantization.calibration import (
+    GroupInputs,
+    InputCollector,
+    pack,
+    padded_batches,
+    texts_sha256,
+    unpack,
+)
+from nvembed_deploy.export.quantization.formats import FORMATS, NumberFormat
 from nvembed_deploy.export.quantization.linear_groups import LinearGroup, linear_groups, smooth, weight_of
-from nvembed_deploy.export.quantization.qdq import CODES, SCALE
-from nvembed_deploy.export.quantization.record import RECORD_VERSION, GroupRecord, QuantizationRecord, nothing_left
+from nvembed_deploy.export.quantization.qdq import QUANTIZED_SUFFIX, SCALE_SUFFIX
+from nvembed_deploy.export.quantization.record import (
+    RECORD_VERSION,
+    GroupRecord,
+    QuantizationRecord,
+    nothing_to_quantize,
+)
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.parity.compare import TOLERANCES
 from nvembed_deploy.parity.probes import probe_rows
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.tokenization import TextEncoder, TokenRow
 
-EXPONENTS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""SmoothQuant's alpha; 0 stands for no smoothing at all."""
-SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+ALPHAS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Candidates for SmoothQuant's alpha; 0 means no smoothing."""
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Candidates for the part of an input's largest absolute value that its scale covers."""
 RANKING_TOKENS = 1024
-"""Tokens of calibration text that rank the groups, beside the gate's shorter probes."""
-RANKING_LONGEST = 128
-SEARCHED_OUTPUTS = 3072
-"""Most outputs of a layer that the search of scales computes; a 7 B model's have up to 32,768."""
-RANKED_PARAMETERS = 300_000_000
-"""Most of a model whose groups are ranked on all of these rows and in several settings; a larger one's on fewer."""
-SETTINGS = 4
-"""Exponents of a group, each with its best share, that are ranked."""
-LEAST_RANKING_ROWS = 8
-LARGE_TRIES = 16
-"""Most sets of kept groups that are tried for a large model, and again as many kept groups without which it may do."""
+"""Tokens of calibration text that rank the groups, in addition to the gate's shorter texts."""
+RANKING_MAX_TOKENS = 128
+"""Longer texts do not rank the groups."""
+MAX_SEARCHED_OUTPUTS = 3072
+"""Outputs of a layer that the search of scales computes; a 7 B model's layers have up to 32,768."""
+LARGE_MODEL_PARAMETERS = 300_000_000
+"""A model with more parameters is ranked on fewer rows, and in one setting of each group."""
+RANKED_SETTINGS = 4
+"""Settings of each group that are ranked: the best ones by error, each with another alpha."""
+MIN_RANKING_ROWS = 8
+LARGE_MODEL_TRIES = 16
+"""For a large model: sets of excluded groups that are tried, and excluded groups that are tried quantized again."""
 MARGIN = 0.1
-"""Part of the gate's allowance that is kept for what differs between this simulation and the engine (INT8's mean cosine
-differs by 5e-5 of the 2e-3 allowed); where that is more, `keep_next` follows."""
-FLOOR = 1e-5
+"""Part of the gate's tolerance that is reserved for the difference between this simulation and the engine (INT8's mean
+cosine differs by 5e-5 of the allowed 2e-3). If the difference is larger, `exclude_next` is called."""
+MIN_RANGE = 1e-5
+"""Lower bound of the ranges that smoothing factors are computed from."""
 
 
 def quantize(
-    parts: Parts,
+    layerwise: LayerwiseModel,
     text: TextEncoder,
     rows: Sequence[TokenRow],
     precision: Precision,
@@ -64,28 +80,28 @@ def quantize(
     model_sha256: str,
     longest: int,
 ) -> QuantizationRecord:
-    """Calibrates, smooths the model in place, ranks its groups and chooses what to quantize.
+    """Calibrates, smooths the model in place, ranks its groups and chooses which to quantize.
 
     Args:
-        parts: FP32, the pooler folded or not.
+        layerwise: The FP32 model, its pooler folded or not.
         text: The model's text encoder.
-        rows: The calibration's texts.
-        precision: A quantized one.
-        model_sha256: Of the checkpoint.
-        longest: Tokens of the gate's longest probe.
+        rows: The tokenized calibration texts.
+        precision: A quantized precision.
+        model_sha256: Hash of the checkpoint.
+        longest: Tokens of the gate's longest text.
 
     Raises:
-        ParityError: The gate's bound does not hold with any group quantized, or none fits the format.
+        ParityError: The gate's tolerance does not hold with any group quantized, or no group fits the number format.
     """
-    number = FORMATS[precision]
-    groups = linear_groups(parts.model)
-    ranking, probes = _ranking_rows(parts, text, rows, longest), probe_rows(text, longest)[1]
-    before = _embed(parts, text, probes)
-    settings = _search_all(parts, groups, Collector(parts, text, rows), number)
-    records = _cheapest(parts, text, ranking, groups, settings, number)
+    fmt = FORMATS[precision]
+    groups = linear_groups(layerwise.model)
+    ranking_rows, gate_rows = _ranking_rows(layerwise, text, rows, longest), probe_rows(text, longest)[1]
+    reference = _embed(layerwise, text, gate_rows)
+    settings = _search_settings(layerwise, groups, InputCollector(layerwise, text, rows), fmt)
+    records = _rank_settings(layerwise, text, ranking_rows, groups, settings, fmt)
     for group, record in zip(groups, records, strict=True):
-        parts.edit(part_of(group.name), _smoothing(parts.model, group, record))
-    records = _keep_until_it_holds(parts, text, probes, before, records, number)
+        layerwise.edit(block_of(group.name), _smoothing_edit(layerwise.model, group, record))
+    records = _exclude_until_tolerance_holds(layerwise, text, gate_rows, reference, records, fmt)
     return QuantizationRecord(
         version=RECORD_VERSION,
         precision=precision,
@@ -97,305 +113,335 @@ def quantize(
     )
 
 
-def _parameters(parts: Parts) -> int:
-    return sum(item.numel() for item in parts.model.parameters())
-
-
-def _search_all(
-    parts: Parts, groups: Sequence[LinearGroup], collector: Collector, number: Format
-) -> list[tuple[GroupRecord, ...]]:
-    """Every group's settings, the one with the smallest error first."""
-    found: dict[str, tuple[GroupRecord, ...]] = {}
-    bar = tqdm(total=len(groups), desc="searching scales", unit="group", disable=None, leave=False)
-
-    @contextmanager
-    def watch(part: str) -> Iterator[None]:
-        here = [group for group in groups if part_of(group.name) == part]
-        with collector.watching(here) as seen:
-            yield
-        for group in here:
-            found[group.name] = _search(parts.model, group, seen.pop(group.name), number)
-            bar.update()
-
-    parts.forward(collector.batches, watch=watch, what="calibrating, layer by layer")
-    bar.close()
-    return [found[group.name] for group in groups]
-
-
-def _smoothing(model: NVEmbed, group: LinearGroup, record: GroupRecord) -> Callable[[], None]:
-    largest = unpack(record.channel_ranges)
-    return lambda: smooth(model, group, _factors(model, group, largest, record.exponent))
-
-
-def apply_record(parts: Parts, record: QuantizationRecord) -> None:
-    """Smooths a model in place as a record says.
+def apply_record(layerwise: LayerwiseModel, record: QuantizationRecord) -> None:
+    """Smooths a model in place with the settings of a record.
 
     Raises:
-        ConfigError: The record is of a model with other layers.
+        ConfigError: The record belongs to a model with other layers.
     """
-    groups = {group.name: group for group in linear_groups(parts.model)}
-    if groups.keys() != {item.name for item in record.groups}:
-        raise ConfigError("the quantization record is of a model with other layers; quantize again without --reuse")
-    for item in record.groups:
-        parts.edit(part_of(item.name), _smoothing(parts.model, groups[item.name], item))
+    groups = {group.name: group for group in linear_groups(layerwise.model)}
+    if groups.keys() != {group_record.name for group_record in record.groups}:
+        raise ConfigError(
+            "the quantization record belongs to a model with other layers; quantize again without --reuse"
+        )
+    for group_record in record.groups:
+        edit = _smoothing_edit(layerwise.model, groups[group_record.name], group_record)
+        layerwise.edit(block_of(group_record.name), edit)
 
 
-class QuantizedState:
-    """The weights of a smoothed model as a quantized graph takes them; see `state.State`.
+class QuantizedWeights:
+    """The weights of a smoothed model as a quantized graph takes them; a `WeightSource`.
 
     Args:
-        parts: The model.
+        layerwise: The smoothed model.
         record: Which layers are quantized.
     """
 
-    def __init__(self, parts: Parts, record: QuantizationRecord) -> None:
-        self._parts = parts
-        self._number = FORMATS[record.precision]
-        self._open = ExitStack()
-        self._part = ""
+    def __init__(self, layerwise: LayerwiseModel, record: QuantizationRecord) -> None:
+        self._layerwise = layerwise
+        self._fmt = FORMATS[record.precision]
+        self._stack = ExitStack()
+        self._block_name = ""
         self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
-        self.input_scales = {name: item.input_scale for item in record.groups if not item.kept for name in item.linears}
+        """Name of the last layer that was quantized, its quantized values and scales."""
+        self.input_scales = {
+            linear: group.input_scale for group in record.groups if not group.excluded for linear in group.linears
+        }
 
-    def _linear(self, name: str) -> tuple[str, str]:
-        """The quantized layer that a tensor is the codes or the scale of, and which; empty for all others."""
-        for ending in (CODES, SCALE):
-            if name.endswith(f".weight{ending}") and (linear := name.removesuffix(f".weight{ending}")):
-                return (linear, ending) if linear in self.input_scales else ("", "")
+    def _split_name(self, name: str) -> tuple[str, str]:
+        """Splits the name of a quantized layer's tensor into layer and suffix; ("", "") for others."""
+        for suffix in (QUANTIZED_SUFFIX, SCALE_SUFFIX):
+            if name.endswith(f".weight{suffix}") and (linear := name.removesuffix(f".weight{suffix}")):
+                return (linear, suffix) if linear in self.input_scales else ("", "")
         return "", ""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """See `State`."""
-        linear, which = self._linear(name)
+        """See `WeightSource`."""
+        linear, suffix = self._split_name(name)
         if linear:
-            outputs, inputs = weight_of(self._parts.model, linear).shape
-            return (inputs, outputs) if which == CODES else self._number.scale_shape(outputs, inputs)
-        found = dict(self._parts.model.named_parameters()).get(name)
-        return None if found is None else tuple(found.shape)
+            outputs, inputs = weight_of(self._layerwise.model, linear).shape
+            return (inputs, outputs) if suffix == QUANTIZED_SUFFIX else self._fmt.scale_shape(outputs, inputs)
+        parameter = dict(self._layerwise.model.named_parameters()).get(name)
+        return None if parameter is None else tuple(parameter.shape)
 
-    def place(self, name: str) -> None:
-        """See `State`: nothing is as it lies in a file."""
+    def location(self, name: str) -> None:
+        """See `WeightSource`; no tensor is stored in a file as it is."""
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """See `State`."""
-        linear, which = self._linear(name)
-        if (part := part_of(linear or name)) != self._part:
-            self._open.close()
-            self._open.enter_context(self._parts.part(part))
-            self._part = part
+        """See `WeightSource`."""
+        linear, suffix = self._split_name(name)
+        if (block_name := block_of(linear or name)) != self._block_name:
+            self._stack.close()
+            self._stack.enter_context(self._layerwise.block(block_name))
+            self._block_name = block_name
         if not linear:
-            found: Tensor = self._parts.model.get_parameter(name)
+            tensor: Tensor = self._layerwise.model.get_parameter(name)
         else:
             if self._last is None or self._last[0] != linear:
-                self._last = linear, self._number.encode_weight(weight_of(self._parts.model, linear))
-            found = self._last[1][(CODES, SCALE).index(which)]
-        return found if rows is None else found[rows[0] : rows[1]]
+                self._last = linear, self._fmt.quantize_weight(weight_of(self._layerwise.model, linear))
+            tensor = self._last[1][(QUANTIZED_SUFFIX, SCALE_SUFFIX).index(suffix)]
+        return tensor if rows is None else tensor[rows[0] : rows[1]]
 
     def close(self) -> None:
-        """Lets go of the part that is in memory."""
-        self._open.close()
-        self._part, self._last = "", None
+        """Releases the block that is in memory."""
+        self._stack.close()
+        self._block_name, self._last = "", None
 
 
-def _search(model: NVEmbed, group: LinearGroup, seen: Inputs, number: Format) -> tuple[GroupRecord, ...]:
-    """For each exponent the share with the smallest error, the best first; a group that does not fit is kept."""
-    weights = [_some_outputs(weight_of(model, name)) for name in group.linears]
+def _search_settings(
+    layerwise: LayerwiseModel, groups: Sequence[LinearGroup], collector: InputCollector, fmt: NumberFormat
+) -> list[tuple[GroupRecord, ...]]:
+    """Returns the settings of every group, the one with the smallest error first."""
+    settings: dict[str, tuple[GroupRecord, ...]] = {}
+    bar = tqdm(total=len(groups), desc="searching scales", unit="group", disable=None, leave=False)
+
+    @contextmanager
+    def search_block(block_name: str) -> Iterator[None]:
+        block_groups = [group for group in groups if block_of(group.name) == block_name]
+        with collector.collecting(block_groups) as collected:
+            yield
+        for group in block_groups:
+            settings[group.name] = _search_group(layerwise.model, group, collected.pop(group.name), fmt)
+            bar.update()
+
+    layerwise.forward(collector.batches, hook=search_block, description="calibrating, layer by layer")
+    bar.close()
+    return [settings[group.name] for group in groups]
+
+
+def _search_group(
+    model: NVEmbed, group: LinearGroup, inputs: GroupInputs, fmt: NumberFormat
+) -> tuple[GroupRecord, ...]:
+    """Returns a setting for each alpha, with its best clip ratio, the smallest error first.
+
+    A group that does not fit the number format has one setting, which excludes it.
+    """
+    weights = [_sampled_outputs(weight_of(model, name)) for name in group.linears]
     unsmoothed = GroupRecord(
         name=group.name,
         linears=group.linears,
-        exponent=0.0,
-        share=1.0,
+        alpha=0.0,
+        clip_ratio=1.0,
         input_scale=0.0,
         error=0.0,
-        cost=0.0,
-        weights=sum(weight_of(model, name).numel() for name in group.linears),
-        kept=True,
+        sensitivity=0.0,
+        weight_count=sum(weight_of(model, name).numel() for name in group.linears),
+        excluded=True,
         reason="does not divide into blocks",
-        channel_ranges=pack(seen.largest),
+        channel_ranges=pack(inputs.channel_max),
     )
-    if not all(number.fits(weight) for weight in weights):
+    if not all(fmt.fits(weight) for weight in weights):
         return (unsmoothed,)
-    truth = [F.linear(seen.rows, weight) for weight in weights]
-    found = []
-    for exponent in EXPONENTS:
-        factors = _factors(model, group, seen.largest, exponent)
-        rows, largest = seen.rows / factors, float((seen.largest / factors).max())
-        stored = [number.decode_weight(*number.encode_weight(weight * factors)) for weight in weights]
-        best = replace(unsmoothed, exponent=exponent, error=torch.inf, kept=False, reason="")
-        for share in SHARES if number.inputs else (1.0,):
-            scale = number.input_scale(largest * share) if number.inputs else 0.0
-            given = number.round_trip(rows, scale) if number.inputs else rows
+    exact_outputs = [F.linear(inputs.sampled_rows, weight) for weight in weights]
+    settings = []
+    for alpha in ALPHAS:
+        factors = _factors(model, group, inputs.channel_max, alpha)
+        rows, max_abs = inputs.sampled_rows / factors, float((inputs.channel_max / factors).max())
+        quantized_weights = [fmt.fake_quantize_weight(weight * factors) for weight in weights]
+        best = replace(unsmoothed, alpha=alpha, error=torch.inf, excluded=False, reason="")
+        for clip_ratio in CLIP_RATIOS if fmt.quantizes_inputs else (1.0,):
+            scale = fmt.input_scale(max_abs * clip_ratio) if fmt.quantizes_inputs else 0.0
+            quantized_rows = fmt.fake_quantize(rows, scale) if fmt.quantizes_inputs else rows
             errors = [
-                _relative_error(F.linear(given, part), wanted) for part, wanted in zip(stored, truth, strict=True)
+                _relative_error(F.linear(quantized_rows, weight), exact)
+                for weight, exact in zip(quantized_weights, exact_outputs, strict=True)
             ]
             error = float(torch.stack(errors).mean())
             if error < best.error:
-                best = replace(best, share=share, input_scale=scale, error=error)
-        found.append(best)
-    return tuple(sorted(found, key=lambda item: item.error))
+                best = replace(best, clip_ratio=clip_ratio, input_scale=scale, error=error)
+        settings.append(best)
+    return tuple(sorted(settings, key=lambda setting: setting.error))
 
 
-def _some_outputs(weight: Tensor) -> Tensor:
-    """Rows of a weight [N, K] from its whole length: an error's mean needs no more, and each has scales of its own."""
-    if len(weight) <= SEARCHED_OUTPUTS:
+def _sampled_outputs(weight: Tensor) -> Tensor:
+    """Returns evenly spaced rows of a weight [N, K]: enough for a mean error, and each row has its own scales."""
+    if len(weight) <= MAX_SEARCHED_OUTPUTS:
         return weight
-    return weight[torch.linspace(0, len(weight) - 1, SEARCHED_OUTPUTS).long()]
+    return weight[torch.linspace(0, len(weight) - 1, MAX_SEARCHED_OUTPUTS).long()]
 
 
-def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Each row counts the same, however large it is."""
-    return ((found - wanted).square().sum(dim=1) / wanted.square().sum(dim=1).clamp_min(1e-20)).mean()
+def _relative_error(outputs: Tensor, exact: Tensor) -> Tensor:
+    """Returns the mean over rows of the squared error relative to the row's own square."""
+    return ((outputs - exact).square().sum(dim=1) / exact.square().sum(dim=1).clamp_min(1e-20)).mean()
 
 
-def _factors(model: NVEmbed, group: LinearGroup, largest: Tensor, exponent: float) -> Tensor:
-    """SmoothQuant's factors [K]: the input's range to the exponent over the weights' to what is left, about 1."""
-    if exponent == 0:
-        return torch.ones_like(largest)
-    columns = torch.stack([weight_of(model, name).abs().amax(dim=0) for name in group.linears]).amax(dim=0)
-    factors = largest.clamp_min(FLOOR) ** exponent / columns.clamp_min(FLOOR) ** (1 - exponent)
+def _factors(model: NVEmbed, group: LinearGroup, channel_max: Tensor, alpha: float) -> Tensor:
+    """Returns SmoothQuant's factors [K]: input range^alpha / weight range^(1 - alpha), with geometric mean 1."""
+    if alpha == 0:
+        return torch.ones_like(channel_max)
+    column_max = torch.stack([weight_of(model, name).abs().amax(dim=0) for name in group.linears]).amax(dim=0)
+    factors = channel_max.clamp_min(MIN_RANGE) ** alpha / column_max.clamp_min(MIN_RANGE) ** (1 - alpha)
     factors = group.tie(factors)
     return factors / factors.log().mean().exp()
 
 
+def _smoothing_edit(model: NVEmbed, group: LinearGroup, record: GroupRecord) -> Callable[[], None]:
+    channel_max = unpack(record.channel_ranges)
+    return lambda: smooth(model, group, _factors(model, group, channel_max, record.alpha))
+
+
 @contextmanager
-def simulated(model: NVEmbed, records: Sequence[GroupRecord], number: Format) -> Iterator[None]:
-    """The model, smoothed already, with the layers of some groups computing on what their codes stand for."""
-    with ExitStack() as undo:
+def simulated(model: NVEmbed, records: Sequence[GroupRecord], fmt: NumberFormat) -> Iterator[None]:
+    """Simulates quantized layers of some groups in a smoothed model, until the context ends."""
+    with ExitStack() as stack:
         for record in records:
-            undo.enter_context(_computing_on_codes(model, record, number))
+            stack.enter_context(_fake_quantized(model, record, fmt))
         yield
 
 
+def simulation_hook(model: NVEmbed, records: Sequence[GroupRecord], fmt: NumberFormat) -> BlockHook:
+    """Returns a hook that applies `simulated` to each block."""
+    return lambda block_name: simulated(
+        model, [record for record in records if block_of(record.name) == block_name], fmt
+    )
+
+
+def simulated_alone(
+    model: NVEmbed, group: LinearGroup, record: GroupRecord, fmt: NumberFormat
+) -> AbstractContextManager[None]:
+    """Simulates a group smoothed and quantized in a model that is neither, until the context ends."""
+    factors = _factors(model, group, unpack(record.channel_ranges), record.alpha)
+    return _fake_quantized(model, record, fmt, factors)
+
+
 @contextmanager
-def _computing_on_codes(
-    model: NVEmbed, record: GroupRecord, number: Format, factors: Tensor | float = 1.0
+def _fake_quantized(
+    model: NVEmbed, record: GroupRecord, fmt: NumberFormat, factors: Tensor | float = 1.0
 ) -> Iterator[None]:
-    with torch.no_grad(), ExitStack() as undo:
+    """Replaces the weights of a group's layers by dequantized ones, and fake-quantizes the layers' inputs."""
+
+    def quantize_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        smoothed = args[0] / factors
+        return (fmt.fake_quantize(smoothed, record.input_scale) if fmt.quantizes_inputs else smoothed,)
+
+    with torch.no_grad(), ExitStack() as stack:
         for name in record.linears:
             linear = model.get_submodule(name)
-            undo.callback(setattr, linear, "weight", linear.weight)
-            stored = number.decode_weight(*number.encode_weight(weight_of(model, name) * factors))
-            linear.weight = nn.Parameter(stored, requires_grad=False)
-            hook = _smoothing_and_rounding(record.input_scale, number, factors)
-            undo.callback(linear.register_forward_pre_hook(hook).remove)
+            stack.callback(setattr, linear, "weight", linear.weight)
+            weight = fmt.fake_quantize_weight(weight_of(model, name) * factors)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            stack.callback(linear.register_forward_pre_hook(quantize_input).remove)
         yield
 
 
-def _smoothing_and_rounding(
-    scale: float, number: Format, factors: Tensor | float
-) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def given(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        smoothed = args[0] / factors
-        return (number.round_trip(smoothed, scale) if number.inputs else smoothed,)
-
-    return given
-
-
-@contextmanager
-def _alone(model: NVEmbed, group: LinearGroup, record: GroupRecord, number: Format) -> Iterator[None]:
-    """One group smoothed and quantized in a model that is neither."""
-    factors = _factors(model, group, unpack(record.channel_ranges), record.exponent)
-    with _computing_on_codes(model, record, number, factors):
-        yield
-
-
-def _ranking_rows(parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], longest: int) -> list[TokenRow]:
-    chosen = [row for row in probe_rows(text, longest)[1] if len(row) <= RANKING_LONGEST]
+def _ranking_rows(
+    layerwise: LayerwiseModel, text: TextEncoder, rows: Sequence[TokenRow], longest: int
+) -> list[TokenRow]:
+    """Returns the gate's shorter texts and some calibration texts; fewer of them for a large model."""
+    ranking_rows = [row for row in probe_rows(text, longest)[1] if len(row) <= RANKING_MAX_TOKENS]
     tokens = 0
     for row in rows:
-        if len(row) <= RANKING_LONGEST and tokens < RANKING_TOKENS:
-            chosen.append(row)
+        if len(row) <= RANKING_MAX_TOKENS and tokens < RANKING_TOKENS:
+            ranking_rows.append(row)
             tokens += len(row)
-    wanted = max(LEAST_RANKING_ROWS, len(chosen) * RANKED_PARAMETERS // max(RANKED_PARAMETERS, _parameters(parts)))
-    return chosen[:: max(1, len(chosen) // wanted)]
+    affordable = len(ranking_rows) * LARGE_MODEL_PARAMETERS // max(LARGE_MODEL_PARAMETERS, layerwise.parameter_count)
+    row_count = max(MIN_RANKING_ROWS, affordable)
+    return ranking_rows[:: max(1, len(ranking_rows) // row_count)]
 
 
-def simulation(model: NVEmbed, records: Sequence[GroupRecord], number: Format) -> Watch:
-    """`simulated` for each part while it is in memory."""
-    return lambda part: simulated(model, [item for item in records if part_of(item.name) == part], number)
+def _embed(
+    layerwise: LayerwiseModel, text: TextEncoder, rows: Sequence[TokenRow], *, hook: BlockHook = no_hook
+) -> Tensor:
+    """Returns float32 [N, D], many rows in a batch: reading a large model's weights takes longer than computing."""
+    order, batches = padded_batches(text, rows)
+    embeddings = layerwise.forward(batches, hook=hook, description="embedding, layer by layer")
+    return embeddings[torch.tensor(order).argsort()]
 
 
-def _embed(parts: Parts, text: TextEncoder, rows: Sequence[TokenRow], *, watch: Watch = unwatched) -> Tensor:
-    """float32 [N, D] of rows, many at a time: reading a wide model's weights takes longer than computing a row."""
-    order, batches = in_batches(text, rows)
-    found = parts.forward(batches, watch=watch, what="embedding, layer by layer")
-    return found[torch.tensor(order).argsort()]
-
-
-def _cheapest(
-    parts: Parts,
+def _rank_settings(
+    layerwise: LayerwiseModel,
     text: TextEncoder,
     rows: Sequence[TokenRow],
     groups: Sequence[LinearGroup],
     settings: Sequence[tuple[GroupRecord, ...]],
-    number: Format,
+    fmt: NumberFormat,
 ) -> list[GroupRecord]:
-    """Each group in the setting that costs least, when it alone is quantized. The model is not smoothed yet.
+    """Returns the setting of each group with the lowest sensitivity. The model is not smoothed yet.
 
-    Further settings are tried for the dearer half of the groups: the others cost little in any of the first ones.
+    After the first setting, others are tried only for the half of the groups with the higher sensitivity per weight:
+    the rest loses little with any of the first settings.
     """
-    best = [found[0] for found in settings]
-    batches = in_batches(text, rows)[1]
-    for place in range(1 if _parameters(parts) > RANKED_PARAMETERS else SETTINGS):
-        middle = statistics.median(item.price for item in best)
-        tried = {
-            found[place].name: found[place]
-            for found, item in zip(settings, best, strict=True)
-            if place < len(found) and not item.kept and (place == 0 or item.price >= middle)
+    best = [group_settings[0] for group_settings in settings]
+    batches = padded_batches(text, rows)[1]
+    for rank in range(1 if layerwise.parameter_count > LARGE_MODEL_PARAMETERS else RANKED_SETTINGS):
+        median = statistics.median(record.sensitivity_per_weight for record in best)
+        candidates = {
+            record.name: group_settings[rank]
+            for group_settings, record in zip(settings, best, strict=True)
+            if rank < len(group_settings)
+            and not record.excluded
+            and (rank == 0 or record.sensitivity_per_weight >= median)
         }
         changes = {
-            group.name: functools.partial(_alone, parts.model, group, tried[group.name], number)
+            group.name: functools.partial(simulated_alone, layerwise.model, group, candidates[group.name], fmt)
             for group in groups
-            if group.name in tried
+            if group.name in candidates
         }
-        truth, vectors = parts.variants(batches, changes, f"ranking groups, setting {place + 1}")
-        costs = {name: 1 - float((truth * found).sum(dim=1).mean()) for name, found in vectors.items()}
+        reference, embeddings = layerwise.variants(batches, changes, f"ranking groups, setting {rank + 1}")
+        sensitivities = {
+            name: 1 - float((reference * changed).sum(dim=1).mean()) for name, changed in embeddings.items()
+        }
         best = [
-            replace(tried[item.name], cost=costs[item.name])
-            if item.name in costs and (place == 0 or costs[item.name] < item.cost)
-            else item
-            for item in best
+            replace(candidates[record.name], sensitivity=sensitivities[record.name])
+            if record.name in sensitivities and (rank == 0 or sensitivities[record.name] < record.sensitivity)
+            else record
+            for record in best
         ]
     return best
 
 
-def _keep_until_it_holds(
-    parts: Parts,
+def _exclude_until_tolerance_holds(
+    layerwise: LayerwiseModel,
     text: TextEncoder,
-    probes: Sequence[TokenRow],
-    truth: Tensor,
+    gate_rows: Sequence[TokenRow],
+    reference: Tensor,
     records: list[GroupRecord],
-    number: Format,
+    fmt: NumberFormat,
 ) -> list[GroupRecord]:
-    tolerance = TOLERANCES[number.precision]
-    large = _parameters(parts) > RANKED_PARAMETERS
+    """Excludes groups, the highest sensitivity per weight first, and then quantizes those that need not be excluded."""
+    is_large = layerwise.parameter_count > LARGE_MODEL_PARAMETERS
 
-    def holds(kept: Set[str]) -> bool:
-        taken = [item for item in records if not item.kept and item.name not in kept]
-        found = _embed(parts, text, probes, watch=simulation(parts.model, taken, number))
-        cosines = (truth * found).sum(dim=1)
-        difference = float((truth - found).abs().max()) * (truth.shape[1] ** 0.5 if tolerance.scaled else 1.0)
-        return all(
-            float(part) <= allowed * (1 - MARGIN)
-            for part, allowed in (
-                (1 - cosines.min(), 1 - tolerance.min_cosine),
-                (1 - cosines.mean(), 1 - tolerance.min_mean_cosine),
-                (difference, tolerance.max_difference),
-            )
-        )
+    def holds(excluded: Set[str]) -> bool:
+        quantized = [record for record in records if not record.excluded and record.name not in excluded]
+        hook = simulation_hook(layerwise.model, quantized, fmt)
+        return _within_tolerance(reference, _embed(layerwise, text, gate_rows, hook=hook), fmt.precision)
 
-    worst_first = sorted((item for item in records if not item.kept), key=lambda item: -item.price)
-    step = -(-len(worst_first) // LARGE_TRIES) if large else 1
-    kept: set[str] = set()
-    while not worst_first or not holds(kept):
-        dearest = worst_first[len(kept) : len(kept) + step]
-        if len(kept) + len(dearest) >= len(worst_first):
-            raise nothing_left(number.precision)
-        kept |= {item.name for item in dearest}
-    largest_first = sorted((item for item in worst_first if item.name in kept), key=lambda item: -item.weights)
-    for item in largest_first[: LARGE_TRIES if large else None]:
-        if holds(kept - {item.name}):
-            kept.remove(item.name)
+    worst_first = sorted(
+        (record for record in records if not record.excluded), key=lambda record: -record.sensitivity_per_weight
+    )
+    groups_per_try = -(-len(worst_first) // LARGE_MODEL_TRIES) if is_large else 1
+    excluded: set[str] = set()
+    while not worst_first or not holds(excluded):
+        next_groups = worst_first[len(excluded) : len(excluded) + groups_per_try]
+        if len(excluded) + len(next_groups) >= len(worst_first):
+            raise nothing_to_quantize(fmt.precision)
+        excluded |= {record.name for record in next_groups}
+    largest_first = sorted(
+        (record for record in worst_first if record.name in excluded), key=lambda record: -record.weight_count
+    )
+    for record in largest_first[: LARGE_MODEL_TRIES if is_large else None]:
+        if holds(excluded - {record.name}):
+            excluded.remove(record.name)
     return [
-        replace(item, kept=True, reason="among the dearest for their size") if item.name in kept else item
-        for item in records
+        replace(record, excluded=True, reason="among the most sensitive for their size")
+        if record.name in excluded
+        else record
+        for record in records
     ]
+
+
+def _within_tolerance(reference: Tensor, embeddings: Tensor, precision: Precision) -> bool:
+    """Returns True if embeddings meet the gate's tolerance of a precision with `MARGIN` to spare."""
+    tolerance = TOLERANCES[precision]
+    cosines = (reference * embeddings).sum(dim=1)
+    max_difference = float((reference - embeddings).abs().max()) * (
+        reference.shape[1] ** 0.5 if tolerance.scaled else 1.0
+    )
+    return all(
+        float(measured) <= allowed * (1 - MARGIN)
+        for measured, allowed in (
+            (1 - cosines.min(), 1 - tolerance.min_cosine),
+            (1 - cosines.mean(), 1 - tolerance.min_mean_cosine),
+            (max_difference, tolerance.max_difference),
+        )
+    )

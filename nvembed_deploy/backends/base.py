@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed_deploy.errors import EngineError
 from nvembed_deploy.spec import ShapeProfile
 from nvembed_deploy.tokenization import TokenBatch
 
@@ -40,3 +41,23 @@ class Backend(Protocol):
 
     def run_beside(self, batch: TokenBatch) -> Output:
         """As `run`, where others follow and `in_flight` of them run at a time."""
+
+
+class ClosedBackend:
+    """Stands in for a backend that was closed: it remembers its name and holds no memory."""
+
+    profile = None
+    in_flight = 1
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def run(self, batch: TokenBatch) -> Output:
+        """Refuses the batch.
+
+        Raises:
+            EngineError: Always.
+        """
+        raise EngineError("this Encoder was closed; open the bundle again")
+
+    run_beside = run

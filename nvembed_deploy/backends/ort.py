@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.backends.base import Output
-from nvembed_deploy.errors import DeviceMismatchError, EngineError, MissingExtra
+from nvembed_deploy.backends.no_telemetry import switch_off_onnxruntime_telemetry
+from nvembed_deploy.bundle.manifest import WEIGHTS
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.errors import DeployError, DeviceMismatchError, EngineError, MissingExtra
 from nvembed_deploy.spec import Precision
+from nvembed_deploy.system import available_memory_bytes
 from nvembed_deploy.tokenization import TokenBatch
 
 OUTPUTS = ("sentence_embedding", "sentence_norm")
@@ -22,6 +28,10 @@ GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 WHOLE_PRODUCTS = ("session.x64quantprecision", "1")
 """Unsigned weights on CPUs whose products of unsigned and signed codes overflow, see `eight_bit_products_overflow`: an
 INT8 bundle's mean error was 8 times as large without, and it was hardly faster (AMD EPYC of the third generation)."""
+GIB = 2**30
+COPIES_WHILE_OPENING = 2
+"""Of the weights' files: the bytes that were hashed, and ONNX Runtime's own copy, which stays."""
+_log = logging.getLogger(__name__)
 FATAL_SEVERITY = 4
 """Its errors are raised; logged as well they would stand on stderr twice."""
 
@@ -41,6 +51,9 @@ class OrtBackend:
 
     Args:
         graph: Path of the graph; its weights lie beside it.
+        bundle: The opened bundle that the graph belongs to: its files are read into memory, and their hashes checked
+            again, so that nothing written into the folder later can change a vector. None lets ONNX Runtime map the
+            files, which costs no memory, for folders that nobody else writes to.
         providers: Execution providers in order of preference, each a name or a name with its options.
         note: Added to the name.
         as_written: Whether nodes run one by one, so that Q/DQ pairs round as the engine does.
@@ -59,6 +72,7 @@ class OrtBackend:
         self,
         graph: Path,
         *,
+        bundle: Bundle | None = None,
         providers: tuple[str | tuple[str, dict[str, Any]], ...] = (CPU,),
         note: str = "",
         as_written: bool = False,
@@ -74,7 +88,9 @@ class OrtBackend:
         if as_written:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=list(providers))
+            self._session = _open_session(ort, graph, options, list(providers), bundle)
+        except DeployError:
+            raise
         except Exception as err:  # ONNX Runtime raises bare and private exceptions
             raise EngineError(
                 f"{graph} cannot be loaded by ONNX Runtime {ort.__version__} ({_first_line(err)}); make the "
@@ -119,7 +135,33 @@ class OrtBackend:
     run_beside = run
 
 
+def _open_session(ort: Any, graph: Path, options: Any, providers: list[Any], bundle: Bundle | None) -> Any:
+    """Opens a session on the graph's file, or on what a bundle's files held when they were hashed."""
+    if bundle is None:
+        return ort.InferenceSession(str(graph), options, providers=providers)
+    names = [name for name in bundle.manifest.files if name == WEIGHTS or name in bundle.manifest.referenced]
+    weight_bytes = sum(bundle.manifest.files[name].bytes for name in names)
+    available_bytes = available_memory_bytes()
+    if available_bytes is not None and COPIES_WHILE_OPENING * weight_bytes > available_bytes:
+        _log.warning(
+            "%s: %.1f GiB of weights are mapped from disk, as %.1f GiB of memory are free and copying takes twice that "
+            "while opening; do not write into the folder while it is open, replace the folder instead",
+            bundle.folder, weight_bytes / GIB, available_bytes / GIB,
+        )  # fmt: skip
+        return ort.InferenceSession(str(graph), options, providers=providers)
+    if hasattr(options, "add_external_initializers_from_files_in_memory"):
+        contents = [bundle.read(name) for name in names]
+        options.add_external_initializers_from_files_in_memory(names, contents, [len(content) for content in contents])
+        return ort.InferenceSession(bundle.read(graph.name), options, providers=providers)
+    # ONNX Runtime 1.23 takes files only: copies in a folder of our own, which stay mapped when their names are gone.
+    with tempfile.TemporaryDirectory(prefix="nvembed-") as folder:
+        for name in (graph.name, *names):
+            Path(folder, name).write_bytes(bundle.read(name))
+        return ort.InferenceSession(str(Path(folder, graph.name)), options, providers=providers)
+
+
 def _onnxruntime() -> Any:
+    switch_off_onnxruntime_telemetry()
     try:
         import onnxruntime
     except ImportError as err:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nvembed_deploy.backends.base import Output
+from nvembed_deploy.backends.no_telemetry import without_openvino_telemetry
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.errors import EngineError, MissingExtra
 from nvembed_deploy.system import eight_bit_products_overflow
@@ -52,6 +53,8 @@ class OvBackend:
     def __init__(self, graph: Path, *, dimension: int, exact: bool, threads: int | None = None) -> None:
         openvino = _openvino()
         self._core = openvino.Core()
+        # The graph is compiled a second time when batches first run together: not from what the file holds by then.
+        self._core.set_property({"ENABLE_MMAP": False})
         narrow = not exact and BF16 in self._core.get_property(CPU, "OPTIMIZATION_CAPABILITIES")
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32"}
         if eight_bit_products_overflow():
@@ -166,7 +169,8 @@ def _remove_rounding(model: Any, types: Any) -> None:
 
 def _openvino() -> Any:
     try:
-        import openvino
+        with without_openvino_telemetry():
+            import openvino
     except ImportError as err:
         raise MissingExtra(
             f"OpenVINO is not installed ({err}); install it: pip install 'nvembed-deploy[openvino]'"

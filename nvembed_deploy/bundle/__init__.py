@@ -1,1 +1,1 @@
-"""The bundle: what an export writes, described by its own manifest and switched in whole."""
+"""The bundle: the folder that an export writes, described by its manifest and replaced atomically."""

@@ -1,8 +1,8 @@
-"""The artefact directory: what is in it, and that it is whole. `writer.py` writes and replaces it.
+"""The manifest of a bundle: its files, their hashes, and everything that running the model needs to know.
 
-A bundle holds `engine.plan` (where one was built), `model.onnx` and `model.onnx.data`, `tokenizer.json` and
-`manifest.json`, which names every other file with its size and SHA-256 and carries its own. Nothing in it is executed
-or unpickled before these fit; signing is left to tools made for it.
+A bundle holds `engine.plan` (if one was built), `model.onnx` and `model.onnx.data`, `tokenizer.json` and
+`manifest.json`, which lists every other file with its size and SHA-256 and contains its own hash. Nothing in a bundle
+is executed or unpickled before these match; signing is left to dedicated tools. `writer.py` writes bundles.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nvembed_deploy.bundle.parity_report import ParityReport
+from nvembed_deploy.console import program
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.files.records import from_json, to_json
@@ -21,21 +22,23 @@ from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.spec import Dialect, Precision, ShapeProfile
 from nvembed_deploy.tokenization import TextContract
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 PLAN = "engine.plan"
 GRAPH = "model.onnx"
 CPU_GRAPH = "model.cpu.onnx"
-"""Beside a graph in BF16 or a quantized one: the same weights, with the arithmetic that CPUs have."""
+"""Graph for CPUs, in BF16 and quantized bundles: the same weights, with operators that CPUs have kernels for."""
 WEIGHTS = "model.onnx.data"
 TOKENIZER = "tokenizer.json"
 QUANTIZATION = "quantization.json"
-"""In a quantized bundle: what was calibrated on what, each layer's cost, and what was left in the base precision."""
+"""Record of a quantization: calibration texts, sensitivity of each layer, and layers left in the base precision."""
 QUANTIZATION_PICTURE = "quantization.png"
-TRUTH = "truth.npz"
-"""What the reference makes of the probes (`probes.py`), so that any machine can judge its engine."""
-PAYLOAD = frozenset((PLAN, GRAPH, CPU_GRAPH, WEIGHTS, TOKENIZER, QUANTIZATION, QUANTIZATION_PICTURE, TRUTH))
+REFERENCE_OUTPUTS = "reference.npz"
+"""The reference model's vectors of the probes (`probes.py`), with which any machine can check its engine."""
+PAYLOAD = frozenset((PLAN, GRAPH, CPU_GRAPH, WEIGHTS, TOKENIZER, QUANTIZATION, QUANTIZATION_PICTURE, REFERENCE_OUTPUTS))
 REQUIRED = frozenset((GRAPH, WEIGHTS, TOKENIZER))
+FORMER_PAYLOAD = frozenset(("truth.npz",))
+"""Files of earlier format versions: they are not read, but an export may replace a bundle that has them."""
 
 _SELF_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _ZEROS = b"0" * 64
@@ -43,10 +46,10 @@ _ZEROS = b"0" * 64
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the weights came from."""
+    """The checkpoint that the weights come from."""
 
     name: str
-    """Folder or hub name as the user gave it, without the machine's path."""
+    """Folder or hub name as the user gave it, without the parent path."""
     revision: str | None
     """Commit of the hub repository; None for a local folder."""
     files: dict[str, FileEntry]
@@ -55,27 +58,27 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInfo:
-    """What `engine.plan` needs to run."""
+    """Requirements of `engine.plan`: runtime, platform, GPUs and shapes."""
 
     runtime: str
     """Python module of the runtime: `tensorrt` or `tensorrt_rtx`."""
     version: str
-    """The runtime that built it; a plan loads in exactly this version."""
+    """Version of the runtime that built the plan, and the only one that loads it."""
     platform: str
     """Operating system and processor, such as `linux_x86_64`."""
     compute_capabilities: tuple[str, ...]
-    """GPUs it runs on, such as `8.9`."""
+    """Compute capabilities of the GPUs that it runs on, such as `8.9`."""
     profiles: tuple[ShapeProfile, ...]
-    """Shapes that kernels were chosen for; the first holds all others."""
+    """Optimization profiles; the first contains all others."""
     stripped: bool = False
-    """True where the plan holds no weights: they are put in from the graph's file when it is loaded."""
+    """True if the plan has no weights of its own; they are read from the graph's weight file when it is loaded."""
     weight_streaming: bool = False
-    """True where weights may stay in the host's memory."""
+    """True if weights may stay in host memory and be streamed to the GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that a bundle says of itself; `manifest.json`."""
+    """Content of `manifest.json`."""
 
     format_version: int
     manifest_sha256: str
@@ -84,14 +87,14 @@ class Manifest:
     tool_version: str
     source: Source
     target: str
-    """The recipe it was made by, or for."""
+    """Name of the target that the bundle was exported or built for."""
     precision: Precision
     dialect: Dialect
     opset: int
     pooling: str
     folded: bool
     fp32_modules: tuple[str, ...]
-    """Modules that compute in FP32 although the rest does not: their values come near FP16's limit."""
+    """Modules that compute in FP32 although the others do not, because their values come near the limit of FP16."""
     dimension: int
     text: TextContract
     profile: ShapeProfile
@@ -99,39 +102,39 @@ class Manifest:
     parity: tuple[ParityReport, ...]
     versions: dict[str, str]
     referenced: tuple[str, ...]
-    """Files of the checkpoint that the graph reads its weights from; hard links to them stand in the bundle."""
+    """Checkpoint files that the graph reads weights from; the bundle contains hard links to them."""
     files: dict[str, FileEntry]
 
     def to_bytes(self) -> bytes:
-        """The file's content, with its own hash filled in."""
+        """Serializes the manifest and fills in its own hash."""
         record = to_json(replace(self, manifest_sha256=_ZEROS.decode()))
         content = (json.dumps(record, indent=1, ensure_ascii=True) + "\n").encode()
         return content.replace(_ZEROS, hashlib.sha256(content).hexdigest().encode(), 1)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Manifest:
-        """Reads the file's content.
+        """Parses and validates the content of `manifest.json`.
 
         Raises:
-            BundleError: It is damaged, of another version, or says something that cannot be.
+            BundleError: The content is damaged, inconsistent, or of another format version.
         """
-        cure = "make the bundle again, or copy it again from where it came"
-        found = _SELF_HASH.findall(content)
-        if len(found) != 1:
-            raise BundleError(f"{MANIFEST} is damaged (it does not carry its own hash); {cure}")
-        if hashlib.sha256(content.replace(found[0], _ZEROS, 1)).hexdigest().encode() != found[0]:
-            raise BundleError(f"{MANIFEST} is damaged (its own hash does not fit); {cure}")
+        cure = "export the bundle again, or copy it again from its source"
+        self_hashes = _SELF_HASH.findall(content)
+        if len(self_hashes) != 1:
+            raise BundleError(f"{MANIFEST} is damaged (its own hash is missing); {cure}")
+        if hashlib.sha256(content.replace(self_hashes[0], _ZEROS, 1)).hexdigest().encode() != self_hashes[0]:
+            raise BundleError(f"{MANIFEST} is damaged (its own hash does not match); {cure}")
         try:
             record = json.loads(content)
             version = record.get("format_version") if isinstance(record, dict) else None
             if version != FORMAT_VERSION:
                 raise BundleError(
-                    f"{MANIFEST} has format version {version!r}, this library reads {FORMAT_VERSION}; make the bundle "
-                    "again with this version of nvembed-deploy"
+                    f"{MANIFEST} has format version {version!r}, and this version of nvembed-deploy reads format "
+                    f"version {FORMAT_VERSION}; export the bundle again: {program('export')} --out FOLDER"
                 )
             manifest = from_json(cls, record)
         except (ValueError, RecursionError) as err:  # ConfigError is a ValueError
-            raise BundleError(f"{MANIFEST} cannot be used ({err}); {cure}") from err
+            raise BundleError(f"{MANIFEST} is invalid ({err}); {cure}") from err
         manifest._check_files()
         manifest._check_model()
         return manifest
@@ -139,37 +142,40 @@ class Manifest:
     def _check_files(self) -> None:
         names = self.files.keys()
         if missing := sorted(REQUIRED - names):
-            raise BundleError(f"{MANIFEST} does not list {missing[0]}; make the bundle again")
+            raise BundleError(f"{MANIFEST} does not list {missing[0]}; export the bundle again")
         if missing := sorted(set(self.referenced) - names):
-            raise BundleError(f"{MANIFEST} does not list {missing[0]}; make the bundle again")
-        if wrong := [name for name in self.referenced if not is_shard_name(name)]:
-            raise BundleError(f"{MANIFEST} refers to {wrong[0]!r}, which is no safetensors file; make the bundle again")
+            raise BundleError(f"{MANIFEST} does not list {missing[0]}; export the bundle again")
+        if invalid := [name for name in self.referenced if not is_shard_name(name)]:
+            raise BundleError(
+                f"{MANIFEST} refers to {invalid[0]!r}, which is not a safetensors file; export the bundle again"
+            )
         if unknown := sorted(names - PAYLOAD - set(self.referenced)):
-            raise BundleError(f"{MANIFEST} lists {unknown[0]!r}, which is no file of a bundle; make the bundle again")
-        for name, expected in (
-            (PLAN, self.plan is not None),
-            (CPU_GRAPH, self.precision.has_cpu_graph),
-            (QUANTIZATION, self.precision.quantized),
-            (TRUTH, bool(self.parity)),
+            raise BundleError(f"{MANIFEST} lists {unknown[0]!r}, which is not a bundle file; export the bundle again")
+        for name, expected, cause in (
+            (PLAN, self.plan is not None, "plan record"),
+            (CPU_GRAPH, self.precision.has_cpu_graph, "precision that needs a graph for CPUs"),
+            (QUANTIZATION, self.precision.quantized, "quantized precision"),
+            (REFERENCE_OUTPUTS, bool(self.parity), "parity report"),
         ):
             if (name in names) != expected:
-                raise BundleError(f"{MANIFEST} is of two minds about {name}; make the bundle again")
+                mismatch = f"is not listed but has a {cause}" if expected else f"is listed but has no {cause}"
+                raise BundleError(f"{MANIFEST} is inconsistent: {name} {mismatch}; export the bundle again")
 
     def _check_model(self) -> None:
         model = self.source.architecture
         if self.dimension != model.hidden_size:
             raise BundleError(
-                f"{MANIFEST} gives the vectors {self.dimension} dimensions and the model {model.hidden_size}; make the "
-                "bundle again"
+                f"{MANIFEST} is inconsistent: the vectors have {self.dimension} dimensions and the model has "
+                f"{model.hidden_size}; export the bundle again"
             )
         for token in (*self.text.prefix_ids, *self.text.suffix_ids, self.text.pad_id):
             if not 0 <= token < model.vocab_size:
                 raise BundleError(
-                    f"{MANIFEST} has token id {token}, the embedding table {model.vocab_size} rows; make the bundle "
-                    "again"
+                    f"{MANIFEST} is inconsistent: it has token id {token}, and the embedding table has "
+                    f"{model.vocab_size} rows; export the bundle again"
                 )
 
 
 def is_shard_name(name: str) -> bool:
-    """True for the plain name of a safetensors file."""
+    """Returns True for the name of a safetensors file that has no folder in it."""
     return Path(name).name == name and name.endswith(".safetensors")

@@ -1,4 +1,4 @@
-"""How far a candidate's vectors were from the reference's, and what was allowed; a part of the manifest."""
+"""The parity report: differences between a candidate's vectors and the reference's, stored in the manifest."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from dataclasses import dataclass
 
 from nvembed_deploy.spec import Precision
 
-DEPTH = 10
+TOP_K = 10
+"""Passages per query that the retrieval overlap compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """Bounds on a candidate; each has its reason in `TOLERANCES`."""
+    """Bounds that a candidate must meet; the reasons are given in `TOLERANCES`."""
 
     min_cosine: float
     max_difference: float
-    """Largest absolute difference of two components, times sqrt(D) where `scaled`."""
+    """Maximum absolute difference of two components, multiplied by sqrt(D) if `scaled` is True."""
     scaled: bool
     min_batch_cosine: float
-    """Between a text alone and the same text in a padded batch, both by the candidate."""
+    """Minimum cosine between a text alone and the same text in a padded batch, both embedded by the candidate."""
     min_mean_cosine: float
     min_overlap: float | None = None
-    """Of the ten best passages of a query; None where rounding is too fine to move them."""
+    """Minimum mean overlap of the ten best passages of a query; None if the rounding is too fine to change them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """One hop's comparison; stored in the manifest."""
+    """Result of comparing one candidate with the reference."""
 
     reference: str
     candidate: str
@@ -37,26 +38,26 @@ class ParityReport:
     mean_cosine: float
     worst_text: str
     max_difference: float
-    """Largest absolute difference of two components."""
+    """Maximum absolute difference of two components."""
     max_scaled_difference: float
-    """The same times sqrt(D), so that widths compare."""
+    """`max_difference` times sqrt(D), which is comparable between dimensions."""
     min_batch_cosine: float
     overlap: float | None
-    """Mean share of a query's ten best passages that both find; None where it was not measured."""
+    """Mean share of a query's ten best passages that both return; None if it was not measured."""
     non_finite_rows: int
     tolerance: Tolerance
     failures: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """True if nothing is outside the tolerance."""
+        """True if all bounds of the tolerance are met."""
         return not self.failures
 
     def summary(self) -> str:
-        """One line for people."""
-        overlap = "" if self.overlap is None else f"top-{DEPTH} overlap {self.overlap:.1%}, "
+        """Returns the report as one line of text."""
+        overlap = "" if self.overlap is None else f"top-{TOP_K} overlap {self.overlap:.1%}, "
         if self.overlap is None and self.tolerance.min_overlap is not None:
-            overlap = f"top-{DEPTH} overlap not measured (its passages are longer than the engine's inputs), "
+            overlap = f"top-{TOP_K} overlap not measured (the passages are longer than the engine's inputs), "
         return (
             f"{self.candidate} against {self.reference}: min cosine {self.min_cosine:.7f} "
             f"(>= {self.tolerance.min_cosine}), mean {self.mean_cosine:.7f}, {overlap}"

@@ -1,4 +1,4 @@
-"""Opening a bundle: every file is what the manifest says before anything else sees it."""
+"""Opening a bundle: every file is checked against the manifest before it is used."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PLAN, Manifest
+from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PAYLOAD, PLAN, Manifest
 from nvembed_deploy.console import program
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.files.hashing import hash_file
+from nvembed_deploy.files.hub import download, is_hub_name
 
+IGNORED_NAMES = frozenset(
+    (".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
+)
+"""Files and folders that may be in the folder of a bundle, because tools for sharing models put them there."""
+HUB_FILES = (MANIFEST, *sorted(PAYLOAD), "*.safetensors")
 MANIFEST_MAX_BYTES = 16 * 2**20
-
-
 OPEN_ATTEMPTS = 20
+"""A bundle that is replaced while it is being opened is opened again, up to this number of times."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +32,26 @@ class Bundle:
     folder: Path
     manifest: Manifest
     stamps: dict[str, tuple[int, ...]]
-    """Identity of each file when it was checked."""
+    """Device, inode, size and times of each file when it was checked."""
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """Opens and checks a bundle.
+        """Opens a bundle and checks all of its files.
 
         Args:
             path: The folder, or one of the files in it (`engine.plan`, `model.onnx`).
 
         Raises:
-            BundleError: A file is missing, extra, a link, damaged, or not a bundle's; its name is in the message.
+            BundleError: A file is missing, unexpected or damaged; the message names it.
         """
         folder = bundle_folder(path)
         for attempt in range(OPEN_ATTEMPTS):
-            before = _stamp_or_none(folder / MANIFEST)
+            stamp_before = _stamp_or_none(folder / MANIFEST)
             try:
                 return cls._open_once(folder)
             except BundleError:
-                # A new generation may have been switched in while this one was being read.
-                if before == _stamp_or_none(folder / MANIFEST) or attempt == OPEN_ATTEMPTS - 1:
+                # The bundle may have been replaced while it was being read.
+                if stamp_before == _stamp_or_none(folder / MANIFEST) or attempt == OPEN_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 
@@ -54,7 +59,7 @@ class Bundle:
     def _open_once(cls, folder: Path) -> Bundle:
         stamps = {MANIFEST: _stamp(folder / MANIFEST)}
         if stamps[MANIFEST][_SIZE] > MANIFEST_MAX_BYTES:
-            raise BundleError(f"{folder / MANIFEST} is too large to be a manifest; make the bundle again")
+            raise BundleError(f"{folder / MANIFEST} is too large to be a manifest; export the bundle again")
         try:
             manifest = Manifest.from_bytes(_read(folder / MANIFEST))
         except BundleError as err:
@@ -62,87 +67,95 @@ class Bundle:
         present = _names(folder)
         expected = {MANIFEST, *manifest.files}
         if missing := sorted(expected - present):
-            raise BundleError(f"{folder / missing[0]} is missing; make the bundle again, or copy it whole")
-        if extra := sorted(present - expected):
-            raise BundleError(f"{folder / extra[0]} is not part of the bundle; move it elsewhere")
+            raise BundleError(f"{folder / missing[0]} is missing; {_CURE}")
+        if extra := sorted(name for name in present - expected if not _is_ignored(name)):
+            raise BundleError(f"{folder / extra[0]} is not part of the bundle; move it to another folder")
         for name, entry in manifest.files.items():
-            stamps[name] = _stamp(folder / name, linked=name in manifest.referenced)
+            stamps[name] = _stamp(folder / name)
             if stamps[name][_SIZE] != entry.bytes:
                 raise _damaged(folder / name, f"{stamps[name][_SIZE]} bytes, expected {entry.bytes}")
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-            found = pool.map(lambda name: hash_file(folder / name), manifest.files)
-            for (name, entry), digest in zip(manifest.files.items(), found, strict=True):
+            digests = pool.map(lambda name: hash_file(folder / name), manifest.files)
+            for (name, entry), digest in zip(manifest.files.items(), digests, strict=True):
                 if digest.sha256 != entry.sha256:
-                    raise _damaged(folder / name, "its SHA-256 does not fit the manifest")
+                    raise _damaged(folder / name, "its SHA-256 does not match the manifest")
         bundle = cls(folder, manifest, stamps)
         if not bundle.is_current():
-            raise BundleError(f"{folder} changed while it was being read; open it again")
+            raise BundleError(f"{folder} changed while it was being read; try again")
         return bundle
 
     def is_current(self) -> bool:
-        """True if the files on disk are still the ones that were checked."""
-        linked = self.manifest.referenced
-        return all(
-            _stamp_or_none(self.folder / name, linked=name in linked) == stamp for name, stamp in self.stamps.items()
-        )
+        """Returns True if the files on disk are still the ones that were checked."""
+        return all(_stamp_or_none(self.folder / name) == stamp for name, stamp in self.stamps.items())
 
     def read(self, name: str) -> bytes:
-        """Content of a file, checked again, so that the bytes used are the bytes that were hashed.
+        """Returns the content of a file after checking its hash again, so that the bytes used are the bytes checked.
 
         Raises:
             BundleError: The file changed since the bundle was opened.
         """
         content = _read(self.folder / name)
         if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
-            raise _damaged(self.folder / name, "its SHA-256 does not fit the manifest")
+            raise _damaged(self.folder / name, "its SHA-256 does not match the manifest")
         return content
 
 
 def bundle_folder(path: str | Path) -> Path:
-    """The bundle's folder for a path to it or into it.
+    """Returns the folder of a bundle, given the folder, a file in it, or the name of a hub repository.
 
     Raises:
-        BundleError: There is no such path, or no manifest.
+        BundleError: The path does not exist, is not part of a bundle, or has no manifest; or a download failed.
+        MissingExtra: A hub name is given and the hub's client is not installed.
     """
+    if not os.path.lexists(path) and is_hub_name(str(path)):
+        path = download(str(path), None, HUB_FILES)
     path = Path(path)
     try:
         exists = path.exists()
     except OSError as err:  # no permission, or a name that is too long
         raise BundleError(f"{path} cannot be read ({err.strerror}); check the path") from err
     if not exists:
-        raise BundleError(f"{path} does not exist; make a bundle: {program('export')} --precision fp16 --out FOLDER")
+        raise BundleError(f"{path} does not exist; export a bundle: {program('export')} --precision fp16 --out FOLDER")
     folder = path if path.is_dir() else path.parent
     if not path.is_dir() and path.name not in (PLAN, GRAPH, MANIFEST):
         raise BundleError(f"{path} is not a bundle; pass its folder, its {PLAN} or its {GRAPH}")
     if not os.path.lexists(folder / MANIFEST):
         raise BundleError(
-            f"{folder} has no {MANIFEST}, so nothing says how to run what is in it; make a bundle: "
+            f"{folder} has no {MANIFEST}, so it is not a bundle; export one: "
             f"{program('export')} --precision fp16 --out FOLDER"
         )
     return folder.resolve()
 
 
 _SIZE = 2
+_CURE = "export the bundle again, or copy all of its files again"
 
 
-def _stamp(path: Path, *, linked: bool = False) -> tuple[int, ...]:
-    """Identity of a regular file that nothing else links to, unless it is `linked` on purpose."""
+def _is_ignored(name: str) -> bool:
+    """Returns True for files and folders that are not the bundle's but may be in its folder."""
+    return name in IGNORED_NAMES or name.startswith("..")  # Kubernetes keeps the content of a volume in ..data
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Returns the device, inode, size and times of a file, or of the file that a link leads to.
+
+    Raises:
+        BundleError: It does not exist, or is not a regular file.
+    """
     try:
-        status = path.lstat()
+        status = path.stat()
     except OSError as err:
-        raise BundleError(f"{path} is missing ({err.strerror}); make the bundle again, or copy it whole") from err
+        raise BundleError(f"{path} is missing ({err.strerror}); {_CURE}") from err
     if not stat.S_ISREG(status.st_mode):
-        raise BundleError(f"{path} is a link, a folder or a device, not a file; copy the bundle with its files")
-    if status.st_nlink > 1 and not linked:
-        raise BundleError(f"{path} is a hard link, so its content can change elsewhere; copy the file instead")
-    # Linking a file once more changes its ctime and nothing else.
-    changed = 0 if linked else status.st_ctime_ns
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, changed
+        raise BundleError(f"{path} is a folder or a device, not a regular file; {_CURE}")
+    # Creating another hard link changes a file's ctime and nothing else.
+    ctime_ns = 0 if status.st_nlink > 1 else status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, ctime_ns
 
 
-def _stamp_or_none(path: Path, *, linked: bool = False) -> tuple[int, ...] | None:
+def _stamp_or_none(path: Path) -> tuple[int, ...] | None:
     try:
-        return _stamp(path, linked=linked)
+        return _stamp(path)
     except BundleError:
         return None
 
@@ -158,8 +171,8 @@ def _names(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in os.scandir(folder)}
     except OSError as err:
-        raise BundleError(f"{folder} cannot be read ({err.strerror}); make the bundle again, or copy it whole") from err
+        raise BundleError(f"{folder} cannot be read ({err.strerror}); {_CURE}") from err
 
 
-def _damaged(path: Path, how: str) -> BundleError:
-    return BundleError(f"{path} is damaged ({how}); make the bundle again, or copy it again from where it came")
+def _damaged(path: Path, reason: str) -> BundleError:
+    return BundleError(f"{path} is damaged ({reason}); {_CURE}")

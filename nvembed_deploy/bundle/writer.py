@@ -1,4 +1,4 @@
-"""How a bundle is written: beside its destination, and switched in whole."""
+"""Writing a bundle: in a staging folder next to its destination, which it replaces atomically."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from nvembed_deploy.bundle.manifest import MANIFEST, PAYLOAD, Manifest, is_shard_name
+from nvembed_deploy.bundle.manifest import FORMER_PAYLOAD, MANIFEST, PAYLOAD, Manifest, is_shard_name
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.files.atomic import staged_folder, switch_in
+from nvembed_deploy.files.atomic import move_into_place, staged_folder
 from nvembed_deploy.files.hashing import FileEntry, hash_file
 
 
 @contextmanager
 def new_bundle(destination: Path) -> Iterator[Path]:
-    """A folder to put the files of a bundle in; `commit` makes it the destination.
+    """Yields a staging folder for the files of a bundle; `commit` moves it to the destination.
 
     Raises:
-        ConfigError: The destination holds something that is not a bundle's, which would be lost.
+        ConfigError: The destination has files that are not part of a bundle and would be lost.
     """
     destination = Path(os.path.realpath(destination))
     refuse_foreign_files(destination)
@@ -30,60 +30,66 @@ def new_bundle(destination: Path) -> Iterator[Path]:
 
 
 def commit(
-    folder: Path, destination: Path, manifest: Manifest, *, known: Mapping[str, FileEntry] = MappingProxyType({})
+    folder: Path, destination: Path, manifest: Manifest, *, hashed: Mapping[str, FileEntry] = MappingProxyType({})
 ) -> Manifest:
-    """Hashes the files, writes the manifest, and switches the folder in whole.
+    """Hashes the files, writes the manifest, and moves the folder to the destination atomically.
 
     Args:
-        folder: What `new_bundle` gave, filled.
-        destination: Where the bundle shall be.
-        manifest: Its `files` and `manifest_sha256` are filled in here.
-        known: Files that were hashed while they were written or read.
+        folder: The folder from `new_bundle`, with all files of the bundle.
+        destination: Folder of the finished bundle.
+        manifest: The manifest; its `files` and `manifest_sha256` are filled in here.
+        hashed: Entries of files that have been hashed already, while they were written or read.
 
     Returns:
         The manifest as written.
+
+    Raises:
+        ConfigError: The destination has files that are not part of a bundle and would be lost.
     """
     destination = Path(os.path.realpath(destination))
-    files = {path.name: known.get(path.name) or hash_file(path) for path in sorted(folder.iterdir())}
+    files = {path.name: hashed.get(path.name) or hash_file(path) for path in sorted(folder.iterdir())}
     content = replace(manifest, files=files).to_bytes()
     written = Manifest.from_bytes(content)
     (folder / MANIFEST).write_bytes(content)
     refuse_foreign_files(destination)
-    switch_in(folder, destination)
+    move_into_place(folder, destination)
     return written
 
 
 def refuse_foreign_files(destination: Path) -> None:
-    """Refuses to replace a folder that holds more than a bundle.
+    """Refuses to replace a folder that has files other than those of a bundle.
 
     Raises:
-        ConfigError: With the name of the first foreign file.
+        ConfigError: The destination is a file, or has foreign files; the message names the first one.
     """
     if not os.path.lexists(destination):
         return
     if not destination.is_dir():
-        raise ConfigError(f"--out {destination} is a file; name a folder")
-    ours = PAYLOAD | {MANIFEST} | _referenced(destination)
+        raise ConfigError(f"--out {destination} is a file; choose a folder")
+    bundle_names = PAYLOAD | FORMER_PAYLOAD | {MANIFEST} | _referenced_names(destination)
     foreign = sorted(
-        entry.name for entry in os.scandir(destination) if entry.name not in ours or entry.is_dir(follow_symlinks=False)
+        entry.name
+        for entry in os.scandir(destination)
+        if entry.name not in bundle_names or entry.is_dir(follow_symlinks=False)
     )
     if foreign:
         raise ConfigError(
-            f"--out {destination} holds {foreign[0]!r}, which is not a bundle's and would be lost; name another folder"
+            f"--out {destination} has {foreign[0]!r}, which is not part of a bundle and would be lost; choose another "
+            "folder"
         )
     if not os.path.lexists(destination / MANIFEST) and any(os.scandir(destination)):
         raise ConfigError(
-            f"--out {destination} is not empty and has no {MANIFEST}, so its files may be somebody's; empty it or name "
+            f"--out {destination} is not empty and has no {MANIFEST}, so it may not be a bundle; empty it or choose "
             "another folder"
         )
 
 
-def _referenced(folder: Path) -> set[str]:
-    """What a bundle that stands in a folder links to."""
+def _referenced_names(folder: Path) -> set[str]:
+    """Returns the names of the checkpoint files that the bundle in a folder refers to, if there is a bundle."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("referenced", [])
+        referenced = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("referenced", [])
     except (OSError, ValueError, AttributeError, RecursionError):
         return set()
-    return (
-        {name for name in found if isinstance(name, str) and is_shard_name(name)} if isinstance(found, list) else set()
-    )
+    if not isinstance(referenced, list):
+        return set()
+    return {name for name in referenced if isinstance(name, str) and is_shard_name(name)}

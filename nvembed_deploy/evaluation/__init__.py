@@ -1,1 +1,1 @@
-"""The same tasks through PyTorch and through a bundle: how many points does the engine cost?"""
+"""MTEB parity: scores a bundle and its PyTorch model on the same tasks and compares the scores."""

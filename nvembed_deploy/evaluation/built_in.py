@@ -1,6 +1,6 @@
-"""Tasks of all six kinds from the documentation that every Python carries: parity without a download.
+"""Tasks of all six kinds, made from the documentation that every Python carries: parity without a download.
 
-They say how much an engine differs from PyTorch, not how good a model is.
+They show how much an engine differs from PyTorch, not how good a model is.
 """
 
 from __future__ import annotations
@@ -21,73 +21,76 @@ from nvembed_deploy.evaluation.tasks import (
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order
 
 PACKAGES = ("asyncio", "ctypes", "email", "http", "logging", "multiprocessing", "tkinter", "unittest", "urllib", "xml")
-"""Of Python's library; also the classes."""
+"""Packages of Python's library that texts are taken from; also the classes."""
 QUERIES = 500
-"""And as many passages. A score is a mean over so many, so that one of them counts for 0.2 points."""
+"""Number of queries, and of passages. A score is a mean over them, so that one query counts for 0.2 points."""
 CANDIDATES = 3
 CHARS = 80
-"""Of a text: enough to tell it from others, and short, since PyTorch embeds it on a CPU as well."""
+"""Length of a text: enough to distinguish it from others, and short, since PyTorch embeds it on a CPU as well."""
 SHARED_WORDS = 12
-"""Most words that the two texts of an STS pair share."""
+"""Maximum number of words that the two texts of an STS pair share."""
 CLASS_TEXTS = 60
-"""Of each class: a third to learn from, the rest to test on."""
+"""Texts of each class: a third for training, the rest for the test."""
 CLUSTERS, CLUSTER_TEXTS = ("email", "tkinter"), 250
-"""Two, far apart, each text with its package's name in front. Where clusters touch, or are more than two, k-means moves
-the score by one to three points when vectors move by as little as BF16's or INT8's do."""
+"""Two distant clusters, each text prefixed with its package's name. With touching clusters, or more than two, k-means
+changes the score by one to three points when vectors change as little as they do in BF16 or INT8."""
 SEED = 0
 Pairs = list[tuple[str, str]]
 
 
 def built_in_tasks() -> list[LocalTask]:
-    """Retrieval, reranking, STS, pair classification, classification and clustering, the same every time."""
+    """Returns fixed tasks for retrieval, reranking, STS, pair classification, classification and clustering."""
     by_package = {
         name: in_mixed_order((query, body[:CHARS]) for query, body in docstring_pairs(under=(name,)))
         for name in PACKAGES
     }
-    pairs = in_mixed_order(pair for found in by_package.values() for pair in found)
-    # Neither a query nor a passage twice: equal passages tie, and rounding would order them.
+    pairs = in_mixed_order(pair for package_pairs in by_package.values() for pair in package_pairs)
+    # No query and no passage occurs twice: equal passages would tie, and rounding would decide their order.
     unique = list({query: (query, body) for query, body in pairs}.values())
     unique = list({body: (query, body) for query, body in unique}.values())
-    asked = unique[:QUERIES]
+    selected = unique[:QUERIES]
     rng = random.Random(SEED)
     return [
-        make_task("PythonDocsRetrieval", "retrieval", lambda: _retrieval(asked), size=len(asked)),
-        make_task("PythonDocsReranking", "reranking", lambda: reranking_data(_candidates(asked)), size=len(asked)),
-        _sts(asked),
-        _pairs(asked, rng),
+        make_task("PythonDocsRetrieval", "retrieval", lambda: _retrieval(selected), size=len(selected)),
+        make_task(
+            "PythonDocsReranking", "reranking", lambda: reranking_data(_candidates(selected)), size=len(selected)
+        ),
+        _sts(selected),
+        _pairs(selected, rng),
         *_classes(by_package),
     ]
 
 
-def _retrieval(asked: Pairs) -> dict[str, Any]:
-    """Summary to what stands below it."""
-    corpus = [{"id": f"d{number}", "text": body} for number, (_, body) in enumerate(asked)]
-    queries = [{"id": f"q{number}", "text": query} for number, (query, _) in enumerate(asked)]
-    judged = {f"q{number}": {f"d{number}": 1} for number in range(len(queries))}
+def _retrieval(pairs: Pairs) -> dict[str, Any]:
+    """Makes a retrieval task: from a docstring's summary to its body."""
+    corpus = [{"id": f"d{index}", "text": body} for index, (_, body) in enumerate(pairs)]
+    queries = [{"id": f"q{index}", "text": query} for index, (query, _) in enumerate(pairs)]
+    judged = {f"q{index}": {f"d{index}": 1} for index in range(len(queries))}
     return retrieval_data(corpus, queries, judged)
 
 
-def _candidates(asked: Pairs) -> list[dict[str, Any]]:
-    """The right body among its neighbours'."""
-    bodies = [body for _, body in asked]
+def _candidates(pairs: Pairs) -> list[dict[str, Any]]:
+    """Makes reranking rows: each query with its own body and its neighbours' bodies."""
+    bodies = [body for _, body in pairs]
     return [
         {
             "query": query,
             "positive": [body],
-            "negative": [bodies[(number + step) % len(bodies)] for step in range(1, CANDIDATES)],
+            "negative": [bodies[(index + step) % len(bodies)] for step in range(1, CANDIDATES)],
         }
-        for number, (query, body) in enumerate(asked)
+        for index, (query, body) in enumerate(pairs)
     ]
 
 
-def _sts(asked: Pairs) -> LocalTask:
-    """A passage beside another one of which a growing part is its own."""
+def _sts(pairs: Pairs) -> LocalTask:
+    """Makes an STS task: each passage is paired with another one in which a growing part is replaced by the first."""
     rows: Rows = []
-    for number, (_, body) in enumerate(asked):
-        words, others = body.split()[:SHARED_WORDS], asked[(number + 1) % len(asked)][1].split()[:SHARED_WORDS]
-        score = number % 6
-        kept = len(words) * score // 5
-        rows.append({"a": body, "b": " ".join(words[:kept] + others[kept:]), "score": score})
+    for index, (_, body) in enumerate(pairs):
+        next_body = pairs[(index + 1) % len(pairs)][1]
+        words, next_words = body.split()[:SHARED_WORDS], next_body.split()[:SHARED_WORDS]
+        score = index % 6
+        shared = len(words) * score // 5
+        rows.append({"a": body, "b": " ".join(words[:shared] + next_words[shared:]), "score": score})
     return make_task(
         "PythonDocsSTS",
         "sts",
@@ -96,25 +99,25 @@ def _sts(asked: Pairs) -> LocalTask:
     )
 
 
-def _pairs(asked: Pairs, rng: random.Random) -> LocalTask:
-    """Summary and body of one text, or of two."""
+def _pairs(pairs: Pairs, rng: random.Random) -> LocalTask:
+    """Makes a pair classification task: summary and body of the same text, or of two texts."""
     rows: Rows = []
-    for number, (query, body) in enumerate(asked):
+    for index, (query, body) in enumerate(pairs):
         is_pair = rng.random() < 0.5
-        rows.append({"a": query, "b": body if is_pair else asked[(number + 7) % len(asked)][1], "label": int(is_pair)})
+        rows.append({"a": query, "b": body if is_pair else pairs[(index + 7) % len(pairs)][1], "label": int(is_pair)})
     labels = [row["label"] for row in rows]
     return make_task("PythonDocsPairs", "pairs", lambda: pair_data(rows, {"labels": labels}), size=len(rows))
 
 
 def _classes(by_package: dict[str, Pairs]) -> list[LocalTask]:
-    """Which package a text is of: learned from some, and found without."""
+    """Makes a classification and a clustering task: the package that a text belongs to."""
     rows: Rows = [
-        {"text": f"{query} {body}", "label": package, "place": place}
+        {"text": f"{query} {body}", "label": package, "index": index}
         for package, pairs in by_package.items()
-        for place, (query, body) in enumerate(pairs[:CLASS_TEXTS])
+        for index, (query, body) in enumerate(pairs[:CLASS_TEXTS])
     ]
-    train = [row for row in rows if row["place"] < CLASS_TEXTS // 3]
-    test = [row for row in rows if row["place"] >= CLASS_TEXTS // 3]
+    train = [row for row in rows if row["index"] < CLASS_TEXTS // 3]
+    test = [row for row in rows if row["index"] >= CLASS_TEXTS // 3]
     clusters: Rows = [
         {"text": f"{package}: {query}", "label": package}
         for package in CLUSTERS

@@ -23,21 +23,31 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command; the table goes to stdout.
 
     Returns:
-        0, or 1 where a task is beyond its tolerance or something failed.
+        0, or 1 if a task is beyond its tolerance or the command failed.
     """
     parser = argparse.ArgumentParser(
         prog=prog or program("eval"),
-        description="Scores a bundle and the PyTorch model that it was made from on the same MTEB tasks, and compares. "
-        "Without --tasks, --benchmark or --data: tasks of six kinds made from Python's own documentation, offline.",
+        description="Scores a bundle and its PyTorch model on the same MTEB tasks and compares the scores. "
+        "Without --tasks, --benchmark or --data: tasks of six kinds from Python's documentation, offline.",
     )
     parser.add_argument("--bundle", required=True, help="a bundle's folder, or the engine.plan or model.onnx in it")
-    parser.add_argument("--reference", required=True, type=Path, metavar="CHECKPOINT", help="folder it was made from")
-    parser.add_argument("--device", default="auto", help="for the bundle: auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--tasks", default="", metavar="A,B", help="names of mteb's tasks, or of the sets in --data")
-    parser.add_argument("--benchmark", default=None, metavar="NAME", help='one of mteb\'s, such as "MTEB(eng, v1)"')
-    parser.add_argument("--data", type=Path, default=None, metavar="DIR", help="a folder of local data sets")
     parser.add_argument(
-        "--max-documents", type=int, default=None, metavar="N", help="cut the corpora of --data, judged documents first"
+        "--reference",
+        required=True,
+        type=Path,
+        metavar="CHECKPOINT",
+        help="checkpoint folder that the bundle was made from",
+    )
+    parser.add_argument("--device", default="auto", help="for the bundle: auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--tasks", default="", metavar="A,B", help="names of mteb tasks, or of data sets in --data")
+    parser.add_argument("--benchmark", default=None, metavar="NAME", help='an mteb benchmark, such as "MTEB(eng, v1)"')
+    parser.add_argument("--data", type=Path, default=None, metavar="DIR", help="folder of local data sets")
+    parser.add_argument(
+        "--max-documents",
+        type=int,
+        default=None,
+        metavar="N",
+        help="limit the corpora of --data to N documents, judged ones first",
     )
     parser.add_argument(
         "--out", type=Path, default=None, metavar="DIR", help="folder for parity.json, parity.md and parity.png"
@@ -60,10 +70,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         if flags.out is not None:
             _write(comparison, flags.out)
         if comparison.failures:
-            worst = max(comparison.failures, key=lambda item: abs(item.difference) / item.tolerance)
+            worst = max(comparison.failures, key=lambda task: abs(task.difference) / task.tolerance)
             raise ParityError(
-                f"{len(comparison.failures)} of {len(comparison.results)} tasks are beyond the tolerance, the worst "
-                f"{worst.task} by {worst.difference:+.3f} points; do not ship this engine"
+                f"{len(comparison.failures)} of {len(comparison.results)} tasks are beyond the tolerance; the worst is "
+                f"{worst.task} with {worst.difference:+.3f} points. Do not ship this engine"
             )
         say(f"done: {len(comparison.results)} tasks within the tolerance of {comparison.precision.value}")
 
@@ -71,10 +81,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
 
 def _choose(flags: argparse.Namespace) -> list[LocalTask]:
-    """The tasks that the flags name.
+    """Returns the tasks that the flags select.
 
     Raises:
-        ConfigError: They contradict each other, or name a task that does not exist.
+        ConfigError: The flags contradict each other, or name a task that does not exist.
     """
     import mteb
 
@@ -83,18 +93,18 @@ def _choose(flags: argparse.Namespace) -> list[LocalTask]:
 
     names = [name for name in flags.tasks.split(",") if name]
     if flags.benchmark and (names or flags.data):
-        raise ConfigError("--benchmark names its own tasks; leave out --tasks and --data")
+        raise ConfigError("--benchmark defines its own tasks; leave out --tasks and --data")
     if flags.max_documents is not None and flags.data is None:
-        raise ConfigError("--max-documents cuts the corpora of --data alone; pass --data, or leave it out")
+        raise ConfigError("--max-documents applies to the corpora of --data only; pass --data, or leave it out")
     if flags.data is not None:
         return folder_tasks(flags.data, names=names, max_documents=flags.max_documents)
     if not names and not flags.benchmark:
         return built_in_tasks()
     try:
-        chosen = list(mteb.get_benchmark(flags.benchmark)) if flags.benchmark else list(mteb.get_tasks(tasks=names))
+        mteb_tasks = list(mteb.get_benchmark(flags.benchmark)) if flags.benchmark else list(mteb.get_tasks(tasks=names))
     except (KeyError, ValueError) as err:
-        raise ConfigError(f"mteb knows no such task or benchmark ({err}); mteb.get_tasks() lists them") from err
-    return [LocalTask(task, None) for task in chosen]
+        raise ConfigError(f"mteb has no such task or benchmark ({err}); mteb.get_tasks() lists all tasks") from err
+    return [LocalTask(task, None) for task in mteb_tasks]
 
 
 def _write(comparison: Comparison, folder: Path) -> None:
@@ -109,6 +119,6 @@ def _write(comparison: Comparison, folder: Path) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Progress bars of libraries would bury the table."""
+    """Disables the progress bars of libraries, which would bury the table."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

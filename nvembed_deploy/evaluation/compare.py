@@ -1,4 +1,4 @@
-"""The same tasks on both sides, and how far apart the scores are."""
+"""Scores a bundle and its reference on the same tasks and reports the differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import installed_versions
 
 TOLERANCES: dict[Precision, float] = {
-    # Points of the main score, 0 to 100. FP32 moves a rank only between two documents that score the same.
+    # Points of the main score, 0 to 100. In FP32 only documents with equal scores can swap ranks.
     Precision.FP32: 0.01,
     Precision.FP16: 0.1,
     Precision.BF16: 0.2,
@@ -28,46 +28,46 @@ TOLERANCES: dict[Precision, float] = {
     Precision.INT4: 2.0,
 }
 FULL_SIZE = 500
-"""Queries or pairs from which on the tolerance holds as it is."""
+"""Number of queries or pairs from which the tolerance applies unscaled."""
 RECORDED = ("mteb", "torch", "onnxruntime", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task, in points of its main score."""
+    """Scores of one task, in points of its main score."""
 
     task: str
     kind: str
-    """mteb's type."""
+    """The task's type in mteb."""
     size: int | None
-    """Queries, pairs or texts; None where mteb does not say."""
+    """Number of queries, pairs or texts; None if mteb does not report it."""
     reference: float
     engine: float
     tolerance: float
     published: float | None = None
-    """What the model's makers published; see `published.py`."""
+    """Score that the model's authors published; see `published.py`."""
 
     @property
     def difference(self) -> float:
-        """Engine less reference."""
+        """Score of the engine minus score of the reference."""
         return self.engine - self.reference
 
     @property
     def passed(self) -> bool:
-        """True within the tolerance; rounding of the score's own float apart."""
+        """True if the difference is within the tolerance, apart from float rounding."""
         return abs(self.difference) <= self.tolerance + 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All tasks of a bundle."""
+    """Results of all tasks of a bundle."""
 
     bundle: str
     precision: Precision
     reference: str
-    """What ran the reference."""
+    """Backend that ran the reference."""
     engine: str
-    """What ran the bundle."""
+    """Backend that ran the bundle."""
     revision: str
     results: tuple[TaskResult, ...]
     versions: dict[str, str]
@@ -79,9 +79,9 @@ class Comparison:
 
 
 def tolerance_of(precision: Precision, size: int | None) -> float:
-    """Points that a score over `size` queries may differ.
+    """Returns the points by which a score over `size` queries may differ.
 
-    Below 500 queries one of them counts for more than 0.2 points, and the tolerance grows with the standard error: by
+    Below 500 queries, one query counts for more than 0.2 points; the tolerance then grows with the standard error, by
     the square root.
     """
     points = TOLERANCES[precision]
@@ -89,29 +89,33 @@ def tolerance_of(precision: Precision, size: int | None) -> float:
 
 
 def scores(encoder: Encoder, tasks: Sequence[Any]) -> dict[str, float]:
-    """Main score of each mteb task, in points. Nothing is read from mteb's cache, and nothing written to it."""
-    fresh = copy.deepcopy(list(tasks))  # a task keeps its random state: the second run would draw other samples
-    found = mteb.evaluate(MtebModel(encoder), fresh, cache=None, co2_tracker=False, show_progress_bar=False)
-    return {result.task_name: 100 * float(result.get_score()) for result in found.task_results}
+    """Returns the main score of each mteb task, in points. mteb's cache is neither read nor written."""
+    task_copies = copy.deepcopy(list(tasks))  # tasks keep their random state: a second run would draw other samples
+    evaluation = mteb.evaluate(MtebModel(encoder), task_copies, cache=None, co2_tracker=False, show_progress_bar=False)
+    return {task.task_name: 100 * float(task.get_score()) for task in evaluation.task_results}
 
 
 def compare(
-    encoder: Encoder, reference: Encoder, tasks: Sequence[LocalTask], *, wanted: dict[str, float] | None = None
+    encoder: Encoder,
+    reference: Encoder,
+    tasks: Sequence[LocalTask],
+    *,
+    reference_scores: dict[str, float] | None = None,
 ) -> Comparison:
     """Scores a bundle and the reference on the same tasks.
 
     Args:
-        encoder: The bundle's.
-        reference: `Encoder`.
-        tasks: What to run.
-        wanted: The reference's scores, where they are known from another bundle of the same checkpoint.
+        encoder: Encoder of the bundle.
+        reference: Encoder of the checkpoint, from `Encoder.from_checkpoint`.
+        tasks: Tasks to run.
+        reference_scores: Scores of the reference, if known from another bundle of the same checkpoint.
     """
-    own = [item.task for item in tasks]
-    if wanted is None:
-        say(f"  {len(own)} tasks on {reference.backend} ...")
-        wanted = scores(reference, own)
-    say(f"  {len(own)} tasks on {encoder.backend} ...")
-    found = scores(encoder, own)
+    mteb_tasks = [local_task.task for local_task in tasks]
+    if reference_scores is None:
+        say(f"  {len(mteb_tasks)} tasks on {reference.backend} ...")
+        reference_scores = scores(reference, mteb_tasks)
+    say(f"  {len(mteb_tasks)} tasks on {encoder.backend} ...")
+    engine_scores = scores(encoder, mteb_tasks)
     published = published_scores(encoder.manifest.source.name)
     precision = encoder.manifest.precision
     return Comparison(
@@ -122,32 +126,32 @@ def compare(
         revision=revision(encoder),
         results=tuple(
             TaskResult(
-                task=item.task.metadata.name,
-                kind=item.task.metadata.type,
-                size=item.size,
-                reference=wanted[item.task.metadata.name],
-                engine=found[item.task.metadata.name],
-                tolerance=tolerance_of(precision, item.size),
-                published=published.get(item.task.metadata.name),
+                task=local_task.task.metadata.name,
+                kind=local_task.task.metadata.type,
+                size=local_task.size,
+                reference=reference_scores[local_task.task.metadata.name],
+                engine=engine_scores[local_task.task.metadata.name],
+                tolerance=tolerance_of(precision, local_task.size),
+                published=published.get(local_task.task.metadata.name),
             )
-            for item in tasks
+            for local_task in tasks
         ),
         versions=installed_versions(RECORDED) | {"python": platform.python_version()},
     )
 
 
 def as_table(comparison: Comparison) -> str:
-    """The results as Markdown; with the makers' own scores where there are some."""
-    known = any(item.published is not None for item in comparison.results)
+    """Formats the results as a Markdown table, with the published scores if there are any."""
+    has_published = any(task.published is not None for task in comparison.results)
     lines = [
-        "| task | type | size | PyTorch fp32 | engine | difference | tolerance |" + " published |" * known,
-        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * known,
+        "| task | type | size | PyTorch fp32 | engine | difference | tolerance |" + " published |" * has_published,
+        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * has_published,
     ]
-    for item in comparison.results:
-        mark = "" if item.passed else " **beyond**"
+    for task in comparison.results:
+        mark = "" if task.passed else " **beyond**"
         lines.append(
-            f"| {item.task} | {item.kind} | {item.size or '?'} | {item.reference:.3f} | {item.engine:.3f} | "
-            f"{item.difference:+.3f}{mark} | {item.tolerance:.3f} |"
-            + ("" if not known else " - |" if item.published is None else f" {item.published:.2f} |")
+            f"| {task.task} | {task.kind} | {task.size or '?'} | {task.reference:.3f} | {task.engine:.3f} | "
+            f"{task.difference:+.3f}{mark} | {task.tolerance:.3f} |"
+            + ("" if not has_published else " - |" if task.published is None else f" {task.published:.2f} |")
         )
     return "\n".join(lines) + "\n"

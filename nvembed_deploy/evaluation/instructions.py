@@ -1,7 +1,7 @@
-"""The task in words, for each task and each side of it.
+"""Instructions for each task and each side of it.
 
-Source: NVIDIA's `instructions.json` beside NV-Embed-v2, revision c50d55f, for the tasks it lists; for the others the
-prompt that mteb's own metadata carry, which are e5-mistral's, as NV-Embed's are.
+Source: NVIDIA's `instructions.json` of NV-Embed-v2, revision c50d55f, for the tasks it lists; for the others the
+prompts in mteb's metadata, which are those of e5-mistral, as NV-Embed's are.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 SYMMETRIC_TYPES = frozenset(
     ("STS", "PairClassification", "Classification", "MultilabelClassification", "Clustering", "Summarization")
 )
-"""Every text of these is a query; retrieval and reranking have documents, which get no instruction."""
+"""Task types in which every text is a query; retrieval and reranking have documents, which get no instruction."""
 QUESTION = "Given a question, retrieve passages that answer the question"
 BY_TYPE = {
     "STS": "Retrieve semantically similar text",
     "Summarization": "Given a news summary, retrieve other semantically similar summaries",
 }
-"""NVIDIA has one for all tasks of these types."""
+"""Instructions that NVIDIA uses for all tasks of a type."""
 BOTH_SIDES = frozenset(("QuoraRetrieval",))
-"""Retrieval among like texts: NVIDIA instructs the documents as well."""
+"""Retrieval among similar texts: NVIDIA instructs the documents as well."""
 OFFICIAL = {
     "ClimateFEVER": "Given a claim about climate change, retrieve documents that support or refute the claim",
     "HotpotQA": "Given a multi-hop question, retrieve documents that can help answer the question",
@@ -36,15 +36,15 @@ OFFICIAL = {
 }
 
 
-def instruction_for(name: str, kind: str, *, is_document: bool, own: str) -> str:
-    """The instruction of one side of a task; empty for none.
+def instruction_for(name: str, kind: str, *, is_document: bool, default: str) -> str:
+    """Returns the instruction for one side of a task; empty for none.
 
     Args:
         name: The task's name in mteb.
-        kind: Its type in mteb, such as `STS`.
-        is_document: Whether the texts are documents that queries look for.
-        own: What the task's own metadata say.
+        kind: The task's type in mteb, such as `STS`.
+        is_document: True if the texts are documents that queries look for.
+        default: The prompt in the task's metadata.
     """
     if is_document and kind not in SYMMETRIC_TYPES and name not in BOTH_SIDES:
         return ""
-    return OFFICIAL.get(name) or BY_TYPE.get(kind) or own
+    return OFFICIAL.get(name) or BY_TYPE.get(kind) or default

@@ -1,4 +1,4 @@
-"""An encoder, a bundle's or the reference, as a model that mteb 2 can score."""
+"""Adapter that makes an encoder, of a bundle or the reference, a model that mteb 2 can score."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ HASH_DIGITS = 16
 
 
 class MtebModel(AbsEncoder):
-    """An encoder behind mteb's protocol. Queries are instructed, documents are not, both sides of symmetric tasks are.
+    """Adapts an encoder to mteb's protocol: queries get an instruction, documents only in symmetric tasks.
+
+    The revision identifies bundle and backend: mteb caches scores by name and revision, and a score must never be
+    compared with itself.
 
     Args:
-        encoder: Of a bundle, or the reference.
-
-    The revision is a hash of what computes: mteb caches scores by name and revision, and a score must never be compared
-    with itself.
+        encoder: Encoder of a bundle, or the reference.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -51,15 +51,17 @@ class MtebModel(AbsEncoder):
         prompt_type: PromptType | None = None,
         **_: Any,
     ) -> NDArray[np.float32]:
-        """Embeds the texts of mteb's batches; float32 [N, D]."""
+        """Embeds the texts of mteb's batches; returns float32 [N, D]."""
         texts = [text for batch in inputs for text in batch["text"]]
         is_document = prompt_type == PromptType.document
-        own = "" if is_document else self.get_instruction(task_metadata, prompt_type)
-        instruction = instruction_for(task_metadata.name, task_metadata.type, is_document=is_document, own=own)
+        task_prompt = "" if is_document else self.get_instruction(task_metadata, prompt_type)
+        instruction = instruction_for(
+            task_metadata.name, task_metadata.type, is_document=is_document, default=task_prompt
+        )
         return self.encoder.encode(texts, prompt=self.encoder.query_prompt(instruction) if instruction else None)
 
 
 def revision(encoder: Encoder) -> str:
-    """Names what computes the vectors: the bundle's hash, and the backend with its version and device."""
+    """Returns an id of what computes the vectors: the bundle's hash, and the backend with its version and device."""
     backend = re.sub(r"[^a-z0-9.]+", "-", encoder.backend.lower()).strip("-")
     return f"{encoder.manifest.manifest_sha256[:HASH_DIGITS]}-{backend}"

@@ -1,4 +1,4 @@
-"""The differences of an evaluation as a picture."""
+"""Picture of the differences of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nvembed_deploy.evaluation.compare import Comparison
 
 
 def draw_differences(comparison: Comparison, path: Path) -> None:
-    """Draws each task's difference as a bar inside its tolerance, a gray band.
+    """Draws each task's difference as a bar over its tolerance, a gray band.
 
     Args:
-        comparison: What was found.
-        path: Of the PNG.
+        comparison: The results.
+        path: Path of the PNG file.
     """
     results = comparison.results[::-1]
     figure, axis = pyplot.subplots(figsize=(8, 0.32 * len(results) + 1.4), layout="constrained")
-    for place, item in enumerate(results):
-        axis.barh(place, 2 * item.tolerance, left=-item.tolerance, color="0.9", height=0.8)
-        axis.barh(place, item.difference, color="tab:blue" if item.passed else "tab:red", height=0.5)
-    axis.set_yticks(range(len(results)), [f"{item.task} ({item.kind})" for item in results], fontsize=8)
+    for position, task in enumerate(results):
+        axis.barh(position, 2 * task.tolerance, left=-task.tolerance, color="0.9", height=0.8)
+        axis.barh(position, task.difference, color="tab:blue" if task.passed else "tab:red", height=0.5)
+    axis.set_yticks(range(len(results)), [f"{task.task} ({task.kind})" for task in results], fontsize=8)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_xlabel("points against PyTorch fp32 (gray: tolerance)")
     axis.set_title(f"{comparison.bundle}, {comparison.precision.value}: {comparison.engine}", fontsize=9)

@@ -1,8 +1,8 @@
-"""Scores that NVIDIA published for its own models, to lay beside what the reference gives here.
+"""Scores that NVIDIA published for its models, for comparison with the reference's.
 
-Main scores of MTEB(eng, v1), 0 to 100. Several are known not to come out again through mteb, whatever runs the model
-(AmazonCounterfactual, Emotion, ToxicConversations, STS16: mteb issue 1600): a difference here says nothing about an
-engine, only the one between engine and reference does.
+Main scores of MTEB(eng, v1), 0 to 100. Several are known not to be reproducible with mteb, whatever runs the model
+(AmazonCounterfactual, Emotion, ToxicConversations, STS16: mteb issue 1600): a difference from them says nothing about
+an engine, only the difference between engine and reference does.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def published_scores(model: str) -> dict[str, float]:
-    """Task to score; empty for a model that is not NVIDIA's.
+    """Returns the published scores by task; empty for a model that is not NVIDIA's.
 
     Args:
-        model: A bundle's source: a hub name, or the name of the checkpoint's folder.
+        model: Source of a bundle: a hub name, or the name of the checkpoint's folder.
     """
     return PUBLISHED.get(model.rsplit("/", 1)[-1], {})

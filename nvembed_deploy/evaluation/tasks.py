@@ -1,4 +1,4 @@
-"""Tasks for mteb that need no download: a local folder of data sets, as mteb's own task classes.
+"""Tasks for mteb without a download: a local folder of data sets, loaded into mteb's task classes.
 
 Layout of a data set's folder, by the `type` in its `meta.json`:
     sts             test.jsonl {"a", "b", "score"}
@@ -35,7 +35,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of task: mteb's class and its score."""
+    """Type of a task: mteb's class, type name, main score and default prompt."""
 
     base: type
     name: str
@@ -59,29 +59,29 @@ KINDS = {
 
 @dataclass(frozen=True)
 class LocalTask:
-    """An mteb task, and how many queries, pairs or texts its score is a mean over; None if unknown."""
+    """An mteb task, and the number of queries, pairs or texts that its score is a mean over; None if unknown."""
 
     task: Any
     size: int | None
 
 
 def make_task(name: str, kind: str, load: Callable[[], Any], *, size: int) -> LocalTask:
-    """An mteb task on data at hand.
+    """Makes an mteb task from local data.
 
     Args:
-        name: Of the task.
+        name: Name of the task.
         kind: A key of `KINDS`.
-        load: Makes the data in the shape that mteb's class of the kind takes.
-        size: Queries, pairs or texts that the score is a mean over.
+        load: Returns the data in the format of mteb's class for the kind.
+        size: Number of queries, pairs or texts that the score is a mean over.
     """
-    chosen = KINDS[kind]
+    task_kind = KINDS[kind]
 
-    class Local(chosen.base):  # type: ignore[name-defined]
+    class Local(task_kind.base):  # type: ignore[name-defined]
         metadata = TaskMetadata(
             name=name,
-            type=chosen.name,
-            main_score=chosen.main_score,
-            prompt=chosen.prompt,
+            type=task_kind.name,
+            main_score=task_kind.main_score,
+            prompt=task_kind.prompt,
             description=f"{name}, local",
             reference=None,
             dataset={"path": "local/none", "revision": "1"},
@@ -112,28 +112,28 @@ def make_task(name: str, kind: str, load: Callable[[], Any], *, size: int) -> Lo
 
 
 def folder_tasks(folder: Path, *, names: Sequence[str] = (), max_documents: int | None = None) -> list[LocalTask]:
-    """Tasks of a folder of data sets.
+    """Makes the tasks of a folder of data sets.
 
     Args:
-        folder: Holds a folder for each set; sets of unknown types are passed over.
-        names: Only these; all where empty.
-        max_documents: Cuts larger corpora, judged documents first.
+        folder: Contains a folder for each data set; unknown types are ignored.
+        names: Names of the data sets to use; all if empty.
+        max_documents: Maximum size of a corpus; judged documents are kept first.
 
     Raises:
-        ConfigError: The folder holds no set of a known type, or not a named one.
+        ConfigError: The folder has no data set of a known type, or lacks a named one.
     """
-    found: dict[str, LocalTask] = {}
-    metas = sorted(folder.glob("*/meta.json"))
-    for meta in metas:
-        kind = json.loads(meta.read_text(encoding="utf-8")).get("type")
-        if kind in KINDS and (not names or meta.parent.name in names):
-            found[meta.parent.name] = _read(meta.parent, kind, max_documents)
-    if missing := sorted(set(names) - found.keys()):
-        known = ", ".join(path.parent.name for path in metas)
-        raise ConfigError(f"--data {folder} has no task {missing[0]!r}; it has {known or 'none'}")
-    if not found:
+    tasks: dict[str, LocalTask] = {}
+    meta_paths = sorted(folder.glob("*/meta.json"))
+    for meta_path in meta_paths:
+        kind = json.loads(meta_path.read_text(encoding="utf-8")).get("type")
+        if kind in KINDS and (not names or meta_path.parent.name in names):
+            tasks[meta_path.parent.name] = _read(meta_path.parent, kind, max_documents)
+    if missing_names := sorted(set(names) - tasks.keys()):
+        available = ", ".join(path.parent.name for path in meta_paths)
+        raise ConfigError(f"--data {folder} has no task {missing_names[0]!r}; available: {available or 'none'}")
+    if not tasks:
         raise ConfigError(f"--data {folder} holds no data set with a meta.json of a known type ({', '.join(KINDS)})")
-    return list(found.values())
+    return list(tasks.values())
 
 
 def _read(folder: Path, kind: str, max_documents: int | None) -> LocalTask:
@@ -156,27 +156,27 @@ def _read(folder: Path, kind: str, max_documents: int | None) -> LocalTask:
 
 
 def pair_data(rows: Rows, column: dict[str, list[Any]]) -> DatasetDict:
-    """For STS and pair classification."""
+    """Returns the data of a task for STS or pair classification."""
     sides = {"sentence1": [row["a"] for row in rows], "sentence2": [row["b"] for row in rows]}
     return DatasetDict(test=Dataset.from_dict(sides | column))
 
 
 def class_data(train: Rows, test: Rows) -> DatasetDict:
-    """For classification: labels as numbers."""
-    numbers = {label: number for number, label in enumerate(sorted({str(row["label"]) for row in train}))}
-    known = {"train": train, "test": [row for row in test if str(row["label"]) in numbers]}
+    """Returns the data of a classification task, with labels as integers."""
+    label_ids = {label: label_id for label_id, label in enumerate(sorted({str(row["label"]) for row in train}))}
+    splits = {"train": train, "test": [row for row in test if str(row["label"]) in label_ids]}
     return DatasetDict(
         {
             split: Dataset.from_dict(
-                {"text": [row["text"] for row in rows], "label": [numbers[str(row["label"])] for row in rows]}
+                {"text": [row["text"] for row in rows], "label": [label_ids[str(row["label"])] for row in rows]}
             )
-            for split, rows in known.items()
+            for split, rows in splits.items()
         }
     )
 
 
 def cluster_data(test: Rows) -> DatasetDict:
-    """For clustering."""
+    """Returns the data of a clustering task."""
     texts, labels = [row["text"] for row in test], [str(row["label"]) for row in test]
     return DatasetDict(test=Dataset.from_dict({"sentences": texts, "labels": labels}))
 
@@ -184,29 +184,32 @@ def cluster_data(test: Rows) -> DatasetDict:
 def retrieval_data(
     corpus: Rows, queries: Rows, judged: dict[str, dict[str, int]], ranked: dict[str, list[str]] | None = None
 ) -> dict[str, Any]:
-    """For retrieval, and with `ranked` (query to documents) for reranking."""
+    """Returns the data of a retrieval task or, with `ranked` (documents by query), of a reranking task."""
     documents = [{"id": row["id"], "title": row.get("title") or "", "text": row["text"]} for row in corpus]
-    asked = [{"id": row["id"], "text": row["text"]} for row in queries if row["id"] in judged]
+    judged_queries = [{"id": row["id"], "text": row["text"]} for row in queries if row["id"] in judged]
     split = RetrievalSplitData(
-        corpus=Dataset.from_list(documents), queries=Dataset.from_list(asked), relevant_docs=judged, top_ranked=ranked
+        corpus=Dataset.from_list(documents),
+        queries=Dataset.from_list(judged_queries),
+        relevant_docs=judged,
+        top_ranked=ranked,
     )
     return {"default": {"test": split}}
 
 
 def reranking_data(rows: Rows) -> dict[str, Any]:
-    """For reranking: each query's own candidates; one that several queries have is in the corpus once."""
+    """Returns the data of a reranking task; a candidate of several queries is in the corpus once."""
     corpus, queries, judged, ranked = [], [], {}, {}
-    known: dict[str, str] = {}
-    for number, row in enumerate(rows):
-        query = f"q{number}"
+    document_names: dict[str, str] = {}
+    for query_index, row in enumerate(rows):
+        query = f"q{query_index}"
         candidates = [(text, 1) for text in row["positive"]] + [(text, 0) for text in row["negative"]]
         names: list[str] = []
-        for place, (text, _) in enumerate(candidates):
-            name = known.get(text, "")
-            if not name or name in names:  # twice among a query's own candidates, it counts twice
-                name = f"{query}-{place}"
+        for candidate_index, (text, _) in enumerate(candidates):
+            name = document_names.get(text, "")
+            if not name or name in names:  # a text that is twice among a query's candidates counts twice
+                name = f"{query}-{candidate_index}"
                 corpus.append({"id": name, "text": text})
-            known.setdefault(text, name)
+            document_names.setdefault(text, name)
             names.append(name)
         queries.append({"id": query, "text": row["query"]})
         judged[query] = {name: relevant for name, (_, relevant) in zip(names, candidates, strict=True) if relevant}
@@ -216,15 +219,15 @@ def reranking_data(rows: Rows) -> dict[str, Any]:
 
 def _retrieval(folder: Path, max_documents: int | None) -> tuple[Rows, Rows, dict[str, dict[str, int]]]:
     queries = list(read_rows(folder / "queries.jsonl"))
-    known = {row["id"] for row in queries}
+    query_ids = {row["id"] for row in queries}
     judged: dict[str, dict[str, int]] = {}
     for line in (folder / "qrels.tsv").read_text(encoding="utf-8").splitlines()[1:]:
         query, document, score = line.split("\t")[:3]
-        if query in known and float(score) > 0:
+        if query in query_ids and float(score) > 0:
             judged.setdefault(query, {})[document] = int(float(score))
     corpus = list(read_rows(folder / "corpus.jsonl"))
     if max_documents is not None and len(corpus) > max_documents:
-        needed = {document for documents in judged.values() for document in documents}
-        corpus.sort(key=lambda row: row["id"] not in needed)
-        corpus = corpus[: max(max_documents, len(needed))]
+        judged_documents = {document for documents in judged.values() for document in documents}
+        corpus.sort(key=lambda row: row["id"] not in judged_documents)
+        corpus = corpus[: max(max_documents, len(judged_documents))]
     return corpus, queries, judged

@@ -1,1 +1,1 @@
-"""Files: whole or absent, hashed, read strictly."""
+"""File helpers: atomic writes, hashing, and strict parsing of JSON."""

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all: written beside the destination, then switched in by one rename.
+"""Atomic writes of folders and files: written next to the destination, then moved into place by one rename.
 
 Order of calls: write and fsync each file, fsync the folder, rename, fsync the parent. An existing destination is
 exchanged with the new folder in one system call (Linux, renameat2), so that no reader ever finds it missing.
@@ -25,13 +25,13 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 @contextmanager
 def staged_folder(destination: Path) -> Iterator[Path]:
-    """An empty folder beside `destination`, removed on the way out unless `switch_in` has taken it.
+    """Yields an empty folder next to `destination`, and removes it on exit unless `move_into_place` has moved it.
 
-    Leftovers of killed runs are removed first; a folder that another process still writes is locked and stays.
+    Leftovers of killed runs are removed first. A folder that another process is still writing is locked and stays.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    if _aside(destination).exists() and not destination.exists():
-        os.rename(_aside(destination), destination)  # a run was killed between the two renames of `exchange`
+    if _previous_path(destination).exists() and not destination.exists():
+        os.rename(_previous_path(destination), destination)  # a run was killed between the two renames of `exchange`
     remove_leftovers(destination.parent, destination.name)
     prefix = f".{destination.name}.staging-"
     folder, lock = _new_locked_folder(prefix, destination.parent)
@@ -44,21 +44,21 @@ def staged_folder(destination: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path, name: str | None = None) -> None:
-    """Removes what killed runs of `staged_folder` left in a folder.
+    """Removes the staging folders that killed runs of `staged_folder` left behind.
 
     Args:
-        parent: The folder.
-        name: Only of this destination.
+        parent: The folder to clean up.
+        name: Name of a destination; only its leftovers are removed. None removes those of every destination.
     """
     for leftover in parent.glob(f".{'*' if name is None else glob.escape(name)}.staging-*"):
         _remove_if_abandoned(leftover)
 
 
-def switch_in(folder: Path, destination: Path) -> None:
-    """Makes `folder` the destination; what stood there is left under the folder's old name.
+def move_into_place(folder: Path, destination: Path) -> None:
+    """Moves `folder` to `destination`; a previous destination is left under the old name of `folder`.
 
     Raises:
-        OSError: The file system refuses; the destination is as it was.
+        OSError: The file system refuses the rename; the destination is unchanged.
     """
     for path in sorted(folder.rglob("*")):
         fsync(path)
@@ -74,50 +74,50 @@ def switch_in(folder: Path, destination: Path) -> None:
             exchange(folder, destination)
             break
         except FileNotFoundError:
-            continue  # the destination went away in between: a plain rename fits again
+            continue  # the destination was removed in between, so a plain rename works again
     fsync(destination.parent)
 
 
-def exchange(first: Path, second: Path) -> None:
-    """Swaps two paths in one step; on file systems without that, moves the second aside first.
+def exchange(new: Path, current: Path) -> None:
+    """Swaps two paths in one step; where the file system cannot, the current path is moved aside first.
 
     Raises:
-        OSError: Neither way worked.
+        OSError: Neither method worked.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
-        paths = (AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+        paths = (AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(current), RENAME_EXCHANGE)
         if libc.renameat2(*paths) == 0:
             return
         code = ctypes.get_errno()
         if code not in _NO_EXCHANGE:
-            raise OSError(code, os.strerror(code), str(second))
-    aside = _aside(second)
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(second, aside)
+            raise OSError(code, os.strerror(code), str(current))
+    previous = _previous_path(current)
+    shutil.rmtree(previous, ignore_errors=True)
+    os.rename(current, previous)
     try:
-        os.rename(first, second)
+        os.rename(new, current)
     except OSError:
-        os.rename(aside, second)
+        os.rename(previous, current)
         raise
-    os.rename(aside, first)
+    os.rename(previous, new)
 
 
-def _aside(destination: Path) -> Path:
+def _previous_path(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.previous")
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file of a folder that exists: readers see the old content or the new."""
+    """Writes a file atomically: readers see either the old content or the new. Its folder must exist."""
     with staged_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def staged_file(destination: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `destination` on the way out, unless an exception goes through.
+    """Yields a file that replaces `destination` on exit, unless an exception is raised.
 
-    Leftovers of killed runs are removed first; a file that another process still writes is locked and stays.
+    Leftovers of killed runs are removed first. A file that another process is still writing is locked and stays.
     """
     prefix = f".{destination.name}.part-"
     for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
@@ -138,22 +138,25 @@ def staged_file(destination: Path) -> Iterator[BinaryIO]:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes of the disk that a path is on, or will be."""
+    """Returns the free bytes of the disk that holds a path, or that will hold it."""
     folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
     return shutil.disk_usage(folder).free
 
 
 def fsync(path: Path) -> None:
     """Flushes a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def _new_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
-    """A new folder and a handle that locks it; until it is locked, another run may take it for a leftover."""
+    """Creates a folder and returns it with a descriptor that holds its lock.
+
+    Until the lock is taken, another run may mistake the folder for a leftover and remove it; then a new one is made.
+    """
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with suppress(FileNotFoundError):
@@ -165,7 +168,7 @@ def _new_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
 
 
 def _new_locked_file(prefix: str, parent: Path) -> tuple[Path, BinaryIO]:
-    """A new file, locked by its handle; until it is, another run may take it for a leftover."""
+    """Creates a file and returns it locked; see `_new_locked_folder`."""
     while True:
         descriptor, name = tempfile.mkstemp(prefix=prefix, dir=parent)
         file = os.fdopen(descriptor, "wb")
@@ -177,9 +180,9 @@ def _new_locked_file(prefix: str, parent: Path) -> tuple[Path, BinaryIO]:
 
 def _remove_if_abandoned(folder: Path) -> None:
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         finally:
-            os.close(handle)
+            os.close(descriptor)

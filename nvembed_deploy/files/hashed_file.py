@@ -1,4 +1,4 @@
-"""Large files written once: hashed on the way, and past the page cache where that is of no use."""
+"""Writing large files: hashed while they are written, and bypassing the page cache where it does not help."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 
 from nvembed_deploy.files.hashing import FileEntry
 
-_BLOCKS_WAITING = 2
-_DIRECT_BYTES = 8 * 2**20
+_MAX_PENDING_BLOCKS = 2
+_DIRECT_BLOCK_BYTES = 8 * 2**20
 
 
 class HashedFile:
-    """A new file, written and hashed behind the caller's back, each on a thread of its own.
+    """A new file that is written and hashed in the background, on one thread each.
 
     Args:
-        path: Must not exist.
-        direct: Write past the system's page cache where the file system can; see `DirectWriter`.
+        path: The file to create; it must not exist.
+        direct: Bypass the system's page cache where the file system supports it; see `DirectWriter`.
     """
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
@@ -32,7 +32,7 @@ class HashedFile:
         self._direct: DirectWriter | None = None
         self._digest = hashlib.sha256()
         self._hashing, self._writing = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
-        self._waiting: deque[Future[None]] = deque()
+        self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> HashedFile:
         self._file = self.path.open("xb", buffering=0)
@@ -40,10 +40,10 @@ class HashedFile:
             self._direct = DirectWriter(self._file)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
-                self.drain()  # a full disk is told here
+            if error_type is None:
+                self.drain()  # a full disk is reported here
                 if self._direct is not None:
                     self._direct.finish()
         finally:
@@ -52,79 +52,79 @@ class HashedFile:
             self._file.close()
 
     def write(self, content: bytes | memoryview) -> None:
-        """Appends; the content must stay as it is until `drain`. A failure may be raised by a later call."""
-        while len(self._waiting) >= 2 * _BLOCKS_WAITING:
-            self._waiting.popleft().result()
-        self._waiting.append(self._hashing.submit(self._digest.update, content))
-        self._waiting.append(self._writing.submit(self._write_all, content))
+        """Appends content, which must not change until `drain`. A failure may be raised by a later call."""
+        while len(self._pending) >= 2 * _MAX_PENDING_BLOCKS:
+            self._pending.popleft().result()
+        self._pending.append(self._hashing.submit(self._digest.update, content))
+        self._pending.append(self._writing.submit(self._write_all, content))
         self.size += len(content)
 
     def drain(self) -> None:
-        """Returns once all is hashed and written."""
-        while self._waiting:
-            self._waiting.popleft().result()
+        """Waits until everything is hashed and written."""
+        while self._pending:
+            self._pending.popleft().result()
 
     def _write_all(self, content: bytes | memoryview) -> None:
         if self._direct is not None:
             self._direct.write(content)
             return
-        rest = memoryview(content)
-        while len(rest):
-            rest = rest[self._file.write(rest) :]
+        remaining = memoryview(content)
+        while len(remaining):
+            remaining = remaining[self._file.write(remaining) :]
 
     def entry(self) -> FileEntry:
-        """Size and hash, once it is closed."""
+        """Returns the size and hash of the file, once it is closed."""
         return FileEntry(bytes=self.size, sha256=self._digest.hexdigest())
 
 
 class DirectWriter:
-    """Writes whole pages past the system's page cache.
+    """Writes whole pages, bypassing the system's page cache.
 
-    A file larger than that cache gains nothing from it, and pays for each page: on a virtual machine, `cp` of 15 GB
-    spent 24 to 45 s in the system at 0.3 to 0.5 GB/s, and direct writes reached 2.3.
+    A file larger than that cache gains nothing from it and pays for each page: on a virtual machine, `cp` of 15 GB
+    spent 24 to 45 s in the system at 0.3 to 0.5 GB/s, and direct writes reached 2.3 GB/s.
 
     Args:
-        file: One that `set_direct` has set.
+        file: A file that `set_direct` has switched to direct writes.
     """
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
-        self._pages = mmap.mmap(-1, _DIRECT_BYTES)  # such writes begin and end on pages, in memory as in the file
+        self._pages = mmap.mmap(-1, _DIRECT_BLOCK_BYTES)  # direct writes must be page-aligned in memory and in the file
         self._filled = 0
 
     def write(self, content: bytes | memoryview) -> None:
-        """Appends; what fills no block waits for more."""
-        rest = memoryview(content)
-        while len(rest):
-            part = rest[: _DIRECT_BYTES - self._filled]
-            self._pages[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            rest = rest[len(part) :]
-            if self._filled == _DIRECT_BYTES:
+        """Appends content; a partial block is buffered until it is full."""
+        remaining = memoryview(content)
+        while len(remaining):
+            chunk = remaining[: _DIRECT_BLOCK_BYTES - self._filled]
+            self._pages[self._filled : self._filled + len(chunk)] = chunk
+            self._filled += len(chunk)
+            remaining = remaining[len(chunk) :]
+            if self._filled == _DIRECT_BLOCK_BYTES:
                 self._flush()
 
     def finish(self) -> None:
-        """Writes what is left, which may end anywhere."""
+        """Writes the last block, which need not end on a page."""
         set_direct(self._file, False)
         self._flush()
         self._pages.close()
 
     def _flush(self) -> None:
-        done = 0
+        written = 0
         with memoryview(self._pages) as pages:
-            while done < self._filled:
-                done += self._file.write(pages[done : self._filled])
-                if done % mmap.PAGESIZE:  # a full disk ends anywhere, and tells at the next write
+            while written < self._filled:
+                written += self._file.write(pages[written : self._filled])
+                if written % mmap.PAGESIZE:  # a full disk ends anywhere, and the next write reports it
                     set_direct(self._file, False)
         self._filled = 0
 
 
-def set_direct(file: FileIO, on: bool) -> bool:
-    """Has writes to a file pass the page cache, or not; False where its file system or this system knows no such."""
+def set_direct(file: FileIO, enabled: bool) -> bool:
+    """Switches direct writes of a file on or off; returns False where the system or file system has none."""
     flag = getattr(os, "O_DIRECT", 0)
     flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~flag
     try:
-        fcntl.fcntl(file, fcntl.F_SETFL, flags | (flag if on else 0))
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | (flag if enabled else 0))
     except OSError:
         return False
     return bool(flag)

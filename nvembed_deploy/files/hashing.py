@@ -10,23 +10,26 @@ from pathlib import Path
 from nvembed_deploy.errors import BundleError
 
 _CHUNK_BYTES = 2**24
-"""Large: between two blocks a hashing thread asks for the interpreter, and a busy one makes it wait."""
+"""Large, because a hashing thread needs the interpreter lock between two chunks and may have to wait for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """What a file must be."""
+    """Expected size and SHA-256 of a file."""
 
     bytes: int
     sha256: str
 
 
 def hash_file(path: Path, *, before: Callable[[Path, int], None] | None = None) -> FileEntry:
-    """Size and SHA-256 of a file.
+    """Returns the size and SHA-256 of a file.
 
     Args:
         path: The file.
-        before: Called with the file and the offset before each chunk is read.
+        before: Called with the path and the offset before each chunk is read.
+
+    Raises:
+        BundleError: The file cannot be read.
     """
     digest, size = hashlib.sha256(), 0
     buffer = memoryview(bytearray(_CHUNK_BYTES))

@@ -1,4 +1,4 @@
-"""JSON lines files, read strictly."""
+"""Strict reading of JSON Lines files."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from nvembed_deploy.errors import ConfigError
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSON lines file.
+    """Yields the objects of a JSON Lines file.
 
     Raises:
-        ConfigError: The file cannot be read, or a line is not a JSON object; its number is in the message.
+        ConfigError: The file cannot be read, or a line is not a JSON object; the message has the line number.
     """
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+        with path.open(encoding="utf-8-sig") as lines:
+            for line_number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as err:
-                    raise ConfigError(f"{path}, line {number}: not JSON ({err})") from err
+                except (ValueError, RecursionError) as err:
+                    raise ConfigError(f"{path}, line {line_number}: not JSON ({err})") from err
                 if not isinstance(row, dict):
-                    raise ConfigError(f"{path}, line {number}: not a JSON object")
+                    raise ConfigError(f"{path}, line {line_number}: not a JSON object")
                 yield row
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path} cannot be read ({err}); check the path") from err

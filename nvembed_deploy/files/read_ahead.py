@@ -1,7 +1,7 @@
-"""Two readers of one checkpoint that stay near each other, so that a disk gives each byte once.
+"""Keeps two readers of one checkpoint close to each other, so that each byte is read from disk once.
 
-One hashes the files, the other takes their tensors. On its own the first would be at the end of a large checkpoint
-before the second begins, and the system would have dropped from memory what it read.
+The first reader hashes the files, the second reads their tensors. Unthrottled, the first would reach the end of a large
+checkpoint before the second begins, and the system would have dropped the first reader's pages from its cache by then.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ from pathlib import Path
 
 from nvembed_deploy.system import available_memory_bytes
 
-MEMORY_SHARE = 3
-"""The first may be ahead by this part of the free memory: what it read must still be there when the second comes."""
-LEAST_AHEAD = 2**29
+MEMORY_DIVISOR = 3
+"""The first reader may be ahead by a third of the free memory: its pages must still be cached for the second."""
+MIN_READ_AHEAD_BYTES = 2**29
 
 
-class Pace:
-    """How far the second reader is, and how far the first may be.
+class ReadAhead:
+    """Limits how far the first reader may be ahead of the second.
 
     Args:
-        paths: The files that both read, in their order.
-        ahead: Bytes that the first may be ahead; by default a third of the memory that is free.
+        paths: The files that both readers read, in order.
+        max_ahead_bytes: Bytes that the first reader may be ahead; by default a third of the free memory.
     """
 
-    def __init__(self, paths: Sequence[Path], *, ahead: int | None = None) -> None:
-        self.ahead = max(LEAST_AHEAD, (available_memory_bytes() or 0) // MEMORY_SHARE) if ahead is None else ahead
+    def __init__(self, paths: Sequence[Path], *, max_ahead_bytes: int | None = None) -> None:
+        if max_ahead_bytes is None:
+            max_ahead_bytes = max(MIN_READ_AHEAD_BYTES, (available_memory_bytes() or 0) // MEMORY_DIVISOR)
+        self.max_ahead_bytes = max_ahead_bytes
         self._starts: dict[Path, int] = {}
         end = 0
         for path in paths:
@@ -37,27 +39,27 @@ class Pace:
         self._changed = threading.Condition()
 
     def wait(self, path: Path, offset: int) -> None:
-        """Called by the first reader before it reads on: returns when it may. Files that were not named never wait."""
+        """Blocks the first reader until it may read at `offset`; files that are not in `paths` never wait."""
         if path not in self._starts:
             return
-        place = self._starts[path] + offset
+        position = self._starts[path] + offset
         with self._changed:
-            self._changed.wait_for(lambda: self._released or place <= self._reached + self.ahead)
+            self._changed.wait_for(lambda: self._released or position <= self._reached + self.max_ahead_bytes)
 
     def reached(self, path: Path, offset: int) -> None:
-        """Called by the second reader, which has read so far."""
+        """Records how far the second reader has read."""
         with self._changed:
             self._reached = max(self._reached, self._starts.get(path, 0) + offset)
             self._changed.notify_all()
 
-    def __enter__(self) -> Pace:
+    def __enter__(self) -> ReadAhead:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
     def release(self) -> None:
-        """Nobody waits from now on: the second reader is done, or was never to come."""
+        """Stops all waiting: the second reader has finished, or there is no second reader."""
         with self._changed:
             self._released = True
             self._changed.notify_all()

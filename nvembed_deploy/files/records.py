@@ -1,4 +1,4 @@
-"""JSON to frozen dataclasses and back, strictly: what is missing, unknown or of another type is named."""
+"""Strict conversion between JSON and frozen dataclasses: missing, unknown and mistyped fields are named."""
 
 from __future__ import annotations
 
@@ -14,63 +14,68 @@ Record = TypeVar("Record")
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass as plain JSON values."""
+    """Converts a dataclass to plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
+        return {str(key): to_json(member) for key, member in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
+        return [to_json(element) for element in value]
     return value
 
 
-def from_json(kind: type[Record], value: Any) -> Record:
-    """Reads a value of a declared type.
+def from_json(declared_type: type[Record], value: Any) -> Record:
+    """Converts a JSON value to a declared type.
 
     Args:
-        kind: A dataclass, or any type its fields may have.
-        value: What `json.loads` gave.
+        declared_type: A dataclass, or any type that its fields may have.
+        value: A value returned by `json.loads`.
 
     Raises:
-        ValueError: With the path of the field and what is wrong with it.
+        ValueError: The value does not fit the type; the message has the path of the field and the reason.
     """
-    record: Record = _decode(kind, value, "")
+    record: Record = _decode(declared_type, value, "")
     return record
 
 
-def _decode(kind: Any, value: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+def _decode(declared_type: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(declared_type), typing.get_args(declared_type)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _decode(next(item for item in arguments if item is not type(None)), value, path)
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, value, path)
+        return _decode(next(argument for argument in arguments if argument is not type(None)), value, path)
+    if dataclasses.is_dataclass(declared_type):
+        return _decode_dataclass(declared_type, value, path)
     if origin is tuple:
         _expect(isinstance(value, list), path, "a list", value)
-        return tuple(_decode(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+        return tuple(_decode(arguments[0], element, f"{path}[{index}]") for index, element in enumerate(value))
     if origin is dict:
         _expect(isinstance(value, dict), path, "an object", value)
-        return {key: _decode(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        allowed = [item.value for item in kind]
+        return {key: _decode(arguments[1], member, f"{path}.{key}") for key, member in value.items()}
+    if isinstance(declared_type, type) and issubclass(declared_type, Enum):
+        allowed = [member.value for member in declared_type]
         _expect(value in allowed, path, f"one of {', '.join(map(str, allowed))}", value)
-        return kind(value)
-    if kind is float:
+        return declared_type(value)
+    if declared_type is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # Compared, not math.isfinite: JSON's integers may be too large for a float.
         _expect(is_number and abs(value) <= sys.float_info.max, path, "a finite number", value)
         return float(value)
-    _expect(isinstance(value, kind) and not (kind is int and isinstance(value, bool)), path, kind.__name__, value)
+    _expect(
+        isinstance(value, declared_type) and not (declared_type is int and isinstance(value, bool)),
+        path,
+        declared_type.__name__,
+        value,
+    )
     return value
 
 
-def _decode_dataclass(kind: Any, value: Any, path: str) -> Any:
+def _decode_dataclass(declared_type: Any, value: Any, path: str) -> Any:
     _expect(isinstance(value, dict), path, "an object", value)
-    hints = _hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = _hints(declared_type)
+    fields = {field.name: field for field in dataclasses.fields(declared_type)}
     unknown = sorted(value.keys() - fields.keys())
     if unknown:
         raise ValueError(f"{path or 'top level'}: unknown field {unknown[0]!r}")
@@ -80,14 +85,14 @@ def _decode_dataclass(kind: Any, value: Any, path: str) -> Any:
             arguments[name] = _decode(hints[name], value[name], f"{path}.{name}".lstrip("."))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{path or 'top level'}: field {name!r} is missing")
-    return kind(**arguments)
+    return declared_type(**arguments)
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _hints(declared_type: Any) -> dict[str, Any]:
+    return typing.get_type_hints(declared_type)
 
 
-def _expect(condition: bool, path: str, wanted: str, found: object) -> None:
+def _expect(condition: bool, path: str, expected: str, actual: object) -> None:
     if not condition:
-        raise ValueError(f"{path or 'top level'}: expected {wanted}, found {str(found)[:60]!r}")
+        raise ValueError(f"{path or 'top level'}: expected {expected}, found {str(actual)[:60]!r}")

@@ -1,1 +1,1 @@
-"""The PyTorch reference. Needs torch; nothing downstream of a bundle imports it."""
+"""The reference model in PyTorch, and reading checkpoints. Running a bundle needs `config.py` and `family.py` only."""

@@ -1,4 +1,4 @@
-"""What a model is: sizes, mask and pooling, as frozen dataclasses. `family.py` tells how a checkpoint says it."""
+"""The architecture of a model: sizes, mask and pooling. `family.py` reads it from a checkpoint's `config.json`."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from nvembed_deploy.errors import ConfigError
 
 
 class Mask(str, Enum):
-    """Which real tokens a token sees."""
+    """Attention mask: the tokens that a token attends to, padding excluded."""
 
     BIDIRECTIONAL = "bidirectional"
     CAUSAL = "causal"
-    """Itself and those before it."""
+    """Itself and the tokens before it."""
 
 
 class Pooling(str, Enum):
-    """What makes one vector of a text's tokens."""
+    """Pooling of token states into one vector."""
 
     LATENT = "latent"
-    """NV-Embed's latent attention, then the mean."""
+    """NV-Embed's latent attention, followed by the mean."""
     MEAN = "mean"
     LAST = "last"
-    """The last token's state."""
+    """The state of the last token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttention:
-    """Sizes of the pooler. Source: `latent_attention_config` and NVIDIA's `configuration_nvembed.py` defaults."""
+    """Sizes of the pooler. Source: `latent_attention_config`, and defaults of NVIDIA's `configuration_nvembed.py`."""
 
     latents: int = 512
     heads: int = 8
     head_dim: int = 4096
-    """Width of one head: the inner width is `heads * head_dim` (32,768 in NV-Embed), not the hidden size."""
+    """Width of one head; the inner width is `heads * head_dim` (32,768 in NV-Embed), not the hidden size."""
     feed_forward_mult: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3's stretching of the long wavelengths. Source: `rope_scaling` with `rope_type` llama3."""
+    """Parameters of Llama 3's scaling of long wavelengths. Source: `rope_scaling` with `rope_type` llama3."""
 
     factor: float
     low_freq_factor: float
@@ -50,32 +50,32 @@ class RopeScaling:
         if not (self.factor >= 1 and self.high_freq_factor > self.low_freq_factor > 0):
             raise ConfigError(
                 f"config.json: rope_scaling has factor {self.factor}, low_freq_factor {self.low_freq_factor} and "
-                f"high_freq_factor {self.high_freq_factor}; it needs factor >= 1 and high > low > 0"
+                f"high_freq_factor {self.high_freq_factor}; they must satisfy factor >= 1 and high > low > 0"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matryoshka:
-    """Widths that vectors may be cut to, because the model was trained for it. Source: arXiv 2205.13147."""
+    """Dimensions that vectors may be truncated to, if the model was trained for it. Source: arXiv 2205.13147."""
 
-    smallest: int
-    listed: tuple[int, ...] = ()
-    """The only ones; empty where every width from `smallest` on will do."""
+    min_dim: int
+    dims: tuple[int, ...] = ()
+    """The only dimensions allowed; empty if every dimension from `min_dim` on is."""
 
-    def allows(self, width: int, full: int) -> bool:
-        """True if vectors of `full` numbers may be cut to `width`."""
-        return width == full or (width in self.listed if self.listed else self.smallest <= width <= full)
+    def allows(self, dim: int, full_dim: int) -> bool:
+        """Returns True if vectors of `full_dim` dimensions may be truncated to `dim`."""
+        return dim == full_dim or (dim in self.dims if self.dims else self.min_dim <= dim <= full_dim)
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.listed)) if self.listed else f"{self.smallest} and more"
+        return ", ".join(map(str, self.dims)) if self.dims else f"{self.min_dim} and more"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Architecture of a checkpoint of any size: a decoder, its mask, and what pools its tokens."""
+    """Architecture of a checkpoint: a decoder, its attention mask, and the pooling of its tokens."""
 
-    relative: str
-    """Name of the row in `family.FAMILY`."""
+    family: str
+    """Name of the model family, a key of `family.MODEL_FAMILIES`."""
     hidden_size: int
     intermediate_size: int
     layers: int
@@ -89,24 +89,24 @@ class ModelConfig:
     mask: Mask
     pooling: Pooling
     latent: LatentAttention | None
-    """Sizes of the pooler where `pooling` is latent, else None."""
+    """Sizes of the latent-attention pooler; None for other poolings."""
     mask_instruction: bool
-    """True where instruction tokens attend but are not pooled (`is_mask_instruction`)."""
+    """True if instruction tokens take part in attention but not in pooling (`is_mask_instruction`)."""
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
-    """Tokens that a causal token sees, itself included; None for all before it."""
+    """Tokens that a token attends to under a causal mask, itself included; None for all tokens before it."""
     qkv_bias: bool = False
     qk_norm: bool = False
-    """True where each head's query and key are normed before they are turned."""
+    """True if the queries and keys of each head are normalized before the rotary embedding."""
     matryoshka: Matryoshka | None = None
     sliced: bool = False
-    """True where the checkpoint has more layers, and only the first ones are taken."""
+    """True if only the first layers of the checkpoint are used."""
 
     def parameters(self, *, fold: bool) -> dict[str, int]:
-        """Numbers of each component: embeddings, linear layers of the decoder, pooler, norms.
+        """Returns the number of parameters of each component: embeddings, decoder, norms and pooler.
 
         Args:
-            fold: Whether the latent attention is folded.
+            fold: Count the pooler with its latent attention folded, see `fold.py`.
         """
         D, h = self.hidden_size, self.head_dim
         attention = D * h * (2 * self.heads + 2 * self.kv_heads)
@@ -114,8 +114,8 @@ class ModelConfig:
         norms = self.layers * (2 * D + (2 * h if self.qk_norm else 0)) + D
         pooler = 0
         if self.latent is not None:
-            inner, wide = self.latent.heads * self.latent.head_dim, self.latent.feed_forward_mult * D
-            feed_forward = 2 * wide * (D + 1) + D * (wide + 1) + 2 * D
+            inner, ffn_dim = self.latent.heads * self.latent.head_dim, self.latent.feed_forward_mult * D
+            feed_forward = 2 * ffn_dim * (D + 1) + D * (ffn_dim + 1) + 2 * D
             folded = 2 * D * self.latent.heads * self.latent.latents + 2 * D
             unfolded = 4 * inner * D + self.latent.latents * D + 4 * D
             pooler = feed_forward + (folded if fold else unfolded)
@@ -127,7 +127,7 @@ class ModelConfig:
         }
 
     def linear_weights(self) -> dict[str, int]:
-        """Of `parameters`, those that a quantized precision stores in its own format."""
+        """Returns the number of parameters of each component that a quantized precision stores in its own format."""
         D = self.hidden_size
         attention = D * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return {
@@ -136,28 +136,32 @@ class ModelConfig:
         }
 
     def slice(self, layers: int | None) -> ModelConfig:
-        """The model of the first `layers` layers; of all for None.
+        """Returns the architecture with only the first `layers` layers; None keeps all of them.
 
         Raises:
-            ConfigError: There are fewer.
+            ConfigError: The model has fewer layers.
         """
         if layers is None or layers == self.layers:
             return self
         if not 1 <= layers <= self.layers:
-            raise ConfigError(f"--layers is {layers}; this checkpoint has 1 to {self.layers}")
+            raise ConfigError(
+                f"--layers must be between 1 and {self.layers}, the layers of this checkpoint; got {layers}"
+            )
         return replace(self, layers=layers, sliced=True)
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"config.json: {name} is {getattr(self, name)}; it must be at least 1")
+                raise ConfigError(f"config.json: {name} must be at least 1, got {getattr(self, name)}")
         if self.heads % self.kv_heads:
             raise ConfigError(
-                f"config.json: {self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly"
+                f"config.json: {self.heads} attention heads are not a multiple of {self.kv_heads} key/value heads"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"config.json: head_dim is {self.head_dim}; rotary positions need an even width")
+            raise ConfigError(f"config.json: head_dim must be even for rotary position embeddings, got {self.head_dim}")
         if (self.latent is None) != (self.pooling is not Pooling.LATENT):
-            raise ConfigError(f"config.json: pooling is {self.pooling.value}, which does not fit its latent attention")
+            raise ConfigError(f"config.json: pooling is {self.pooling.value}, which contradicts its latent attention")
         if self.sliding_window is not None and (self.sliding_window < 1 or self.mask is not Mask.CAUSAL):
-            raise ConfigError(f"config.json: sliding_window is {self.sliding_window}; only a causal mask has one")
+            raise ConfigError(
+                f"config.json: sliding_window must be at least 1 and needs a causal mask, got {self.sliding_window}"
+            )

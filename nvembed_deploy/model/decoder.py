@@ -1,4 +1,4 @@
-"""The decoder in plain PyTorch: Mistral's, and with the options of its config Llama's, Qwen2's and Qwen3's.
+"""The decoder in plain PyTorch. The options of its config cover Mistral, Llama, Qwen2 and Qwen3.
 
 Notation:
     B  batch, number of texts                 H  attention heads of the decoder
@@ -17,67 +17,69 @@ from torch import Tensor, nn
 
 from nvembed_deploy.model.config import Mask, ModelConfig, RopeScaling
 
-# Where MKL's first cos of a process is asked for by two threads at once, one may compute before the library has chosen
-# its code, and is off by 1e-4: 2 of 70 fresh processes on a busy machine, 0 of 150 after one call alone (torch 2.13.0).
+# If two threads of a process make the first call of MKL's cos at the same time, one may run before the library has
+# selected its kernel, with errors of 1e-4: 2 of 70 processes on a busy machine, 0 of 150 after one call (torch 2.13.0).
 for _function in (torch.cos, torch.sin):
     _function(torch.zeros(1))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in FP32: the square of a value above 255.9 is no FP16 number.
+    """Root-mean-square norm, computed in FP32 because the square of a value above 255.9 overflows FP16.
 
     Source: arXiv 1910.07467.
     """
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        x_fp32 = x.float()
+        scale = torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x_fp32 * scale).to(x.dtype)
 
 
 def rotary_tables(
     positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary positions; the angles are FP32 whatever `dtype` is.
+    """Computes the cosines and sines of the rotary position embedding; the angles are FP32 for every `dtype`.
+
+    Source: arXiv 2104.09864, in Llama's half-split layout.
 
     Args:
         positions: int64 [T], 0 at the first token.
         head_dim: h, even.
         theta: Base of the wavelengths.
-        dtype: Type of the result.
-        scaling: Llama 3's, or None.
+        dtype: Type of the tables.
+        scaling: Llama 3's scaling of the frequencies, or None.
 
     Returns:
-        Two tensors [T, h]. Source: arXiv 2104.09864, in Llama's half-split layout.
+        Cosines and sines, [T, h] each.
     """
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if scaling is not None:
-        inverse = _stretched(inverse, scaling)
+        inverse = _scale_frequencies(inverse, scaling)
     angles = positions.float()[:, None] * inverse.to(positions.device)[None, :]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _stretched(inverse: Tensor, scaling: RopeScaling) -> Tensor:
-    """Frequencies of Llama 3.1: long wavelengths `factor` times longer, short ones as they are, a blend between.
+def _scale_frequencies(inverse: Tensor, scaling: RopeScaling) -> Tensor:
+    """Scales the frequencies as Llama 3.1 does: long wavelengths by `factor`, short ones not, with a blend between.
 
     Source: Llama 3.1's `apply_scaling`.
     """
-    turns = scaling.original_max_positions * inverse / (2 * math.pi)  # within the positions of the first training
-    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    share = share.clamp(0, 1)
-    return inverse * (share + (1 - share) / scaling.factor)
+    rotations = scaling.original_max_positions * inverse / (2 * math.pi)  # within the original context length
+    blend = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return inverse * (blend + (1 - blend) / scaling.factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns query or key heads [B, H, T, h] by their positions' angles."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Applies rotary position embeddings to query or key heads [B, H, T, h]."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
 Rotary = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -89,7 +91,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.rotate: Rotary = rotate  # the export puts one operator here where the ONNX dialect has it
+        self.rotate: Rotary = rotate  # the export replaces it by one operator where the ONNX dialect has one
         bias = config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # where the residual is FP32 and the heads are not
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # needed if the residual is FP32 and the heads are not
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
@@ -125,7 +127,7 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and beside a residual."""
+    """Attention and feed-forward, each with a norm before it and a residual connection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -140,10 +142,10 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder of Mistral's kind, with or without the causal mask (NV-Embed section 3.1 removes it).
+    """A Mistral-like decoder with or without the causal mask, which NV-Embed removes (section 3.1).
 
-    NV-Embed's `sliding_window` has no effect in NVIDIA's code, since the window lives in the causal mask that is
-    bypassed: attention is global at any length, and so it is here. A causal mask honours it.
+    NV-Embed's `sliding_window` has no effect in NVIDIA's code, because the window is part of the causal mask that is
+    bypassed: attention is global at any length, here as well. With a causal mask the window is applied.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -154,7 +156,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token states after the final norm.
+        """Computes the token states after the final norm.
 
         Args:
             input_ids: int64 [B, T].
@@ -171,21 +173,24 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def rotary(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The tables of `tokens` positions, in the type and on the device of `like`."""
+        """Returns the rotary tables of `tokens` positions, in the type and on the device of `like`."""
         positions = torch.arange(tokens, device=like.device)
         config = self.config
         return rotary_tables(positions, config.head_dim, config.rope_theta, like.dtype, config.rope_scaling)
 
     def visible(self, attention_mask: Tensor) -> Tensor:
-        """Which keys (last) a query sees, bool [B, 1, T, T]: real tokens, and where causal those not behind it."""
+        """Returns the mask of keys (last axis) that a query attends to, bool [B, 1, T, T].
+
+        Padding is excluded, and with a causal mask also the tokens after the query and those outside its window.
+        """
         B, T = attention_mask.shape
         real = attention_mask.bool()[:, None, None, :].expand(B, 1, T, T)
         if self.config.mask is Mask.BIDIRECTIONAL:
             return real
-        places = torch.arange(T, device=attention_mask.device)
-        back = places[:, None] - places[None, :]
+        positions = torch.arange(T, device=attention_mask.device)
+        distance = positions[:, None] - positions[None, :]
         if self.config.sliding_window is None:
-            return real & (back >= 0)[None, None]
-        seen = (back >= 0) & (back < self.config.sliding_window)
-        # A padded query beyond the window would see nothing, and a mean over nothing is NaN: it sees itself.
-        return (real & seen[None, None]) | (back == 0)[None, None]
+            return real & (distance >= 0)[None, None]
+        in_window = (distance >= 0) & (distance < self.config.sliding_window)
+        # A padded query may have no real token in its window, and a softmax over nothing is NaN: it attends to itself.
+        return (real & in_window[None, None]) | (distance == 0)[None, None]

@@ -1,8 +1,8 @@
-"""NV-Embed and its relatives in plain PyTorch: a decoder, a pooler over the tokens that are pooled, L2.
+"""NV-Embed and related models in plain PyTorch: a decoder, optionally latent attention, pooling and L2 normalization.
 
-The reference that every later form is compared with. It serves any size: the 7.85 B model and the mini differ in
-numbers only. Module names are NVIDIA's, so that the keys of `state_dict()` are those of the published safetensors.
-Reading a checkpoint is in `checkpoint.py`, folding the pooler's weights in `fold.py`.
+This is the reference that every exported form is compared with. It serves any size: the 7.85 B model and the mini
+differ in numbers only. Modules have NVIDIA's names, so that the keys of `state_dict()` are those of the published
+safetensors. Checkpoints are read in `checkpoint.py`, and the weights of the latent attention are folded in `fold.py`.
 
 Source: NV-Embed, arXiv 2405.17428, sections 3.1 and 3.2; NVIDIA's `modeling_nvembed.py`, revision c50d55f.
 """
@@ -17,13 +17,20 @@ from nvembed_deploy.model.decoder import Decoder
 from nvembed_deploy.model.latent_attention import LatentAttentionModel
 
 NORM_FLOOR = 1e-12
-"""As in `torch.nn.functional.normalize`. Below FP16's smallest number, which is one reason for pooling in FP32."""
+"""The default of `torch.nn.functional.normalize`. It underflows in FP16, one of the reasons for pooling in FP32."""
 
 
 def masked_mean(hidden: Tensor, pool_mask: Tensor) -> Tensor:
-    """Mean of the rows' pooled tokens in FP32: [B, T, D] and int64 [B, T] (1 = pooled) to float32 [B, D].
+    """Computes the mean of each row's pooled tokens in FP32.
 
-    Tokens that are not pooled are replaced, not multiplied by 0, so that nothing non-finite in them spreads.
+    Tokens that are not pooled are replaced by 0 instead of multiplied by it, so that non-finite values do not spread.
+
+    Args:
+        hidden: Token states [B, T, D].
+        pool_mask: int64 [B, T], 1 at tokens that are pooled.
+
+    Returns:
+        float32 [B, D].
     """
     mask = pool_mask.bool()[:, :, None]
     total = torch.where(mask, hidden.float(), torch.zeros((), dtype=torch.float32, device=hidden.device)).sum(dim=1)
@@ -31,9 +38,9 @@ def masked_mean(hidden: Tensor, pool_mask: Tensor) -> Tensor:
 
 
 class NVEmbed(nn.Module):
-    """The whole encoder, ids to unit vectors.
+    """The complete encoder, from token ids to unit vectors.
 
-    Pooling the last token alone is a mean over one token: `pool_mask` says which.
+    Last-token pooling is a mean over one token, which `pool_mask` selects.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,20 +56,20 @@ class NVEmbed(nn.Module):
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: int64 [B, T], 1 at real tokens, 0 at padding. It comes from lengths, never from ids:
-                the padding id is the EOS id.
-            pool_mask: int64 [B, T], 1 at tokens that the mean takes: the attention mask without the instruction.
-                A row of zeros gives NaN; `tokenization.py` refuses texts that would make one.
+            attention_mask: int64 [B, T], 1 at real tokens, 0 at padding. It is made from lengths, never from ids,
+                because the padding id is the EOS id.
+            pool_mask: int64 [B, T], 1 at tokens that are pooled: the attention mask without the instruction.
+                A row of zeros results in NaN; `tokenization.py` refuses texts that would lead to one.
 
         Returns:
-            float32 [B, D], rows of unit length; and float32 [B], their lengths before that.
+            Unit vectors, float32 [B, D], and their lengths before normalization, float32 [B].
         """
         hidden = self.embedding_model(input_ids, attention_mask)
         return self.pool(self.latent_attention_model(hidden), pool_mask)
 
     @staticmethod
     def pool(hidden: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of the pooled tokens [B, T, D] at unit length, and its length before that; see `forward`."""
+        """Pools token states [B, T, D] and normalizes the vectors; see `forward`."""
         pooled = masked_mean(hidden, pool_mask)
         norm = torch.linalg.vector_norm(pooled, dim=-1)
         return pooled / norm.clamp_min(NORM_FLOOR)[:, None], norm

@@ -1,4 +1,4 @@
-"""Where the weights come from: a local folder or a hub name, and what its tokenizer files say."""
+"""The source of a model: locating and hashing its checkpoint, and reading its tokenizer files."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from nvembed_deploy.bundle.manifest import Source
-from nvembed_deploy.errors import CheckpointError, MissingExtra
+from nvembed_deploy.errors import CheckpointError
 from nvembed_deploy.files.hashing import hash_file
-from nvembed_deploy.files.read_ahead import Pace
+from nvembed_deploy.files.hub import HUB_NAME, download
+from nvembed_deploy.files.read_ahead import ReadAhead
 from nvembed_deploy.model.config import ModelConfig, Pooling
-from nvembed_deploy.model.family import FAMILY, Relative
+from nvembed_deploy.model.family import MODEL_FAMILIES, ModelFamily
 from nvembed_deploy.model.weights import weight_files
 from nvembed_deploy.spec import read_json
 from nvembed_deploy.tokenization import TextContract, parse_tokenizer
 
-HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ("*.json", "*.safetensors")
-"""No code and no pickles: neither is ever needed."""
+"""Files that are downloaded: no code and no pickles, which are never needed."""
 HASH_LIST = "SHA256SUMS"
-HARMLESS_MODULES = ("Pooling", "Normalize", "Dropout")
-"""Of sentence-transformers: what may stand behind the model."""
+ALLOWED_MODULES = ("Pooling", "Normalize", "Dropout")
+"""Modules of sentence-transformers that may follow the model, because they do not change its vectors."""
 BLOB_NAME = re.compile(r"^[0-9a-f]{64}$")
 KNOWN_SHARDS = {
-    # nvidia/NV-Embed-v2, revision c50d55f; the hub's client checks sizes only.
+    # Size and SHA-256 of nvidia/NV-Embed-v2, revision c50d55f; the hub's client checks sizes only.
     4_997_761_248: "0ce5651268058d961eaeabd4f65a5cb5d003ac7e0e34b7095658b5d5a4802f6a",
     4_915_917_048: "bbd7e85b57afbc74fab67e50a572590ce57dde8b5fa76fe7527c42189074d57d",
     4_999_820_296: "87c90f033107075c9531ed8163d4b087ce77e63596c8510821da15a4d892a85c",
@@ -34,76 +36,65 @@ KNOWN_SHARDS = {
 
 
 def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
-    """The local folder of a model.
+    """Locates the folder of a model, and downloads the model if it is given by a hub name.
 
     Args:
-        model: A folder, or a hub name, which is downloaded.
-        revision: Commit of the hub repository; for a folder it is not needed.
+        model: A folder, or the name of a hub repository.
+        revision: Commit of the hub repository; ignored for a folder.
 
     Returns:
-        The folder, and the hub's commit or None.
+        The folder, and the commit of the hub repository or None.
 
     Raises:
-        CheckpointError: There is no such folder, or the hub cannot be reached.
-        MissingExtra: A hub name was given and the hub's client is not installed.
+        CheckpointError: The folder does not exist, or the download failed.
+        MissingExtra: A hub name is given and the hub's client is not installed.
     """
     folder = Path(model)
     if folder.is_dir():
         return folder, None
     if folder.exists() or not HUB_NAME.match(model):
         raise CheckpointError(
-            f"--model {model} is not a folder; pass a checkpoint's folder, or a hub name such as nvidia/NV-Embed-v2"
+            f"--model {model} is not a folder; pass a checkpoint folder or a hub name such as nvidia/NV-Embed-v2"
         )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as err:
-        raise MissingExtra(
-            f"--model {model} is a hub name and huggingface_hub is not installed; pip install 'nvembed-deploy[export]'"
-        ) from err
-    try:
-        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
-    except Exception as err:  # the client raises its own, its HTTP library's and the system's errors
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
-        raise CheckpointError(
-            f"--model {model} is no folder here, and as a hub name it could not be downloaded ({reason}); check the "
-            "name and the network, or download it elsewhere and pass its folder"
-        ) from err
+    path = download(model, revision, HUB_FILES)
     return path, path.name
 
 
-def describe(folder: Path, name: str, revision: str | None, config: ModelConfig, pace: Pace | None = None) -> Source:
-    """Hashes the checkpoint's files, which for a large one takes as long as reading it.
+def describe(
+    folder: Path, name: str, revision: str | None, config: ModelConfig, read_ahead: ReadAhead | None = None
+) -> Source:
+    """Hashes the files of a checkpoint and checks them, which for a large one takes as long as reading it.
 
-    What is known of them is compared: NVIDIA's published hashes, a list that lies beside them, and the hub's cache,
-    whose files have their hash for a name.
+    The hashes are compared with NVIDIA's published ones, with a `SHA256SUMS` file in the folder, and with the names of
+    files in the hub's cache, which are their hashes.
 
     Args:
         folder: The checkpoint.
-        name: What the user calls it.
+        name: Name of the model as the user gave it.
         revision: Commit of the hub repository.
-        config: Its architecture.
-        pace: Another reader of the weights' files that hashing must not leave behind.
+        config: Architecture of the checkpoint.
+        read_ahead: Limits how far hashing may be ahead of another reader of the weights.
 
     Raises:
-        CheckpointError: A file has another hash than it should.
+        CheckpointError: The hash of a file is not the expected one.
     """
-    listed = _listed_hashes(folder)
+    listed_hashes = _listed_hashes(folder)
     paths = (folder / "config.json", folder / "tokenizer.json", *weight_files(folder))
-    files = {path.name: hash_file(path, before=pace.wait if pace else None) for path in paths}
-    # A fine-tuned model has shards of the same sizes: only beside a published shard must the others be published ones.
+    files = {path.name: hash_file(path, before=read_ahead.wait if read_ahead else None) for path in paths}
+    # A fine-tuned model has shards of the same sizes: the hashes are expected only if one of its shards is published.
     is_published = any(entry.sha256 in KNOWN_SHARDS.values() for entry in files.values())
     for path in paths:
         entry = files[path.name]
         published = KNOWN_SHARDS.get(entry.bytes) if is_published else None
-        for what, wanted in (
+        for origin, expected in (
             ("NV-Embed-v2's shard of this size", published),
-            (f"{HASH_LIST} beside it", listed.get(path.name)),
-            ("the hub's name for it", _blob_hash(path)),
+            (HASH_LIST, listed_hashes.get(path.name)),
+            ("the hub", _blob_hash(path)),
         ):
-            if wanted is not None and wanted != entry.sha256:
+            if expected is not None and expected != entry.sha256:
                 raise CheckpointError(
-                    f"{path} is damaged: its SHA-256 is {entry.sha256[:12]}..., that of {what} {wanted[:12]}...; "
-                    "download it again"
+                    f"{path} is damaged: its SHA-256 is {entry.sha256[:12]}..., but {expected[:12]}... according to "
+                    f"{origin}; download it again"
                 )
     if config.sliced:
         name = f"{name} (first {config.layers} layers)"
@@ -111,34 +102,34 @@ def describe(folder: Path, name: str, revision: str | None, config: ModelConfig,
 
 
 def _listed_hashes(folder: Path) -> dict[str, str]:
-    """File names to hashes of a list as `sha256sum` writes it, if there is one."""
+    """Returns file names and hashes from a list written by `sha256sum`, if the folder has one."""
     try:
         lines = (folder / HASH_LIST).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as err:
-        raise CheckpointError(f"{folder / HASH_LIST} cannot be read ({err}); mend or remove it") from err
+        raise CheckpointError(f"{folder / HASH_LIST} cannot be read ({err}); fix or remove it") from err
     pairs = (line.split(maxsplit=1) for line in lines)
     return {pair[1].lstrip("*").strip(): pair[0].lower() for pair in pairs if len(pair) == 2}
 
 
 def _blob_hash(path: Path) -> str | None:
-    """The hash that the hub's cache gives a large file as its name."""
+    """Returns the hash that the hub's cache uses as the name of a large file, or None outside the cache."""
     target = path.resolve()
     return target.name if target.parent.name == "blobs" and BLOB_NAME.match(target.name) else None
 
 
 def text_contract(folder: Path, config: ModelConfig) -> TextContract:
-    """What the checkpoint's tokenizer files ask for.
+    """Reads the tokenization rules of a checkpoint from its tokenizer files.
 
-    `tokenizer.json` says which special tokens stand around a text; where it forgets the EOS of a model that ends with
-    one (e5-mistral's does), `config.json` names it.
+    `tokenizer.json` defines the special tokens around a text. If it lacks the EOS of a model that needs one, as
+    e5-mistral's does, the EOS is taken from `config.json`.
 
     Raises:
-        CheckpointError: `tokenizer.json` is missing, lacks the BOS, adds what the model does not know, has ids beyond
-            the embedding table, or another file of the folder contradicts the model's pooling.
+        CheckpointError: `tokenizer.json` is missing, lacks the BOS, adds tokens that the model does not expect, or has
+            ids beyond the embedding table; or another file of the folder contradicts the model's pooling.
     """
-    relative = FAMILY[config.relative]
+    family = MODEL_FAMILIES[config.family]
     path = folder / "tokenizer.json"
     try:
         tokenizer = parse_tokenizer(path.read_bytes())
@@ -146,103 +137,119 @@ def text_contract(folder: Path, config: ModelConfig) -> TextContract:
         raise CheckpointError(
             f"{path} cannot be read ({err.strerror}); the checkpoint needs the tokenizer that it was trained with"
         ) from err
-    settings = _optional_json(folder / "tokenizer_config.json")
-    stated = read_json(folder / "config.json")
-    stated = stated.get("text_config", stated)
-    added = tokenizer.encode("a", add_special_tokens=True).ids
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    start = next((place for place in range(len(added)) if added[place : place + len(plain)] == plain), len(added))
-    prefix, suffix = added[:start], added[start + len(plain) :]
-    begin = [stated.get("bos_token_id", 1)] if relative.begins else []
-    end = [stated.get("eos_token_id", 2)] if relative.ends else []
-    if prefix != begin or (suffix and not (relative.ends and relative.end_survives)):
+    prefix_ids, suffix_ids = _special_ids(tokenizer, path, family, read_json(folder / "config.json"))
+    max_id = max(tokenizer.get_vocab().values())
+    if max_id >= config.vocab_size:
         raise CheckpointError(
-            f"{path} makes {added} of 'a', which is {plain}: {config.relative} needs {begin or 'nothing'} in front"
-            f"{'' if relative.end_survives else ' and adds what follows itself'}. Use the tokenizer.json of the "
-            "published checkpoint"
+            f"{path} does not match the model: it has token id {max_id}, and the embedding table has "
+            f"{config.vocab_size} rows"
         )
-    if relative.ends and not suffix:
-        if relative.end_by_tokenizer or not all(isinstance(token, int) for token in end):
-            raise CheckpointError(
-                f"{path} has lost the EOS that {config.relative} pools: it makes {added} of 'a'. Use the published "
-                "checkpoint's tokenizer.json"
-            )
-        suffix = end
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
-        raise CheckpointError(f"{path} has id {largest}, the embedding table {config.vocab_size} rows; they do not fit")
     _check_modules(folder, config)
     _check_pooling(folder, config)
-    prompts, default_prompt = _prompts(folder, relative)
-    pad = settings.get("pad_token")
-    pad_id = tokenizer.token_to_id(str(pad.get("content") if isinstance(pad, dict) else pad or ""))
+    prompts, default_prompt = _prompts(folder, family)
+    pad_token = _optional_json(folder / "tokenizer_config.json").get("pad_token")
+    pad_id = tokenizer.token_to_id(str(pad_token.get("content") if isinstance(pad_token, dict) else pad_token or ""))
     return TextContract(
-        prefix_ids=tuple(prefix),
-        suffix_ids=tuple(suffix),
-        pad_id=(suffix or prefix)[0] if pad_id is None else pad_id,
+        prefix_ids=tuple(prefix_ids),
+        suffix_ids=tuple(suffix_ids),
+        pad_id=(suffix_ids or prefix_ids)[0] if pad_id is None else pad_id,
         mask_prompt=config.mask_instruction,
         max_tokens=config.max_positions,
-        suffix_survives=relative.end_survives,
-        mask_prefix=relative.mask_begin,
+        keep_suffix_on_truncation=family.keep_eos_on_truncation,
+        exclude_prefix_from_pooling=family.exclude_bos_from_pooling,
         pool_last=config.pooling is Pooling.LAST,
-        instruction_template=relative.template,
+        instruction_template=family.template,
         default_prompt=default_prompt,
         prompts=prompts,
     )
 
 
-def _prompts(folder: Path, relative: Relative) -> tuple[dict[str, str], str]:
-    """The prompts by name, and that of a text for which none is asked.
+def _special_ids(
+    tokenizer: Tokenizer, path: Path, family: ModelFamily, config: dict[str, Any]
+) -> tuple[list[int], list[int]]:
+    """Returns the special tokens before and after a text.
 
-    sentence-transformers writes empty ones where a model was saved without any: those take nothing away.
+    Raises:
+        CheckpointError: They are not those that the family expects.
     """
-    stated = _optional_json(folder / "config_sentence_transformers.json")
-    found = stated.get("prompts")
-    named = {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
-    prompts = dict(relative.prompts)
-    prompts |= {name: text for name, text in named.items() if text or name not in prompts}
-    return prompts, prompts.get(str(stated.get("default_prompt_name")), relative.default_prompt)
+    text_config = config.get("text_config", config)
+    with_specials = tokenizer.encode("a", add_special_tokens=True).ids
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    starts = (index for index in range(len(with_specials)) if with_specials[index : index + len(plain)] == plain)
+    start = next(starts, len(with_specials))
+    prefix_ids, suffix_ids = with_specials[:start], with_specials[start + len(plain) :]
+    bos = [text_config.get("bos_token_id", 1)] if family.add_bos else []
+    eos = [text_config.get("eos_token_id", 2)] if family.add_eos else []
+    if prefix_ids != bos or (suffix_ids and not (family.add_eos and family.keep_eos_on_truncation)):
+        suffix = "" if family.keep_eos_on_truncation else " and no token after it"
+        raise CheckpointError(
+            f"{path} encodes 'a' as {with_specials}, and {family.name} needs {bos or 'no token'} before {plain}"
+            f"{suffix}; use the tokenizer.json of the published checkpoint"
+        )
+    if family.add_eos and not suffix_ids:
+        if family.tokenizer_adds_eos or not all(isinstance(token, int) for token in eos):
+            raise CheckpointError(
+                f"{path} does not add the EOS that {family.name} pools: it encodes 'a' as {with_specials}; use the "
+                "tokenizer.json of the published checkpoint"
+            )
+        suffix_ids = eos
+    return prefix_ids, suffix_ids
+
+
+def _prompts(folder: Path, family: ModelFamily) -> tuple[dict[str, str], str]:
+    """Returns the named prompts, and the default prompt.
+
+    sentence-transformers writes empty prompts for a model that was saved without any; they do not replace the family's.
+    """
+    config = _optional_json(folder / "config_sentence_transformers.json")
+    stored = config.get("prompts")
+    stored_prompts = stored.items() if isinstance(stored, dict) else ()
+    prompts = dict(family.prompts)
+    for name, prompt in stored_prompts:
+        if isinstance(prompt, str) and (prompt or name not in family.prompts):
+            prompts[name] = prompt
+    return prompts, prompts.get(str(config.get("default_prompt_name")), family.default_prompt)
 
 
 def _check_modules(folder: Path, config: ModelConfig) -> None:
-    """Refuses a sentence-transformers folder with a module behind the pooling that changes vectors."""
+    """Refuses a sentence-transformers folder with a module after the pooling that changes the vectors."""
     path = folder / "modules.json"
     if not path.exists():
         return
     try:
-        kinds = [str(module["type"]).rpartition(".")[2] for module in json.loads(path.read_text(encoding="utf-8"))]
+        modules = [str(module["type"]).rpartition(".")[2] for module in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, KeyError, TypeError) as err:
         raise CheckpointError(f"{path} is damaged ({err}); download it again, or remove it") from err
-    if strange := [kind for kind in kinds[1:] if kind not in HARMLESS_MODULES]:
+    if unsupported := [module for module in modules[1:] if module not in ALLOWED_MODULES]:
         raise CheckpointError(
-            f"{path} puts {', '.join(strange)} behind the model, and {config.relative} has nothing there: the vectors "
-            "would be others; this checkpoint cannot be exported"
+            f"{path} has {', '.join(unsupported)} after the model, which {config.family} does not have and which would "
+            "change the vectors; this checkpoint cannot be exported"
         )
 
 
 def _check_pooling(folder: Path, config: ModelConfig) -> None:
-    """Refuses a folder whose sentence-transformers files pool otherwise than its architecture does."""
+    """Refuses a folder whose sentence-transformers files contradict the pooling of its architecture."""
     path = folder / "1_Pooling" / "config.json"
-    stated = _optional_json(path)
-    if "pooling_mode" in stated:  # as sentence-transformers 6 writes it
-        modes = stated["pooling_mode"]
-        chosen = {f"{modes}"} if isinstance(modes, str) else set(map(str, modes))
+    settings = _optional_json(path)
+    if "pooling_mode" in settings:  # written by sentence-transformers 6
+        mode = settings["pooling_mode"]
+        modes = {mode} if isinstance(mode, str) else set(map(str, mode))
     else:
-        chosen = {
+        modes = {
             name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-            for name, on in stated.items()
-            if name.startswith("pooling_mode_") and on
+            for name, enabled in settings.items()
+            if name.startswith("pooling_mode_") and enabled
         }
-    wanted = "lasttoken" if config.pooling is Pooling.LAST else "mean"
-    if chosen and chosen != {wanted}:
+    expected = "lasttoken" if config.pooling is Pooling.LAST else "mean"
+    if modes and modes != {expected}:
         raise CheckpointError(
-            f"{path} pools {', '.join(sorted(chosen))}, and {config.relative} pools {wanted}: one of the two is wrong, "
-            "and the vectors would be; correct the file, or remove it"
+            f"{path} has pooling {', '.join(sorted(modes))}, but {config.family} has {expected}. One of them is wrong "
+            "and would lead to wrong vectors; correct the file, or remove it"
         )
-    if wanted == "mean" and stated.get("include_prompt") is False and not config.mask_instruction:
+    if expected == "mean" and settings.get("include_prompt") is False and not config.mask_instruction:
         raise CheckpointError(
-            f"{path} leaves the prompt out of the mean, and {config.relative} pools it: one of the two is wrong, and "
-            "the vectors would be; correct the file, or remove it"
+            f"{path} excludes the prompt from pooling, but {config.family} pools it. One of them is wrong and would "
+            "lead to wrong vectors; correct the file, or remove it"
         )
 
 

@@ -1,1 +1,1 @@
-"""Parity: how far two embedders are apart on real text, and whether that passes."""
+"""Parity: how much two embedders differ on real text, and whether the difference is within tolerance."""

@@ -1,4 +1,4 @@
-"""The gate of a bundle's graphs and plan: what this machine can run is judged by the reference's vectors."""
+"""The parity gate: compares the graphs and plan of a bundle with the reference, as far as this machine runs them."""
 
 from __future__ import annotations
 
@@ -17,76 +17,84 @@ from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.console import program, say
 from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
 from nvembed_deploy.model.config import ModelConfig
-from nvembed_deploy.parity.compare import compare, require, require_mask
-from nvembed_deploy.parity.probes import Truth
+from nvembed_deploy.parity.compare import compare, require_mask, require_passed
+from nvembed_deploy.parity.probes import ReferenceOutputs
 from nvembed_deploy.spec import Precision, Shape
 from nvembed_deploy.tokenization import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """What candidates are measured by."""
+    """Compares candidates with the reference outputs and refuses those outside the tolerance."""
 
-    truth: Truth
+    reference: ReferenceOutputs
     text: TextEncoder
     model: ModelConfig
     precision: Precision
-    largest: Shape
+    max_shape: Shape
 
     def graphs(self, folder: Path) -> list[ParityReport]:
-        """Judges the graphs that ONNX Runtime can run: the engine's own, node by node, and the CPU's.
+        """Checks the graphs that ONNX Runtime can run: the engine's graph, executed as written, and the CPU graph.
+
+        Returns:
+            A report for each graph.
 
         Raises:
-            ParityError: One is outside the tolerance.
+            ParityError: A graph is outside the tolerance.
+            MaskError: A graph has another attention mask than the model.
         """
         reports = []
         if self.precision is not Precision.BF16:  # ONNX Runtime has no kernels for it
             with step("comparing ONNX with PyTorch"):
-                reports.append(self._judge(OrtBackend(folder / GRAPH, as_written=self.precision.quantized)))
+                reports.append(self._check(OrtBackend(folder / GRAPH, as_written=self.precision.quantized)))
         if self.precision.has_cpu_graph:
-            with step("comparing the CPU's graph with PyTorch"):
-                reports.append(self._judge(OrtBackend(folder / CPU_GRAPH, note=CPU_NOTES[self.precision.base])))
+            with step("comparing the CPU graph with PyTorch"):
+                reports.append(self._check(OrtBackend(folder / CPU_GRAPH, note=CPU_NOTES[self.precision.base])))
         return reports
 
-    def plan(self, content: memoryview, info: PlanInfo, graph: Path) -> list[ParityReport]:
-        """Runs a plan where there is a GPU for it; elsewhere nothing is judged, and it is said.
+    def plan(self, content: memoryview, plan_info: PlanInfo, graph: Path) -> list[ParityReport]:
+        """Checks a plan if this machine has a GPU that runs it; otherwise prints why the plan was not run.
+
+        Returns:
+            One report, or none if the plan was not run.
 
         Raises:
-            ParityError: It is outside the tolerance.
-            EngineError: TensorRT refuses to load or to run it.
+            ParityError: The plan is outside the tolerance.
+            MaskError: The plan has another attention mask than the model.
+            EngineError: TensorRT cannot load or run the plan.
         """
         try:
             cuda = CudaRuntime.load()
             device = cuda.device(0)
-            width = self.model.hidden_size
-            candidate = TrtBackend(content, info, dimension=width, device=device, cuda=cuda, graph=graph)
+            dim = self.model.hidden_size
+            candidate = TrtBackend(content, plan_info, dimension=dim, device=device, cuda=cuda, graph=graph)
         except (DeviceMismatchError, MissingExtra) as err:
-            cure = f"On its GPU: {program('check')} BUNDLE --device cuda"
-            say(f"  the plan was not run ({err}); its graph was compared. {cure}")
+            cure = f"To check it on its GPU: {program('check')} BUNDLE --device cuda"
+            say(f"  the plan was not run ({err}); its graph is compared instead. {cure}")
             return []
         with step("comparing the plan with PyTorch"):
-            return [self._judge(candidate)]
+            return [self._check(candidate)]
 
-    def _judge(self, candidate: Backend) -> ParityReport:
-        require_mask(candidate, self.text, self.model.mask)  # first: vectors can hide it
-        report = compare(self.truth, candidate, self.text, precision=self.precision, largest=self.largest)
+    def _check(self, candidate: Backend) -> ParityReport:
+        require_mask(candidate, self.text, self.model.mask)  # first, because the vectors may not reveal a wrong mask
+        report = compare(self.reference, candidate, self.text, precision=self.precision, max_shape=self.max_shape)
         say(f"  {report.summary()}")
-        return require(report)
+        return require_passed(report)
 
 
-def verdict(reports: Sequence[ParityReport], info: PlanInfo | None) -> str:
-    """What the reports say of a bundle, in words: a graph that passed is no plan that ran."""
+def verdict(reports: Sequence[ParityReport], plan_info: PlanInfo | None) -> str:
+    """Summarizes the reports of a bundle, distinguishing a plan that was run from one whose graph was compared."""
     if not reports:
         return "parity NOT checked: the bundle was exported with --no-parity"
-    if info is None or any(info.runtime in report.candidate for report in reports):
+    if plan_info is None or any(plan_info.runtime in report.candidate for report in reports):
         return "parity passed"
-    return "parity of its graph passed, the plan was not run"
+    return "parity of the graph passed, the plan was not run"
 
 
 @contextmanager
-def step(what: str) -> Iterator[None]:
-    """Says what is being done, and then how long it took."""
+def step(description: str) -> Iterator[None]:
+    """Prints the description of a step, and its duration when the step is done."""
     started = time.monotonic()
-    say(f"  {what} ...")
+    say(f"  {description} ...")
     yield
-    say(f"  {what}: {time.monotonic() - started:.1f} s")
+    say(f"  {description}: {time.monotonic() - started:.1f} s")

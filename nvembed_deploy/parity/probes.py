@@ -1,7 +1,8 @@
-"""The probes: texts and shapes that break embedding engines, and what the reference makes of them.
+"""The probes: texts and shapes that break embedding engines, and the reference model's vectors for them.
 
-Instructed, padded, one token, the longest input, other scripts, special-token strings. `Truth` travels in a bundle as
-`truth.npz`, so that a machine without the checkpoint, or without room for it, can judge the engine it has built.
+They cover instructions, padding, one token, the longest input, other scripts, and special-token strings.
+`ReferenceOutputs` is stored in a bundle as `reference.npz`, so that a machine without the checkpoint, or without the
+memory for it, can check the engine that it has built.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.bundle.parity_report import DEPTH
+from nvembed_deploy.bundle.parity_report import TOP_K
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order
 from nvembed_deploy.spec import Shape
@@ -53,140 +54,150 @@ LONG_TEXT = (
     "the coastline for nearly nine hundred miles, resting on estuaries. def parse(line): return line.split(',') "
 )
 """Repeated until it fills the longest input."""
-LONGEST_TOKENS = 4096
-"""Most tokens of a probe: attention's cost grows with the square. A report says how long its longest was."""
+MAX_PROBE_TOKENS = 4096
+"""Maximum length of a probe, since the cost of attention is quadratic. A report gives the length of its longest."""
 QUERIES, PASSAGES = 40, 200
 RETRIEVAL_TOKENS = 96
-"""Passages are cut to this: enough to rank them, and little enough for a large model on a CPU."""
+"""Passages are truncated to this length: enough to rank them, and affordable for a large model on a CPU."""
 RETRIEVAL_PACKAGES = ("asyncio", "email", "multiprocessing", "pathlib", "shutil", "socket", "unittest", "urllib", "xml")
-"""Of Python's own library, whose documentation is the retrieval gate's text; calibration reads others."""
+"""Packages of Python's standard library whose docstrings are the retrieval texts; calibration uses other packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Ten best passages of each query, by the reference."""
+    """The ten best passages of each query, ranked by the reference."""
 
     rows: list[TokenRow]
-    """`QUERIES` queries, then the passages."""
-    best: NDArray[np.int32]
-    """int32 [Q, `DEPTH`], indices of passages."""
+    """The first `QUERIES` rows are queries, the others passages."""
+    top_passages: NDArray[np.int32]
+    """Indices of passages, int32 [Q, `TOP_K`], the best first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Truth:
-    """The probes as tokens, and the reference's vectors of them."""
+class ReferenceOutputs:
+    """The tokenized probes and the reference's vectors for them."""
 
     reference: str
-    """What made the vectors."""
+    """Name of the backend that computed the vectors."""
     names: tuple[str, ...]
+    """Description of each probe, for reports."""
     rows: list[TokenRow]
-    """The longest first."""
+    """The probes; the two longest come first."""
     vectors: NDArray[np.float32]
-    """float32 [P, D], each text alone in its batch."""
+    """float32 [P, D], each text embedded in a batch of its own."""
     ranking: Ranking | None
-    """None where rounding is too fine to move it."""
+    """None for precisions whose rounding is too fine to change it."""
 
-    def up_to(self, tokens: int) -> Truth:
-        """The same without probes longer than an engine's longest input; the ranking goes if one of its rows does."""
-        fit = [index for index, row in enumerate(self.rows) if len(row) <= tokens]
+    def up_to(self, tokens: int) -> ReferenceOutputs:
+        """Returns the outputs without probes of more than `tokens` tokens, and without a ranking that has such rows."""
+        fitting = [index for index, row in enumerate(self.rows) if len(row) <= tokens]
         ranking = self.ranking
         if ranking is not None and max(map(len, ranking.rows)) > tokens:
             ranking = None
-        return Truth(
+        return ReferenceOutputs(
             reference=self.reference,
-            names=tuple(self.names[index] for index in fit),
-            rows=[self.rows[index] for index in fit],
-            vectors=self.vectors[fit],
+            names=tuple(self.names[index] for index in fitting),
+            rows=[self.rows[index] for index in fitting],
+            vectors=self.vectors[fitting],
             ranking=ranking,
         )
 
     def to_bytes(self) -> bytes:
-        """The content of `truth.npz`: NumPy's format, arrays of numbers only."""
-        words = json.dumps({"reference": self.reference, "names": self.names}).encode()
-        arrays = {"words": np.frombuffer(words, dtype=np.uint8), "vectors": self.vectors, **_packed("probe", self.rows)}
+        """Serializes the outputs to the content of `reference.npz`, in NumPy's format and without pickled objects."""
+        metadata = json.dumps({"reference": self.reference, "names": self.names}).encode()
+        arrays = {
+            "metadata": np.frombuffer(metadata, dtype=np.uint8),
+            "vectors": self.vectors,
+            **_pack_rows("probe", self.rows),
+        }
         if self.ranking is not None:
-            arrays |= {"best": self.ranking.best, **_packed("ranked", self.ranking.rows)}
+            arrays |= {"top_passages": self.ranking.top_passages, **_pack_rows("ranked", self.ranking.rows)}
         file = io.BytesIO()
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         return file.getvalue()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Truth:
-        """Reads what `to_bytes` wrote; nothing is unpickled.
+    def from_bytes(cls, content: bytes) -> ReferenceOutputs:
+        """Parses content written by `to_bytes`; nothing is unpickled.
 
         Raises:
-            BundleError: It is damaged.
+            BundleError: The content is damaged.
         """
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                words = json.loads(arrays["words"].tobytes())
+                metadata = json.loads(arrays["metadata"].tobytes())
                 ranking = None
-                if "best" in arrays:
-                    ranking = Ranking(rows=_unpacked("ranked", arrays), best=arrays["best"].astype(np.int32))
-                truth = cls(
-                    reference=str(words["reference"]),
-                    names=tuple(map(str, words["names"])),
-                    rows=_unpacked("probe", arrays),
+                if "top_passages" in arrays:
+                    top_passages = arrays["top_passages"].astype(np.int32)
+                    ranking = Ranking(rows=_unpack_rows("ranked", arrays), top_passages=top_passages)
+                outputs = cls(
+                    reference=str(metadata["reference"]),
+                    names=tuple(map(str, metadata["names"])),
+                    rows=_unpack_rows("probe", arrays),
                     vectors=arrays["vectors"].astype(np.float32),
                     ranking=ranking,
                 )
-            fits = len(truth.names) == len(truth.rows) == len(truth.vectors) > 0 and truth.vectors.ndim == 2
-            if not fits or (ranking is not None and ranking.best.shape != (QUERIES, DEPTH)):
-                raise ValueError("its parts are of different lengths")
+            same_length = len(outputs.names) == len(outputs.rows) == len(outputs.vectors) > 0
+            has_ranking_shape = ranking is None or ranking.top_passages.shape == (QUERIES, TOP_K)
+            if not (same_length and outputs.vectors.ndim == 2 and has_ranking_shape):
+                raise ValueError("its arrays have different lengths")
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as err:
-            raise BundleError(f"truth.npz is damaged ({err}); make the bundle again, or copy it again") from err
-        return truth
+            raise BundleError(f"reference.npz is damaged ({err}); export the bundle again, or copy it again") from err
+        return outputs
 
 
-def _packed(name: str, rows: list[TokenRow]) -> dict[str, NDArray[np.int32]]:
+def _pack_rows(name: str, rows: list[TokenRow]) -> dict[str, NDArray[np.int32]]:
+    """Stores rows as two arrays: all ids in a row, and the length and prompt length of each row."""
     return {
         f"{name}_ids": np.concatenate([np.asarray(row.ids, dtype=np.int32) for row in rows]),
         f"{name}_lengths": np.array([[len(row), row.prompt_tokens] for row in rows], dtype=np.int32),
     }
 
 
-def _unpacked(name: str, arrays: np.lib.npyio.NpzFile) -> list[TokenRow]:
+def _unpack_rows(name: str, arrays: np.lib.npyio.NpzFile) -> list[TokenRow]:
     ids, lengths = arrays[f"{name}_ids"], arrays[f"{name}_lengths"]
     if lengths[:, 0].min() < 1 or lengths[:, 0].sum() != len(ids):
-        raise ValueError("its lengths do not fit its tokens")
-    parts = np.split(ids, np.cumsum(lengths[:-1, 0]))
+        raise ValueError("its lengths do not match its tokens")
+    ids_per_row = np.split(ids, np.cumsum(lengths[:-1, 0]))
     return [
-        TokenRow(ids=part.tolist(), prompt_tokens=int(prompt), truncated=False)
-        for part, (_, prompt) in zip(parts, lengths, strict=True)
+        TokenRow(ids=row_ids.tolist(), prompt_tokens=int(prompt_tokens), truncated=False)
+        for row_ids, (_, prompt_tokens) in zip(ids_per_row, lengths, strict=True)
     ]
 
 
-def probe_rows(text: TextEncoder, longest: int) -> tuple[list[str], list[TokenRow]]:
-    """The probes as tokens, the longest inputs first.
+def probe_rows(text: TextEncoder, max_tokens: int) -> tuple[list[str], list[TokenRow]]:
+    """Tokenizes the probes; the two longest inputs come first.
 
     Args:
         text: The model's text encoder.
-        longest: Tokens of the longest probe; the others are cut to it.
+        max_tokens: Length of the longest probe, to which the others are truncated.
 
     Returns:
-        A name for each row, and the rows.
+        A description of each row, and the rows.
     """
-    prompt, bare = text.query_prompt(INSTRUCTION), text.prompt(None, None)
-    long_text = LONG_TEXT * (1 + longest // 40)
+    query_prompt, default_prompt = text.query_prompt(INSTRUCTION), text.prompt(None, None)
+    long_text = LONG_TEXT * (1 + max_tokens // 40)
     names, rows = [], []
     for instructed, body in ((False, long_text), (True, long_text), *PROBES):
-        row = text.tokenize([body], prompt=prompt if instructed else bare, max_length=longest)[0]
-        if len(row) > row.prompt_tokens:  # a tiny --max leaves no room behind the instruction
+        prompt = query_prompt if instructed else default_prompt
+        row = text.tokenize([body], prompt=prompt, max_length=max_tokens)[0]
+        if len(row) > row.prompt_tokens:  # a very small --max leaves no room after the instruction
             rows.append(row)
             names.append(f"{'instructed ' if instructed else ''}{body[:40]!r} ({len(row)} tokens)")
     return names, rows
 
 
-def longest_probe(text: TextEncoder, largest: Shape) -> int:
-    """Tokens of the longest probe for an engine that takes batches up to `largest`."""
-    return min(largest.tokens, text.contract.max_tokens, LONGEST_TOKENS)
+def longest_probe(text: TextEncoder, max_shape: Shape) -> int:
+    """Returns the length in tokens of the longest probe for an engine that takes batches up to `max_shape`."""
+    return min(max_shape.tokens, text.contract.max_tokens, MAX_PROBE_TOKENS)
 
 
-def retrieval_rows(text: TextEncoder, largest: Shape) -> list[TokenRow]:
-    """Queries and then passages: summaries of Python's own documentation, and what stands below them."""
+def retrieval_rows(text: TextEncoder, max_shape: Shape) -> list[TokenRow]:
+    """Tokenizes the retrieval texts: first docstring summaries as queries, then docstring bodies as passages."""
     summaries, bodies = zip(*in_mixed_order(docstring_pairs(under=RETRIEVAL_PACKAGES))[:PASSAGES], strict=True)
-    longest = min(RETRIEVAL_TOKENS, longest_probe(text, largest))
-    whole = longest == RETRIEVAL_TOKENS  # else a prompt may leave nothing to pool
-    prompt, bare = (text.query_prompt(INSTRUCTION), text.prompt(None, None)) if whole else ("", "")
-    rows = text.tokenize(summaries[:QUERIES], prompt=prompt, max_length=longest)
-    return rows + text.tokenize(bodies, prompt=bare, max_length=longest)
+    max_tokens = min(RETRIEVAL_TOKENS, longest_probe(text, max_shape))
+    query_prompt = default_prompt = ""
+    if max_tokens == RETRIEVAL_TOKENS:  # in shorter rows a prompt could leave no token to pool
+        query_prompt, default_prompt = text.query_prompt(INSTRUCTION), text.prompt(None, None)
+    rows = text.tokenize(summaries[:QUERIES], prompt=query_prompt, max_length=max_tokens)
+    return rows + text.tokenize(bodies, prompt=default_prompt, max_length=max_tokens)

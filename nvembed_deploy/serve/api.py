@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
@@ -21,9 +22,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from nvembed_deploy.coalescer import Claim, Coalescer
+from nvembed_deploy.coalescer import Coalescer, Reservation
 from nvembed_deploy.encoder import Encoder
-from nvembed_deploy.errors import ConfigError, DeployError, InputError, InputTypeError, OverloadedError
+from nvembed_deploy.errors import ConfigError, DeadlineError, DeployError, InputError, InputTypeError, OverloadedError
+from nvembed_deploy.serve.connection import BusyLimit
 from nvembed_deploy.serve.metrics import Metrics
 from nvembed_deploy.serve.requests import EmbeddingsBody, Limits, Refused, parse
 from nvembed_deploy.tokenization import TokenRow
@@ -60,17 +62,17 @@ class Service:
         self._health_until, self._well = 0.0, False
 
     def close(self) -> None:
-        """Ends what runs."""
-        self.coalescer.close()
-        self.text_pool.shutdown()
-        self.health_pool.shutdown()
+        """Ends what runs, within the time that a request may take."""
+        self.coalescer.close(max_seconds=self.limits.seconds)
+        self.text_pool.shutdown(wait=False, cancel_futures=True)
+        self.health_pool.shutdown(wait=False, cancel_futures=True)
 
     async def respond(self, request: Request) -> Response:
         """The answer to POST /v1/embeddings, whatever happens, and counted."""
         started = time.perf_counter()
         try:
-            answer = await asyncio.wait_for(self._answer(request), self.limits.seconds)
-        except asyncio.TimeoutError:
+            answer = await asyncio.wait_for(self._answer(request, started), self.limits.seconds)
+        except (asyncio.TimeoutError, DeadlineError):
             answer = _error(
                 Refused(504, f"no answer within {self.limits.seconds:g} s; send fewer texts or try again later")
             )
@@ -86,40 +88,40 @@ class Service:
             self.metrics.seconds.observe(time.perf_counter() - started)
         return answer
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request, started: float) -> Response:
         """The vectors of a request; what goes wrong is a `Refused`."""
-        body, texts = parse(await _read(request, self.limits.body_bytes), self.limits)
+        loop = asyncio.get_running_loop()
+        content = await _read(request, self.limits.body_bytes)
+        body, texts = await loop.run_in_executor(self.text_pool, parse, content, self.limits)
         if body.model != self.name:
             message = f"there is no model {body.model[:100]!r} here; it is {self.name!r}"
             raise Refused(404, message, param="model", code="model_not_found")
         try:
-            claim = self.coalescer.claim(len(texts))  # before a text is tokenized
+            remaining_seconds = self.limits.seconds - (time.perf_counter() - started)
+            reservation = self.coalescer.reserve(len(texts), max_seconds=remaining_seconds)  # before tokenization
         except OverloadedError as err:
             raise Refused(429, str(err), code="overloaded") from err
-        loop = asyncio.get_running_loop()
         try:
             rows = await loop.run_in_executor(self.text_pool, _tokenize, self.encoder, body, texts)
             tokens = sum(map(len, rows))
             if tokens > self.limits.tokens:
                 message = f"'input' has {tokens} tokens, at most {self.limits.tokens} are taken; split it"
                 raise Refused(422, message, param="input")
-            vectors = await self._embed(request, claim, rows, body.dimensions)
+            vectors = await self._embed(request, reservation, rows, body.dimensions)
         finally:
-            claim.release()
+            reservation.release()
         self.metrics.texts.inc(len(texts))
         self.metrics.tokens.inc(tokens)
         self.metrics.cut.inc(sum(row.truncated for row in rows))
-        content = await loop.run_in_executor(
-            self.text_pool, _rendered, vectors, body.encoding_format, self.name, tokens
-        )
-        return Response(content, media_type="application/json")
+        answer = await loop.run_in_executor(self.text_pool, _rendered, vectors, body.encoding_format, self.name, tokens)
+        return Response(answer, media_type="application/json")
 
     async def _embed(
-        self, request: Request, claim: Claim, rows: list[TokenRow], dimensions: int | None
+        self, request: Request, reservation: Reservation, rows: list[TokenRow], dimensions: int | None
     ) -> NDArray[np.float32]:
         """The vectors; a client that goes away, or a deadline, takes its request out of the queue."""
         try:
-            future = asyncio.wrap_future(claim.submit(rows, dimensions=dimensions))
+            future = asyncio.wrap_future(reservation.submit(rows, dimensions=dimensions))
         except OverloadedError as err:
             raise Refused(503, str(err), code="overloaded") from err
         gone = asyncio.ensure_future(_gone(request))
@@ -128,6 +130,10 @@ class Service:
             if not future.done():
                 raise Refused(CLIENT_GONE, "the client went away")
             return future.result()
+        except DeadlineError:
+            raise
+        except OverloadedError as err:  # the server is stopping
+            raise Refused(503, str(err), code="overloaded") from err
         except ConfigError as err:
             raise Refused(400, str(err), param="dimensions") from err
         except DeployError as err:
@@ -165,6 +171,7 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
     # The interactive pages load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="nvembed-deploy", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
 
+    app.add_middleware(BusyLimit)
     schema = {"requestBody": {"content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}}}
 
     @app.exception_handler(HTTPException)
@@ -175,11 +182,20 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
     async def embeddings(request: Request) -> Response:
         return await service.respond(request)
 
+    description = {"id": name, "object": "model", "created": 0, "owned_by": "nvembed-deploy"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "nvembed-deploy"}]}
+        return {"object": "list", "data": [description]}
 
-    @app.get("/health")
+    @app.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> Response:
+        if model_id != name:
+            message = f"there is no model {model_id[:100]!r} here; it is {name!r}"
+            return _error(Refused(404, message, param="model", code="model_not_found"))
+        return JSONResponse(description)
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         """A real forward: what answers here can embed."""
         if not await service.well():
@@ -194,7 +210,7 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
 
 
 async def _read(request: Request, most: int) -> bytes:
-    if request.headers.get("content-encoding", "identity") != "identity":
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise Refused(415, "compressed bodies are not taken; send the JSON as it is")
     parts, size = [], 0
     async for part in request.stream():
@@ -221,16 +237,15 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _rendered(vectors: NDArray[np.float32], form: str, name: str, tokens: int) -> bytes:
-    """The answer's JSON, a row at a time: between rows other threads have their turn."""
-    rows = []
-    for index, vector in enumerate(vectors):
-        packed = base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii") if form == "base64" else None
-        values = vector.tolist() if packed is None else packed
-        rows.append(json.dumps({"object": "embedding", "index": index, "embedding": values}, allow_nan=False))
-    usage = json.dumps({"prompt_tokens": tokens, "total_tokens": tokens})
-    head = f'{{"object": "list", "model": {json.dumps(name)}, "usage": {usage}, "data": ['
-    return (head + ", ".join(rows) + "]}").encode()
+def _rendered(vectors: NDArray[np.float32], form: str | None, name: str, tokens: int) -> bytes:
+    """Returns the answer's JSON."""
+    rows: list[Any] = list(vectors)
+    if form == "base64":
+        rows = [base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii") for vector in vectors]
+    items = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    answer = {"object": "list", "model": name, "usage": usage, "data": items}
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _error(err: Refused) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,12 +12,11 @@ from contextlib import suppress
 from nvembed_deploy.coalescer import DEFAULT_MAX_WAITING
 from nvembed_deploy.console import program, run, say, url_host
 from nvembed_deploy.encoder import Encoder
-from nvembed_deploy.errors import MissingExtra
+from nvembed_deploy.errors import ConfigError, MissingExtra
 
+BACKLOG = 2048
 DRAIN_SECONDS = 2
 """Behind SIGTERM, running requests have `--timeout` and so long to end: each has its answer by then, if only a 504."""
-CONNECTIONS = 2048
-"""Open connections at a time; more are answered with 503 before a byte of theirs is read."""
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -55,33 +55,54 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             import uvicorn
 
             from nvembed_deploy.serve.api import HEALTH_TEXT, make_app
+            from nvembed_deploy.serve.connection import KEEP_ALIVE_SECONDS, Connection, connections_that_fit
             from nvembed_deploy.serve.requests import Limits
         except ImportError as err:
             raise MissingExtra(
                 f"the server needs FastAPI and uvicorn ({err}); install them: pip install 'nvembed-deploy[serve]'"
             ) from err
+        listener = bound_socket(flags.host, flags.port)  # first: opening a large bundle takes minutes
         encoder = Encoder(flags.bundle, device=flags.device, backend=flags.backend, threads=flags.threads)
         encoder.encode(HEALTH_TEXT)  # nobody is let in before the engine has answered
         name = flags.name or encoder.manifest.source.name
         app = make_app(encoder, name=name, limits=Limits(seconds=flags.timeout), max_waiting=flags.max_waiting)
+        Connection.max_connections = connections_that_fit()
         config = uvicorn.Config(
             app,
-            host=flags.host,
-            port=flags.port,
+            http=Connection,
             log_level="info" if flags.verbose else "warning",
             timeout_graceful_shutdown=math.ceil(flags.timeout) + DRAIN_SECONDS,
-            limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             server_header=False,
         )
         server = uvicorn.Server(config)
-        socket = config.bind_socket()
-        socket.listen()  # who connects from here on waits, and is not refused
-        port = socket.getsockname()[1]
+        listener.listen(BACKLOG)  # who connects from here on waits, and is not refused
+        port = listener.getsockname()[1]
         say(f"serving {name} on {encoder.backend}")
         sys.stdout.write(f"http://{url_host(flags.host)}:{port}/v1\n")
         sys.stdout.flush()
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once all requests have ended
-            server.run(sockets=[socket])
+            server.run(sockets=[listener])
         say("stopped")
 
     return run(command, verbose=flags.verbose)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound to an address; port 0 takes a free one.
+
+    Raises:
+        ConfigError: The address is not this machine's, or the port is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as err:
+        raise ConfigError(
+            f"cannot listen on {url_host(host)}:{port} ({err.strerror}); pass another --host, or --port 0"
+        ) from err
+    return bound

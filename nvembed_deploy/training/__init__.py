@@ -1,1 +1,1 @@
-"""The two-stage contrastive recipe. Needs the extra `train`."""
+"""The two-stage contrastive training recipe. Needs the extra `train`."""

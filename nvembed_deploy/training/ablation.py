@@ -1,6 +1,6 @@
-"""The variants of the recipe that an ablation compares, the paper's figures for them, and the result as a table.
+"""The variants of the recipe that an ablation compares, the paper's figures for them, and the table of results.
 
-No torch here: the documentation's table is made of a committed record.
+Imports no torch: the documentation's table is made from a committed record.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from nvembed_deploy.model.config import Pooling
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of the table."""
+    """One variant of the recipe, a row of the table."""
 
     name: str
     pooling: Pooling = Pooling.LATENT
     causal: bool = False
     stages: tuple[str, ...] = ("first", "second")
-    """Which examples are trained on, in order; `both` is one stage over all of them."""
+    """Names of the stages whose examples are trained on, in order; `both` is one stage over all examples."""
     in_batch: tuple[bool, ...] = (True, False)
     mined: bool = True
     paper: float | None = None
@@ -53,17 +53,17 @@ VARIANTS = (
 """The first six are two stages with mined negatives; `latent, bidirectional` is the full recipe."""
 
 
-def as_table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
-    sets = list(next(iter(result["variants"][0]["seeds"].values())))
+def as_table(record: dict[str, Any]) -> str:
+    """Formats the record of an ablation as a Markdown table."""
+    set_names = list(next(iter(record["variants"][0]["seeds"].values())))
     lines = [
-        f"| variant | {' | '.join(sets)} | mean (each seed) | paper, MTEB 56 |",
-        "| --- |" + " --- |" * (len(sets) + 2),
+        f"| variant | {' | '.join(set_names)} | mean (each seed) | paper, MTEB 56 |",
+        "| --- |" + " --- |" * (len(set_names) + 2),
     ]
-    for row in result["variants"]:
-        by_set = [statistics.fmean(scores[name] for scores in row["seeds"].values()) for name in sets]
-        each = ", ".join(f"{mean:.4f}" for mean in row["means"])
+    for row in record["variants"]:
+        set_means = [statistics.fmean(scores[name] for scores in row["seeds"].values()) for name in set_names]
+        seed_means = ", ".join(f"{mean:.4f}" for mean in row["means"])
         paper = "-" if row["paper"] is None else f"{row['paper']:.2f}"
-        cells = [*(f"{score:.4f}" for score in by_set), f"**{row['mean']:.4f}** ({each})", paper]
+        cells = [*(f"{score:.4f}" for score in set_means), f"**{row['mean']:.4f}** ({seed_means})", paper]
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

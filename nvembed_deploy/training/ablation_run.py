@@ -1,7 +1,7 @@
-"""What each part of the recipe brings: the same base, data and steps, one thing changed at a time.
+"""Measures the effect of each part of the recipe: the same base, data and steps, one thing changed at a time.
 
-Contrastive loss alone, no teacher, as in the paper: only the hard negatives were chosen by one. Every finished run is
-kept in the work folder, so that a killed ablation goes on where it stopped.
+Contrastive loss alone, no teacher, as in the paper; a teacher only chose the hard negatives. The scores of every
+finished run are stored in the work folder, so that an interrupted ablation resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.loop import Trainable
 from nvembed_deploy.training.options import StageOptions
 from nvembed_deploy.training.scores import Vectors, score_folder
-from nvembed_deploy.training.stage import base_digest, claim, digest, train_student
+from nvembed_deploy.training.stage import base_digest, claim_work_folder, examples_digest, train_student
 from nvembed_deploy.training.student import Student, read_base
 
 EVAL_BATCH = 64
@@ -44,20 +44,21 @@ def run(
     stage: StageOptions,
     seeds: Sequence[int],
     latent: LatentAttention,
-    most_examples: int,
+    max_examples: int,
     variants: Sequence[Variant] = VARIANTS,
 ) -> dict[str, Any]:
     """Trains and scores every variant with every seed.
 
     Args:
         base: See `student.read_base`.
-        examples: Of the stages `first` and `second`, hard negatives included.
+        examples: Examples of the stages `first` and `second`, with hard negatives.
         evaluation: See `scores.score_folder`.
-        work: A folder for each run.
-        stage: Batches and optimizer; `max_steps` are the steps of both stages together.
-        seeds: One run for each.
+        work: Folder that gets one folder for each run.
+        stage: Batches and optimizer; `max_steps` counts the steps of both stages together.
+        seeds: Each variant is trained once for each seed.
         latent: Sizes of the pooler.
-        most_examples: Of each stage; texts alone, which teach nothing without a teacher, are left out.
+        max_examples: Maximum number of examples of each stage; single texts, which teach nothing without a teacher, are
+            left out.
         variants: Rows of the table.
 
     Returns:
@@ -65,46 +66,46 @@ def run(
         by seed and their mean.
     """
     examples = {
-        name: [example for example in found if example.positive or example.label][:most_examples]
-        for name, found in examples.items()
+        name: [example for example in stage_examples if example.positive or example.label][:max_examples]
+        for name, stage_examples in examples.items()
     }
     settings = {
         "stage": {name: value for name, value in asdict(stage).items() if name != "seed"},
         "latent": asdict(latent),
         "base": base_digest(base),
         "evaluation": str(evaluation),
-        "examples": {name: digest(found) for name, found in examples.items()},
+        "examples": {name: examples_digest(stage_examples) for name, stage_examples in examples.items()},
     }
-    claim(work, settings)
+    claim_work_folder(work, settings)
     rows = []
     seconds = 0.0
     for variant in variants:
         runs = [_run(base, variant, examples, evaluation, work, replace(stage, seed=seed), latent) for seed in seeds]
-        results = [found["scores"] for found in runs]
-        seconds += sum(found["seconds"] for found in runs)
-        means = [statistics.fmean(result.values()) for result in results]
+        run_scores = [run["scores"] for run in runs]
+        seconds += sum(run["seconds"] for run in runs)
+        means = [statistics.fmean(scores.values()) for scores in run_scores]
         rows.append(
             {
                 "name": variant.name,
                 "paper": variant.paper,
-                "seeds": {str(seed): result for seed, result in zip(seeds, results, strict=True)},
+                "seeds": {str(seed): scores for seed, scores in zip(seeds, run_scores, strict=True)},
                 "means": means,
                 "mean": statistics.fmean(means),
             }
         )
-    told = {
+    reported_settings = {
         "steps": stage.max_steps,
         "batch_tokens": stage.batch_tokens,
         "learning_rate": stage.learning_rate,
         "temperature": stage.temperature,
         "negatives": stage.negatives,
-        "examples": {name: len(found) for name, found in examples.items()},
+        "examples": {name: len(stage_examples) for name, stage_examples in examples.items()},
     }
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(),
         "minutes": seconds / 60,
-        "settings": told,
+        "settings": reported_settings,
         "variants": rows,
     }
 
@@ -119,59 +120,59 @@ def _run(
     latent: LatentAttention,
 ) -> dict[str, Any]:
     folder = work / f"{variant.name.replace(', ', '-').replace(' ', '-')}-{stage.seed}"
-    kept = folder / "scores.json"
-    if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
+    record_path = folder / "scores.json"
+    if record_path.is_file():
+        finished: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
+        return finished
     started = time.monotonic()
     student = read_base(base, latent=latent, seed=stage.seed)
-    share = stage.max_steps // len(variant.stages)
+    stage_steps = stage.max_steps // len(variant.stages)
     for name, in_batch in zip(variant.stages, variant.in_batch, strict=True):
         train_student(
             student,
-            _of_stage(examples, name, mined=variant.mined, seed=stage.seed),
+            _stage_examples(examples, name, mined=variant.mined, seed=stage.seed),
             work=folder / name,
-            stage=replace(stage, in_batch=in_batch, max_steps=share),
+            stage=replace(stage, in_batch=in_batch, max_steps=stage_steps),
             pooling=variant.pooling,
             causal=variant.causal,
         )
     scores = score_folder(evaluation, lambda texts, instruction: embed(student, texts, instruction))
-    found = {"scores": scores, "seconds": time.monotonic() - started}
-    write_file(kept, json.dumps(found).encode())
-    return found
+    record = {"scores": scores, "seconds": time.monotonic() - started}
+    write_file(record_path, json.dumps(record).encode())
+    return record
 
 
-def _of_stage(examples: dict[str, list[Example]], name: str, *, mined: bool, seed: int) -> list[Example]:
-    """A stage's examples; without mining, each negative is the positive of another example, drawn at random."""
-    if name == "both":  # one after the other, so that a run cut short sees both in their proportion
+def _stage_examples(examples: dict[str, list[Example]], name: str, *, mined: bool, seed: int) -> list[Example]:
+    """Returns a stage's examples; without mining, a negative is the positive of another example drawn at random."""
+    if name == "both":  # alternating, so that a run with few steps sees both in proportion
         pairs = zip(examples["first"], examples["second"], strict=False)
-        found = [example for pair in pairs for example in pair]
+        stage_examples = [example for pair in pairs for example in pair]
     else:
-        found = examples[name]
+        stage_examples = examples[name]
     if mined:
-        return found
+        return stage_examples
     rng = random.Random(seed)
-    answers = [example.positive for example in found if example.positive]
+    answers = [example.positive for example in stage_examples if example.positive]
 
-    def drawn(example: Example) -> tuple[str, ...]:
+    def random_negatives(example: Example) -> tuple[str, ...]:
         texts = rng.choices(answers, k=len(example.negatives)) if answers else []
         return tuple(text for text in texts if text != example.positive)
 
-    return [replace(example, negatives=drawn(example)) for example in found]
+    return [replace(example, negatives=random_negatives(example)) for example in stage_examples]
 
 
 def embed(student: Student, texts: Sequence[str], instruction: str) -> Vectors:
-    """Unit rows float32 [N, D] from the model as it is trained, in batches of like length."""
+    """Embeds texts with the model in training, in batches of similar length; returns unit rows float32 [N, D]."""
     encoder = TextEncoder(student.tokenizer_json.encode(), student.contract)
     rows = encoder.tokenize(texts, prompt=encoder.prompt(instruction, None), max_length=EVAL_TOKENS)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     trainable = Trainable(student.model).eval()
-    out = np.zeros((len(rows), student.model.config.hidden_size), dtype=np.float32)
+    vectors = np.zeros((len(rows), student.model.config.hidden_size), dtype=np.float32)
     device = next(trainable.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast()):
         for start in range(0, len(order), EVAL_BATCH):
-            chosen = order[start : start + EVAL_BATCH]
-            batch = encoder.pad([rows[index] for index in chosen])
-            inputs = [torch.from_numpy(part).to(device) for part in batch]
-            out[chosen] = trainable(*inputs)[0].float().cpu().numpy()
-    return out
+            batch_indices = order[start : start + EVAL_BATCH]
+            batch = encoder.pad([rows[index] for index in batch_indices])
+            inputs = [torch.from_numpy(array).to(device) for array in batch]
+            vectors[batch_indices] = trainable(*inputs)[0].float().cpu().numpy()
+    return vectors

@@ -13,15 +13,15 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def add_adapters(model: NVEmbed, lora: Lora, *, bf16: bool) -> LoraModel:
-    """Freezes the decoder in place and puts adapters on its projections.
+    """Freezes the decoder in place and adds adapters to its projections.
 
     Args:
         model: The student.
         lora: Rank, alpha and dropout.
-        bf16: Keeps the weights that are adapted in bf16, half the memory; all else stays in FP32. For autocast.
+        bf16: Stores the adapted weights in bf16, half the memory; everything else stays in FP32. For autocast.
 
     Returns:
-        What `merge` takes after training.
+        The adapted model; `merge` takes it after training.
     """
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(PROJECTIONS), bias="none"
@@ -36,7 +36,7 @@ def add_adapters(model: NVEmbed, lora: Lora, *, bf16: bool) -> LoraModel:
 
 
 def merge(adapted: LoraModel) -> nn.Module:
-    """Adds the adapters to the weights that they adapt, in FP32; the result has the keys of a plain model."""
+    """Merges the adapters into the weights that they adapt, in FP32; the result has the keys of a plain model."""
     adapted.model.float()
     merged: nn.Module = adapted.merge_and_unload()
     return merged

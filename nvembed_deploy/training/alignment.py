@@ -1,7 +1,8 @@
-"""Lays a teacher's tokens over the student's: two tokenizers cut the same text at different characters.
+"""Aligns a teacher's tokens with the student's: the two tokenizers split the same text at different characters.
 
-A student's token gets the mean of the teacher's tokens that share characters with it, each by the number of characters
-shared. What stands in front of the text and behind it (`<s>` and `[CLS]`, `</s>` and `[SEP]`) belongs together.
+The target of a student's token is the mean of the teacher's tokens that share characters with it, weighted by the
+number of shared characters. Control tokens before the text (`<s>` and `[CLS]`) and after it (`</s>` and `[SEP]`)
+correspond to each other.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from torch import Tensor
 from nvembed_deploy.tokenization import TextContract, TokenRow
 
 Span = tuple[int, int]
-"""First character of a token and the one behind its last."""
+"""First character of a token, and the character after its last."""
 
 BEFORE: Span = (-2, -1)
-"""Stands for the control token in front of a text."""
+"""Span of the control token before a text."""
 AFTER: Span = (2**30, 2**30 + 1)
-"""Stands for the control token behind a text."""
-NOWHERE: Span = (-4, -4)
-"""Padding."""
+"""Span of the control token after a text."""
+PADDING: Span = (-4, -4)
+"""Span of a padding token."""
 
 
 def student_spans(row: TokenRow, contract: TextContract) -> list[Span]:
-    """Spans of a row that was tokenized with them, its control tokens marked."""
+    """Returns the spans of a row that was tokenized with spans, its control tokens marked."""
     spans = list(row.spans or ())
-    front = len(contract.prefix_ids)
-    spans[:front] = [BEFORE] * min(front, len(spans))
+    prefix_length = len(contract.prefix_ids)
+    spans[:prefix_length] = [BEFORE] * min(prefix_length, len(spans))
     if not row.truncated and contract.suffix_ids:
         spans[-len(contract.suffix_ids) :] = [AFTER] * len(contract.suffix_ids)
     return spans
@@ -37,23 +38,24 @@ def student_spans(row: TokenRow, contract: TextContract) -> list[Span]:
 def overlaps(
     spans: Sequence[Sequence[Span]], teacher_spans: Sequence[Sequence[Span]], *, tokens: int, teacher_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights that make a target for each of the student's tokens out of the teacher's states.
+    """Returns the weights that combine the teacher's states into a target for each of the student's tokens.
 
     Args:
-        spans: Of the student's tokens, R rows.
-        teacher_spans: Of the teacher's tokens, R rows.
-        tokens: T, the student's padded width.
-        teacher_tokens: U, the teacher's padded width.
+        spans: Spans of the student's tokens, R rows.
+        teacher_spans: Spans of the teacher's tokens, R rows.
+        tokens: T, the student's padded length.
+        teacher_tokens: U, the teacher's padded length.
 
     Returns:
-        float32 [R, T, U], rows that sum to 1 or to 0; and bool [R, T], True where there is a target.
+        float32 [R, T, U], rows that sum to 1 or 0; and bool [R, T], True where a token has a target.
     """
-    own, other = _padded(spans, tokens)[:, :, None], _padded(teacher_spans, teacher_tokens)[:, None]
-    shared = torch.minimum(own[..., 1], other[..., 1]) - torch.maximum(own[..., 0], other[..., 0])
-    weights = shared.clamp_min(0).float()
+    student = _padded(spans, tokens)[:, :, None]
+    teacher = _padded(teacher_spans, teacher_tokens)[:, None]
+    shared_chars = torch.minimum(student[..., 1], teacher[..., 1]) - torch.maximum(student[..., 0], teacher[..., 0])
+    weights = shared_chars.clamp_min(0).float()
     total = weights.sum(dim=-1, keepdim=True)
     return weights / total.clamp_min(1.0), total[..., 0] > 0
 
 
-def _padded(rows: Sequence[Sequence[Span]], width: int) -> Tensor:
-    return torch.tensor([[*row, *[NOWHERE] * (width - len(row))] for row in rows], dtype=torch.int64)
+def _padded(rows: Sequence[Sequence[Span]], length: int) -> Tensor:
+    return torch.tensor([[*row, *[PADDING] * (length - len(row))] for row in rows], dtype=torch.int64)

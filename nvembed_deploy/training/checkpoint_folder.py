@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.files.atomic import staged_folder, switch_in
+from nvembed_deploy.files.atomic import move_into_place, staged_folder
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 """Mistral's control tokens, ids 0, 1 and 2."""
@@ -20,14 +20,14 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 def write_checkpoint(
     out: Path, model: nn.Module, *, config: dict[str, Any], tokenizer_json: str, max_length: int, card: str = ""
 ) -> Path:
-    """Writes the checkpoint folder whole: FP16 weights in one file, tokenizer, and sentence-transformers' files.
+    """Writes a complete checkpoint folder: FP16 weights in one file, tokenizer, and sentence-transformers' files.
 
     Args:
-        out: Destination; what stands there is replaced in one step, its README.md kept unless `card` is given.
-        model: Trained.
+        out: Destination; an existing folder is replaced in one step, its README.md is kept unless `card` is given.
+        model: The trained model.
         config: Content of `config.json`, as from `student.nvembed_config`.
         tokenizer_json: Content of `tokenizer.json`.
-        max_length: Tokens of the longest texts that were trained on.
+        max_length: Maximum number of tokens of a text in training.
         card: Content of `README.md`.
 
     Returns:
@@ -37,9 +37,11 @@ def write_checkpoint(
         ConfigError: A weight is not finite in FP16.
     """
     tensors = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ConfigError(f"{broken[0]} holds values that FP16 cannot hold; lower --learning-rate and train again")
+    non_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if non_finite:
+        raise ConfigError(
+            f"{non_finite[0]} has values outside the range of FP16; lower --learning-rate and train again"
+        )
     old_card = out / "README.md"
     if not card and old_card.is_file():
         card = old_card.read_text(encoding="utf-8")
@@ -49,27 +51,27 @@ def write_checkpoint(
             folder / "model.safetensors",
             metadata={"format": "pt"},
         )
-        (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
+        (folder / "model.safetensors").chmod(0o644)  # safetensors makes the file readable by its owner only
         (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
         for name, content in _small_files(config, max_length).items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
-        switch_in(folder, out)
+        move_into_place(folder, out)
     return out
 
 
 def _small_files(config: dict[str, Any], max_length: int) -> dict[str, Any]:
-    width = config["hidden_size"]
+    hidden_size = config["hidden_size"]
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     modules = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     return {
         "config.json": config,
         "tokenizer_config.json": {
             "added_tokens_decoder": {
-                str(number): {"content": token, **flags, "special": True}
-                for number, token in enumerate((UNK, BOS, EOS))
+                str(token_id): {"content": token, **flags, "special": True}
+                for token_id, token in enumerate((UNK, BOS, EOS))
             },
             "bos_token": BOS,
             "clean_up_tokenization_spaces": False,
@@ -84,12 +86,12 @@ def _small_files(config: dict[str, Any], max_length: int) -> dict[str, Any]:
             for name, token in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", EOS), ("unk_token", UNK))
         },
         "modules.json": [
-            {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for place, (path, kind) in enumerate(modules)
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for index, (path, kind) in enumerate(modules)
         ],
         "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
         "1_Pooling/config.json": {
-            "word_embedding_dimension": width,
+            "word_embedding_dimension": hidden_size,
             "pooling_mode_cls_token": False,
             "pooling_mode_mean_tokens": True,
             "pooling_mode_max_tokens": False,

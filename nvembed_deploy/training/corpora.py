@@ -1,6 +1,6 @@
 """Reads training text and pairs: a folder of data sets, Python's documentation, and WordNet where it is installed.
 
-Layouts (UTF-8), told apart by the files in a data set's folder:
+Layouts (UTF-8), recognized by the files in a data set's folder:
     pairs.jsonl                      {"a", "b"}: a query or title and its passage
     corpus.jsonl, queries.jsonl,
         qrels.tsv                    {"id", "title", "text"}, {"id", "text"}, and a table query, document, score
@@ -28,11 +28,11 @@ from nvembed_deploy.training.examples import Example, read_examples
 from nvembed_deploy.training.instructions import Kind
 from nvembed_deploy.training.wordnet import definitions
 
-SHORTEST_CHARS = 3
-LONGEST_CHARS = 2400
-"""About 600 tokens: more would be cut off in training anyway."""
+MIN_CHARS = 3
+MAX_CHARS = 2400
+"""About 600 tokens; training would truncate longer texts anyway."""
 HALVES_FROM_CHARS = 240
-"""Paragraphs this long are also taught as (first half, second half)."""
+"""Paragraphs of at least this length also become a pair (first half, second half)."""
 ENTAILMENT = "entailment"
 WORDNET = "wordnet"
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])")
@@ -43,46 +43,49 @@ def read_data(folder: Path, *, wordnet: Path | None = None, packages: Path | Non
 
     Args:
         folder: Holds a folder for each data set.
-        wordnet: WordNet's database files (`data.noun` and others), such as those of Debian's package wordnet-base.
-        packages: What `apt-cache dumpavail` prints; their descriptions join in as texts.
+        wordnet: Folder of WordNet's database files (`data.noun` and others), as Debian's package wordnet-base
+            installs them.
+        packages: File with the output of `apt-cache dumpavail`; the packages' descriptions are added as texts.
 
     Raises:
         ConfigError: The folder does not exist or holds no data set of a known layout.
     """
     if not folder.is_dir():
-        raise ConfigError(f"--data {folder} is not a folder; pass the folder that holds the data sets' folders")
-    found = False
+        raise ConfigError(
+            f"--data {folder} is not a folder; pass the folder that contains one folder for each data set"
+        )
+    is_empty = True
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             for example in _read_set(path):
-                found = True
-                yield from _tidy(example)
-    if not found:
+                is_empty = False
+                yield from _trimmed(example)
+    if is_empty:
         raise ConfigError(
             f"--data {folder} holds no data set in a known layout; see nvembed_deploy/training/corpora.py"
         )
-    yield from _carried(wordnet, packages)
+    yield from _system_examples(wordnet, packages)
 
 
-def _carried(wordnet: Path | None, packages: Path | None) -> Iterator[Example]:
-    """What Python and Debian carry."""
+def _system_examples(wordnet: Path | None, packages: Path | None) -> Iterator[Example]:
+    """Yields examples from Python's documentation and, where given, from WordNet and Debian's packages."""
     pairs = [("python_docstrings", docstring_pairs()), ("python_topics", topic_pairs())]
     if wordnet is not None:
         pairs.append((WORDNET, definitions(wordnet)))
     for source, texts in pairs:
         for query, positive in texts:
-            yield from _tidy(Example(query=query, positive=positive, kind=Kind.RETRIEVAL, source=source))
+            yield from _trimmed(Example(query=query, positive=positive, kind=Kind.RETRIEVAL, source=source))
             if source == WORDNET:
-                yield from _tidy(Example(query=f"{query}: {positive}", kind=Kind.TEXT, source=f"{source}_entries"))
+                yield from _trimmed(Example(query=f"{query}: {positive}", kind=Kind.TEXT, source=f"{source}_entries"))
     for _, description in () if packages is None else package_descriptions(packages):
-        yield from _tidy(Example(query=description, kind=Kind.TEXT, source="debian_packages"))
+        yield from _trimmed(Example(query=description, kind=Kind.TEXT, source="debian_packages"))
 
 
-def _tidy(example: Example) -> Iterator[Example]:
-    query, positive = (text.strip()[:LONGEST_CHARS] for text in (example.query, example.positive))
-    negatives = tuple(text.strip()[:LONGEST_CHARS] for text in example.negatives)
+def _trimmed(example: Example) -> Iterator[Example]:
+    query, positive = (text.strip()[:MAX_CHARS] for text in (example.query, example.positive))
+    negatives = tuple(text.strip()[:MAX_CHARS] for text in example.negatives)
     texts = [query, *([positive] if example.positive else []), *negatives]
-    if min(map(len, texts)) >= SHORTEST_CHARS:
+    if min(map(len, texts)) >= MIN_CHARS:
         yield Example(
             query=query,
             positive=positive,
@@ -117,7 +120,7 @@ def _row_examples(row: dict[str, Any], source: str) -> Iterator[Example]:
         yield Example(query=row["query"], positive=row["positive"], negatives=negatives, kind=kind, source=source)
     elif "premise" in row and row.get("label") == ENTAILMENT:
         yield Example(query=row["hypothesis"], positive=row["premise"], kind=Kind.SIMILARITY, source=source)
-    elif "premise" in row:  # a premise stands in several rows; equal texts count once
+    elif "premise" in row:  # a premise occurs in several rows; equal texts count once
         for text in (row["hypothesis"], row["premise"]):
             yield Example(query=text, kind=Kind.TEXT, source=source)
     elif "text" in row:
@@ -133,21 +136,21 @@ def _retrieval(folder: Path) -> Iterator[Example]:
         query, document, score = line.split("\t")[:3]
         if float(score) > 0 and query in queries and document in corpus:
             relevant.setdefault(document, []).append(queries[query])
-    for document, asked in relevant.items():
+    for document, document_queries in relevant.items():
         text = f"{corpus[document].get('title', '')} {corpus[document]['text']}".strip()
-        for query in asked:
+        for query in document_queries:
             yield Example(query=query, positive=text, kind=Kind.RETRIEVAL, source=folder.name)
-        for first, second in pairwise(asked):
-            yield Example(query=first, positive=second, kind=Kind.SIMILARITY, source=folder.name)
+        for query, next_query in pairwise(document_queries):
+            yield Example(query=query, positive=next_query, kind=Kind.SIMILARITY, source=folder.name)
 
 
 def _articles(path: Path, source: str) -> Iterator[Example]:
-    """Whole paragraphs, single sentences, runs of sentences, and halves of paragraphs."""
+    """Yields single sentences, runs of sentences, halves of paragraphs, and whole articles."""
     rng = random.Random(path.name)
     for article in path.read_text(encoding="utf-8").split("\n\n"):
         title, _, body = article.strip().partition("\n")
         for paragraph in body.split("\n"):
-            sentences = [part for part in _SENTENCE_END.split(paragraph) if len(part) >= SHORTEST_CHARS * 5]
+            sentences = [text for text in _SENTENCE_END.split(paragraph) if len(text) >= MIN_CHARS * 5]
             for sentence in sentences:
                 if rng.random() < 0.5:
                     yield Example(query=sentence, kind=Kind.TEXT, source=source)
@@ -157,8 +160,8 @@ def _articles(path: Path, source: str) -> Iterator[Example]:
                 yield Example(query=run, kind=Kind.TEXT, source=f"{source}_runs")
             if len(paragraph) >= HALVES_FROM_CHARS and len(sentences) > 1:
                 middle = len(sentences) // 2
-                first, second = " ".join(sentences[:middle]), " ".join(sentences[middle:])
-                yield Example(query=first, positive=second, kind=Kind.RETRIEVAL, source=f"{source}_halves")
+                first_half, second_half = " ".join(sentences[:middle]), " ".join(sentences[middle:])
+                yield Example(query=first_half, positive=second_half, kind=Kind.RETRIEVAL, source=f"{source}_halves")
         if len(body) > HALVES_FROM_CHARS:
-            whole = f"{title}\n{body}" if rng.random() < 0.5 else body.replace("\n", " ")
-            yield Example(query=whole, kind=Kind.TEXT, source=f"{source}_whole")
+            article_text = f"{title}\n{body}" if rng.random() < 0.5 else body.replace("\n", " ")
+            yield Example(query=article_text, kind=Kind.TEXT, source=f"{source}_whole")

@@ -1,4 +1,4 @@
-"""A run's history, and an ablation's table, as pictures."""
+"""Pictures of a run's history and of an ablation's table."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def plot_history(history: Sequence[dict[str, float]], path: Path) -> None:
     """Draws loss, held-out loss and accuracy, and learning rate over the steps.
 
     Args:
-        history: As from `loop.train`; nothing is drawn of an empty one.
-        path: Of the PNG.
+        history: The log that `loop.train` returns; if it is empty, nothing is drawn.
+        path: Path of the PNG file.
     """
     if not history:
         return
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 6), layout="constrained", sharex=True)
+    figure, (loss_axis, accuracy_axis) = pyplot.subplots(2, 1, figsize=(8, 6), layout="constrained", sharex=True)
     for axis, series in (
-        (above, (("loss", "loss"), ("eval_loss", "held-out loss"))),
-        (below, (("eval_accuracy", "held-out accuracy"),)),
+        (loss_axis, (("loss", "loss"), ("eval_loss", "held-out loss"))),
+        (accuracy_axis, (("eval_accuracy", "held-out accuracy"),)),
     ):
         for name, label in series:
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            points = [(row["step"], row[name]) for row in history if name in row]
             if points:
                 axis.plot(
                     *zip(*points, strict=True), linewidth=1.2, marker="o" if "eval" in name else None, label=label
@@ -36,43 +36,43 @@ def plot_history(history: Sequence[dict[str, float]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(loc="best")
-    rate = below.twinx()
-    points = [(entry["step"], entry["learning_rate"]) for entry in history if "learning_rate" in entry]
+    rate_axis = accuracy_axis.twinx()
+    points = [(row["step"], row["learning_rate"]) for row in history if "learning_rate" in row]
     if points:
-        rate.plot(*zip(*points, strict=True), color="tab:gray", alpha=0.6, linewidth=1)
-    rate.set_ylabel("learning rate (gray)")
-    above.set_ylabel("loss")
-    below.set_ylabel("positive ranked first")
-    below.set_xlabel("step")
+        rate_axis.plot(*zip(*points, strict=True), color="tab:gray", alpha=0.6, linewidth=1)
+    rate_axis.set_ylabel("learning rate (gray)")
+    loss_axis.set_ylabel("loss")
+    accuracy_axis.set_ylabel("positive ranked first")
+    accuracy_axis.set_xlabel("step")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def plot_ablation(result: dict[str, Any], path: Path) -> None:
+def plot_ablation(record: dict[str, Any], path: Path) -> None:
     """Draws each variant's mean as a bar, each seed as a dot, and the paper's figure beside it.
 
     Args:
-        result: As from `ablation.run`.
-        path: Of the PNG.
+        record: The record that `ablation_run.run` returns.
+        path: Path of the PNG file.
     """
-    rows = result["variants"][::-1]
-    figure, (own, paper) = pyplot.subplots(
+    rows = record["variants"][::-1]
+    figure, (measured, paper) = pyplot.subplots(
         1, 2, figsize=(10, 0.45 * len(rows) + 1.2), layout="constrained", sharey=True
     )
-    places = range(len(rows))
-    own.barh(places, [row["mean"] for row in rows], color="tab:blue", alpha=0.6)
-    for place, row in zip(places, rows, strict=True):
-        own.plot(row["means"], [place] * len(row["means"]), "k.", markersize=6)
+    positions = range(len(rows))
+    measured.barh(positions, [row["mean"] for row in rows], color="tab:blue", alpha=0.6)
+    for position, row in zip(positions, rows, strict=True):
+        measured.plot(row["means"], [position] * len(row["means"]), "k.", markersize=6)
         if row["paper"] is not None:
-            paper.plot(row["paper"], place, "o", color="tab:orange")
-    every = [mean for row in rows for mean in row["means"]]
-    margin = max(0.01, (max(every) - min(every)) * 0.3)
-    own.set_xlim(min(0, *every), max(every) + margin)
-    own.set_yticks(list(places), [row["name"] for row in rows])
-    own.set_xlabel("here: mean over the sets (dots: seeds)")
+            paper.plot(row["paper"], position, "o", color="tab:orange")
+    means = [mean for row in rows for mean in row["means"]]
+    margin = max(0.01, (max(means) - min(means)) * 0.3)
+    measured.set_xlim(min(0, *means), max(means) + margin)
+    measured.set_yticks(list(positions), [row["name"] for row in rows])
+    measured.set_xlabel("this run: mean over the data sets (dots: seeds)")
     paper.set_xlabel("paper: mean over MTEB's 56 tasks")
-    for axis in (own, paper):
+    for axis in (measured, paper):
         axis.grid(alpha=0.3, axis="x")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -1,11 +1,11 @@
-"""Training examples as plain JSON lines, and what must not be among them.
+"""Training examples as JSON lines, and the exclusion of evaluation texts from them.
 
 A line of an examples file:
     {"query": "who wrote Emma", "positive": "Emma is a novel by Jane Austen.", "negatives": ["Emma is a given name."],
      "kind": "retrieval", "source": "my_set", "label": "", "instruction": ""}
-Only `query`, `kind` and `source` are needed. `kind` decides which sides are instructed (see `instructions.py`); a text
-without a positive teaches by distillation alone; `label` is the class of a text of kind `label`, whose positive and
-negatives are drawn from other texts of the same source; `instruction` fixes the wording of the task.
+Only `query`, `kind` and `source` are required. `kind` decides which sides are instructed (see `instructions.py`); a
+text without a positive teaches by distillation alone; `label` is the class of a text of kind `label`, whose positive
+and negatives are drawn from other texts of the same source; `instruction` fixes the wording of the task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nvembed_deploy.training.instructions import Kind
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One thing to learn from; see the module's text for the fields."""
+    """One training example; the module's docstring describes the fields."""
 
     query: str
     positive: str = ""
@@ -38,7 +38,7 @@ class Example:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Query, positive and negatives, without empty ones."""
+        """Query, positive and negatives, without the empty ones."""
         return tuple(text for text in (self.query, self.positive, *self.negatives) if text)
 
 
@@ -62,53 +62,53 @@ def read_examples(path: Path) -> list[Example]:
     """Reads an examples file.
 
     Raises:
-        ConfigError: The file is missing or empty, or a line is not an example: file, line and field are named.
+        ConfigError: The file is missing or empty, or a line is not an example; the message names file, line and field.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist; {program('train')} data makes such a file")
-    examples = [_example(row, f"{path}, line {number}") for number, row in enumerate(read_rows(path), 1)]
+        raise ConfigError(f"{path} does not exist; create an examples file with: {program('train')} data")
+    examples = [_example(row, f"{path}, line {line}") for line, row in enumerate(read_rows(path), 1)]
     if not examples:
         raise ConfigError(f"{path} holds no examples")
     return examples
 
 
-def _example(row: dict[str, Any], where: str) -> Example:
+def _example(row: dict[str, Any], location: str) -> Example:
     unknown = row.keys() - Example.__dataclass_fields__.keys()
     if unknown:
-        raise ConfigError(f"{where}: unknown field {min(unknown)!r}; see nvembed_deploy/training/examples.py")
+        raise ConfigError(f"{location}: unknown field {min(unknown)!r}; see nvembed_deploy/training/examples.py")
     for name in ("query", "kind", "source"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise ConfigError(f"{where}: field {name!r} must be a text that is not empty")
+            raise ConfigError(f"{location}: field {name!r} must be a non-empty string")
     negatives = row.get("negatives", [])
     texts = [row.get(name, "") for name in ("positive", "label", "instruction")]
     if not isinstance(negatives, list) or not all(isinstance(text, str) for text in [*negatives, *texts]):
-        raise ConfigError(f"{where}: positive, label and instruction are texts, negatives is a list of texts")
+        raise ConfigError(f"{location}: positive, label and instruction must be strings, negatives a list of strings")
     if negatives and not texts[0]:
-        raise ConfigError(f"{where}: negatives without a positive teach nothing; add 'positive'")
+        raise ConfigError(f"{location}: negatives without a positive teach nothing; add 'positive'")
     try:
         kind = Kind(row["kind"])
     except ValueError as err:
-        raise ConfigError(f"{where}: kind is {row['kind']!r}; use {', '.join(kind.value for kind in Kind)}") from err
+        raise ConfigError(f"{location}: kind is {row['kind']!r}; use {', '.join(kind.value for kind in Kind)}") from err
     return Example(**{**row, "kind": kind, "negatives": tuple(negatives)})
 
 
 class Exclusion:
-    """Texts that must not enter training: equal ones, near-duplicates, and longer ones that share a run of words.
+    """Keeps texts out of training: equal texts, near-duplicates, and longer texts that share a run of words.
 
     Two texts of at least four words are near-duplicates if at most one word in four differs (Jaccard similarity of
-    the sets of words at least 0.6, which one word changed in four gives).
+    the sets of words at least 0.6, the value for one changed word in four).
 
     Args:
-        texts: The texts, for example of evaluation sets.
-        run_words: Words in a row that count as shared.
+        texts: The excluded texts, for example those of the evaluation sets.
+        run_words: Length in words of a shared run that excludes a text.
     """
 
-    LEAST_WORDS = 4
+    MIN_WORDS = 4
     SIMILARITY = 0.6
 
     def __init__(self, texts: Iterable[str], *, run_words: int = 8) -> None:
         self.run_words = run_words
-        self._whole: set[str] = set()
+        self._texts: set[str] = set()
         self._runs: set[int] = set()
         self._bags: list[frozenset[str]] = []
         self._by_word: dict[str, list[int]] = {}
@@ -116,10 +116,10 @@ class Exclusion:
         bags: set[frozenset[str]] = set()
         for text in texts:
             words = plain_words(text)
-            self._whole.add(" ".join(words))
+            self._texts.add(" ".join(words))
             self._runs.update(self._hashes(words))
             bag = frozenset(words)
-            if self.LEAST_WORDS <= len(bag) <= self.run_words * 4 and bag not in bags:
+            if self.MIN_WORDS <= len(bag) <= self.run_words * 4 and bag not in bags:
                 bags.add(bag)
                 for word in bag:
                     counts[word] = counts.get(word, 0) + 1
@@ -131,27 +131,29 @@ class Exclusion:
 
     def __contains__(self, text: str) -> bool:
         words = plain_words(text)
-        if " ".join(words) in self._whole or any(run in self._runs for run in self._hashes(words)):
+        if " ".join(words) in self._texts or any(run in self._runs for run in self._hashes(words)):
             return True
-        return self._is_near(frozenset(words))
+        return self._is_near_duplicate(frozenset(words))
 
-    def keep(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The examples none of whose texts is excluded."""
+    def filter(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """Yields the examples of which no text is excluded."""
         return (example for example in examples if not any(text in self for text in example.texts))
 
     def _rarest(self, bag: frozenset[str]) -> list[str]:
-        """So many of the rarest words that two bags as alike as `SIMILARITY` share one of them (prefix filtering)."""
+        """Returns enough of the rarest words that two bags at least `SIMILARITY` alike share one (prefix filtering)."""
         ordered = sorted(bag, key=lambda word: (self._counts.get(word, 0), word))
         return ordered[: len(bag) - -(-len(bag) * 6 // 10) + 1]
 
-    def _is_near(self, bag: frozenset[str]) -> bool:
-        if not self.LEAST_WORDS <= len(bag) <= self.run_words * 7:
+    def _is_near_duplicate(self, bag: frozenset[str]) -> bool:
+        if not self.MIN_WORDS <= len(bag) <= self.run_words * 7:
             return False
-        least, most = len(bag) * self.SIMILARITY, len(bag) / self.SIMILARITY
-        candidates = {number for word in self._rarest(bag) for number in self._by_word.get(word, ())}
-        for number in candidates:
-            other = self._bags[number]
-            if least <= len(other) <= most and len(bag & other) >= self.SIMILARITY * len(bag | other):
+        min_size, max_size = len(bag) * self.SIMILARITY, len(bag) / self.SIMILARITY
+        candidates = {index for word in self._rarest(bag) for index in self._by_word.get(word, ())}
+        for index in candidates:
+            candidate = self._bags[index]
+            if min_size <= len(candidate) <= max_size and len(bag & candidate) >= self.SIMILARITY * len(
+                bag | candidate
+            ):
                 return True
         return False
 
@@ -161,7 +163,7 @@ class Exclusion:
 
 
 def read_exclusion(folder: Path) -> Exclusion:
-    """Reads every text below a folder of data sets as an exclusion.
+    """Reads every text in a folder of data sets, recursively, as an exclusion.
 
     Raises:
         ConfigError: The folder does not exist or holds no texts.
@@ -169,8 +171,9 @@ def read_exclusion(folder: Path) -> Exclusion:
     strings: list[str] = []
     for path in sorted(folder.rglob("*.jsonl")):
         for row in read_rows(path):
-            for value in row.values():
-                strings += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+            for field in row.values():
+                texts = field if isinstance(field, list) else [field]
+                strings += [text for text in texts if isinstance(text, str)]
     for path in sorted([*folder.rglob("*.txt"), *folder.rglob("*.tokens")]):
         strings += path.read_text(encoding="utf-8").splitlines()
     if not strings:
@@ -179,5 +182,5 @@ def read_exclusion(folder: Path) -> Exclusion:
 
 
 def plain_words(text: str) -> list[str]:
-    """Lower-case words and numbers, without punctuation."""
+    """Returns the words and numbers of a text in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())

@@ -1,4 +1,4 @@
-"""Wordings of the tasks that queries are instructed with: many, so that no single one is learned by heart."""
+"""Wordings of the instructions in training: many of them, so that no single one is memorized."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from enum import Enum
 
 
 class Kind(str, Enum):
-    """What an example teaches, which decides the instruction and the sides that get it."""
+    """Kind of an example; decides the instruction and the sides that get it."""
 
     RETRIEVAL = "retrieval"
-    """A question or a title, and the passage that answers it: the query alone is instructed."""
+    """A question or a title, and the passage that answers it: only the query is instructed."""
     SIMILARITY = "similarity"
-    """Two texts that mean the same: both sides are instructed, or none."""
+    """Two texts that mean the same: both sides are instructed, or neither."""
     LABEL = "label"
-    """A text that belongs to a class; at times instructed."""
+    """A text that belongs to a class; sometimes instructed."""
     TEXT = "text"
-    """A text on its own: seldom instructed."""
+    """A single text; rarely instructed."""
 
 
 WORDINGS: dict[Kind, tuple[str, ...]] = {
@@ -72,4 +72,4 @@ WORDINGS: dict[Kind, tuple[str, ...]] = {
         "Summarize the text in one vector",
     ),
 }
-"""Source of the manner and of several wordings: NVIDIA's `instructions.json` and the prompts of the MTEB benchmark."""
+"""Source of the style and of several wordings: NVIDIA's `instructions.json` and the prompts of the MTEB benchmark."""

@@ -1,4 +1,4 @@
-"""What training minimises. Vectors are unit rows; all arithmetic is FP32 whatever autocast does around it."""
+"""Losses of the training recipe. Vectors are unit rows; all arithmetic is FP32, also under autocast."""
 
 from __future__ import annotations
 
@@ -10,59 +10,61 @@ from nvembed_deploy.training.options import NEGATIVE_MARGIN
 
 
 def distillation(vectors: Tensor, targets: Tensor) -> Tensor:
-    """1 - cosine to the teacher, averaged over rows.
+    """Returns 1 - cosine to the teacher, averaged over rows.
 
     Args:
-        vectors: [R, D], the student's.
-        targets: [R, D], the teacher's.
+        vectors: [R, D], the student's vectors.
+        targets: [R, D], the teacher's vectors.
     """
     return 1 - (vectors.float() * targets.float()).sum(dim=-1).mean()
 
 
-def token_distillation(states: Tensor, targets: Tensor, known: Tensor) -> Tensor:
-    """Squared error of the pooler's token outputs, as a share of the teacher's own mean square.
+def token_distillation(states: Tensor, targets: Tensor, has_target: Tensor) -> Tensor:
+    """Returns the squared error of the pooler's token outputs, relative to the teacher's mean square.
 
-    A text gives one vector but many tokens: the same texts teach several times as much.
+    A text has one vector but many tokens: the same texts teach several times as much.
 
     Args:
         states: [R, T, D], the student's token outputs before the mean.
-        targets: [R, T, D], the teacher's token states, laid over the student's tokens.
-        known: bool [R, T], where there is a target.
+        targets: [R, T, D], the teacher's token states, aligned with the student's tokens.
+        has_target: bool [R, T], True where a token has a target.
 
     Returns:
-        A scalar, 0 without any known token.
+        A scalar, 0 if no token has a target.
     """
-    if not known.any():
+    if not has_target.any():
         return states.sum() * 0.0
-    wanted = targets.float()[known]
-    return (states.float()[known] - wanted).square().sum() / wanted.square().sum()
+    target_states = targets.float()[has_target]
+    return (states.float()[has_target] - target_states).square().sum() / target_states.square().sum()
 
 
-def match_targets(vectors: Tensor, targets: Tensor, numbers: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy of finding one's own target among those of the batch.
+def match_targets(vectors: Tensor, targets: Tensor, text_ids: Tensor, *, temperature: float) -> Tensor:
+    """Returns the cross-entropy of finding a row's own target among those of the batch.
 
     Args:
-        vectors: [R, D], the student's.
-        targets: [R, D], the teacher's.
-        numbers: int64 [R], the texts' numbers: other rows of the same text are no wrong answers.
+        vectors: [R, D], the student's vectors.
+        targets: [R, D], the teacher's vectors.
+        text_ids: int64 [R], equal for rows of the same text, which do not count as wrong answers for each other.
         temperature: Divides the cosines.
     """
     scores = vectors.float() @ targets.float().T / temperature
-    same = numbers[:, None] == numbers[None, :]
-    same.fill_diagonal_(False)
-    return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(scores), device=scores.device))
+    same_text = text_ids[:, None] == text_ids[None, :]
+    same_text.fill_diagonal_(False)
+    return F.cross_entropy(
+        scores.masked_fill(same_text, float("-inf")), torch.arange(len(scores), device=scores.device)
+    )
 
 
 def centered(rows: Tensor, centre: Tensor, lengths: Tensor | float = 1.0) -> Tensor:
-    """Rows without what all texts have in common.
+    """Subtracts the direction that all texts have in common.
 
-    A question's vector without it gives less to documents that are near everything: centering against hubs, Suzuki et
-    al., EMNLP 2013.
+    A centered question scores lower on documents that are close to everything: centering against hubs, Suzuki et al.,
+    EMNLP 2013.
 
     Args:
-        rows: [..., D], unit rows; or others of which those are made.
-        centre: float32 [D], the mean of texts' unit rows, or a share of it.
-        lengths: Of the vector that each row belongs to, [..., 1]; 1 where the row is that vector itself.
+        rows: [..., D], unit rows; or token states that such rows are pooled from.
+        centre: float32 [D], the mean of texts' unit rows, or a fraction of it.
+        lengths: [..., 1], length of the pooled vector that each row belongs to; 1 for unit rows.
 
     Returns:
         [..., D], not of unit length.
@@ -76,14 +78,14 @@ def find_positives(
     """InfoNCE: cross-entropy of finding each query's positive among all rows of the batch that are not blocked.
 
     Args:
-        vectors: [R, D]; queries, positives, negatives and unrelated texts alike.
+        vectors: [R, D], of queries, positives, negatives and unrelated texts.
         queries: int64 [P], rows of the queries.
         positives: int64 [P], rows of their positives.
-        blocked: bool [P, R], candidates that are no negatives: `in_batch_blocked` or `own_only_blocked`.
+        blocked: bool [P, R], True where a row is not a candidate: `in_batch_blocked` or `own_only_blocked`.
         temperature: Divides the cosines.
 
     Returns:
-        A scalar, 0 without any pair.
+        A scalar, 0 if there is no pair.
     """
     if not len(queries):
         return vectors.sum() * 0.0
@@ -92,59 +94,59 @@ def find_positives(
     return F.cross_entropy(scores.masked_fill(blocked, float("-inf")), positives)
 
 
-def own_only_blocked(owner: Tensor, *, queries: Tensor, positives: Tensor) -> Tensor:
-    """Stage two, in-batch negatives off: a query competes with its own negatives alone.
+def own_only_blocked(group_ids: Tensor, *, queries: Tensor, positives: Tensor) -> Tensor:
+    """Blocks all rows but a query's own positive and negatives: stage two, in-batch negatives off.
 
     Args:
-        owner: int64 [R], group of each row.
+        group_ids: int64 [R], group of each row.
         queries: int64 [P], rows of the queries.
         positives: int64 [P], rows of their positives.
 
     Returns:
-        bool [P, R], True where a row is left out; never at the positive.
+        bool [P, R], True where a row is blocked; never at the positive.
     """
-    blocked = owner[queries][:, None] != owner[None, :]
-    places = torch.arange(len(queries), device=owner.device)
-    blocked[places, queries] = True
-    blocked[places, positives] = False
+    blocked = group_ids[queries][:, None] != group_ids[None, :]
+    pair_indices = torch.arange(len(queries), device=group_ids.device)
+    blocked[pair_indices, queries] = True
+    blocked[pair_indices, positives] = False
     return blocked
 
 
 def in_batch_blocked(
-    owner: Tensor,
-    numbers: Tensor,
+    group_ids: Tensor,
+    text_ids: Tensor,
     *,
     queries: Tensor,
     positives: Tensor,
     targets: Tensor | None = None,
     margin: float = NEGATIVE_MARGIN,
 ) -> Tensor:
-    """Stage one, in-batch negatives on: every row competes, but for those that may well be right answers.
+    """Blocks only rows that are likely to be correct answers: stage one, in-batch negatives on.
 
-    Left out are the query, rows of the same text as the query or its positive, and, where there is a teacher, rows that
-    it scores at or above `margin` of the positive. A query's own negatives always compete: they were mined by that
-    rule or are labelled.
+    Blocked are the query, rows of the same text as the query or its positive, and, if there is a teacher, rows that it
+    scores at or above `margin` of the positive. A query's own negatives always compete: they were mined by that rule
+    or are labelled.
 
     Args:
-        owner: int64 [R], group of each row.
-        numbers: int64 [R], the texts' numbers.
+        group_ids: int64 [R], group of each row.
+        text_ids: int64 [R], equal for rows of the same text.
         queries: int64 [P], rows of the queries.
         positives: int64 [P], rows of their positives.
         targets: [R, D], the teacher's vectors, or None.
-        margin: Share of the positive's score from which another group's row is left out.
+        margin: Fraction of the positive's score from which a row of another group is blocked.
 
     Returns:
-        bool [P, R], True where a row is left out; never at the positive.
+        bool [P, R], True where a row is blocked; never at the positive.
     """
-    same_text = (numbers[queries][:, None] == numbers[None, :]) | (numbers[positives][:, None] == numbers[None, :])
-    others = owner[queries][:, None] != owner[None, :]
-    places = torch.arange(len(queries), device=owner.device)
+    same_text = (text_ids[queries][:, None] == text_ids[None, :]) | (text_ids[positives][:, None] == text_ids[None, :])
+    other_group = group_ids[queries][:, None] != group_ids[None, :]
+    pair_indices = torch.arange(len(queries), device=group_ids.device)
     blocked = same_text
     if targets is not None:
         scores = targets.float()[queries] @ targets.float().T
-        right = scores[places, positives][:, None]
-        near = scores >= right - right.abs() * (1 - margin)  # as `mining.below`
-        blocked = blocked | (near & others)
-    blocked[places, queries] = True
-    blocked[places, positives] = False
+        positive_scores = scores[pair_indices, positives][:, None]
+        too_similar = scores >= positive_scores - positive_scores.abs() * (1 - margin)  # as `mining.negative_limit`
+        blocked = blocked | (too_similar & other_group)
+    blocked[pair_indices, queries] = True
+    blocked[pair_indices, positives] = False
     return blocked

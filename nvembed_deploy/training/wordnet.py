@@ -14,21 +14,23 @@ PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
 
 def definitions(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yields (terms that mean the same, their definition with its examples).
+    """Yields (synonymous terms, their definition with its examples).
 
     Raises:
-        ConfigError: The folder lacks a database file.
+        ConfigError: A database file is missing from the folder.
     """
-    for part in PARTS_OF_SPEECH:
-        path = folder / f"data.{part}"
+    for part_of_speech in PARTS_OF_SPEECH:
+        path = folder / f"data.{part_of_speech}"
         if not path.is_file():
-            raise ConfigError(f"--wordnet {folder} lacks {path.name}; install Debian's wordnet-base or leave it out")
+            raise ConfigError(
+                f"--wordnet {folder} lacks {path.name}; install Debian's wordnet-base or leave out --wordnet"
+            )
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                if line.startswith("  ") or "|" not in line:  # the licence stands in front, each line indented
+                if line.startswith("  ") or "|" not in line:  # the file starts with the licence, each line indented
                     continue
-                head, definition = line.split("|", 1)
-                fields = head.split()
+                synset, definition = line.split("|", 1)
+                fields = synset.split()
                 count = int(fields[3], 16)  # then word, number, word, number ...
-                terms = [fields[4 + 2 * place].partition("(")[0].replace("_", " ") for place in range(count)]
+                terms = [fields[4 + 2 * index].partition("(")[0].replace("_", " ") for index in range(count)]
                 yield ", ".join(terms), definition.strip()

@@ -1,4 +1,4 @@
-"""`python -m recipes.mini`: how the embedded model was made.
+"""`python -m recipes.mini`: makes the embedded model.
 
 start     a small BERT and examples  -> a base whose layers start from the BERT's
 make      data sets                  -> the embedded checkpoint: every step in one
@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvembed_deploy.console import say
+from nvembed_deploy.console import program, say
 from nvembed_deploy.training.command import HelpFormatter, add_path, add_source_flags, add_teacher_flag, run_step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; its last line on stdout is the path of what was made."""
+    """Runs the command; the last line on stdout is the path of the output."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.mini",
         description=__doc__.partition(": ")[2],
@@ -30,15 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(parser: argparse.ArgumentParser) -> None:
-    """Makes a small base whose layers start from a teacher's, a BERT, by least squares: no training, a few minutes."""
+    """Makes a small base whose layers start from those of a BERT by least squares: no training, a few minutes."""
+    add_path(parser, "--examples", "examples file; its queries determine the vocabulary and the weights")
     add_path(
-        parser, "--examples", "examples file: its queries choose the vocabulary and are what weights are solved on"
+        parser, "--out", f"base folder to create or replace; continue with `{program('train')} stage --relative-steps`"
     )
-    add_path(
-        parser, "--out", "base folder to make or to replace; `nvembed train stage --relative-steps` goes on from it"
+    parser.add_argument(
+        "--vocab-size", type=int, default=16_000, help="number of tokens, most of them the teacher's pieces"
     )
-    parser.add_argument("--vocab-size", type=int, default=16_000, help="tokens, most of them the teacher's pieces")
-    parser.add_argument("--neurons", type=int, help="of each feed-forward block; by default as many as the teacher has")
+    parser.add_argument(
+        "--neurons", type=int, help="neurons of each feed-forward block; by default as many as the teacher has"
+    )
     add_teacher_flag(parser)
     parser.set_defaults(command=_run_start)
 
@@ -49,10 +51,10 @@ def _run_start(options: argparse.Namespace) -> Path:
     from recipes.mini.start import make_base
 
     texts = [example.query for example in read_examples(options.examples)]
-    found = make_base(
+    base = make_base(
         options.out, Teacher(options.teacher), texts, vocab_size=options.vocab_size, neurons=options.neurons
     )
-    say(f"mean cosine to the teacher, run on the same tokens of the same texts: {found.agreement:.3f}")
+    say(f"mean cosine to the teacher on the same tokens of the same texts: {base.agreement:.3f}")
     out: Path = options.out
     return out
 
@@ -60,8 +62,10 @@ def _run_start(options: argparse.Namespace) -> Path:
 def _make(parser: argparse.ArgumentParser) -> None:
     """Makes the embedded mini checkpoint, all steps, on two cores of a CPU in one and a half to three hours."""
     add_source_flags(parser)
-    add_path(parser, "--out", "checkpoint folder to make or to replace; its README.md stays")
-    parser.add_argument("--work", type=Path, default=Path("build/nv-embed-mini"), help="what each step keeps")
+    add_path(parser, "--out", "checkpoint folder to create or replace; its README.md is kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/nv-embed-mini"), help="folder for the output of each step"
+    )
     add_teacher_flag(parser)
     parser.set_defaults(command=_run_make)
 

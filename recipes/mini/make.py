@@ -1,6 +1,6 @@
-"""How the embedded mini checkpoint was made: its sizes, its data, and the numbers of each step.
+"""Makes the embedded mini checkpoint: its sizes, its data, and the options of each step.
 
-Every step keeps what it made in the work folder, so that the same command takes up a killed run where it stopped.
+Every step stores its output in the work folder, so that the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ STAGE_1_MIX = {
     "trec_questions": 5_000,
     "rte": 2_700,
 }
-"""Most examples of a source. Sources of stage two are in it as texts: their labels and pairs are not used yet. Lists of
-the teacher's words bring those that our text seldom has."""
+"""Maximum number of examples of each source. Sources of stage two are included as texts; their labels and pairs are not
+used yet. Lists of the teacher's words add words that are rare in the texts."""
 STAGE_1 = StageOptions(
     in_batch=True,
     negatives=2,
@@ -115,7 +115,7 @@ STAGE_2 = StageOptions(
     save_steps=100,
     seed=2,
 )
-OWN_WORDING = replace(
+USUAL_WORDING = replace(
     STAGE_2,
     weights=replace(STAGE_2.weights, pairs=0.0),
     main_wording=0.7,
@@ -124,36 +124,36 @@ OWN_WORDING = replace(
     save_steps=60,
     seed=3,
 )
-"""Stage two's examples again, most of them with the one wording that their kind of task is usually asked with, and the
-teacher alone to follow."""
+"""Stage two's examples again, most of them with the usual wording of their kind of task, and with the teacher's losses
+alone."""
 SETTLING_TEXTS = 2_500
-"""See `cancelling.settle_neurons`."""
+"""Number of texts for `cancelling.settle_neurons`."""
 PAIR_KINDS = (Kind.RETRIEVAL, Kind.TEXT)
 OTHER_KINDS = {Kind.RETRIEVAL: 0.4, Kind.SIMILARITY: 0.4}
-"""Of stage two's texts without a partner, the shares that are instructed as another kind is."""
+"""Fractions of stage two's single texts that are instructed as another kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where the mini's data come from."""
+    """Sources of the mini's data."""
 
     data: Path
-    """Folder of data sets; see `corpora.read_data`."""
+    """Folder of data sets; see `corpora.read_data`, likewise for `wordnet` and `packages`."""
     exclude: Path | None
     """Folder of evaluation sets whose texts and near-duplicates are left out."""
     wordnet: Path | None
     packages: Path | None
     teacher: str | None
-    """See `Teacher`."""
+    """Folder of the teacher; None for the default of `Teacher`."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One training of the same model, from where the round before ended."""
+    """One round of training, which starts from the checkpoint of the previous round."""
 
     name: str
-    examples: str
-    """Of which mix."""
+    mix: str
+    """Key of `MIXES`."""
     options: StageOptions
 
 
@@ -161,17 +161,17 @@ MIXES = {"stage-1": STAGE_1_MIX, "stage-2": STAGE_2_MIX}
 ROUNDS = (
     Round("stage-1", "stage-1", STAGE_1),
     Round("stage-2", "stage-2", STAGE_2),
-    Round("own-wording", "stage-2", OWN_WORDING),
+    Round("own-wording", "stage-2", USUAL_WORDING),
 )
 
 
 def make(out: Path, *, work: Path, sources: Sources) -> Path:
-    """Runs every step that the work folder does not hold yet.
+    """Runs every step whose output is not in the work folder yet.
 
     Args:
-        out: Checkpoint folder to make or to replace; its README.md stays.
-        work: What each step keeps.
-        sources: The data, and what to leave out of it.
+        out: Checkpoint folder to create or replace; its README.md is kept.
+        work: Folder for the output of each step.
+        sources: The data, and the texts to exclude from it.
 
     Returns:
         `out`.
@@ -180,25 +180,26 @@ def make(out: Path, *, work: Path, sources: Sources) -> Path:
         MissingExtra: The teacher is not installed.
         ConfigError: An option does not fit.
     """
-    stage.claim(work, {name: str(value) for name, value in vars(sources).items()})
+    stage.claim_work_folder(work, {name: str(value) for name, value in vars(sources).items()})
     teacher = Teacher(sources.teacher)
     prepare_examples(work, sources, teacher)
     start = work / "base"
     if not (start / "config.json").is_file():
-        learned = read_examples(_examples_file(work, ROUNDS[0]))[STAGE_1.held_out :]
-        texts = [example.query for example in learned]
-        found = make_base(start, teacher, texts, vocab_size=VOCAB_SIZE, neurons=NEURONS)
-        log.info("base: cosine to the teacher %.3f", found.agreement)
-    for item in ROUNDS:
-        folder = work / item.name
+        train_examples = read_examples(_examples_file(work, ROUNDS[0]))[STAGE_1.held_out :]
+        texts = [example.query for example in train_examples]
+        base = make_base(start, teacher, texts, vocab_size=VOCAB_SIZE, neurons=NEURONS)
+        log.info("base: cosine to the teacher %.3f", base.agreement)
+    for round_ in ROUNDS:
+        folder = work / round_.name
         checkpoint = folder / "checkpoint"
-        examples = read_examples(_examples_file(work, item))
+        examples = read_examples(_examples_file(work, round_))
         latent = LATENT if start == work / "base" else None
         if (checkpoint / "config.json").is_file():
-            stage.claim(folder, stage.settings_of(start, examples, stage=item.options, teacher=teacher, latent=latent))
+            settings = stage.stage_settings(start, examples, stage=round_.options, teacher=teacher, latent=latent)
+            stage.claim_work_folder(folder, settings)
         else:
             stage.run_stage(
-                start, examples, checkpoint, work=folder, stage=item.options, teacher=teacher, latent=latent
+                start, examples, checkpoint, work=folder, stage=round_.options, teacher=teacher, latent=latent
             )
         start = checkpoint
     return _settled(start, out, read_examples(_examples_file(work, ROUNDS[0]))[STAGE_1.held_out :])
@@ -219,38 +220,38 @@ def _settled(checkpoint: Path, out: Path, examples: list[Example]) -> Path:
     )
 
 
-def _examples_file(work: Path, item: Round) -> Path:
-    return work / f"examples-{item.examples}.jsonl"
+def _examples_file(work: Path, round_: Round) -> Path:
+    return work / f"examples-{round_.mix}.jsonl"
 
 
 def prepare_examples(work: Path, sources: Sources, teacher: Teacher) -> None:
-    """Selects each round's examples and mines their hard negatives, where the work folder lacks them."""
-    first = {item.examples: item for item in reversed(ROUNDS)}  # of each mix
-    missing = [item for item in first.values() if not _examples_file(work, item).is_file()]
-    if not missing:
+    """Selects the examples of each mix that is not in the work folder yet, and mines their hard negatives."""
+    first_rounds = {round_.mix: round_ for round_ in reversed(ROUNDS)}
+    missing_rounds = [round_ for round_ in first_rounds.values() if not _examples_file(work, round_).is_file()]
+    if not missing_rounds:
         return
     examples = list(corpora.read_data(sources.data, wordnet=sources.wordnet, packages=sources.packages))
     examples += word_lists(teacher, seed=STAGE_1.seed)
-    excluded = read_exclusion(sources.exclude) if sources.exclude is not None else None
-    for item in missing:
-        chosen = blend.select(examples, mix=MIXES[item.examples], seed=item.options.seed)
-        if excluded is not None:
-            bar = tqdm(chosen, desc="leaving out evaluation texts", unit="example", disable=None)
-            chosen = list(excluded.keep(bar))
-        if item.options.in_batch:
-            chosen = [_text_only(example) if example.kind not in PAIR_KINDS else example for example in chosen]
+    exclusion = read_exclusion(sources.exclude) if sources.exclude is not None else None
+    for round_ in missing_rounds:
+        selected = blend.select(examples, mix=MIXES[round_.mix], seed=round_.options.seed)
+        if exclusion is not None:
+            progress_bar = tqdm(selected, desc="excluding evaluation texts", unit="example", disable=None)
+            selected = list(exclusion.filter(progress_bar))
+        if round_.options.in_batch:
+            selected = [_text_only(example) if example.kind not in PAIR_KINDS else example for example in selected]
         else:
-            chosen = _of_other_kinds(chosen, seed=item.options.seed)
-        paired = [example for example in chosen if example.positive]
+            selected = _change_kinds(selected, seed=round_.options.seed)
+        paired = [example for example in selected if example.positive]
         table = blend.text_table(paired)
-        vectors = teacher.embed(list(table), description=f"teacher, {item.examples}")
-        chosen = mining.mine(chosen, vectors, table)
-        write_examples(_examples_file(work, item), chosen)
-        log.info("%s: %d examples", item.examples, len(chosen))
+        vectors = teacher.embed(list(table), description=f"teacher, {round_.mix}")
+        selected = mining.mine(selected, vectors, table)
+        write_examples(_examples_file(work, round_), selected)
+        log.info("%s: %d examples", round_.mix, len(selected))
 
 
 def word_lists(teacher: Teacher, *, seed: int) -> list[Example]:
-    """Texts of a few words each, drawn from the teacher's vocabulary."""
+    """Returns texts of a few words each, drawn from the teacher's vocabulary."""
     rng = random.Random(seed)
     words = _words(teacher)
     lists = (" ".join(rng.sample(words, rng.randint(*LIST_WORDS))) for _ in range(LISTS))
@@ -261,19 +262,19 @@ def _text_only(example: Example) -> Example:
     return replace(example, positive="", negatives=(), label="")
 
 
-def _of_other_kinds(examples: list[Example], *, seed: int) -> list[Example]:
-    """Some texts on their own become questions, or something to compare, so that an instruction goes with any text."""
+def _change_kinds(examples: list[Example], *, seed: int) -> list[Example]:
+    """Changes the kind of some single texts to a question or a comparison, so that any text can have an instruction."""
     rng = random.Random(seed)
     kinds = [*OTHER_KINDS, Kind.TEXT]
-    shares = [*OTHER_KINDS.values(), 1 - sum(OTHER_KINDS.values())]
+    fractions = [*OTHER_KINDS.values(), 1 - sum(OTHER_KINDS.values())]
     return [
-        replace(example, kind=rng.choices(kinds, shares)[0]) if example.kind is Kind.TEXT else example
+        replace(example, kind=rng.choices(kinds, fractions)[0]) if example.kind is Kind.TEXT else example
         for example in examples
     ]
 
 
 def _words(teacher: Teacher) -> list[str]:
-    """The teacher's whole words and numbers, by their ids: in a WordPiece vocabulary from frequent to rare."""
+    """Returns the teacher's whole words and numbers by id, in a WordPiece vocabulary from frequent to rare."""
     vocabulary = teacher.tokenizer.get_vocab()
     words = sorted(vocabulary, key=vocabulary.__getitem__)
     return [word for word in words if word.isascii() and word.isalnum() and len(word) > 1]

@@ -1,4 +1,4 @@
-"""A base for contrastive training that starts from a teacher's layers: its tokenizer, its sizes, its folder."""
+"""Makes a base for contrastive training that starts from a teacher's layers: tokenizer, sizes and folder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from safetensors.torch import save
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.files.atomic import staged_folder, switch_in
+from nvembed_deploy.files.atomic import move_into_place, staged_folder
 from nvembed_deploy.training.teacher import Teacher
 from recipes.mini.bert_states import bert_of
 from recipes.mini.pieces import teacher_pieces
 from recipes.mini.tokenizer import piece_tokenizer
 from recipes.mini.transplant import BOS_ID, EOS_ID, Transplant, transplant
 
-CALIBRATION_TEXTS, TEXT_TOKENS = 4000, 256
-"""Most texts that weights are solved for on, and most tokens of one."""
+CALIBRATION_TEXTS, CALIBRATION_TEXT_TOKENS = 4000, 256
+"""Maximum number of texts that weights are solved for on, and maximum number of tokens of a text."""
 POSITION_HEADS = 2
-"""More heads than the teacher's: the first layer's tell places."""
+"""Heads in addition to the teacher's; in the first layer they encode positions."""
 ROPE_THETA = 1e12
-"""So high that most rotary pairs hardly turn within a text."""
-MOST_POSITIONS = 4096
+"""High enough that most rotary pairs hardly rotate within a text."""
+MAX_POSITIONS = 4096
 
 
 def make_base(
@@ -32,55 +32,61 @@ def make_base(
     """Makes a base for contrastive training that starts from a teacher's layers: tokenizer, sizes and weights.
 
     Args:
-        out: Folder to make, a Mistral in Hugging Face layout; its head for the next token is left out.
-        teacher: A BERT with GELU; best one that pools its tokens' mean, as the agreement tells of means.
-        texts: Real text of the kind that will be embedded. All of it chooses the vocabulary, the weights are solved
-            for on the first `CALIBRATION_TEXTS`, or fewer where they have more than `CALIBRATION_TOKENS`.
-        vocab_size: Tokens, of which the text picks the teacher's pieces.
-        neurons: Of each feed-forward block; by default as many as the teacher has. Of fewer, those that matter most.
+        out: Folder to create, a Mistral in Hugging Face layout without the language model's head.
+        teacher: A BERT with GELU, preferably with mean pooling, since the agreement compares means.
+        texts: Real text of the kind that will be embedded. The vocabulary is chosen on all of it; the weights are
+            solved for on the first `CALIBRATION_TEXTS`, or fewer if they have more than `CALIBRATION_TOKENS`.
+        vocab_size: Number of tokens; the teacher's pieces among them are chosen on the texts.
+        neurons: Neurons of each feed-forward block; by default as many as the teacher has. Fewer keep the most
+            important ones.
+
+    Returns:
+        The weights, and how well they agree with the teacher.
 
     Raises:
-        ConfigError: The teacher is no such BERT, a size does not fit, or the texts are too few.
+        ConfigError: The teacher is not such a BERT, a size does not fit, or the texts are too few.
     """
-    stated = bert_of(teacher).config
-    neurons = stated.intermediate_size if neurons is None else neurons
-    if not 1 <= neurons <= stated.intermediate_size:
-        raise ConfigError(f"--neurons is {neurons}; it must be from 1 to {stated.intermediate_size}, the teacher's")
+    bert_config = bert_of(teacher).config
+    neurons = bert_config.intermediate_size if neurons is None else neurons
+    if not 1 <= neurons <= bert_config.intermediate_size:
+        raise ConfigError(
+            f"--neurons must be from 1 to {bert_config.intermediate_size}, the teacher's number; got {neurons}"
+        )
     tokenizer_json = piece_tokenizer(teacher_pieces(teacher, texts), vocab_size=vocab_size).to_str()
-    heads = stated.num_attention_heads + POSITION_HEADS
+    heads = bert_config.num_attention_heads + POSITION_HEADS
     config: dict[str, Any] = {
         "_name_or_path": out.name,
         "architectures": ["MistralModel"],
         "attention_dropout": 0.0,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
-        "head_dim": stated.hidden_size // stated.num_attention_heads,
+        "head_dim": bert_config.hidden_size // bert_config.num_attention_heads,
         "hidden_act": "silu",
-        "hidden_size": stated.hidden_size,
+        "hidden_size": bert_config.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": neurons,
-        "max_position_embeddings": MOST_POSITIONS,
+        "max_position_embeddings": MAX_POSITIONS,
         "model_type": "mistral",
         "num_attention_heads": heads,
-        "num_hidden_layers": stated.num_hidden_layers,
+        "num_hidden_layers": bert_config.num_hidden_layers,
         "num_key_value_heads": heads,
         "rms_norm_eps": 1e-05,
         "rope_theta": ROPE_THETA,
-        "sliding_window": MOST_POSITIONS,
+        "sliding_window": MAX_POSITIONS,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "vocab_size": vocab_size,
     }
-    found = transplant(
+    transplanted = transplant(
         teacher,
         texts[:CALIBRATION_TEXTS],
         config=config,
         tokenizer_json=tokenizer_json,
-        max_length=min(TEXT_TOKENS, stated.max_position_embeddings),
+        max_length=min(CALIBRATION_TEXT_TOKENS, bert_config.max_position_embeddings),
     )
-    with staged_folder(out) as staged:
-        (staged / "model.safetensors").write_bytes(save(found.weights))
-        (staged / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-        (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        switch_in(staged, out)
-    return found
+    with staged_folder(out) as staging:
+        (staging / "model.safetensors").write_bytes(save(transplanted.weights))
+        (staging / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        move_into_place(staging, out)
+    return transplanted

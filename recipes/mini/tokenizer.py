@@ -1,9 +1,9 @@
-"""Makes a byte-fallback BPE tokenizer in Mistral's manner from plain text.
+"""Makes a byte-fallback tokenizer in the format of Mistral's from given pieces.
 
-The finished `tokenizer.json` has Mistral's parts: byte fallback, space marks, decoder, post-processor and low ids. What
-is ours serves a small table of embeddings. All text is lower case, and a word behind a hyphen or a bracket gets a space
-mark, so that each word is one entry. Text is split into words first; they are spelled by BPE or, where the pieces are
-given (`piece_tokenizer`), cut from left to right into the longest of them, as WordPiece does it.
+The finished `tokenizer.json` has Mistral's components: byte fallback, space marks, decoder, post-processor and low ids.
+The differences keep the table of embeddings small: all text is lower case, and a word after a hyphen or a bracket gets
+a space mark, so that each word has one entry. Text is first split into words, and words from left to right into their
+longest pieces, as in WordPiece.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ CONTROL_TOKENS = (UNK, BOS, EOS)
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 SPACE = "▁"
 LETTERS = tuple(dict.fromkeys(chr(code).lower() for code in range(33, 127)))
-"""Single characters that are always entries."""
+"""Single characters that are always in the vocabulary."""
 
 
 def piece_tokenizer(pieces: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Makes a tokenizer of given pieces, such as a teacher's: they then stand where the teacher has them.
+    """Makes a tokenizer of given pieces, such as a teacher's; it then splits text where the teacher does.
 
-    Each is taken whole, so BPE has no merges; it is left with what no piece covers, byte by byte.
+    Pieces are never merged, so BPE has no merges; text that no piece covers is encoded byte by byte.
 
     Args:
-        pieces: In lower case, the most important ones first; those that begin a word have a space mark in front.
-        vocab_size: Tokens in all: control tokens, bytes, single characters, and as many pieces as then fit.
+        pieces: Pieces in lower case, the most important ones first; those that begin a word start with a space mark.
+        vocab_size: Total number of tokens: control tokens, bytes, single characters, and as many pieces as then fit.
 
     Returns:
-        A tokenizer that adds `<s>` and nothing else, as Mistral's does.
+        A tokenizer that adds only `<s>`, as Mistral's does.
 
     Raises:
-        ConfigError: The vocabulary is too small for what it always has, or the pieces are too few for its size.
+        ConfigError: The vocabulary is too small for bytes and characters, or the pieces are too few for its size.
     """
-    always = [*CONTROL_TOKENS, *BYTE_TOKENS, SPACE, *LETTERS, *(SPACE + letter for letter in LETTERS)]
-    if vocab_size < len(always):
-        raise ConfigError(f"--vocab-size is {vocab_size}; bytes and letters alone take {len(always)}")
-    found = dict.fromkeys(always)
+    base_tokens = [*CONTROL_TOKENS, *BYTE_TOKENS, SPACE, *LETTERS, *(SPACE + letter for letter in LETTERS)]
+    if vocab_size < len(base_tokens):
+        raise ConfigError(f"--vocab-size must be at least {len(base_tokens)} for bytes and letters, got {vocab_size}")
+    tokens = dict.fromkeys(base_tokens)
     for piece in pieces:
-        if len(found) == vocab_size:
+        if len(tokens) == vocab_size:
             break
-        found[piece] = None
-    if len(found) != vocab_size:
-        raise ConfigError(f"the pieces make {len(found)} tokens, --vocab-size asks for {vocab_size}; ask for fewer")
-    tokenizer = assemble({token: number for number, token in enumerate(found)}, [])
-    longest = longest_of(token for token in found if token not in (*CONTROL_TOKENS, *BYTE_TOKENS))
+        tokens[piece] = None
+    if len(tokens) != vocab_size:
+        raise ConfigError(f"--vocab-size must be at most {len(tokens)}, all pieces that there are; got {vocab_size}")
+    tokenizer = assemble({token: token_id for token_id, token in enumerate(tokens)}, [])
+    longest = longest_of(token for token in tokens if token not in (*CONTROL_TOKENS, *BYTE_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in (WORD_PATTERN, longest)]
     )
@@ -59,7 +59,7 @@ def piece_tokenizer(pieces: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def assemble(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """Puts normalizer, splitting, decoder and post-processor around a vocabulary."""
+    """Makes a tokenizer of a vocabulary, with normalizer, word splitting, decoder and post-processor."""
     model = models.BPE(vocab, merges, unk_token=UNK, byte_fallback=True, fuse_unk=True, ignore_merges=True)
     tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
@@ -86,9 +86,9 @@ def _normalizer() -> normalizers.Normalizer:
 
 
 def longest_of(words: Iterable[str]) -> str:
-    """A regular expression for the longest of some words that stands at a place: their tree of prefixes.
+    """Returns a regular expression that matches the longest of several words: their prefix tree.
 
-    Reading it takes a step for each character, however many words there are.
+    A match takes one step per character, however many words there are.
     """
     tree: dict[str, Any] = {}
     for word in words:
@@ -101,17 +101,19 @@ def longest_of(words: Iterable[str]) -> str:
 
 def _pattern(node: dict[str, Any]) -> str:
     branches = {char: _pattern(node[char]) for char in sorted(node) if char}
-    last = "".join(re.escape(char) for char, rest in branches.items() if not rest)
-    found = [re.escape(char) + rest for char, rest in branches.items() if rest] + ([f"[{last}]"] if last else [])
-    if not found:
+    leaves = "".join(re.escape(char) for char, suffix in branches.items() if not suffix)
+    alternatives = [re.escape(char) + suffix for char, suffix in branches.items() if suffix]
+    if leaves:
+        alternatives.append(f"[{leaves}]")
+    if not alternatives:
         return ""
-    if len(found) == 1 and "" not in node:
-        return found[0]
-    return f"(?:{'|'.join(found)}){'?' if '' in node else ''}"
+    if len(alternatives) == 1 and "" not in node:
+        return alternatives[0]
+    return f"(?:{'|'.join(alternatives)}){'?' if '' in node else ''}"
 
 
 def token_strings(tokenizer: Tokenizer) -> list[str]:
-    """The plain text of each token by id: no space mark; empty for control tokens, bytes and bare spaces."""
+    """Returns the plain text of each token by id, without space marks; empty for control tokens, bytes and spaces."""
     silent = {*CONTROL_TOKENS, *BYTE_TOKENS}
-    by_id = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    by_id = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items())
     return ["" if token in silent else token.replace(SPACE, " ").strip() for _, token in by_id]

@@ -1,20 +1,20 @@
-"""A small decoder whose layers start from a teacher's, by least squares: a BERT read into a Mistral.
+"""A small decoder whose layers start from a teacher's: a BERT is converted into a Mistral by least squares.
 
-The two differ in all parts: norms behind a block and in front, biases and none, learned positions and rotary ones,
-GELU and SwiGLU, other tokens. So nothing is copied. Each block's weights are solved for, one after the other, from what
-the teacher computes on real text and from what the decoder computes so far, so that later blocks mend earlier ones.
+The two differ in every part: norms after and before a block, with and without biases, learned and rotary positions,
+GELU and SwiGLU, different tokens. So nothing is copied. The weights of each block are solved for, one block after the
+other, from the teacher's states on real text and the decoder's states so far; later blocks correct earlier ones.
 
-- Norms: the teacher's state behind a block is `gain * n + bias`, n of unit size. The decoder's residual stream holds
-  `size * scale * n`: a gain that the teacher multiplies into its residual is divided out of all later writing instead
-  (`scale`, one number a channel, known beforehand), and the size may differ from token to token, since the next norm
-  takes it away. A few tokens whose size would grow without bound are held near the others'.
-- Biases: a stretch of the stream along `scale` itself is constant; n has no mean, so nothing else lies there.
-- Queries and keys: a head's bilinear form is cut to its largest directions, which take the rotary pairs that hardly
-  turn within a text. The pairs that turn fast hold what is left of a head's scores by distance.
-- Positions: heads of the first layer that the teacher has no counterpart for weigh the first token against the last,
-  by a curve of the place. Elsewhere such heads take the mean over the text.
-- GELU(x) is about silu(1.702 x) / 1.702, a SwiGLU whose other factor is the token's size. Of the teacher's neurons the
-  ones that matter most are kept, and what they write is solved for again.
+- Norms: the teacher's state after a block is `gain * n + bias`, with n of unit size. The decoder's residual stream
+  holds `size * scale * n`: a gain that the teacher multiplies into its residual is divided out of everything written
+  later instead (`scale`, one number per channel, known beforehand), and the size may differ from token to token, since
+  the next norm removes it. The few tokens whose size would grow without bound are kept close to the others'.
+- Biases: a component of the stream along `scale` itself is constant; n has no mean, so nothing else lies there.
+- Queries and keys: a head's bilinear form is reduced to its largest directions, which use the rotary pairs that hardly
+  rotate within a text. The pairs that rotate fast hold the remaining scores of the head as a function of distance.
+- Positions: heads of the first layer that have no counterpart in the teacher weigh the first token against the last by
+  a curve of the position. In other layers such heads take the mean over the text.
+- GELU(x) is about silu(1.702 x) / 1.702, a SwiGLU whose second factor is the token's size. The most important of the
+  teacher's neurons are used, and their output weights are solved for again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,41 +41,82 @@ from nvembed_deploy.training.teacher import Teacher
 from recipes.mini.bert_states import Batch, bert_of, calibration, norms_of, token_rows, unit
 from recipes.mini.least_squares import fit, largest_directions, root, solve
 
-TEXTS_AT_A_TIME = 32
+BATCH_TEXTS = 32
 CALIBRATION_TOKENS = 200_000
-"""Most tokens that weights are solved for on: the teacher's states of them are in memory."""
-TOKENS_A_FEATURE = 10
-"""Least tokens for each number that a matrix reads: with fewer, it would fit these texts alone."""
+"""Maximum number of tokens that weights are solved for on: the teacher's states of them are in memory."""
+MIN_TOKENS_PER_FEATURE = 10
+"""Minimum number of tokens for each input of a matrix; with fewer, it would overfit these texts."""
 CONSTANT = 0.2
-"""Size of the constant beside n, whose root mean square is 1."""
-SLOW_TURN, NEAR = 0.5, 128
-"""Radians that a rotary pair may turn within so many tokens to hold what a head compares."""
-PLACES = 40
-"""First places of a text whose mean a token's row is."""
-FARTHEST = 40
-"""Tokens of distance by which a head's scores are fitted."""
-FITTED_SHARE = 4
-"""Every such batch of the calibration is looked at for that."""
+"""Size of the constant component beside n, whose root mean square is 1."""
+SLOW_RADIANS, SLOW_TOKENS = 0.5, 128
+"""A rotary pair holds a head's content scores if it rotates by at most so many radians within so many tokens."""
+AVERAGED_POSITIONS = 40
+"""Number of first positions of a text whose mean is added to a token's row."""
+MAX_DISTANCE = 40
+"""Distance in tokens up to which a head's scores are fitted."""
+DISTANCE_BATCH_STEP = 4
+"""The fit by distance uses every fourth batch of the calibration text."""
 GELU_SLOPE = 1.702
 SIZE_SPREAD = 0.2
-"""How far a token's size may lie from the median's, as a logarithm."""
-LEAST_GAIN = 0.05
-CURVES = (2.0, 150.0)
-"""Places at which the first and the last position head weigh both ends alike."""
-CURVE_SLOPE, CURVE_LIMIT, CURVE_PLACES = 1.5, 6.0, 384
+"""Maximum difference of a token's size from the median, as a logarithm."""
+MIN_GAIN = 0.05
+CURVE_CENTRES = (2.0, 150.0)
+"""Positions at which the first and the last position head weigh both ends equally."""
+CURVE_SLOPE, CURVE_LIMIT, CURVE_POSITIONS = 1.5, 6.0, 384
 BOS_ID, EOS_ID = 1, 2
 END_SCORE = 40.0
-"""What both ends score above all other tokens in a position head."""
+"""Score of both ends above all other tokens in a position head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transplant:
-    """A decoder to go on from."""
+    """Weights of a decoder that computes nearly the same as its teacher."""
 
     weights: dict[str, Tensor]
-    """Of a `Decoder`, float32."""
+    """State of a `Decoder`, float32."""
     agreement: float
-    """Mean cosine of the means over tokens to the teacher's, which runs on the same tokens of the calibration texts."""
+    """Mean cosine of the decoder's mean-pooled states to the teacher's, which runs on the same tokens of the
+    calibration texts."""
+
+
+class _RotaryPairs(NamedTuple):
+    """Rotary pairs of a head by their speed."""
+
+    slow: list[int]
+    """Pairs that hardly rotate within a text."""
+    fast: list[int]
+    """All other pairs."""
+    fast_speeds: Tensor
+    """Radians per token of the fast pairs."""
+
+
+class _HeadWeights(NamedTuple):
+    """Projections of an attention block by head, [H, h, D] each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def add_wave(
+        self, head: int, pair: int, amplitudes: tuple[float, float], *, query_reader: Tensor, key_reader: Tensor
+    ) -> None:
+        """Makes a rotary pair add a wave of the distance to a head's scores.
+
+        After rotation a pair contributes q0 k0 cos(wd) + q0 k1 sin(wd), where d is the query's position minus the
+        key's.
+
+        Args:
+            head: Index of the head.
+            pair: Index of the rotary pair.
+            amplitudes: Amplitudes of the cosine and of the sine.
+            query_reader: [D], reads the query's factor off the normed stream.
+            key_reader: [D], reads the key's factor off the normed stream.
+        """
+        cosine, sine = amplitudes
+        size = math.sqrt(math.hypot(cosine, sine)) or 1.0
+        half = self.k.shape[1] // 2
+        self.q[head, pair] = size * query_reader
+        self.k[head, pair], self.k[head, pair + half] = cosine / size * key_reader, sine / size * key_reader
 
 
 def transplant(
@@ -86,27 +127,28 @@ def transplant(
     tokenizer_json: str,
     max_length: int,
 ) -> Transplant:
-    """Makes a bidirectional decoder that computes nearly what a teacher computes.
+    """Makes a bidirectional decoder that computes nearly the same as a teacher.
 
     Args:
         teacher: A BERT.
-        texts: Real text to solve on; the first ones up to `CALIBRATION_TOKENS`.
-        config: Fields of `MistralConfig`; width, layers and head width are the teacher's, heads as many or more.
+        texts: Real text to solve on; the first texts up to `CALIBRATION_TOKENS` are used.
+        config: Fields of `MistralConfig`; hidden size, layers and head dimension must be the teacher's, with at least
+            as many heads.
         tokenizer_json: Content of the decoder's `tokenizer.json`.
-        max_length: Most tokens of a text.
+        max_length: Maximum number of tokens of a text.
 
     Raises:
-        ConfigError: The teacher is no BERT, or of other sizes, or the texts are too few.
+        ConfigError: The teacher is not a BERT or has other sizes, or the texts are too few.
     """
-    sizes = read_architecture(nvembed_config(config, LatentAttention(head_dim=config["hidden_size"])))
-    encoder = TextEncoder(tokenizer_json.encode(), contract(sizes))
+    architecture = read_architecture(nvembed_config(config, LatentAttention(head_dim=config["hidden_size"])))
+    encoder = TextEncoder(tokenizer_json.encode(), contract(architecture))
     tokenized = encoder.tokenize(texts, max_length=max_length)
-    ends = itertools.accumulate(map(len, tokenized))
-    tokenized = sorted((row for row, end in zip(tokenized, ends, strict=True) if end <= CALIBRATION_TOKENS), key=len)
-    parts = [tokenized[start : start + TEXTS_AT_A_TIME] for start in range(0, len(tokenized), TEXTS_AT_A_TIME)]
-    bert, rows = bert_of(teacher), token_rows(Tokenizer.from_str(tokenizer_json), teacher)
-    batches = list(calibration(bert, rows, (encoder.pad(part) for part in parts)))
-    solver = _Solver(bert, sizes, rows, batches)
+    totals = itertools.accumulate(map(len, tokenized))
+    rows = sorted((row for row, total in zip(tokenized, totals, strict=True) if total <= CALIBRATION_TOKENS), key=len)
+    row_batches = [rows[start : start + BATCH_TEXTS] for start in range(0, len(rows), BATCH_TEXTS)]
+    bert, embeddings = bert_of(teacher), token_rows(Tokenizer.from_str(tokenizer_json), teacher)
+    batches = list(calibration(bert, embeddings, (encoder.pad(row_batch) for row_batch in row_batches)))
+    solver = _Solver(bert, architecture, embeddings, batches)
     return Transplant(weights=solver.run(), agreement=solver.agreement())
 
 
@@ -114,256 +156,304 @@ class _Solver:
     """Solves for a decoder's weights, layer by layer.
 
     Args:
-        bert: Of the decoder's width and head width.
+        bert: A BERT of the decoder's hidden size and head dimension.
         config: The decoder's sizes.
-        rows: See `token_rows`.
-        batches: Calibration text, see `calibration`.
+        embeddings: Embedding of each of the decoder's tokens in the teacher; see `token_rows`.
+        batches: Calibration text; see `calibration`.
     """
 
-    def __init__(self, bert: Any, config: ModelConfig, rows: Tensor, batches: Sequence[Batch]) -> None:
+    def __init__(self, bert: Any, config: ModelConfig, embeddings: Tensor, batches: Sequence[Batch]) -> None:
         self.bert, self.config, self.batches = bert, config, batches
-        stated = self.bert.config
-        width, heads = stated.hidden_size, stated.num_attention_heads
-        asked = (config.hidden_size, config.layers, config.kv_heads, config.head_dim)
-        given = (width, stated.num_hidden_layers, config.heads, width // heads)
-        if asked != given or config.heads < heads:
+        hidden_size, heads = bert.config.hidden_size, bert.config.num_attention_heads
+        sizes = (config.hidden_size, config.layers, config.kv_heads, config.head_dim)
+        teacher_sizes = (hidden_size, bert.config.num_hidden_layers, config.heads, hidden_size // heads)
+        if sizes != teacher_sizes or config.heads < heads:
             raise ConfigError(
-                f"width, layers, key/value heads and their width are {asked}; from this teacher they must be {given}, "
-                f"with {heads} heads or more"
+                f"hidden size, layers, key/value heads and head dimension are {sizes}; for this teacher they must be "
+                f"{teacher_sizes}, with at least {heads} heads"
             )
         tokens = sum(int(batch.real.sum()) for batch in batches)
-        least = TOKENS_A_FEATURE * max(width, config.intermediate_size)
-        if tokens < least:
-            raise ConfigError(f"the texts have {tokens} tokens; layers of this size need {least}; pass more text")
+        min_tokens = MIN_TOKENS_PER_FEATURE * max(hidden_size, config.intermediate_size)
+        if tokens < min_tokens:
+            raise ConfigError(
+                f"the texts have {tokens} tokens, but layers of this size need {min_tokens}; pass more text"
+            )
         self.heads = heads
         self.norms = norms_of(self.bert)
         self.decoder = Decoder(config).requires_grad_(False)
-        self.decoder.embed_tokens.weight.copy_(self._table(rows) + CONSTANT)
+        self.decoder.embed_tokens.weight.copy_(self._table(embeddings) + CONSTANT)
         self.stream = [self.decoder.embed_tokens(batch.ids) for batch in batches]
-        self.scale = torch.ones(width)
+        self.scale = torch.ones(hidden_size)
         self.constant = CONSTANT
 
     @torch.no_grad()
-    def _table(self, rows: Tensor) -> Tensor:
-        """What the teacher's first norm makes of each token at the mean of a text's first places; `<s>` at its own."""
-        embeddings = self.bert.embeddings
-        places = embeddings.position_embeddings.weight
-        table = rows + embeddings.token_type_embeddings.weight[0] + places[1 : PLACES + 1].mean(dim=0)
-        table[BOS_ID] += places[0] - places[1 : PLACES + 1].mean(dim=0)
+    def _table(self, embeddings: Tensor) -> Tensor:
+        """Returns the output of the teacher's first norm for each token at an average position, `<s>` at its own."""
+        bert_embeddings = self.bert.embeddings
+        positions = bert_embeddings.position_embeddings.weight
+        average = positions[1 : AVERAGED_POSITIONS + 1].mean(dim=0)
+        table = embeddings + bert_embeddings.token_type_embeddings.weight[0] + average
+        table[BOS_ID] += positions[0] - average
         return unit(table)[0]
 
     @torch.no_grad()
     def run(self) -> dict[str, Tensor]:
         """Solves for everything and returns the decoder's weights."""
-        work = list(zip(self.decoder.layers, self.bert.encoder.layer, strict=True))
-        for number, (own, other) in enumerate(tqdm(work, desc="layers from the teacher's", disable=None)):
-            self._attention(own, other, 2 * number, first=number == 0)
-            self._feed_forward(own, other, 2 * number + 1)
-        normed, wanted = self._known(self._normed(self.decoder.norm)), self._targets(-1)
-        self.decoder.norm.weight.mul_((normed * wanted).sum(dim=0) / normed.square().sum(dim=0))
+        layers = list(zip(self.decoder.layers, self.bert.encoder.layer, strict=True))
+        for index, (layer, bert_layer) in enumerate(tqdm(layers, desc="layers from the teacher's", disable=None)):
+            self._attention(layer, bert_layer, 2 * index, is_first=index == 0)
+            self._feed_forward(layer, bert_layer, 2 * index + 1)
+        normed, targets = self._real_rows(self._normed(self.decoder.norm)), self._targets(-1)
+        self.decoder.norm.weight.mul_((normed * targets).sum(dim=0) / normed.square().sum(dim=0))
         return self.decoder.state_dict()
 
     @torch.no_grad()
     def agreement(self) -> float:
-        """Mean cosine of the means over tokens, student to teacher, on the calibration text."""
-        found = []
+        """Returns the mean cosine of the mean-pooled states, student to teacher, on the calibration text."""
+        cosines = []
         for batch, stream in zip(self.batches, self.stream, strict=True):
-            hidden, known = self.decoder.norm(stream), batch.real[:, :, None]
-            wanted = batch.states[-1] * self.norms[-1].weight + self.norms[-1].bias
-            found.append(F.cosine_similarity((hidden * known).sum(1), (wanted * known).sum(1), dim=-1))
-        return float(torch.cat(found).mean())
+            hidden, is_real = self.decoder.norm(stream), batch.real[:, :, None]
+            targets = batch.states[-1] * self.norms[-1].weight + self.norms[-1].bias
+            cosines.append(F.cosine_similarity((hidden * is_real).sum(1), (targets * is_real).sum(1), dim=-1))
+        return float(torch.cat(cosines).mean())
 
     def _normed(self, norm: RMSNorm) -> list[Tensor]:
-        """What a block reads, its norm's weights made so that it is n again and of about its size."""
+        """Returns the input of a block, after setting its norm's weights so that it is n again, of about its size."""
         norm.weight.copy_(1 / self.scale)
-        size = self._known([norm(x) for x in self.stream]).square().mean().sqrt()
+        size = self._real_rows([norm(x) for x in self.stream]).square().mean().sqrt()
         norm.weight.div_(size)
         return [norm(x) for x in self.stream]
 
-    def _known(self, tensors: Sequence[Tensor]) -> Tensor:
+    def _real_rows(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Concatenates the real tokens of tensors [R, T, D], one for each batch, to [N, D]."""
         return torch.cat([tensor[batch.real] for tensor, batch in zip(tensors, self.batches, strict=True)])
 
-    def _units(self, place: int) -> Tensor:
-        return torch.cat([batch.states[place][batch.real] for batch in self.batches])
+    def _units(self, norm_index: int) -> Tensor:
+        """Returns the teacher's n at a norm, [N, D]."""
+        return torch.cat([batch.states[norm_index][batch.real] for batch in self.batches])
 
-    def _targets(self, place: int) -> Tensor:
-        """The teacher's state behind a norm, [N, D]."""
-        return self._units(place) * self.norms[place].weight + self.norms[place].bias
+    def _targets(self, norm_index: int) -> Tensor:
+        """Returns the teacher's state after a norm, [N, D]."""
+        return self._units(norm_index) * self.norms[norm_index].weight + self.norms[norm_index].bias
 
-    def _sizes(self, place: int) -> Tensor:
-        """How much of the teacher's n the stream holds, [N, 1]."""
-        units = self._units(place)
-        held = self._known(self.stream) / self.scale
-        held = held - held.mean(dim=-1, keepdim=True)
-        return (held * units).sum(dim=-1, keepdim=True) / units.square().sum(dim=-1, keepdim=True)
+    def _sizes(self, norm_index: int) -> Tensor:
+        """Returns the size of the teacher's n in the stream, [N, 1]."""
+        units = self._units(norm_index)
+        stream = self._real_rows(self.stream) / self.scale
+        stream = stream - stream.mean(dim=-1, keepdim=True)
+        return (stream * units).sum(dim=-1, keepdim=True) / units.square().sum(dim=-1, keepdim=True)
 
-    def _write(self, features: Tensor, place: int, sizes: Tensor) -> Tensor:
-        """Weights [D, F] by which features bring the stream from the teacher's state at `place` to the next one."""
-        after = place + 1
-        before = sizes.mean()
-        self.scale = self.scale / self.norms[place].weight.abs().clamp_min(LEAST_GAIN)
+    def _write(self, features: Tensor, norm_index: int, sizes: Tensor) -> Tensor:
+        """Returns weights [D, F] with which features move the stream from one of the teacher's states to the next.
+
+        Args:
+            features: float32 [N, F], outputs inside the block.
+            norm_index: Index of the norm of the state before the block.
+            sizes: [N, 1], size of that state in the stream.
+        """
+        next_index = norm_index + 1
+        mean_size = sizes.mean()
+        self.scale = self.scale / self.norms[norm_index].weight.abs().clamp_min(MIN_GAIN)
         spread = self.scale.log().mean().exp()
         self.scale = self.scale / spread
-        sizes = sizes * torch.cat([batch.sizes[after][batch.real] for batch in self.batches]) * spread
-        middle = sizes.median()
-        apart = (sizes / middle).clamp_min(1e-3).log()
-        sizes = middle * torch.exp(SIZE_SPREAD * torch.tanh(apart / SIZE_SPREAD))
-        self.constant *= float(sizes.mean() / before)
+        next_sizes = sizes * torch.cat([batch.sizes[next_index][batch.real] for batch in self.batches]) * spread
+        median = next_sizes.median()
+        log_ratios = (next_sizes / median).clamp_min(1e-3).log()
+        next_sizes = median * torch.exp(SIZE_SPREAD * torch.tanh(log_ratios / SIZE_SPREAD))
+        self.constant *= float(next_sizes.mean() / mean_size)
         offset = torch.full_like(self.scale, self.constant)
-        if after == len(self.norms) - 1:  # what follows is the last norm, which has no bias
-            gain = self.norms[after].weight
-            gain = torch.where(gain < 0, -1.0, 1.0) * gain.abs().clamp_min(LEAST_GAIN)
-            offset = float(middle) * self.norms[after].bias / gain
-        missing = sizes * self._units(after) + offset - self._known(self.stream) / self.scale
-        return solve(features, missing, weights=(middle / sizes).square()) * self.scale[:, None]
+        if next_index == len(self.norms) - 1:  # the decoder's last norm follows, which has no bias
+            gain = self.norms[next_index].weight
+            gain = torch.where(gain < 0, -1.0, 1.0) * gain.abs().clamp_min(MIN_GAIN)
+            offset = float(median) * self.norms[next_index].bias / gain
+        residuals = next_sizes * self._units(next_index) + offset - self._real_rows(self.stream) / self.scale
+        return solve(features, residuals, weights=(median / next_sizes).square()) * self.scale[:, None]
 
-    def _attention(self, own: DecoderLayer, other: Any, place: int, *, first: bool) -> None:
-        theirs, attention, config = other.attention.self, own.self_attn, self.config
-        sizes = self._sizes(place)
-        normed = self._normed(own.input_layernorm)
-        features, wanted = self._known(normed), self._targets(place)
-        one = solve(features, torch.ones(len(features), 1))[0]
-        query, key, value = (solve(features, linear(wanted)) for linear in (theirs.query, theirs.key, theirs.value))
-        h, half = config.head_dim, config.head_dim // 2
-        speeds = config.rope_theta ** -(torch.arange(half) / half)
-        slow = [pair for pair in reversed(range(half)) if speeds[pair] * NEAR <= SLOW_TURN]
-        fast = [pair for pair in range(half) if pair not in slow]
-        places = [dim for pair in slow for dim in (pair, pair + half)]
-        q, k, v = torch.zeros(3, config.heads, h, config.hidden_size)
+    def _attention(self, layer: DecoderLayer, bert_layer: Any, norm_index: int, *, is_first: bool) -> None:
+        """Solves for the attention of a layer and applies it to the stream."""
+        bert_attention, attention, config = bert_layer.attention.self, layer.self_attn, self.config
+        sizes = self._sizes(norm_index)
+        normed = self._normed(layer.input_layernorm)
+        features = self._real_rows(normed)
+        one_reader = solve(features, torch.ones(len(features), 1))[0]
+        pairs = _rotary_pairs(config)
+        heads = _HeadWeights(*torch.zeros(3, config.heads, config.head_dim, config.hidden_size))
+        self._content_heads(heads, bert_attention, features, self._targets(norm_index), pairs)
+        self._set_queries_and_keys(attention, heads)
+        waves = _waves(*self._residual_scores(attention, bert_attention, norm_index, normed), pairs.fast_speeds)
+        for head, head_waves in enumerate(waves):
+            for pair, (cosine, sine) in zip(pairs.fast, head_waves.tolist(), strict=True):
+                heads.add_wave(head, pair, (cosine, sine), query_reader=one_reader, key_reader=one_reader)
+        if is_first:
+            self._position_heads(heads, features, one_reader, pairs)
+        else:
+            self._mean_heads(heads, features)
+        self._set_queries_and_keys(attention, heads)
+        attention.v_proj.weight.copy_(heads.v.flatten(0, 1))
+        contexts = [self._context(attention, x, batch.real) for x, batch in zip(normed, self.batches, strict=True)]
+        attention.o_proj.weight.copy_(self._write(self._real_rows(contexts), norm_index, sizes))
+        self.stream = [x + attention.o_proj(c) for x, c in zip(self.stream, contexts, strict=True)]
+
+    def _content_heads(
+        self, heads: _HeadWeights, bert_attention: Any, features: Tensor, targets: Tensor, pairs: _RotaryPairs
+    ) -> None:
+        """Solves for the teacher's heads; scores use the slow rotary pairs alone.
+
+        Args:
+            heads: Written to.
+            bert_attention: The teacher's attention block.
+            features: The normed stream, [N, D].
+            targets: The input of the teacher's block, [N, D].
+            pairs: Rotary pairs of a head.
+        """
+        query, key, value = (
+            solve(features, linear(targets))
+            for linear in (bert_attention.query, bert_attention.key, bert_attention.value)
+        )
+        h, half = self.config.head_dim, self.config.head_dim // 2
+        slow_dims = [dim for pair in pairs.slow for dim in (pair, pair + half)]
         roots = root(features), root(features - features.mean(dim=0))
         for head in range(self.heads):
             rows = slice(head * h, (head + 1) * h)
-            q[head, places], k[head, places] = largest_directions(query[rows], key[rows], roots, len(places))
-            v[head] = value[rows]
-        self._set(attention, q, k)
-        for head, sizes_of in enumerate(
-            _waves(*self._left_by_distance(attention, theirs, place, normed), speeds[fast])
-        ):
-            for pair, (cosine, sine) in zip(fast, sizes_of.tolist(), strict=True):
-                # Turned, a pair's product is q0 k0 cos(wd) + q0 k1 sin(wd); d is the query's place less the key's.
-                size = math.sqrt(math.hypot(cosine, sine)) or 1.0
-                q[head, pair] = size * one
-                k[head, pair], k[head, pair + half] = cosine / size * one, sine / size * one
-        extra = range(self.heads, config.heads)
-        if first:
-            self._position_heads(extra, q, k, v, features, one, fast, slow[0])
-        else:
-            directions = torch.linalg.eigh(features.T @ features / len(features)).eigenvectors.T.flip(0)
-            for number, head in enumerate(extra):
-                v[head] = directions[number * h : (number + 1) * h]
-        self._set(attention, q, k)
-        attention.v_proj.weight.copy_(v.flatten(0, 1))
-        contexts = [self._context(attention, x, batch.real) for x, batch in zip(normed, self.batches, strict=True)]
-        attention.o_proj.weight.copy_(self._write(self._known(contexts), place, sizes))
-        self.stream = [x + attention.o_proj(c) for x, c in zip(self.stream, contexts, strict=True)]
+            heads.q[head, slow_dims], heads.k[head, slow_dims] = largest_directions(
+                query[rows], key[rows], roots, len(slow_dims)
+            )
+            heads.v[head] = value[rows]
 
-    def _position_heads(
-        self,
-        heads: Sequence[int],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        features: Tensor,
-        one: Tensor,
-        fast: Sequence[int],
-        still: int,
-    ) -> None:
-        """Heads that tell a token's place: the first token's share, against the last's, falls with the distance to it.
+    def _mean_heads(self, heads: _HeadWeights, features: Tensor) -> None:
+        """Makes the heads without a counterpart in the teacher take the mean of the largest directions.
 
         Args:
-            heads: Their numbers.
-            q: [H, h, D], written to; `k` and `v` as well.
-            k: See `q`.
-            v: See `q`.
+            heads: Written to.
             features: The normed stream, [N, D].
-            one: What reads 1 off it, [D].
-            fast: The rotary pairs that turn.
-            still: One that does not.
         """
-        ids = self._known([batch.ids[:, :, None] for batch in self.batches])
-        front, back = (solve(features, (ids == number).float())[0] for number in (BOS_ID, EOS_ID))
+        h = self.config.head_dim
+        directions = torch.linalg.eigh(features.T @ features / len(features)).eigenvectors.T.flip(0)
+        for index, head in enumerate(range(self.heads, self.config.heads)):
+            heads.v[head] = directions[index * h : (index + 1) * h]
+
+    def _position_heads(self, heads: _HeadWeights, features: Tensor, one_reader: Tensor, pairs: _RotaryPairs) -> None:
+        """Makes the heads without a counterpart in the teacher encode a token's position.
+
+        The weight of the first token, against the last, falls with the distance to it.
+
+        Args:
+            heads: Written to.
+            features: The normed stream, [N, D].
+            one_reader: [D], reads the constant 1 off the normed stream.
+            pairs: Rotary pairs of a head.
+        """
+        ids = self._real_rows([batch.ids[:, :, None] for batch in self.batches])
+        bos_reader, eos_reader = (solve(features, (ids == token_id).float())[0] for token_id in (BOS_ID, EOS_ID))
         scale, half = math.sqrt(self.config.head_dim), self.config.head_dim // 2
-        speeds = self.config.rope_theta ** -(torch.tensor(fast) / half)
-        places = torch.arange(CURVE_PLACES).float()
+        speeds = self.config.rope_theta ** -(torch.tensor(pairs.fast) / half)
+        positions = torch.arange(CURVE_POSITIONS).float()
         basis = torch.cat(
-            [f(places[:, None] * speeds) for f in (torch.cos, torch.sin)] + [torch.ones_like(places)[:, None]], 1
+            [f(positions[:, None] * speeds) for f in (torch.cos, torch.sin)] + [torch.ones_like(positions)[:, None]], 1
         )
-        near = 1 / (places + 3)  # texts have more first places than far ones
-        first, last = (math.log(place) for place in CURVES)
-        for number, head in enumerate(heads):
-            centre = first + (last - first) * number / max(1, len(heads) - 1)
-            curve = ((centre - (places + 1).log()) * CURVE_SLOPE).clamp(-CURVE_LIMIT, CURVE_LIMIT)
-            *sizes, level = (fit(basis, curve, near) * scale).tolist()
-            for pair, cosine, sine in zip(fast, sizes[: len(fast)], sizes[len(fast) :], strict=True):
-                size = math.sqrt(math.hypot(cosine, sine)) or 1.0
-                q[head, pair] = size * one
-                k[head, pair], k[head, pair + half] = cosine / size * front, sine / size * front
+        position_weights = 1 / (positions + 3)  # early positions occur in more texts than late ones
+        log_start, log_end = (math.log(position) for position in CURVE_CENTRES)
+        position_heads = range(self.heads, self.config.heads)
+        for index, head in enumerate(position_heads):
+            log_centre = log_start + (log_end - log_start) * index / max(1, len(position_heads) - 1)
+            curve = ((log_centre - (positions + 1).log()) * CURVE_SLOPE).clamp(-CURVE_LIMIT, CURVE_LIMIT)
+            *amplitudes, level = (fit(basis, curve, position_weights) * scale).tolist()
+            cosines, sines = amplitudes[: len(pairs.fast)], amplitudes[len(pairs.fast) :]
+            for pair, cosine, sine in zip(pairs.fast, cosines, sines, strict=True):
+                heads.add_wave(head, pair, (cosine, sine), query_reader=one_reader, key_reader=bos_reader)
             size = math.sqrt(END_SCORE * scale)
-            q[head, still] = size * one
-            k[head, still] = (size + level / size) * front + size * back
-            v[head, 0] = front
+            slowest = pairs.slow[0]
+            heads.q[head, slowest] = size * one_reader
+            heads.k[head, slowest] = (size + level / size) * bos_reader + size * eos_reader
+            heads.v[head, 0] = bos_reader
 
     @staticmethod
-    def _set(attention: Attention, q: Tensor, k: Tensor) -> None:
-        attention.q_proj.weight.copy_(q.flatten(0, 1))
-        attention.k_proj.weight.copy_(k.flatten(0, 1))
+    def _set_queries_and_keys(attention: Attention, heads: _HeadWeights) -> None:
+        attention.q_proj.weight.copy_(heads.q.flatten(0, 1))
+        attention.k_proj.weight.copy_(heads.k.flatten(0, 1))
 
     def _split(self, x: Tensor) -> Tensor:
+        """Splits [R, T, H h] into heads [R, H, T, h]."""
         return x.view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
 
-    def _scores(self, attention: Attention, x: Tensor) -> Tensor:
+    def _rotated(self, attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns queries and keys [R, H, T, h] with rotary position embeddings."""
         cos, sin = self.decoder.rotary(x.shape[1], x)
         q, k = (rotate(self._split(linear(x)), cos, sin) for linear in (attention.q_proj, attention.k_proj))
+        return q, k
+
+    def _scores(self, attention: Attention, x: Tensor) -> Tensor:
+        q, k = self._rotated(attention, x)
         return q @ k.transpose(-1, -2)
 
     def _context(self, attention: Attention, x: Tensor, real: Tensor) -> Tensor:
-        cos, sin = self.decoder.rotary(x.shape[1], x)
-        q, k = (rotate(self._split(linear(x)), cos, sin) for linear in (attention.q_proj, attention.k_proj))
+        """Returns the attention's output before the output projection, [R, T, H h]."""
+        q, k = self._rotated(attention, x)
         mask = real[:, None, None, :]
-        found = F.scaled_dot_product_attention(q, k, self._split(attention.v_proj(x)), attn_mask=mask)
-        return found.transpose(1, 2).flatten(-2)
+        context = F.scaled_dot_product_attention(q, k, self._split(attention.v_proj(x)), attn_mask=mask)
+        return context.transpose(1, 2).flatten(-2)
 
-    def _left_by_distance(
-        self, attention: Attention, theirs: Any, place: int, normed: list[Tensor]
+    def _residual_scores(
+        self, attention: Attention, bert_attention: Any, norm_index: int, normed: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """What the teacher's scores have more than ours, mean [H, distances], and pairs of tokens, [distances]."""
-        width = 2 * FARTHEST + 1
-        total, seen = torch.zeros(self.heads, width), torch.zeros(width)
-        norm = self.norms[place]
-        for x, batch in list(zip(normed, self.batches, strict=True))[::FITTED_SHARE]:
-            wanted = batch.states[place] * norm.weight + norm.bias
-            q, k = (self._split(linear(wanted)) for linear in (theirs.query, theirs.key))
+        """Returns the teacher's scores minus the decoder's, [H, distances], and counts of token pairs, [distances]."""
+        distances = 2 * MAX_DISTANCE + 1
+        totals, pair_counts = torch.zeros(self.heads, distances), torch.zeros(distances)
+        norm = self.norms[norm_index]
+        for x, batch in list(zip(normed, self.batches, strict=True))[::DISTANCE_BATCH_STEP]:
+            targets = batch.states[norm_index] * norm.weight + norm.bias
+            q, k = (self._split(linear(targets)) for linear in (bert_attention.query, bert_attention.key))
             inner = batch.real & (batch.ids != BOS_ID)
             both = (inner[:, :, None] & inner[:, None, :])[:, None]
-            left = (q @ k.transpose(-1, -2) - self._scores(attention, x)[:, : self.heads]) * both
-            # What a query adds to all its scores is no business of the softmax.
-            left = (left - left.sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp_min(1)) * both
-            places = torch.arange(x.shape[1])
-            distance = places[:, None] - places[None, :]
-            near = distance.abs() <= FARTHEST
-            total.index_add_(1, distance[near] + FARTHEST, left.sum(dim=0)[:, near])
-            seen.index_add_(0, distance[near] + FARTHEST, both.sum(dim=(0, 1))[near].float())
-        return total / seen.clamp_min(1), seen
+            residual = (q @ k.transpose(-1, -2) - self._scores(attention, x)[:, : self.heads]) * both
+            # The softmax is invariant to what a query adds to all its scores.
+            residual = (residual - residual.sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp_min(1)) * both
+            positions = torch.arange(x.shape[1])
+            distance = positions[:, None] - positions[None, :]
+            is_fitted = distance.abs() <= MAX_DISTANCE
+            columns = distance[is_fitted] + MAX_DISTANCE
+            totals.index_add_(1, columns, residual.sum(dim=0)[:, is_fitted])
+            pair_counts.index_add_(0, columns, both.sum(dim=(0, 1))[is_fitted].float())
+        return totals / pair_counts.clamp_min(1), pair_counts
 
-    def _feed_forward(self, own: DecoderLayer, other: Any, place: int) -> None:
-        mlp, sizes, normed = own.mlp, self._sizes(place), self._normed(own.post_attention_layernorm)
-        features = self._known(normed)
-        inner = other.intermediate.dense(self._targets(place))
-        # A neuron matters as much as it moves the stream.
-        weight = F.gelu(inner).std(dim=0) * other.output.dense.weight.norm(dim=0)
-        kept = weight.argsort(descending=True)[: self.config.intermediate_size].sort().values
+    def _feed_forward(self, layer: DecoderLayer, bert_layer: Any, norm_index: int) -> None:
+        """Solves for the feed-forward block of a layer and applies it to the stream."""
+        mlp, sizes, normed = layer.mlp, self._sizes(norm_index), self._normed(layer.post_attention_layernorm)
+        features = self._real_rows(normed)
+        inputs = bert_layer.intermediate.dense(self._targets(norm_index))
+        # A neuron is as important as the change that it makes to the stream.
+        importance = F.gelu(inputs).std(dim=0) * bert_layer.output.dense.weight.norm(dim=0)
+        neurons = importance.argsort(descending=True)[: self.config.intermediate_size].sort().values
         mlp.gate_proj.weight.zero_()
         mlp.up_proj.weight.zero_()
-        mlp.gate_proj.weight[: len(kept)] = GELU_SLOPE * solve(features, inner[:, kept])
-        mlp.up_proj.weight[: len(kept)] = solve(features, sizes / sizes.mean())
-        inside = [F.silu(mlp.gate_proj(x)) * mlp.up_proj(x) for x in normed]
-        mlp.down_proj.weight.copy_(self._write(self._known(inside), place, sizes))
-        self.stream = [x + mlp.down_proj(y) for x, y in zip(self.stream, inside, strict=True)]
+        mlp.gate_proj.weight[: len(neurons)] = GELU_SLOPE * solve(features, inputs[:, neurons])
+        mlp.up_proj.weight[: len(neurons)] = solve(features, sizes / sizes.mean())
+        activations = [F.silu(mlp.gate_proj(x)) * mlp.up_proj(x) for x in normed]
+        mlp.down_proj.weight.copy_(self._write(self._real_rows(activations), norm_index, sizes))
+        self.stream = [x + mlp.down_proj(y) for x, y in zip(self.stream, activations, strict=True)]
 
 
-def _waves(left: Tensor, seen: Tensor, speeds: Tensor) -> Tensor:
-    """Sizes of the cosines and sines [H, pairs, 2] that sum to given scores by distance, a constant apart."""
-    angles = torch.arange(-FARTHEST, FARTHEST + 1)[:, None] * speeds
+def _rotary_pairs(config: ModelConfig) -> _RotaryPairs:
+    """Sorts the rotary pairs of a head by their speed, the slowest first."""
+    half = config.head_dim // 2
+    speeds = config.rope_theta ** -(torch.arange(half) / half)
+    slow = [pair for pair in reversed(range(half)) if speeds[pair] * SLOW_TOKENS <= SLOW_RADIANS]
+    fast = [pair for pair in range(half) if pair not in slow]
+    return _RotaryPairs(slow, fast, speeds[fast])
+
+
+def _waves(scores: Tensor, pair_counts: Tensor, speeds: Tensor) -> Tensor:
+    """Fits cosine and sine waves to scores by distance, up to a constant.
+
+    Args:
+        scores: [H, distances].
+        pair_counts: [distances], weights of the fit.
+        speeds: Radians per token of each rotary pair.
+
+    Returns:
+        Amplitudes [H, pairs, 2] of the cosines and sines.
+    """
+    angles = torch.arange(-MAX_DISTANCE, MAX_DISTANCE + 1)[:, None] * speeds
     basis = torch.cat((angles.cos(), angles.sin(), torch.ones(len(angles), 1)), dim=1)
-    found = fit(basis, left.T, seen)[:-1]
-    return found.T.reshape(-1, 2, len(speeds)).transpose(1, 2)
+    amplitudes = fit(basis, scores.T, pair_counts)[:-1]
+    return amplitudes.T.reshape(-1, 2, len(speeds)).transpose(1, 2)

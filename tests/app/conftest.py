@@ -1,4 +1,4 @@
-"""A served page over the tiny model and a small corpus, for every test of the page."""
+"""A served page for the tiny model and a small collection, shared by the tests of the page."""
 
 import threading
 from collections.abc import Iterator
@@ -39,10 +39,10 @@ def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     library = Library(tmp_path_factory.mktemp("collections"), encoder)
     library.add_python(few_passages())
     searcher = Searcher(encoder)
-    other = Encoder(bundles["int8"], device="cpu", backend="onnxruntime")
+    int8_encoder = Encoder(bundles["int8"], device="cpu", backend="onnxruntime")
     limits = Limits(files=20, file_bytes=2**20, unpacked_bytes=2**21, chars=400_000)
-    made = Page(searcher, library, {"left fp32": lambda: encoder, "right int8": lambda: other}, limits)
-    built = made.build()
+    search_page = Page(searcher, library, {"left fp32": lambda: encoder, "right int8": lambda: int8_encoder}, limits)
+    built = search_page.build()
     _, url, _ = built.queue(max_size=32).launch(
         server_name="127.0.0.1",
         server_port=listen_port("127.0.0.1", 0),
@@ -55,7 +55,7 @@ def page(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         footer_links=[],
     )
     yield SimpleNamespace(
-        url=url, library=library, encoder=encoder, searcher=searcher, lock=threading.Lock(), made=made
+        url=url, library=library, encoder=encoder, searcher=searcher, lock=threading.Lock(), search_page=search_page
     )
     built.close()
     searcher.close()

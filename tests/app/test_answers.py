@@ -42,9 +42,9 @@ OTHERS = (
 @needs_rtx
 def test_known_answers_are_in_the_first_three(readme_folder: Path, tmp_path: Path) -> None:
     encoder = Encoder(readme_folder / "bundles" / "nv-embed-mini-fp16", device="cpu", backend="onnxruntime")
-    wanted = {*QUESTIONS.values(), *OTHERS}
+    modules = {*QUESTIONS.values(), *OTHERS}
     library = Library(tmp_path / "collections", encoder)
-    store = library.add_python(passage for passage in library_passages() if passage.source in wanted)
+    store = library.add_python(passage for passage in library_passages() if passage.source in modules)
     searcher = Searcher(encoder)
     try:
         missed = []

@@ -1,4 +1,4 @@
-"""Indexes find what looking at every vector finds, and refuse what is not theirs."""
+"""Indexes find the same as an exhaustive search, and reject other collections' data."""
 
 import shutil
 from pathlib import Path
@@ -31,7 +31,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def memory_server(content: object) -> ServerIndex:
-    """The client's own stand-in for a server."""
+    """Returns an index on the client's in-memory replacement of a server."""
     client = pytest.importorskip("qdrant_client", reason="not installed: pip install nvembed-deploy[qdrant]")
     return ServerIndex(content, client.QdrantClient(":memory:"), "memory")
 
@@ -43,7 +43,7 @@ def test_an_index_finds_what_looking_at_all_finds(written: Path, tmp_path: Path,
     folder = Path(shutil.copytree(written, tmp_path / "mine"))
     exact = FolderStore(folder)
     store = FolderStore(folder, opener("qdrant") if kind == "edge" else memory_server)
-    rng, found = np.random.default_rng(1), []
+    rng, recalls = np.random.default_rng(1), []
     for _ in range(50):
         query = exact.vectors[rng.integers(ROWS)] + 0.2 * rng.normal(size=32)
         query = (query / np.linalg.norm(query)).astype(np.float32)
@@ -54,8 +54,8 @@ def test_an_index_finds_what_looking_at_all_finds(written: Path, tmp_path: Path,
             assert not sources or {hit.passage.source for hit in hits} <= set(sources)
             scores = {hit.passage.title: hit.score for hit in best}
             assert all(abs(scores[hit.passage.title] - hit.score) < 1e-6 for hit in hits if hit.passage.title in scores)
-            found.append(len(scores.keys() & {hit.passage.title for hit in hits}) / 10)
-    assert np.mean(found) > 0.98
+            recalls.append(len(scores.keys() & {hit.passage.title for hit in hits}) / 10)
+    assert np.mean(recalls) > 0.98
     assert store.search(ENGINE, query, count=5, sources=["nothing"]) == []
     with pytest.raises(ConfigError, match="was made by another"):
         store.search(Engine(**(vars(ENGINE) | {"precision": "int8"})), query, count=1)
@@ -70,11 +70,11 @@ def test_the_index_on_this_machine_is_made_once_and_goes_with_the_collection(enc
     assert library.names() == ["mine"]
     assert {path.name for path in library.folder.iterdir()} == {"mine", LOCK}
     assert len(library.open("mine").search(library.engine, encoder.encode("rows"), count=9)) == 3
-    made = (library.folder / "mine" / FOLDER).stat().st_ino
-    again = Library(library.folder, encoder, index="qdrant")
-    again.open("mine")
-    assert (library.folder / "mine" / FOLDER).stat().st_ino == made
-    again.delete("mine")
+    inode = (library.folder / "mine" / FOLDER).stat().st_ino
+    reopened = Library(library.folder, encoder, index="qdrant")
+    reopened.open("mine")
+    assert (library.folder / "mine" / FOLDER).stat().st_ino == inode
+    reopened.delete("mine")
     assert [path.name for path in library.folder.iterdir()] == [LOCK]
 
 
@@ -83,7 +83,7 @@ def test_a_damaged_index_says_how_to_make_it_again(written: Path, tmp_path: Path
     folder = Path(shutil.copytree(written, tmp_path / "mine"))
     (folder / FOLDER).mkdir()
     (folder / FOLDER / "edge_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"the index in .* failed .* delete that folder, and it is made again"):
+    with pytest.raises(ConfigError, match=r"the index in .* failed .* delete the folder to rebuild it"):
         FolderStore(folder, opener("qdrant"))
 
 
@@ -91,11 +91,11 @@ def test_an_index_of_something_else_is_refused(written: Path, tmp_path: Path) ->
     pytest.importorskip("qdrant_edge", reason="not installed: pip install nvembed-deploy[qdrant]")
     folder = Path(shutil.copytree(written, tmp_path / "mine"))
     FolderStore(folder, opener("qdrant"))
-    other = tmp_path / "other"
-    FolderStore.write(other, ENGINE, few_passages(), np.eye(3, 32, dtype=np.float32))
-    shutil.copytree(folder / FOLDER, other / FOLDER)
-    with pytest.raises(ConfigError, match="is not of this collection; delete that folder"):
-        FolderStore(other, opener("qdrant"))
+    other_folder = tmp_path / "other"
+    FolderStore.write(other_folder, ENGINE, few_passages(), np.eye(3, 32, dtype=np.float32))
+    shutil.copytree(folder / FOLDER, other_folder / FOLDER)
+    with pytest.raises(ConfigError, match="belongs to another collection; delete the folder"):
+        FolderStore(other_folder, opener("qdrant"))
 
 
 def test_a_server_is_filled_once_and_after_a_half_filled_start(written: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_server_is_filled_once_and_after_a_half_filled_start(written: Path) ->
 
 
 def test_kinds_and_servers_that_are_not_there(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="--index is 'faiss'; pass exact, qdrant, or the URL"):
+    with pytest.raises(ConfigError, match=r"--index must be exact, qdrant, or the URL .*, got 'faiss'"):
         opener("faiss")
     pytest.importorskip("qdrant_client", reason="not installed: pip install nvembed-deploy[qdrant]")
     with pytest.raises(ConfigError, match=r"the Qdrant server at http://127\.0\.0\.1:9 failed .* --index exact"):

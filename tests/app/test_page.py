@@ -21,8 +21,8 @@ for library in ("gradio", "pandas", "gradio_client"):
 from tests.app.conftest import DANGER  # noqa: E402
 from tests.app.test_store import make_zip  # noqa: E402
 
-SECONDS = 30_000
-"""Milliseconds, that is: two loaded cores take their time."""
+TIMEOUT_MS = 30_000
+"""Timeout in milliseconds: two loaded cores are slow."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def open_tab(context: Any, page: SimpleNamespace) -> Any:
     opened = context.new_page()
     opened.requested = []
     opened.on("request", lambda request: opened.requested.append(request.url))
-    opened.set_default_timeout(SECONDS)
+    opened.set_default_timeout(TIMEOUT_MS)
     opened.goto(page.url)
     opened.get_by_label("Query", exact=True).wait_for()
     return opened
@@ -72,14 +72,14 @@ def test_enter_searches(tab: Any, page: SimpleNamespace) -> None:
     assert tab.locator("[id^=result-]:visible").count() == 3
     assert "ms" in tab.locator("#times textarea, #times input").first.input_value()
     titles = {hit.passage.title for hit in expected.hits}
-    shown = [tab.locator(f"#result-{number}").inner_text() for number in (1, 2, 3)]
+    shown = [tab.locator(f"#result-{rank}").inner_text() for rank in (1, 2, 3)]
     assert all(any(title in text for text in shown) for title in titles)
     assert tab.locator("#bars").is_visible()
 
 
 def test_hostile_text_is_shown_as_text(tab: Any) -> None:
     search(tab, f"what is {DANGER}?")
-    assert DANGER in "".join(tab.locator(f"#result-{number}").inner_text() for number in (1, 2, 3)).replace("\n", " ")
+    assert DANGER in "".join(tab.locator(f"#result-{rank}").inner_text() for rank in (1, 2, 3)).replace("\n", " ")
     assert tab.title() == "Semantic search"
     assert tab.locator("img[src=x]").count() == 0
 
@@ -95,7 +95,7 @@ def test_sources_filter(tab: Any) -> None:
 
 def test_an_empty_query_is_explained(tab: Any) -> None:
     tab.locator("#search-button").click()
-    tab.get_by_text("the query is empty; type what you look for").first.wait_for()
+    tab.get_by_text("the query is empty; enter a search query").first.wait_for()
 
 
 def test_examples_fill_the_query(tab: Any) -> None:
@@ -160,27 +160,27 @@ def test_adding_can_be_cancelled(
     assert len(calls) == stopped
     assert "long" not in page.library.names()
     tab.locator("#cancel").click()
-    tab.get_by_text("nothing is being added, so there is nothing to cancel").first.wait_for()
+    tab.get_by_text("no documents are being added, so there is nothing to cancel").first.wait_for()
 
 
 def test_what_waits_for_other_uploads_can_be_cancelled(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
-    from nvembed_deploy.app.page import UPLOADS
+    from nvembed_deploy.app.page import MAX_UPLOADS
 
     (tmp_path / "short.txt").write_text("a sentence")
-    for _ in range(UPLOADS):
-        page.made._uploads.acquire()
+    for _ in range(MAX_UPLOADS):
+        page.search_page._uploads.acquire()
     try:
         upload(tab, tmp_path / "short.txt", "waiting", wait=False)
         state_is(tab, "waiting for other uploads")
         tab.locator("#cancel").click()
         state_is(tab, "cancelled; nothing was added")
     finally:
-        page.made._uploads.release(UPLOADS)
+        page.search_page._uploads.release(MAX_UPLOADS)
     assert "waiting" not in page.library.names()
 
 
 def test_names_of_files_are_no_html(tab: Any, tmp_path: Path) -> None:
-    """In a message too: Gradio takes those for HTML, and an image would be asked for."""
+    """Covers messages too: Gradio renders them as HTML, and an image would be requested."""
     name = "<img src=&#47;&#47;evil.example&#47;x.png>.txt"
     upload(tab, make_zip(tmp_path / "hostile.zip", {name: b"\xff\xff"}), name[:38], wait=False)
     tab.get_by_text("is not UTF-8 text").first.wait_for()
@@ -191,7 +191,7 @@ def test_names_of_files_are_no_html(tab: Any, tmp_path: Path) -> None:
 def test_wrong_files_are_explained(tab: Any, tmp_path: Path) -> None:
     bomb = make_zip(tmp_path / "bomb.zip", {"a.txt": b"0" * 3_000_000})
     upload(tab, bomb, "bomb", wait=False)
-    tab.get_by_text("unpacks to more than is allowed").first.wait_for()
+    tab.get_by_text("unpacks to more than the limit").first.wait_for()
 
 
 def test_compare_shows_both_rankings(tab: Any) -> None:
@@ -200,7 +200,7 @@ def test_compare_shows_both_rankings(tab: Any) -> None:
     box.fill("rows of a table")
     box.press("Enter")
     tab.wait_for_function(
-        "document.querySelector('#difference textarea, #difference input').value.includes('of the ten best')"
+        "document.querySelector('#difference textarea, #difference input').value.includes('of the top ten')"
     )
     assert "csv.reader" in tab.locator("#rankings").inner_text()
 
@@ -214,7 +214,7 @@ def test_the_map_is_drawn(tab: Any) -> None:
 
 def test_the_engine_tells_of_itself(tab: Any) -> None:
     tab.get_by_role("tab", name="Engine").click()
-    card = tab.get_by_label("The engine behind this page").input_value()
+    card = tab.get_by_label("Engine details").input_value()
     assert "onnxruntime" in card
     assert "lowest cosine" in card
 
@@ -244,12 +244,12 @@ def test_two_users_at_once(browser: Any, page: SimpleNamespace) -> None:
     shown = [tab.locator("#result-1").inner_text() for tab in tabs]
     for context in contexts:
         context.close()
-    first, second = (
+    table_title, file_title = (
         page.searcher.search(page.library.add_python(), query, instruction=preset(), count=1).hits[0].passage.title
         for query in ("rows of a table", "compressed file")
     )
-    assert first in shown[0]
-    assert second in shown[1]
+    assert table_title in shown[0]
+    assert file_title in shown[1]
 
 
 def preset() -> str:
@@ -264,23 +264,22 @@ def test_programs_can_search(page: SimpleNamespace) -> None:
     client = Client(page.url, verbose=False)
     expected = page.searcher.search(page.library.add_python(), "rows", instruction="", count=2)
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: client.predict(query="rows", count=2, api_name="/search"), range(8)):
-            assert [item["title"] for item in found] == [hit.passage.title for hit in expected.hits]
+        for hits in pool.map(lambda _: client.predict(query="rows", count=2, api_name="/search"), range(8)):
+            assert [hit["title"] for hit in hits] == [hit.passage.title for hit in expected.hits]
     with pytest.raises(Exception, match="there is no collection 'none'"):
         client.predict(query="rows", collection="none", api_name="/search")
     with pytest.raises(Exception, match="the query has 3000 characters"):
         client.predict(query="x" * 3000, api_name="/search")
     for wrong in ({"query": None}, {"query": "rows", "instruction": None}, {"query": "rows", "count": 2.5}):
-        with pytest.raises(Exception, match="count is a whole number; send them so"):
+        with pytest.raises(Exception, match="must be strings, and count an integer"):
             client.predict(**wrong, api_name="/search")
 
 
-def test_a_full_disk_is_told(page: SimpleNamespace) -> None:
-    def write() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_a_full_disk_is_reported() -> None:
+    from nvembed_deploy.app.page import shown_errors
 
-    with pytest.raises(Exception, match=r"No space left on device: .* look at its disk"):
-        page.made._guarded(write)
+    with pytest.raises(Exception, match=r"No space left on device: .* check its disk"), shown_errors():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(

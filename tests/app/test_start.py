@@ -33,22 +33,22 @@ def start(bundle: Path, collections: Path, *flags: str) -> tuple[subprocess.Pope
 def test_the_second_start_indexes_nothing_and_a_password_is_asked_for(bundles: dict[str, Path], tmp_path: Path) -> None:
     from gradio_client import Client
 
-    process, url, first = start(bundles["fp32"], tmp_path / "collections")
+    process, url, first_start_s = start(bundles["fp32"], tmp_path / "collections")
     try:
-        found = Client(url, verbose=False).predict(query="read a CSV file", count=3, api_name="/search")
-        assert len(found) == 3
+        hits = Client(url, verbose=False).predict(query="read a CSV file", count=3, api_name="/search")
+        assert len(hits) == 3
     finally:
         process.terminate()
         process.wait(20)
     vectors = next((tmp_path / "collections").glob("*/vectors.npy"))
     written = vectors.stat().st_mtime_ns
     (tmp_path / "accounts").write_text("anna:secret\n")
-    process, url, second = start(
+    process, url, second_start_s = start(
         bundles["fp32"], tmp_path / "collections", "--password-file", str(tmp_path / "accounts")
     )
     try:
         assert vectors.stat().st_mtime_ns == written
-        assert second < max(20.0, first)
+        assert second_start_s < max(20.0, first_start_s)
         for password, status in (("wrong", 400), ("secret", 200)):
             form = urllib.parse.urlencode({"username": "anna", "password": password}).encode()
             jar = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
@@ -76,12 +76,12 @@ def test_a_port_or_an_address_that_is_taken_is_one_line() -> None:
     from nvembed_deploy import ConfigError
     from nvembed_deploy.app.command import listen_port
 
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(ConfigError, match=r"cannot be listened on .*--port 0 for a free one"):
-            listen_port("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(ConfigError, match=r"192\.0\.2\.1:0 cannot be listened on .*pass another --host"):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with pytest.raises(ConfigError, match=r"cannot listen on .*--port 0 for a free port"):
+            listen_port("127.0.0.1", listener.getsockname()[1])
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0 .*pass another --host"):
         listen_port("192.0.2.1", 0)  # an address for documentation, which no machine has
 
 

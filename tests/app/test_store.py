@@ -14,7 +14,7 @@ from nvembed_deploy.app.compare import compare
 from nvembed_deploy.app.documents import CHUNK_TOKENS, OVERLAP_TOKENS, Limits, chunks, read_files
 from nvembed_deploy.app.index import Content, ExactIndex
 from nvembed_deploy.app.library import PYTHON, Library
-from nvembed_deploy.app.passages import LONGEST_TEXT, Passage, library_passages
+from nvembed_deploy.app.passages import MAX_TEXT_CHARS, Passage, library_passages
 from nvembed_deploy.app.plane import QUERY, RESULT, Plane, draw
 from nvembed_deploy.app.search import MATCH, Searcher, sentences
 from nvembed_deploy.app.store import PASSAGES, RECORD, VECTORS, Engine, FolderStore
@@ -27,12 +27,12 @@ def library(encoder: Encoder, tmp_path: Path) -> Library:
 
 
 def test_the_library_has_pythons_own_documentation() -> None:
-    found = list(library_passages())
-    titles = {passage.title for passage in found}
+    passages = list(library_passages())
+    titles = {passage.title for passage in passages}
     assert {"csv.Sniffer", "math.gcd", "shutil.copytree", "with"} <= titles
-    assert len(found) > 3000
-    assert all(passage.text and len(passage.text) <= LONGEST_TEXT for passage in found)
-    assert not any("._" in passage.title for passage in found)
+    assert len(passages) > 3000
+    assert all(passage.text and len(passage.text) <= MAX_TEXT_CHARS for passage in passages)
+    assert not any("._" in passage.title for passage in passages)
 
 
 def test_search_is_exact_and_knows_sources(library: Library, encoder: Encoder) -> None:
@@ -49,38 +49,40 @@ def test_search_is_exact_and_knows_sources(library: Library, encoder: Encoder) -
 
 def test_another_engine_is_refused(library: Library, bundles: dict[str, Path], tmp_path: Path) -> None:
     list(library.add_steps("mine", few_passages()))
-    other = Encoder(bundles["fp16"], device="cpu", backend="onnxruntime")
-    foreign = Library(tmp_path / "collections", other)
-    store = foreign.open("mine")
+    fp16_encoder = Encoder(bundles["fp16"], device="cpu", backend="onnxruntime")
+    fp16_library = Library(tmp_path / "collections", fp16_encoder)
+    store = fp16_library.open("mine")
     with pytest.raises(ConfigError, match=r"was made by another model or precision .*index the passages again"):
-        store.search(foreign.engine, other.encode("a"), count=1)
-    with pytest.raises(ConfigError, match="delete it, or add to another one"):
-        list(foreign.add_steps("mine", few_passages()))
-    assert foreign.names() == ["mine"]  # the other engine's copy of Python's documentation is not shown
+        store.search(fp16_library.engine, fp16_encoder.encode("a"), count=1)
+    with pytest.raises(ConfigError, match="delete it, or add to another collection"):
+        list(fp16_library.add_steps("mine", few_passages()))
+    assert fp16_library.names() == ["mine"]  # the other engine's copy of Python's documentation is not shown
 
 
 def test_collections_grow_persist_and_go(library: Library, encoder: Encoder) -> None:
     library.add_python(few_passages())
     assert [done for done, _ in library.add_steps("mine", few_passages()[:1])] == [0, 1]
     list(library.add_steps("mine", few_passages()[1:]))
-    again = Library(library.folder, encoder)
-    assert again.names() == [PYTHON, "mine"]
-    assert [passage.title for passage in again.open("mine").passages] == [passage.title for passage in few_passages()]
-    again.delete("mine")
+    reopened = Library(library.folder, encoder)
+    assert reopened.names() == [PYTHON, "mine"]
+    assert [passage.title for passage in reopened.open("mine").passages] == [
+        passage.title for passage in few_passages()
+    ]
+    reopened.delete("mine")
     assert Library(library.folder, encoder).names() == [PYTHON]
     with pytest.raises(ConfigError, match="there is no collection 'mine'"):
-        again.open("mine")
-    with pytest.raises(ConfigError, match="it stays"):
-        again.delete(PYTHON)
+        reopened.open("mine")
+    with pytest.raises(ConfigError, match="cannot be deleted: it would be indexed again"):
+        reopened.delete(PYTHON)
     for name in ("", "../up", "a/b", ".hidden", "x" * 41):
-        with pytest.raises(ConfigError, match="is no name for a collection"):
-            list(again.add_steps(name, few_passages()))
+        with pytest.raises(ConfigError, match="is not a valid collection name"):
+            list(reopened.add_steps(name, few_passages()))
 
 
 @pytest.mark.parametrize("name", [PYTHON, f"{PYTHON}.mine", PYTHON.lower()])
 def test_the_name_of_pythons_documentation_is_taken(library: Library, name: str) -> None:
     library.add_python(few_passages())
-    with pytest.raises(ConfigError, match="is kept for Python's own documentation"):
+    with pytest.raises(ConfigError, match="is reserved for Python's documentation"):
         list(library.add_steps(name, few_passages()))
     assert len(library.open(PYTHON)) == len(few_passages())
 
@@ -89,29 +91,29 @@ def test_the_name_of_pythons_documentation_is_taken(library: Library, name: str)
 def test_a_damaged_collection_can_be_deleted_and_pythons_is_made_again(
     encoder: Encoder, tmp_path: Path, file: str
 ) -> None:
-    first = Library(tmp_path, encoder)
-    first.add_python(few_passages())
-    list(first.add_steps("mine", few_passages()))
+    library = Library(tmp_path, encoder)
+    library.add_python(few_passages())
+    list(library.add_steps("mine", few_passages()))
     for record in tmp_path.glob(f"*/{file}"):
         record.write_bytes(b"damaged")
-    again = Library(tmp_path, encoder)
+    reopened = Library(tmp_path, encoder)
     with pytest.raises(BundleError, match="delete it and index again"):
-        again.open("mine")
-    again.delete("mine")
-    assert again.names() == [PYTHON]
-    assert len(again.add_python(few_passages())) == len(few_passages())
+        reopened.open("mine")
+    reopened.delete("mine")
+    assert reopened.names() == [PYTHON]
+    assert len(reopened.add_python(few_passages())) == len(few_passages())
     with pytest.raises(ConfigError, match="there is no collection 'mine'; it may have been deleted"):
-        again.delete("mine")
+        reopened.delete("mine")
 
 
 def test_what_is_being_written_is_no_collection(library: Library, encoder: Encoder) -> None:
-    """Nor what a killed run left, which the next start removes."""
+    """Nor are the leftovers of an interrupted run, which the next start removes."""
     list(library.add_steps("mine", few_passages()))
-    left = library.folder / ".mine.staging-abc"
-    shutil.copytree(library.folder / "mine", left)
+    leftovers = library.folder / ".mine.staging-abc"
+    shutil.copytree(library.folder / "mine", leftovers)
     assert library.names() == ["mine"]
     Library(library.folder, encoder)
-    assert not left.exists()
+    assert not leftovers.exists()
 
 
 def test_an_index_that_fails_leaves_what_was_there(encoder: Encoder, tmp_path: Path) -> None:
@@ -137,24 +139,24 @@ def test_an_index_that_fails_leaves_what_was_there(encoder: Encoder, tmp_path: P
 
 
 def test_two_pages_on_one_folder_lose_nothing(encoder: Encoder, tmp_path: Path) -> None:
-    first, second = (Library(tmp_path, encoder) for _ in range(2))
-    list(first.add_steps("mine", few_passages()[:1]))
-    assert len(second.open("mine")) == 1
-    list(first.add_steps("mine", few_passages()[1:2]))
-    list(second.add_steps("mine", few_passages()[2:]))
-    assert first.open("mine").passages == second.open("mine").passages == few_passages()
-    second.delete("mine")
+    first_library, second_library = (Library(tmp_path, encoder) for _ in range(2))
+    list(first_library.add_steps("mine", few_passages()[:1]))
+    assert len(second_library.open("mine")) == 1
+    list(first_library.add_steps("mine", few_passages()[1:2]))
+    list(second_library.add_steps("mine", few_passages()[2:]))
+    assert first_library.open("mine").passages == second_library.open("mine").passages == few_passages()
+    second_library.delete("mine")
     with pytest.raises(ConfigError, match="there is no collection 'mine'"):
-        first.open("mine")
+        first_library.open("mine")
 
 
 def test_two_pages_that_start_together_index_python_once(encoder: Encoder, tmp_path: Path) -> None:
-    first, second = (Library(tmp_path, encoder) for _ in range(2))
-    steps = second._add(PYTHON, few_passages())
+    first_library, second_library = (Library(tmp_path, encoder) for _ in range(2))
+    steps = second_library._add(PYTHON, few_passages())
     next(steps)
-    first.add_python(few_passages())
+    first_library.add_python(few_passages())
     list(steps)
-    assert second.open(PYTHON).passages == few_passages()
+    assert second_library.open(PYTHON).passages == few_passages()
 
 
 def test_an_index_that_cannot_be_removed_is_told(
@@ -169,7 +171,7 @@ def test_an_index_that_cannot_be_removed_is_told(
     library.open("mine").drop_index = refuse
     library.delete("mine")
     assert library.names() == []
-    assert "what its index keeps elsewhere may stay: the server is down" in caplog.text
+    assert "its index outside the folder may remain: the server is down" in caplog.text
 
 
 def test_what_is_stopped_leaves_nothing(library: Library) -> None:
@@ -197,18 +199,18 @@ def test_nothing_is_unpickled(library: Library) -> None:
 
 def test_blank_stretches_are_no_passages(encoder: Encoder) -> None:
     text = "intro" + "\n" * 2000 + "end"
-    found = list(chunks("a.txt", text, encoder.token_spans(text)))
-    assert [passage.text for passage in found] == ["intro", "end"]
+    passages = list(chunks("a.txt", text, encoder.token_spans(text)))
+    assert [passage.text for passage in passages] == ["intro", "end"]
 
 
 def test_chunks_overlap_and_lose_nothing(encoder: Encoder) -> None:
-    text = " ".join(f"word{number}" for number in range(900))
+    text = " ".join(f"word{index}" for index in range(900))
     spans = encoder.token_spans(text)
-    found = list(chunks("a.txt", text, spans))
-    assert all(passage.text in text for passage in found)
-    assert all(f"word{number}" in " ".join(passage.text for passage in found) for number in range(900))
-    assert len(found) == -(-(len(spans) - OVERLAP_TOKENS) // (CHUNK_TOKENS - OVERLAP_TOKENS))
-    assert [passage.title for passage in found[:2]] == ["a.txt, part 1", "a.txt, part 2"]
+    passages = list(chunks("a.txt", text, spans))
+    assert all(passage.text in text for passage in passages)
+    assert all(f"word{index}" in " ".join(passage.text for passage in passages) for index in range(900))
+    assert len(passages) == -(-(len(spans) - OVERLAP_TOKENS) // (CHUNK_TOKENS - OVERLAP_TOKENS))
+    assert [passage.title for passage in passages[:2]] == ["a.txt, part 1", "a.txt, part 2"]
     assert [passage.text for passage in chunks("b.txt", "one", encoder.token_spans("one"))] == ["one"]
 
 
@@ -220,20 +222,20 @@ def make_zip(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def make_pdf(text: str) -> bytes:
-    """A page with a line of text, written by hand."""
+    """Returns a PDF of one page with a line of text."""
     stream = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET".encode()
-    parts = [
+    objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
         b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
         b"/Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
         b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
     ]
-    out, places = b"%PDF-1.4\n", []
-    for number, part in enumerate(parts, 1):
-        places.append(len(out))
-        out += b"%d 0 obj\n%s\nendobj\n" % (number, part)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    out, offsets = b"%PDF-1.4\n", []
+    for object_number, pdf_object in enumerate(objects, 1):
+        offsets.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (object_number, pdf_object)
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
     return (
         out
         + b"xref\n0 5\n0000000000 65535 f \n"
@@ -262,27 +264,27 @@ def test_a_corrupt_stream_is_named(tmp_path: Path) -> None:
 
 def test_chunks_fit_a_short_engine(encoder: Encoder) -> None:
     text = "a word and another one " * 200
-    for passage in chunks("a.txt", text, encoder.token_spans(text), most=40):
+    for passage in chunks("a.txt", text, encoder.token_spans(text), max_tokens=40):
         assert len(encoder.tokenize([passage.text])[0]) <= 40 + 8
 
 
 def test_two_engines_side_by_side(library: Library, encoder: Encoder, bundles: dict[str, Path]) -> None:
     store = library.add_python(few_passages())
-    other = Encoder(bundles["int8"], device="cpu", backend="onnxruntime")
+    int8_encoder = Encoder(bundles["int8"], device="cpu", backend="onnxruntime")
     searcher = Searcher(encoder)
     try:
-        same = compare(searcher, store, encoder, encoder, "rows of a table", instruction="")
-        found = compare(searcher, store, encoder, other, "rows of a table", instruction="Find passages")
+        self_comparison = compare(searcher, store, encoder, encoder, "rows of a table", instruction="")
+        comparison = compare(searcher, store, encoder, int8_encoder, "rows of a table", instruction="Find passages")
     finally:
         searcher.close()
-    assert (same.overlap, same.largest_difference, same.candidates) == (1.0, 0.0, 3)
-    assert [row[0] for row in found.rows] == ["1", "2", "3"]
+    assert (self_comparison.overlap, self_comparison.largest_difference, self_comparison.candidates) == (1.0, 0.0, 3)
+    assert [row[0] for row in comparison.rows] == ["1", "2", "3"]
     prompt = encoder.query_prompt("Find passages")
     texts = [passage.text for passage in few_passages()]
-    scores = [side.encode(texts) @ side.encode("rows of a table", prompt=prompt) for side in (encoder, other)]
-    assert found.largest_difference == pytest.approx(np.abs(scores[0] - scores[1]).max(), abs=1e-6)
-    assert found.largest_difference > 0
-    assert [row[1] for row in found.rows] == [f"{score:.4f}" for score in sorted(scores[0], reverse=True)]
+    scores = [side.encode(texts) @ side.encode("rows of a table", prompt=prompt) for side in (encoder, int8_encoder)]
+    assert comparison.largest_difference == pytest.approx(np.abs(scores[0] - scores[1]).max(), abs=1e-6)
+    assert comparison.largest_difference > 0
+    assert [row[1] for row in comparison.rows] == [f"{score:.4f}" for score in sorted(scores[0], reverse=True)]
 
 
 def test_the_rest_of_a_long_passage_is_not_marked(encoder: Encoder) -> None:
@@ -292,7 +294,7 @@ def test_the_rest_of_a_long_passage_is_not_marked(encoder: Encoder) -> None:
         marked = searcher.mark(encoder.encode("The rest of it."), [text])[0]
     finally:
         searcher.close()
-    assert "".join(part for part, _ in marked) == text
+    assert "".join(sentence for sentence, _ in marked) == text
     assert marked[-1][1] is None
 
 
@@ -308,8 +310,8 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     packed = make_zip(tmp_path / "f.zip", {"in/side.txt": b"packed", "skipped.png": b"\x89PNG", "in/": b""})
-    found = dict(read_files([*(tmp_path / name for name in contents), packed], Limits()))
-    assert found == {
+    texts = dict(read_files([*(tmp_path / name for name in contents), packed], Limits()))
+    assert texts == {
         "a.txt": "plain ü",
         "b.md": "# marked",
         "c.csv": "name: Ada; age: 36\n\nname: Bob, Jr; age: 4",
@@ -335,7 +337,7 @@ def test_no_text_is_lost(tmp_path: Path, name: str, content: bytes, text: str) -
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone.txt is gone: .* choose it again"):
+    with pytest.raises(InputError, match=r"gone.txt no longer exists: .* choose it again"):
         read_files([tmp_path / "gone.txt"], Limits())
 
 
@@ -343,11 +345,11 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.csv", b"h" * 1000 + b"\nx" * 100_000, "more than 5,000,000 characters"),
-        ("a.csv", b"h\n" + b"x" * 200_000, "a.csv is no CSV .*or as .txt"),
-        ("a.exe", b"MZ", r"a.exe is of no known kind; bring .csv, .jsonl, .md, .pdf, .txt, .zip"),
+        ("a.csv", b"h\n" + b"x" * 200_000, "a.csv is not valid CSV .*or save it as .txt"),
+        ("a.exe", b"MZ", r"unsupported file type: a.exe. Supported: .csv, .jsonl, .md, .pdf, .txt, .zip"),
         ("a.txt", b"\xff\xfe\x00", "a.txt is not UTF-8 text .*save it as UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{', "line 2 of a.jsonl is no JSON"),
-        ("a.jsonl", b"[" * 100_000, "line 1 of a.jsonl is no JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{', "line 2 of a.jsonl is not valid JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 of a.jsonl is not valid JSON"),
         ("a.pdf", b"%PDF-1.4 broken", "a.pdf cannot be read as PDF"),
         ("a.zip", b"PK\x03\x04 broken", "a.zip is damaged or encrypted"),
         ("a.txt", b"x" * 2000, "a.txt is larger than 0 MiB; split it"),
@@ -365,8 +367,8 @@ def test_wrong_files_are_named(tmp_path: Path, name: str, content: bytes, messag
 def test_bombs_and_crowds_are_stopped(tmp_path: Path) -> None:
     limits = Limits(file_bytes=10_000, unpacked_bytes=20_000, files=5, chars=30_000)
     bomb = make_zip(tmp_path / "bomb.zip", {"a.txt": b"0" * 1_000_000})
-    crowd = make_zip(tmp_path / "crowd.zip", {f"{number}.txt": b"0" * 9_000 for number in range(4)})
-    many = make_zip(tmp_path / "many.zip", {f"{number}.txt": b"0" for number in range(6)})
+    crowd = make_zip(tmp_path / "crowd.zip", {f"{index}.txt": b"0" * 9_000 for index in range(4)})
+    many = make_zip(tmp_path / "many.zip", {f"{index}.txt": b"0" for index in range(6)})
     for path, message in ((bomb, "unpacks to more"), (crowd, "unpacks to more"), (many, "more than 5 texts")):
         with pytest.raises(InputError, match=message):
             read_files([path], limits)
@@ -380,9 +382,9 @@ def test_marking_keeps_the_text(encoder: Encoder) -> None:
     searcher = Searcher(encoder)
     try:
         texts = [passage.text for passage in few_passages()] + ["", "no end", "a.b c! d?\n\n\n e"]
-        for text, parts in zip(texts, searcher.mark(encoder.encode("rows"), texts), strict=True):
-            assert "".join(part for part, _ in parts) == text
-            assert any(label == MATCH for _, label in parts)
+        for text, marked_sentences in zip(texts, searcher.mark(encoder.encode("rows"), texts), strict=True):
+            assert "".join(sentence for sentence, _ in marked_sentences) == text
+            assert any(label == MATCH for _, label in marked_sentences)
         assert sentences("One. Two.") == ["One. ", "Two."]
     finally:
         searcher.close()
@@ -398,10 +400,10 @@ def test_the_plane_is_the_principal_one(library: Library, encoder: Encoder) -> N
     store = library.add_python(few_passages())
     searcher = Searcher(encoder)
     try:
-        found = searcher.search(store, "rows", instruction="", count=2)
+        search_result = searcher.search(store, "rows", instruction="", count=2)
     finally:
         searcher.close()
-    columns = draw(store, Plane.of(store.vectors), found)
+    columns = draw(store, Plane.of(store.vectors), search_result)
     assert columns["source"].count(RESULT) == 2
     assert columns["source"][-1] == QUERY
     assert len({len(column) for column in columns.values()}) == 1

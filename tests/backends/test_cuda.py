@@ -192,7 +192,7 @@ def test_a_plan_changed_after_it_was_checked_never_reaches_tensorrt(planned: Pat
     content = bytearray((planned / PLAN).read_bytes())
     content[1234] ^= 1
     (planned / PLAN).write_bytes(content)
-    with pytest.raises(BundleError, match=r"engine\.plan is damaged \(its SHA-256 does not fit"):
+    with pytest.raises(BundleError, match=r"engine\.plan is damaged \(its SHA-256 does not match"):
         open_plan(bundle, 0)
     with pytest.raises(BundleError, match=r"engine\.plan is damaged"):
         Encoder(planned)

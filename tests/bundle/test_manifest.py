@@ -1,4 +1,4 @@
-"""The manifest: read back as written; whatever it should not say is refused, also behind a hash that fits."""
+"""The manifest: it is read back as written, and invalid content is refused even if its hash matches."""
 
 import copy
 import hashlib
@@ -11,7 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nvembed_deploy.bundle.manifest import CPU_GRAPH, FORMAT_VERSION, QUANTIZATION, REQUIRED, TRUTH, Manifest
+from nvembed_deploy.bundle.manifest import (
+    CPU_GRAPH,
+    FORMAT_VERSION,
+    QUANTIZATION,
+    REFERENCE_OUTPUTS,
+    REQUIRED,
+    Manifest,
+)
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.files.hashing import FileEntry
@@ -29,12 +36,12 @@ def zeroed(record: dict) -> bytes:
 
 
 def rehash(content: bytes) -> bytes:
-    """Puts the hash that fits where 64 zeros are, so that what lies behind the hash is reached."""
+    """Replaces the 64 zeros by the matching hash, so that the checks after the hash are reached."""
     return content.replace(b"0" * 64, hashlib.sha256(content).hexdigest().encode(), 1)
 
 
 def full_manifest() -> Manifest:
-    """A manifest in which nothing is empty."""
+    """Returns a manifest in which no field is empty."""
     report = ParityReport(
         reference="PyTorch",
         candidate="ONNX Runtime",
@@ -52,7 +59,7 @@ def full_manifest() -> Manifest:
         tolerance=TOLERANCES[Precision.FP16],
         failures=("one",),
     )
-    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, TRUTH)}
+    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, REFERENCE_OUTPUTS)}
     return make_manifest(parity=(report,), versions={"torch": "2.13"}, files=files)
 
 
@@ -61,27 +68,31 @@ RECORD = json.loads(VALID)
 
 
 def put(record: dict, path: str, value: object) -> None:
-    *parents, last = path.split("/")
-    reduce(dict.__getitem__, parents, record)[last] = value
+    *parents, key = path.split("/")
+    reduce(dict.__getitem__, parents, record)[key] = value
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format_version", FORMAT_VERSION + 1, "format version 4, this library reads 3; make the bundle again"),
-        ("format_version", 0, "format version 0, this library reads 3"),
+        (
+            "format_version",
+            FORMAT_VERSION + 1,
+            "format version 5, and .* reads format version 4; export .*: .* export --out",
+        ),
+        ("format_version", 3, "format version 3, and this version of nvembed-deploy reads format version 4"),
         ("format_version", None, "format version None"),
         ("format_version", True, "format version True"),
         ("hint", "of a newer version", "top level: unknown field 'hint'"),
         ("text/hint", 1, "text: unknown field 'hint'"),
-        ("plan", None, "two minds about engine.plan"),
-        ("parity", [], "two minds about truth.npz"),
-        ("precision", "bf16", "two minds about model.cpu.onnx"),
-        ("precision", "int8", "two minds about model.cpu.onnx"),
+        ("plan", None, "inconsistent: engine.plan is listed but has no plan record"),
+        ("parity", [], "inconsistent: reference.npz is listed but has no parity report"),
+        ("precision", "bf16", "inconsistent: model.cpu.onnx is not listed but has a precision that needs"),
+        ("precision", "int8", "inconsistent: model.cpu.onnx is not listed but has a precision that needs"),
         ("precision", "int2", "precision: expected one of fp32, fp16, bf16, int8, fp8, int4, found 'int2'"),
         ("dimension", "32", "dimension: expected int, found '32'"),
-        ("dimension", 31, "gives the vectors 31 dimensions and the model 32"),
-        ("text/pad_id", 10**30, "has token id 10+, the embedding table 415 rows"),
+        ("dimension", 31, "the vectors have 31 dimensions and the model has 32"),
+        ("text/pad_id", 10**30, "has token id 10+, and the embedding table has 415 rows"),
         ("text/prefix_ids", [1, -1], "has token id -1"),
         ("dimension", 32.0, "dimension: expected int"),
         ("folded", 1, "folded: expected bool"),
@@ -89,18 +100,18 @@ def put(record: dict, path: str, value: object) -> None:
         ("text/instruction_template", "Query: ", "no place {instruction}"),
         ("profile/min", {"batch": 64, "tokens": 1}, "--opt 2x8 is smaller than 64x1"),
         ("profile/max", {"batch": 0, "tokens": 1}, "batch and tokens must be at least 1"),
-        ("source/architecture/kv_heads", 3, "cannot share 3 key/value heads"),
+        ("source/architecture/kv_heads", 3, "4 attention heads are not a multiple of 3 key/value heads"),
         ("source/architecture/rope_theta", float("inf"), "rope_theta: expected a finite number"),
         ("source/architecture/rope_theta", 10**400, "rope_theta: expected a finite number"),
         ("source/architecture/rope_theta", float("nan"), "rope_theta: expected a finite number"),
         ("files/model.onnx/bytes", None, r"files\.model\.onnx\.bytes: expected int"),
-        ("files/..~passwd", {"bytes": 1, "sha256": "a" * 64}, "lists '../passwd', which is no file of a bundle"),
-        ("files/~etc~passwd", {"bytes": 1, "sha256": "a" * 64}, "lists '/etc/passwd', which is no file of a bundle"),
-        ("files/manifest.json", {"bytes": 1, "sha256": "a" * 64}, "lists 'manifest.json', which is no file"),
+        ("files/..~passwd", {"bytes": 1, "sha256": "a" * 64}, "lists '../passwd', which is not a bundle file"),
+        ("files/~etc~passwd", {"bytes": 1, "sha256": "a" * 64}, "lists '/etc/passwd', which is not a bundle file"),
+        ("files/manifest.json", {"bytes": 1, "sha256": "a" * 64}, "lists 'manifest.json', which is not a bundle file"),
     ],
     ids=lambda item: str(item)[:40],
 )
-def test_a_manifest_that_says_what_cannot_be_is_refused(path: str, value: object, message: str) -> None:
+def test_an_invalid_manifest_is_refused(path: str, value: object, message: str) -> None:
     record = copy.deepcopy(RECORD)
     put(record, path, value)
     if "~" in path:
@@ -120,28 +131,28 @@ def test_a_missing_field_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(REQUIRED))
-def test_a_bundle_without_its_graph_weights_or_tokenizer_is_none(name: str) -> None:
+def test_a_manifest_without_graph_weights_or_tokenizer_is_refused(name: str) -> None:
     record = copy.deepcopy(RECORD)
     del record["files"][name]
-    with pytest.raises(BundleError, match=f"does not list {name}; make"):
+    with pytest.raises(BundleError, match=f"does not list {name}; export"):
         Manifest.from_bytes(rehash(zeroed(record)))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "does not carry its own hash"),
-        (VALID.replace(b"manifest_sha256", b"manifest_sha255"), "does not carry its own hash"),
-        (VALID + VALID, "does not carry its own hash"),
-        (VALID + b" ", "its own hash does not fit"),
-        (VALID.replace(b'"fp32"', b'"bf16"'), "its own hash does not fit"),
-        (rehash(b'"manifest_sha256": "' + b"0" * 64 + b'"'), "cannot be used"),
-        (rehash(b'["manifest_sha256": "' + b"0" * 64 + b'"]'), "cannot be used"),
-        (rehash(b'{"manifest_sha256": "' + b"0" * 64 + b'", "x": ' + b"[" * 10**5), "cannot be used"),
-        (rehash(b'{"manifest_sha256": "' + b"0" * 64 + b'", "format_version": ' + b"9" * 10**4), "cannot be used"),
+        (b"", "its own hash is missing"),
+        (VALID.replace(b"manifest_sha256", b"manifest_sha255"), "its own hash is missing"),
+        (VALID + VALID, "its own hash is missing"),
+        (VALID + b" ", "its own hash does not match"),
+        (VALID.replace(b'"fp32"', b'"bf16"'), "its own hash does not match"),
+        (rehash(b'"manifest_sha256": "' + b"0" * 64 + b'"'), "is invalid"),
+        (rehash(b'["manifest_sha256": "' + b"0" * 64 + b'"]'), "is invalid"),
+        (rehash(b'{"manifest_sha256": "' + b"0" * 64 + b'", "x": ' + b"[" * 10**5), "is invalid"),
+        (rehash(b'{"manifest_sha256": "' + b"0" * 64 + b'", "format_version": ' + b"9" * 10**4), "is invalid"),
     ],
 )
-def test_what_is_no_manifest_is_refused(content: bytes, message: str) -> None:
+def test_other_content_is_refused(content: bytes, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         Manifest.from_bytes(content)
 
@@ -166,12 +177,12 @@ def check_refused_or_sound(content: bytes) -> None:
 
 
 def paths(value: object, path: tuple = ()) -> Iterator[tuple]:
-    """Where every value of a JSON tree is."""
+    """Yields the path of every value of a JSON tree."""
     if path:
         yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from paths(item, (*path, key))
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from paths(child, (*path, key))
 
 
 byte_edits = st.lists(
@@ -196,23 +207,23 @@ def test_any_change_of_bytes_is_refused(edits: list) -> None:
 
 @given(byte_edits)
 @settings(fuzz, max_examples=4000)
-def test_changed_bytes_behind_a_hash_that_fits_are_refused_or_sound(edits: list) -> None:
+def test_changed_bytes_with_a_matching_hash_are_refused_or_sound(edits: list) -> None:
     check_refused_or_sound(rehash(edited(zeroed(RECORD), edits)))
 
 
 @given(changes, st.dictionaries(st.text(max_size=8), json_values, max_size=1))
 @settings(fuzz, max_examples=3000)
-def test_changed_fields_behind_a_hash_that_fits_are_refused_or_sound(changes: list, more: dict) -> None:
+def test_changed_fields_with_a_matching_hash_are_refused_or_sound(changes: list, more: dict) -> None:
     record = copy.deepcopy(RECORD) | more
-    for (*parents, last), change in changes:
+    for (*parents, leaf), change in changes:
         try:
             parent = reduce(lambda value, key: value[key], parents, record)
             if change is None:
-                del parent[last]
+                del parent[leaf]
             else:
-                parent[last] = change[0]
+                parent[leaf] = change[0]
         except (LookupError, TypeError):
-            continue  # an earlier change took it away
+            continue  # removed by an earlier change
     check_refused_or_sound(rehash(zeroed(record)))
 
 
@@ -244,12 +255,12 @@ def test_changed_fields_behind_a_hash_that_fits_are_refused_or_sound(changes: li
     epsilon=st.floats(allow_nan=False, allow_infinity=False),
 )
 @settings(fuzz, max_examples=300)
-def test_what_is_written_is_what_is_read(epsilon: float, **changes) -> None:
+def test_round_trip(epsilon: float, **changes) -> None:
     source = full_manifest().source
     source = replace(source, architecture=replace(source.architecture, rms_norm_eps=epsilon))
     precision = changes["precision"]
-    own = [CPU_GRAPH] * precision.has_cpu_graph + [QUANTIZATION] * precision.quantized
-    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, TRUTH, *own)}
+    extra_files = [CPU_GRAPH] * precision.has_cpu_graph + [QUANTIZATION] * precision.quantized
+    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, REFERENCE_OUTPUTS, *extra_files)}
     manifest = replace(full_manifest(), source=source, files=files, **changes)
     assert from_json(Manifest, json.loads(json.dumps(to_json(manifest)))) == manifest
     content = manifest.to_bytes()

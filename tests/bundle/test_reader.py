@@ -1,4 +1,4 @@
-"""The manifest and the check of a bundle's files: whatever is damaged is refused by name."""
+"""Opening a bundle: damaged files are refused, and the error names them."""
 
 import hashlib
 import os
@@ -24,9 +24,9 @@ FILES = ("engine.plan", "model.onnx", "model.onnx.data", "tokenizer.json")
 
 
 def make_manifest(**changes) -> Manifest:
-    """A manifest that is sound but for its files."""
+    """Returns a valid manifest without files."""
     architecture = ModelConfig(
-        relative="NV-Embed",
+        family="NV-Embed",
         mask=Mask.BIDIRECTIONAL,
         pooling=Pooling.LATENT,
         hidden_size=32,
@@ -76,7 +76,7 @@ def make_manifest(**changes) -> Manifest:
 
 
 def contents(generation: int) -> dict[str, bytes]:
-    """All files of a generation, the manifest included."""
+    """Returns all files of a generation, including the manifest."""
     files = {name: f"{name} of {generation}\n".encode() * 400 for name in FILES}
     entries = {
         name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()
@@ -85,7 +85,7 @@ def contents(generation: int) -> dict[str, bytes]:
 
 
 def publish(destination: Path, generation: int) -> None:
-    """Publishes a generation whose files hold its number and nothing else; each file is written in two halves."""
+    """Publishes a generation whose files contain nothing but its number; each file is written in two halves."""
     with new_bundle(destination) as folder:
         for name in FILES:
             data = contents(generation)[name]
@@ -96,13 +96,13 @@ def publish(destination: Path, generation: int) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """What a folder holds, hidden files included."""
+    """Returns the content of all files in a folder, including hidden ones."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small bundle that is sound."""
+    """A small valid bundle."""
     publish(tmp_path / "out", 1)
     return tmp_path / "out"
 
@@ -156,7 +156,7 @@ def another_generations(path: Path) -> None:
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize(
     "damage",
-    [truncate, lengthen, empty, Path.unlink, symlink, hard_link, folder_instead, another_generations],
+    [truncate, lengthen, empty, Path.unlink, folder_instead, another_generations],
     ids=lambda damage: damage.__name__,
 )
 def test_every_damage_of_every_file_is_refused_by_name(folder: Path, name: str, damage) -> None:
@@ -169,6 +169,18 @@ def test_every_damage_of_every_file_is_refused_by_name(folder: Path, name: str, 
         assert re.search(r"\d bytes, expected \d", str(caught.value)), "found by size, before anything is hashed"
 
 
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("link", [symlink, hard_link])
+def test_a_link_is_what_it_leads_to(folder: Path, name: str, link) -> None:
+    link(folder / name)
+    bundle = Bundle.open(folder)
+    assert bundle.is_current()
+    (folder.parent / "elsewhere").write_bytes(b"others")
+    assert not bundle.is_current()
+    with pytest.raises(BundleError, match=rf"{name}\b"):
+        Bundle.open(folder)
+
+
 @pytest.mark.parametrize("name", [".hidden", "engine.plan2", "model.onnx.bak", "config.json", "model.cpu.onnx"])
 def test_extra_files_are_refused_by_name(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"")
@@ -176,7 +188,7 @@ def test_extra_files_are_refused_by_name(folder: Path, name: str) -> None:
         Bundle.open(folder)
 
 
-def test_what_is_read_later_is_hashed_again(folder: Path) -> None:
+def test_files_are_hashed_again_when_read(folder: Path) -> None:
     bundle = Bundle.open(folder)
     assert bundle.read("tokenizer.json") == contents(1)["tokenizer.json"]
     assert bundle.is_current()

@@ -1,4 +1,4 @@
-"""The arithmetic of `engines.bench`, and one small run of it."""
+"""The arithmetic of `nvembed bench`, and one small run."""
 
 import json
 import time
@@ -11,23 +11,23 @@ import pytest
 from nvembed_deploy.backends.cuda import CudaDevice
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.engines.bench import flops, in_turn, main, on_gpu, padding_waste, peak_gflops, percentiles
+from nvembed_deploy.engines.bench import flops, main, on_gpu, padding_waste, peak_gflops, percentiles, time_interleaved
 from nvembed_deploy.engines.power import PowerMeter, Reading, read_line
 from nvembed_deploy.engines.targets import TARGETS
 
 
 def test_percentiles_are_numpys() -> None:
     times = list(range(1, 101))
-    found = percentiles(times, texts=3, tokens=7)
-    assert (found.p50, found.p95, found.p99) == (50.5, 95.05, 99.01)
-    assert (found.texts, found.tokens) == (3, 7)
+    latency = percentiles(times, texts=3, tokens=7)
+    assert (latency.p50, latency.p95, latency.p99) == (50.5, 95.05, 99.01)
+    assert (latency.texts, latency.tokens) == (3, 7)
 
 
-def test_sides_take_turns() -> None:
+def test_actions_are_interleaved() -> None:
     calls: list[str] = []
-    times = in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 3)
+    times = time_interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 3)
     assert calls == list("abababab")
-    assert [len(own) for own in times] == [3, 3]
+    assert [len(action_times) for action_times in times] == [3, 3]
 
 
 def test_flops_are_two_for_each_weight_and_attention(bundles: dict[str, Path]) -> None:
@@ -54,14 +54,14 @@ def test_a_peak_is_that_of_the_card(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, source: str
 ) -> None:
     device = CudaDevice(index=1, name=name, compute_capability="8.9", bus="00000000:66:00.0")
-    asked: list[int] = []
-    cuda = SimpleNamespace(device=lambda index: asked.append(index) or device)
+    indices: list[int] = []
+    cuda = SimpleNamespace(device=lambda index: indices.append(index) or device)
     monkeypatch.setattr("nvembed_deploy.engines.bench.CudaRuntime", SimpleNamespace(load=lambda: cuda))
     encoder = SimpleNamespace(backend="tensorrt 11", manifest=Bundle.open(bundles["fp16"]).manifest)
-    peak, told = peak_gflops(encoder, "cuda:1")
-    assert source in told
+    peak, peak_source = peak_gflops(encoder, "cuda:1")
+    assert source in peak_source
     assert (peak == 0) == (source == "unknown")
-    assert asked == [1]
+    assert indices == [1]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_peak_is_that_of_the_card(
         ("openvino 2026.4.1 CPU bf16", False),
     ],
 )
-def test_what_runs_on_a_gpu_is_known_by_its_name(backend: str, is_gpu: bool) -> None:
+def test_backends_on_a_gpu_are_recognized_by_name(backend: str, is_gpu: bool) -> None:
     assert on_gpu(SimpleNamespace(backend=backend)) is is_gpu
 
 
@@ -97,18 +97,18 @@ def test_one_run(
     sides = [f"{bundles['fp32']}@onnxruntime", f"{bundles['int8']}@onnxruntime", f"reference@{checkpoint}"]
     out = tmp_path / "new" / "bench.json"
     assert main([*sides, "--device", "cpu", "--texts", "5", "--repeats", "4", "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    first, second, third = found["sides"]
-    assert first["min_cosine"] == pytest.approx(1, abs=1e-6)
+    report = json.loads(out.read_text())
+    first_engine, second, third = report["sides"]
+    assert first_engine["min_cosine"] == pytest.approx(1, abs=1e-6)
     assert 0.98 < second["min_cosine"] < 1
     assert third["min_cosine"] > 0.99999
     assert third["start_seconds"] is None
-    assert first["start_peak_mib"] > 20
-    for side in found["sides"]:
-        assert side["tokens_per_second"] / side["texts_per_second"] == pytest.approx(found["tokens"] / 5, rel=0.01)
+    assert first_engine["start_peak_mib"] > 20
+    for side in report["sides"]:
+        assert side["tokens_per_second"] / side["texts_per_second"] == pytest.approx(report["tokens"] / 5, rel=0.01)
         assert side["query_ms"]["p50"] <= side["query_ms"]["p99"]
-        assert (side["joules_per_text"], side["device_peak_mib"]) == (None, None)  # a CPU tells neither
-    assert found["peak_source"] == "FP32 GEMM"
+        assert (side["joules_per_text"], side["device_peak_mib"]) == (None, None)  # not measured on a CPU
+    assert report["peak_source"] == "FP32 GEMM"
     assert len(capsys.readouterr().out.splitlines()) == 5
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -132,7 +132,7 @@ def test_one_run(
         ),
     ],
 )
-def test_power_is_what_the_vendors_tool_tells(
+def test_power_is_read_from_the_vendors_tool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, line: str, watts: float, mib: float
 ) -> None:
     assert read_line(line) == Reading(watts, mib)
@@ -147,15 +147,15 @@ def test_power_is_what_the_vendors_tool_tells(
     assert meter.peak_memory_mib == mib
 
 
-def test_a_device_that_tells_one_of_the_two() -> None:
+def test_devices_that_report_one_of_the_two_figures() -> None:
     assert read_line("35.20, [N/A]") == Reading(35.2, None)  # DGX Spark
     assert read_line("[N/A], 1024") == Reading(None, 1024.0)
     assert read_line("[N/A], [N/A]") is None
     assert read_line("no such device") is None
 
 
-def test_a_jetson_is_asked_by_its_own_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """JetPack has nvidia-smi too, which tells nothing there."""
+def test_a_jetson_is_read_by_tegrastats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JetPack has nvidia-smi as well, which reports nothing there."""
     for tool, line in (("nvidia-smi", "[N/A], [N/A]"), ("tegrastats", "RAM 2048/7620MB VDD_IN 4852mW/4852mW")):
         (tmp_path / tool).write_text(f"#!/bin/sh\nwhile true; do echo '{line}'; sleep 0.02; done\n")
         (tmp_path / tool).chmod(0o755)
@@ -165,7 +165,7 @@ def test_a_jetson_is_asked_by_its_own_tool(tmp_path: Path, monkeypatch: pytest.M
     assert meter.joules == pytest.approx(4.852 * meter.seconds)
 
 
-def test_without_a_tool_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_tool_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with PowerMeter("00000000:65:00.0") as meter:
         pass
@@ -174,10 +174,10 @@ def test_without_a_tool_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_reference_needs_a_bundle_before_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"reference@{checkpoint}"]) == 1
-    assert "name a bundle first" in capsys.readouterr().err
+    assert "the reference needs a bundle before it" in capsys.readouterr().err
 
 
-def test_large_batches_end_where_padding_would_grow() -> None:
+def test_large_batches_end_before_padding_grows() -> None:
     lengths = [100] * 11 + [60] * 3 + [5] * 4
     batches = list(plan_batches(lengths, max_rows=32, max_tokens=4096))
     assert [len(batch) for batch in batches] == [12, 6]  # 60 beside eleven of 100 is little; a small batch goes on

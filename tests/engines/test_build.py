@@ -1,4 +1,4 @@
-"""A plan built on the device from what travels in a bundle; TensorRT-RTX stands in for the device's TensorRT."""
+"""Building the plan of a bundle on the device; TensorRT-RTX stands in for the device's TensorRT."""
 
 import json
 import os
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from nvembed_deploy import Encoder
-from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PLAN, TRUTH, WEIGHTS
+from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PLAN, REFERENCE_OUTPUTS, WEIGHTS
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.engines import build
 from nvembed_deploy.engines.targets import SINGLE_QUERIES, TARGETS
 from nvembed_deploy.errors import ConfigError, EngineError
-from nvembed_deploy.parity.probes import Truth
+from nvembed_deploy.parity.probes import ReferenceOutputs
 from nvembed_deploy.spec import Shape
 from tests.bundle.test_reader import snapshot
 from tests.conftest import ROOT, needs_rtx
@@ -29,7 +29,7 @@ JETSON = ["--target", "jetson-orin", "--max", "8x128"]
 
 @pytest.fixture(scope="module")
 def portable(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For a Jetson: no plan, since only the Jetson can build it."""
+    """A bundle for a Jetson, without a plan, since only the Jetson can build one."""
     from nvembed_deploy.export.trt import main
 
     out = tmp_path_factory.mktemp("portable") / "bundle"
@@ -44,7 +44,7 @@ def copy(portable: Path, tmp_path: Path) -> Path:
 
 
 @needs_rtx
-def test_the_plan_is_built_judged_and_switched_in(
+def test_the_plan_is_built_checked_and_added(
     portable: Path, copy: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(copy.parent)
@@ -52,10 +52,10 @@ def test_the_plan_is_built_judged_and_switched_in(
     out, err = capfd.readouterr()
     assert out.splitlines()[-1] == str(copy)
     assert "comparing ONNX with PyTorch" in err
-    assert re.search(r"done: engine\.plan [\d.]+ MB for rtx, parity of its graph passed, the plan was not run", err)
+    assert re.search(r"done: engine\.plan [\d.]+ MB for rtx, parity of the graph passed, the plan was not run", err)
     manifest = Bundle.open(copy).manifest
     assert (manifest.target, manifest.plan.profiles) == ("rtx", (manifest.profile, SINGLE_QUERIES))
-    assert manifest.profile.max.tokens == 128  # not longer than what was compared
+    assert manifest.profile.max.tokens == 128  # not longer than the probes that were compared
     assert manifest.parity[0].reference.startswith("PyTorch")
     before, after = snapshot(portable), snapshot(copy)
     assert all(after[name] == content for name, content in before.items() if name != MANIFEST)
@@ -72,10 +72,14 @@ def test_a_new_bundle_leaves_the_old_one(portable: Path, tmp_path: Path) -> None
 
 
 @needs_rtx
-def test_an_engine_with_other_vectors_is_not_switched_in(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As where the graph and the vectors are of two models."""
-    truth = Truth.from_bytes((copy / TRUTH).read_bytes())
-    rebuild(copy, copy, {TRUTH: replace(truth, vectors=np.roll(truth.vectors, 1, axis=0)).to_bytes()})
+def test_an_engine_with_wrong_vectors_does_not_replace_the_bundle(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For example, if the graph and the reference vectors are from different models."""
+    reference = ReferenceOutputs.from_bytes((copy / REFERENCE_OUTPUTS).read_bytes())
+    rebuild(
+        copy, copy, {REFERENCE_OUTPUTS: replace(reference, vectors=np.roll(reference.vectors, 1, axis=0)).to_bytes()}
+    )
     before = snapshot(copy)
     assert build.main([str(copy), "--target", "rtx"]) == 1
     assert re.search(r"error: .* differs from PyTorch .*: cosine", capsys.readouterr().err)
@@ -84,7 +88,7 @@ def test_an_engine_with_other_vectors_is_not_switched_in(copy: Path, capsys: pyt
 
 
 @needs_rtx
-def test_without_the_references_vectors_it_says_so(
+def test_a_build_without_reference_vectors_is_reported(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from nvembed_deploy.export.to_onnx import main
@@ -99,11 +103,11 @@ def test_without_the_references_vectors_it_says_so(
     assert all(os.path.samefile(out / name, checkpoint / name) for name in manifest.referenced)
 
 
-def test_what_cannot_be_built_is_refused_with_the_reason(
+def test_impossible_builds_are_refused_with_the_reason(
     bundles: dict[str, Path], copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orin = TARGETS["jetson-orin"]
-    with pytest.raises(ConfigError, match=r"fused dialect \(opset 23\), .* parses up to opset 20"):
+    with pytest.raises(ConfigError, match=r"fused dialect \(opset 23\), .* supports up to opset 20"):
         build.build(bundles["fp16"], orin)
     old = type("Old", (), {"__version__": "10.0.1"})
     monkeypatch.setattr("nvembed_deploy.engines.targets.load_bindings", lambda name: old)
@@ -113,7 +117,7 @@ def test_what_cannot_be_built_is_refused_with_the_reason(
     assert build.main([str(copy.parent)]) == 1
     assert "has no manifest.json" in capsys.readouterr().err
     assert build.main([str(copy), "--target", "rtx", "--max", "4x9999"]) == 1
-    assert "--max 4x9999 is longer than the model's 2048 tokens" in capsys.readouterr().err
+    assert "--max 4x9999 is too long: the model supports up to 2048 tokens" in capsys.readouterr().err
     assert build.main([str(copy), "--target", "rtx", "--strip-weights"]) == 1
     assert "needs a GPU to be built" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -124,20 +128,20 @@ def test_what_cannot_be_built_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    ("largest", "expected"),
+    ("max_shape", "expected"),
     [(None, "16x128"), (Shape(batch=40, tokens=128), "40x128"), (Shape(batch=4, tokens=256), "4x256")],
 )
-def test_shapes_are_the_recipes_within_the_bundles_own(portable: Path, largest: Shape | None, expected: str) -> None:
+def test_shapes_are_the_targets_limited_by_the_bundles(portable: Path, max_shape: Shape | None, expected: str) -> None:
     manifest = Bundle.open(portable).manifest
-    own = replace(manifest.profile, max=Shape(batch=16, tokens=128))
-    found = build._profile(TARGETS["h100"], replace(manifest, profile=own), largest)
-    assert str(found.max) == expected
-    assert found.opt.batch <= found.max.batch
-    assert found.opt.tokens <= found.max.tokens
+    bundle_profile = replace(manifest.profile, max=Shape(batch=16, tokens=128))
+    profile = build._profile(TARGETS["h100"], replace(manifest, profile=bundle_profile), max_shape)
+    assert str(profile.max) == expected
+    assert profile.opt.batch <= profile.max.batch
+    assert profile.opt.tokens <= profile.max.tokens
 
 
 @needs_rtx
-def test_no_room_is_said_before_anything_is_done(
+def test_too_little_memory_is_reported_first(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "available_memory_bytes", lambda: 2**20)
@@ -145,7 +149,7 @@ def test_no_room_is_said_before_anything_is_done(
     assert "needs about 0.4 GiB of memory and 0.0 GiB are free" in capsys.readouterr().err
     assert not (copy / PLAN).exists()
     assert build.main([str(copy), "--target", "rtx", "--force"]) == 0
-    assert "going on, as --force asks" in capsys.readouterr().err
+    assert "building anyway because of --force" in capsys.readouterr().err
 
 
 @needs_rtx

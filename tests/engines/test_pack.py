@@ -1,4 +1,4 @@
-"""The archive for a device: packed, unpacked, built and run as its own README says, with TensorRT-RTX for TensorRT."""
+"""The archive for a device: packed, unpacked, built and run as its README describes, with TensorRT-RTX for TensorRT."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from nvembed_deploy import Encoder
 from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.engines import pack as archive
-from nvembed_deploy.engines.pack import ON_DEVICE, REQUIREMENTS, main
+from nvembed_deploy.engines.pack import DEVICE_TARGETS, REQUIREMENTS, main
 from nvembed_deploy.engines.portable_operators import require_portable, unsupported
 from nvembed_deploy.engines.targets import TARGETS
 from nvembed_deploy.errors import ExportError
@@ -56,27 +56,27 @@ def run(device: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_rtx
-def test_the_devices_steps(packed: Path, device: Path) -> None:
+def test_the_instructions_for_the_device(packed: Path, device: Path) -> None:
     steps = (device / "README.md").read_text()
     assert "venv/bin/python -m nvembed_deploy build bundle --target jetson-orin" in steps
-    where = run(device, "-c", "import nvembed_deploy; print(nvembed_deploy.__file__)")
-    assert Path(where.stdout.strip()).parent == device / "nvembed_deploy"
+    location = run(device, "-c", "import nvembed_deploy; print(nvembed_deploy.__file__)")
+    assert Path(location.stdout.strip()).parent == device / "nvembed_deploy"
     done = run(device, "-m", "nvembed_deploy", "build", "bundle", "--target", "rtx")
     assert done.returncode == 0, done.stderr
-    assert "parity of its graph passed" in done.stderr
+    assert "parity of the graph passed" in done.stderr
     manifest = Bundle.open(device / "bundle").manifest
     assert (manifest.precision.value, manifest.target, manifest.parity[0].tolerance.min_overlap) == (
         "int8",
         "rtx",
         0.95,
     )
-    asked = run(device, "-m", "nvembed_deploy", "similarity", "bundle", "--device", "cpu")
-    assert asked.returncode == 0, asked.stderr
-    here = Encoder(packed.parent / "tiny", device="cpu").encode(["a text"])
-    np.testing.assert_array_equal(here, Encoder(device / "bundle", device="cpu").encode(["a text"]))
+    similarity = run(device, "-m", "nvembed_deploy", "similarity", "bundle", "--device", "cpu")
+    assert similarity.returncode == 0, similarity.stderr
+    expected = Encoder(packed.parent / "tiny", device="cpu").encode(["a text"])
+    np.testing.assert_array_equal(expected, Encoder(device / "bundle", device="cpu").encode(["a text"]))
 
 
-def test_what_is_in_it(device: Path) -> None:
+def test_contents(device: Path) -> None:
     assert not (device / "bundle" / "engine.plan").exists()
     assert (device / "requirements.txt").read_text().splitlines() == list(REQUIREMENTS["10"])
     names = {path.relative_to(device).as_posix() for path in device.rglob("*.py")}
@@ -87,7 +87,7 @@ def test_what_is_in_it(device: Path) -> None:
 
 
 def test_the_packed_library_installs(device: Path, tmp_path: Path) -> None:
-    """Its own pyproject.toml, as `pip install .` reads it."""
+    """`pip install .` reads the pyproject.toml of the archive."""
     done = run(device, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "wheel"), ".")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "wheel").glob("nvembed_deploy-*.whl"))) == 1
@@ -104,7 +104,7 @@ def test_a_finished_bundle_is_packed_without_its_plan(bundles: dict[str, Path], 
     assert (tmp_path / "x" / "requirements.txt").read_text().splitlines() == list(REQUIREMENTS["11"])
 
 
-def test_what_cannot_be_packed_is_refused(
+def test_bundles_that_cannot_be_packed_are_refused(
     bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit):
@@ -112,10 +112,11 @@ def test_what_cannot_be_packed_is_refused(
     assert "invalid choice: 'rtx'" in capsys.readouterr().err
     assert main([str(bundles["fp16"])]) == 1
     assert (
-        "was exported for --target rtx, whose plan is not built on a device; pass --target" in capsys.readouterr().err
+        "was exported for --target rtx, whose plans are not built on the device; pass --target"
+        in capsys.readouterr().err
     )
     assert main([str(bundles["fp16"]), "--target", "jetson-orin"]) == 1
-    assert "in the fused dialect (opset 23), which --target jetson-orin does not parse" in capsys.readouterr().err
+    assert "has the fused dialect (opset 23), which --target jetson-orin does not support" in capsys.readouterr().err
     assert main([str(tmp_path / "none")]) == 1
     assert "does not exist" in capsys.readouterr().err
     out = tmp_path / "x.tar"
@@ -145,8 +146,8 @@ def graph_of(path: Path, *nodes: onnx.NodeProto, kind: int = TensorProto.FLOAT, 
 
 def test_operators_that_tensorrt_10_does_not_parse(bundles: dict[str, Path], tmp_path: Path) -> None:
     path, node, zero = tmp_path / GRAPH, helper.make_node, np.zeros(1, np.int8)
-    found = set(unsupported(bundles["fp16"] / GRAPH))
-    assert {"opset 23, above 20", "operator Attention", "operator RMSNormalization"} <= found
+    problems = set(unsupported(bundles["fp16"] / GRAPH))
+    assert {"opset 23, above 20", "operator Attention", "operator RMSNormalization"} <= problems
     scale = np.ones((), np.float32)
     for nodes, extra, words in (
         ((node("NonZero", ["x"], ["y"]),), {}, ["operator NonZero"]),
@@ -155,7 +156,7 @@ def test_operators_that_tensorrt_10_does_not_parse(bundles: dict[str, Path], tmp
         (
             (node("Shape", ["x"], ["s"]), node("ReduceSum", ["x", "s"], ["y"])),
             {},
-            ["ReduceSum whose axes are computed"],
+            ["ReduceSum with computed axes"],
         ),
         (
             (node("QuantizeLinear", ["x", "scale", "zero"], ["y"]),),
@@ -166,10 +167,10 @@ def test_operators_that_tensorrt_10_does_not_parse(bundles: dict[str, Path], tmp
         ((node("Add", ["x", "x"], ["y"]),), {}, []),
     ):
         assert list(unsupported(graph_of(path, *nodes, **extra))) == words
-    with pytest.raises(ExportError, match=r"cannot parse: .*Attention.*Export with --dialect portable"):
+    with pytest.raises(ExportError, match=r"cannot parse model\.onnx: .*Attention.*Export with --dialect portable"):
         require_portable(bundles["fp16"] / GRAPH)
 
 
-def test_every_target_says_why() -> None:
-    for name in ON_DEVICE:
-        assert TARGETS[name].oldest_runtime.split(".")[0] in REQUIREMENTS
+def test_every_target_has_requirements() -> None:
+    for name in DEVICE_TARGETS:
+        assert TARGETS[name].min_runtime_version.split(".")[0] in REQUIREMENTS

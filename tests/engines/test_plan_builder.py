@@ -1,4 +1,4 @@
-"""The plan's builder: TensorRT-RTX itself on the CPU, and for TensorRT proper a stand-in that records the calls."""
+"""Building plans: with TensorRT-RTX on the CPU, and with a fake TensorRT that records the calls."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def build(graph: Path, **changes: object) -> tuple[memoryview, PlanInfo]:
 
 @pytest.fixture(scope="module")
 def portable(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Graphs of primitive operators, made when first asked for."""
+    """Makes graphs of primitive operators on demand."""
     folder = tmp_path_factory.mktemp("portable")
 
     def make(precision: str) -> Path:
@@ -50,8 +50,8 @@ def portable(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 @pytest.fixture
 def handlers() -> list:
-    """The signal handlers, which every build shall leave as they were."""
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    """The signal handlers, which every build must restore."""
+    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
 
 
 @needs_rtx
@@ -73,7 +73,7 @@ def test_plans_are_built_without_a_gpu(
         compute_capabilities=("8.0", "8.6", "8.9", "12.0"),
         profiles=(PROFILE, SINGLE_QUERIES),
     )
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @needs_rtx
@@ -81,29 +81,29 @@ def test_graphs_that_cannot_be_parsed(bundles: dict[str, Path], tmp_path: Path) 
     graph = tmp_path / GRAPH
     for content, words in (
         (b"junk" * 100, "Failed to parse the ONNX model"),
-        ((bundles["fp16"] / GRAPH).read_bytes(), "Failed to import initializer"),  # its weights are not beside it
+        ((bundles["fp16"] / GRAPH).read_bytes(), "Failed to import initializer"),  # without its weight file
     ):
         graph.write_bytes(content)
         with pytest.raises(EngineError, match=rf"cannot parse model\.onnx \(.*({words})"):
             build(graph)
-    graph.write_bytes(b"")  # an empty graph, to the parser
+    graph.write_bytes(b"")  # the parser takes it for an empty graph
     with pytest.raises(EngineError, match=r"building the plan failed: .*Network must have at least one output"):
         build(graph)
 
 
 @needs_rtx
-def test_profiles_that_do_not_fit(bundles: dict[str, Path], tmp_path: Path, handlers: list) -> None:
-    turned = SimpleNamespace(min=PROFILE.max, opt=PROFILE.opt, max=PROFILE.min)
-    with pytest.raises(EngineError, match=r"the shape profile .* is refused"):
-        build(bundles["fp16"] / GRAPH, profile=turned)
+def test_invalid_profiles(bundles: dict[str, Path], tmp_path: Path, handlers: list) -> None:
+    reversed_profile = SimpleNamespace(min=PROFILE.max, opt=PROFILE.opt, max=PROFILE.min)
+    with pytest.raises(EngineError, match=r"TensorRT refused the shape profile .*"):
+        build(bundles["fp16"] / GRAPH, profile=reversed_profile)
     model = onnx.load(bundles["fp16"] / GRAPH, load_external_data=False)
-    for item in model.graph.input:
-        item.type.tensor_type.shape.dim[0].dim_value = 4
+    for graph_input in model.graph.input:
+        graph_input.type.tensor_type.shape.dim[0].dim_value = 4
     onnx.save(model, tmp_path / GRAPH)
     shutil.copy(bundles["fp16"] / WEIGHTS, tmp_path)
     with pytest.raises(EngineError, match=r"building the plan failed.*Dimension mismatch for tensor input_ids"):
         build(tmp_path / GRAPH)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @needs_rtx
@@ -115,39 +115,39 @@ def test_gpus_that_rtx_does_not_build_for(bundles: dict[str, Path]) -> None:
 
 
 @needs_rtx
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_cancelling(
-    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, handlers: list, number: signal.Signals
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, handlers: list, signum: signal.Signals
 ) -> None:
-    """The signal comes inside TensorRT's own call of the monitor; TensorRT lets go, then Python raises."""
+    """The signal arrives while TensorRT calls the monitor; TensorRT stops, then Python raises."""
     steps: list[int] = []
 
     class Bar(plan_builder.tqdm):
         def update(self, n: float = 1) -> bool | None:
             steps.append(1)
             if len(steps) == 3:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signum)
             return super().update(n)
 
     with monkeypatch.context() as patch:
         patch.setattr(plan_builder, "tqdm", Bar)
         with pytest.raises(KeyboardInterrupt):
             build(bundles["fp16"] / GRAPH)
-    assert 3 <= len(steps) < 100  # a whole build takes over a thousand
-    assert [signal.getsignal(item) for item in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert 3 <= len(steps) < 100  # a complete build has more than a thousand
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert build(bundles["fp16"] / GRAPH)[0][:4] == RTX_MAGIC
 
 
 class FakeTensorRT:
-    """Records what the builder asks of TensorRT proper; `fail` gives a call another result, with an error in the log.
+    """Records the calls of the builder; `fail` changes the result of a call and logs an error.
 
-    One object stands for the module and for all that it gives out.
+    One object serves as the module and as every object that the module returns.
     """
 
     __name__, __version__ = "tensorrt", "10.3.0"
     ILogger = type("ILogger", (), {"Severity": IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")})
     IProgressMonitor = object
-    LayerType = Enum("LayerType", ("CONSTANT",))  # TensorRT 10.3 knows no attention layer
+    LayerType = Enum("LayerType", ("CONSTANT",))  # TensorRT 10.3 has no attention layer
     BuilderFlag = IntEnum(
         "BuilderFlag",
         ("FP16", "BF16", "TF32", "OBEY_PRECISION_CONSTRAINTS", "WEIGHT_STREAMING", "STRIP_PLAN", "REFIT_IDENTICAL"),
@@ -173,8 +173,8 @@ class FakeTensorRT:
 
         return call
 
-    def __lt__(self, number: int) -> bool:
-        """As the index of a profile."""
+    def __lt__(self, index: int) -> bool:
+        """Used as the index of a profile."""
         return False
 
     def serialize(self) -> bytes:
@@ -189,16 +189,16 @@ class FakeTensorRT:
 
     def build_serialized_network(self, network: object, config: "FakeTensorRT") -> object:
         config.progress_monitor.phase_start("building", None, 5)
-        going_on = [config.progress_monitor.step_complete("building", step) for step in range(2)]
-        config.progress_monitor.phase_finish("building")  # with steps left, as TensorRT may
-        found = self.__getattr__("build_serialized_network")(*going_on)
-        return b"ptrt" * 9 if found is self else found
+        continued = [config.progress_monitor.step_complete("building", step) for step in range(2)]
+        config.progress_monitor.phase_finish("building")  # with steps remaining, as TensorRT may do
+        plan = self.__getattr__("build_serialized_network")(*continued)
+        return b"ptrt" * 9 if plan is self else plan
 
 
 def test_a_signal_in_the_last_moment_still_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: list
 ) -> None:
-    """TensorRT hands out a plan, and the user wanted none."""
+    """TensorRT returns a plan although the user has interrupted it."""
     fake = FakeTensorRT()
 
     def finish(network: object, config: object) -> bytes:
@@ -208,12 +208,12 @@ def test_a_signal_in_the_last_moment_still_counts(
     monkeypatch.setattr(fake, "build_serialized_network", finish)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / GRAPH, target=TARGETS["datacenter"], bindings=fake, capability="9.0")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @pytest.mark.parametrize(("name", "capability"), [("datacenter", "9.0"), ("jetson-orin", "8.7")])
-def test_what_tensorrt_is_asked_for(tmp_path: Path, name: str, capability: str) -> None:
-    """Strong types and no precision flag: precision is what the graph says, on TensorRT 10 and 11 alike."""
+def test_calls_of_tensorrt(tmp_path: Path, name: str, capability: str) -> None:
+    """Strong types and no precision flag: the graph defines the precision, on TensorRT 10 and 11."""
     fake = FakeTensorRT()
     plan, info = build(tmp_path / GRAPH, target=TARGETS[name], bindings=fake, capability=capability)
     assert plan == b"ptrt" * 9
@@ -250,19 +250,21 @@ def test_what_tensorrt_is_asked_for(tmp_path: Path, name: str, capability: str) 
         ),
         ("create_builder_config", None, "creating the configuration failed"),
         ("create_optimization_profile", None, "creating the optimization profile failed"),
-        ("add_optimization_profile", -1, r"the shape profile 1x1 \.\. 8x64 \.\. 32x128 is refused: out of luck"),
+        ("add_optimization_profile", -1, r"refused the shape profile 1x1 \.\. 8x64 \.\. 32x128: out of luck"),
         ("build_serialized_network", None, "building the plan failed: out of luck"),
     ],
 )
-def test_each_no_of_tensorrt_is_named(tmp_path: Path, handlers: list, call: str, result: object, message: str) -> None:
+def test_each_failure_of_tensorrt_is_named(
+    tmp_path: Path, handlers: list, call: str, result: object, message: str
+) -> None:
     fake = FakeTensorRT(**{call: result})
     with pytest.raises(EngineError, match=rf"^(?i:tensorrt).*{message}"):
         build(tmp_path / GRAPH, target=TARGETS["datacenter"], bindings=fake, capability="9.0")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_tensorrt_builds_on_the_gpu_only(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="--target jetson-orin builds on the GPU itself, and there is none here"):
+    with pytest.raises(EngineError, match="--target jetson-orin builds on the GPU itself, and this machine has none"):
         build(tmp_path / GRAPH, target=TARGETS["jetson-orin"], bindings=FakeTensorRT())
 
 
@@ -273,7 +275,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "nvembed-deploy" / "tensorrt-10.3.0-sm90.timing"
 
 
-def test_kernel_times_are_kept_for_the_next_build(tmp_path: Path, cache: Path) -> None:
+def test_kernel_timings_are_stored_for_the_next_build(tmp_path: Path, cache: Path) -> None:
     for before in (b"", b"times"):
         fake = FakeTensorRT()
         build(tmp_path / GRAPH, target=TARGETS["datacenter"], bindings=fake, capability="9.0")
@@ -284,7 +286,7 @@ def test_kernel_times_are_kept_for_the_next_build(tmp_path: Path, cache: Path) -
         assert cache.read_bytes() == b"times"
 
 
-def test_a_cache_of_another_gpu_is_begun_anew(tmp_path: Path, cache: Path) -> None:
+def test_a_cache_of_another_gpu_is_replaced(tmp_path: Path, cache: Path) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_bytes(b"others")
     fake = FakeTensorRT()
@@ -295,17 +297,19 @@ def test_a_cache_of_another_gpu_is_begun_anew(tmp_path: Path, cache: Path) -> No
     assert cache.read_bytes() == b"times"
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_that_cannot_be_written_is_only_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
     plan, _ = build(tmp_path / GRAPH, target=TARGETS["jetson-orin"], bindings=FakeTensorRT(), capability="8.7")
     assert plan == b"ptrt" * 9
-    assert "the next build measures again" in caplog.text
+    assert "the next build will measure the kernels again" in caplog.text
 
 
 def test_options_for_large_engines(tmp_path: Path) -> None:
     fake = FakeTensorRT()
-    asked = {BuildOption.WEIGHT_STREAMING, BuildOption.STRIP_WEIGHTS}
-    _, info = build(tmp_path / GRAPH, target=TARGETS["datacenter"], bindings=fake, capability="9.0", asked=asked)
+    build_options = {BuildOption.WEIGHT_STREAMING, BuildOption.STRIP_WEIGHTS}
+    _, info = build(
+        tmp_path / GRAPH, target=TARGETS["datacenter"], bindings=fake, capability="9.0", build_options=build_options
+    )
     assert (info.stripped, info.weight_streaming) == (True, True)
     flags = {call[1].name for call in fake.calls if call[0] == "set_flag"}
     assert flags == {"WEIGHT_STREAMING", "STRIP_PLAN", "REFIT_IDENTICAL"}
@@ -319,14 +323,14 @@ def test_options_for_large_engines(tmp_path: Path) -> None:
         ("--weight-streaming", "jetson-orin", "share one memory"),
     ],
 )
-def test_options_that_a_target_has_not_are_refused_with_the_reason(
+def test_unsupported_options_are_refused_with_the_reason(
     flag: str, target: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--target", target, flag]) == 1
     assert reason in capsys.readouterr().err
 
 
-def test_every_target_says_of_every_option_why() -> None:
+def test_every_target_has_a_reason_for_every_option() -> None:
     for target in TARGETS.values():
-        assert target.offers.keys() | target.lacks.keys() == set(BuildOption)
-        assert not target.offers.keys() & target.lacks.keys()
+        assert target.supported.keys() | target.unsupported.keys() == set(BuildOption)
+        assert not target.supported.keys() & target.unsupported.keys()

@@ -24,7 +24,7 @@ from nvembed_deploy.spec import Precision
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "is_document", "wanted"),
+    ("name", "kind", "is_document", "expected"),
     [
         ("SciFact", "Retrieval", False, OFFICIAL["SciFact"]),
         ("SciFact", "Retrieval", True, ""),
@@ -37,18 +37,20 @@ from nvembed_deploy.spec import Precision
         ("NQ", "Retrieval", False, QUESTION),
     ],
 )
-def test_who_is_instructed(name: str, kind: str, is_document: bool, wanted: str) -> None:
-    assert instruction_for(name, kind, is_document=is_document, own="own") == wanted
+def test_who_is_instructed(name: str, kind: str, is_document: bool, expected: str) -> None:
+    assert instruction_for(name, kind, is_document=is_document, default="own") == expected
 
 
 def test_mteb_accepts_the_model(encoder: Encoder) -> None:
-    result = mteb.mock_run(MtebModel(encoder))
-    assert result.all_passed, dict(result.items())
+    run = mteb.mock_run(MtebModel(encoder))
+    assert run.all_passed, dict(run.items())
 
 
 def test_revisions_tell_what_computes(checkpoint: Path, bundles: dict[str, Path]) -> None:
     encoders = [Encoder(bundles[name], device="cpu") for name in ("fp32", "fp16")]
-    models = [MtebModel(item) for item in (*encoders, Encoder.from_checkpoint(checkpoint, like=encoders[0]))]
+    models = [
+        MtebModel(model_encoder) for model_encoder in (*encoders, Encoder.from_checkpoint(checkpoint, like=encoders[0]))
+    ]
     assert len({model.mteb_model_meta.revision for model in models}) == 3
     assert len({model.mteb_model_meta.name for model in models}) == 1
 
@@ -67,27 +69,27 @@ def test_the_reference_is_given_the_same_tokens(checkpoint: Path, bundles: dict[
 def test_another_checkpoint_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     from tests.tiny import make_checkpoint
 
-    other = make_checkpoint(tmp_path / "other", seed=5)
+    wrong_checkpoint = make_checkpoint(tmp_path / "other", seed=5)
     with pytest.raises(ConfigError, match="is not what the bundle was made from"):
-        Encoder.from_checkpoint(other, like=Encoder(bundles["fp32"], device="cpu"))
+        Encoder.from_checkpoint(wrong_checkpoint, like=Encoder(bundles["fp32"], device="cpu"))
 
 
 def test_the_makers_scores_stand_beside_the_reference() -> None:
-    known = published_scores("nvidia/NV-Embed-v2")
-    assert len(known) == 56
-    assert set(published_scores("NV-Embed-v1")) < set(known)
+    published = published_scores("nvidia/NV-Embed-v2")
+    assert len(published) == 56
+    assert set(published_scores("NV-Embed-v1")) < set(published)
     assert published_scores("my-own-NV-Embed-v2-tuned") == {}
-    assert sum(known.values()) / len(known) == pytest.approx(72.31, abs=0.005)  # the mean that NVIDIA gives
+    assert sum(published.values()) / len(published) == pytest.approx(72.31, abs=0.005)  # the mean that NVIDIA gives
     rows = [
         TaskResult(task=name, kind="Retrieval", size=500, reference=80.1, engine=80.1, tolerance=0.1, published=score)
-        for name, score in (("SciFact", known["SciFact"]), ("Mine", None))
+        for name, score in (("SciFact", published["SciFact"]), ("Mine", None))
     ]
     comparison = Comparison(
         bundle="NV-Embed-v2", precision=Precision.FP16, reference="", engine="", revision="", results=(), versions={}
     )
-    first, second = as_table(replace(comparison, results=tuple(rows))).splitlines()[2:]
-    assert first.endswith("| 0.100 | 80.13 |")
-    assert second.endswith("| 0.100 | - |")
+    published_row, unpublished_row = as_table(replace(comparison, results=tuple(rows))).splitlines()[2:]
+    assert published_row.endswith("| 0.100 | 80.13 |")
+    assert unpublished_row.endswith("| 0.100 | - |")
     assert "published" not in as_table(replace(comparison, results=(rows[1],)))
 
 
@@ -96,14 +98,14 @@ def test_candidates_of_several_queries_are_embedded_once() -> None:
         {"query": "a", "positive": ["one"], "negative": ["two", "one"]},
         {"query": "b", "positive": ["two"], "negative": ["one", "three"]},
     ]
-    data = reranking_data(rows)["default"]["test"]
-    texts = {row["id"]: row["text"] for row in data["corpus"]}
+    split = reranking_data(rows)["default"]["test"]
+    texts = {row["id"]: row["text"] for row in split["corpus"]}
     assert sorted(texts.values()) == ["one", "one", "three", "two"]
-    assert [[texts[name] for name in data["top_ranked"][query]] for query in ("q0", "q1")] == [
+    assert [[texts[name] for name in split["top_ranked"][query]] for query in ("q0", "q1")] == [
         ["one", "two", "one"],
         ["two", "one", "three"],
     ]
-    assert [[texts[name] for name in data["relevant_docs"][query]] for query in ("q0", "q1")] == [["one"], ["two"]]
+    assert [[texts[name] for name in split["relevant_docs"][query]] for query in ("q0", "q1")] == [["one"], ["two"]]
 
 
 def test_small_tasks_get_room_for_their_noise() -> None:
@@ -112,7 +114,7 @@ def test_small_tasks_get_room_for_their_noise() -> None:
 
 
 def write_folder(folder: Path) -> Path:
-    """One small set of each kind. No two pairs are the same: they would tie, and rounding would order them."""
+    """Writes one small data set of each kind. No two pairs are equal: they would tie, and rounding would order them."""
     words = ["water", "question", "passage", "query", "over", "and", "the", "in"]
     rows = {
         "sts": [{"a": f"{words[i % 8]} {i}", "b": f"{words[i * 3 % 8]} {i * i}", "score": i % 6} for i in range(24)],
@@ -129,11 +131,17 @@ def write_folder(folder: Path) -> Path:
         for split in ("train", "test"):
             content = "\n".join(map(json.dumps, lines))
             (folder / f"my_{kind}" / f"{split}.jsonl").write_text(content)
-    found = folder / "my_retrieval"
-    found.mkdir()
-    (found / "corpus.jsonl").write_text("\n".join(json.dumps({"id": f"d{i}", "text": words[i]}) for i in range(8)))
-    (found / "queries.jsonl").write_text("\n".join(json.dumps({"id": f"q{i}", "text": words[i]}) for i in range(4)))
-    (found / "qrels.tsv").write_text("query\tdocument\tscore\n" + "\n".join(f"q{i}\td{i}\t1" for i in range(4)))
+    retrieval_folder = folder / "my_retrieval"
+    retrieval_folder.mkdir()
+    (retrieval_folder / "corpus.jsonl").write_text(
+        "\n".join(json.dumps({"id": f"d{i}", "text": words[i]}) for i in range(8))
+    )
+    (retrieval_folder / "queries.jsonl").write_text(
+        "\n".join(json.dumps({"id": f"q{i}", "text": words[i]}) for i in range(4))
+    )
+    (retrieval_folder / "qrels.tsv").write_text(
+        "query\tdocument\tscore\n" + "\n".join(f"q{i}\td{i}\t1" for i in range(4))
+    )
     for path in folder.iterdir():
         (path / "meta.json").write_text(json.dumps({"type": path.name.removeprefix("my_")}))
     return folder
@@ -149,7 +157,7 @@ def test_a_local_folder(
     table = capsys.readouterr().out
     assert table.count("\n| my_") == 6
     record = json.loads((out / "parity.json").read_text())
-    assert {item["kind"] for item in record["results"]} == {
+    assert {task["kind"] for task in record["results"]} == {
         "STS", "PairClassification", "Classification", "Clustering", "Reranking", "Retrieval",
     }  # fmt: skip
     assert record["versions"]["mteb"]
@@ -166,14 +174,14 @@ def test_a_wrong_engine_is_found(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """An engine that forgets its instruction mask, say: here, one that turns its vectors."""
+    """Detects an engine that returns wrong vectors, here with their numbers rolled by one."""
     encode = Encoder.encode
 
-    def turned(self: Encoder, texts: list[str], **options: object) -> np.ndarray:
+    def rolled(self: Encoder, texts: list[str], **options: object) -> np.ndarray:
         vectors = encode(self, texts, **options)  # type: ignore[arg-type]
         return vectors if self.backend.startswith("PyTorch") else np.roll(vectors, 1, axis=0)
 
-    monkeypatch.setattr(Encoder, "encode", turned)
+    monkeypatch.setattr(Encoder, "encode", rolled)
     data = write_folder(tmp_path / "data")
     arguments = ["--bundle", str(bundles["fp32"]), "--reference", str(checkpoint), "--data", str(data)]
     assert main([*arguments, "--device", "cpu"]) == 1
@@ -183,10 +191,10 @@ def test_a_wrong_engine_is_found(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--benchmark", "MTEB(eng, v1)", "--tasks", "STS12"], "--benchmark names its own tasks"),
-        (["--benchmark", "MTEB(none)"], "mteb knows no such task or benchmark"),
-        (["--tasks", "NoSuchTask"], "mteb knows no such task or benchmark"),
-        (["--max-documents", "5"], "--max-documents cuts the corpora of --data alone"),
+        (["--benchmark", "MTEB(eng, v1)", "--tasks", "STS12"], "--benchmark defines its own tasks"),
+        (["--benchmark", "MTEB(none)"], "mteb has no such task or benchmark"),
+        (["--tasks", "NoSuchTask"], "mteb has no such task or benchmark"),
+        (["--max-documents", "5"], "--max-documents applies to the corpora of --data only"),
         (["--data", "nowhere"], "holds no data set with a meta.json"),
     ],
 )
@@ -201,4 +209,4 @@ def test_a_cut_corpus_keeps_what_is_judged(tmp_path: Path) -> None:
     task = folder_tasks(write_folder(tmp_path), names=["my_retrieval"], max_documents=2)[0].task
     task.load_data()
     split = task.dataset["default"]["test"]
-    assert set(split["corpus"]["id"]) == {f"d{number}" for number in range(4)}
+    assert set(split["corpus"]["id"]) == {f"d{index}" for index in range(4)}

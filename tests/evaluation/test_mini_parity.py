@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, needs_rtx]
 
 @pytest.fixture(scope="module")
 def mini_bundles(readme_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One in FP32, and those that the README's commands make."""
+    """Returns a bundle in FP32, and those that the README's commands make."""
     fp32 = tmp_path_factory.mktemp("mini") / "fp32"
     assert export(["--model", str(MINI), "--precision", "fp32", "--out", str(fp32)]) == 0
     made = readme_folder / "bundles"
@@ -33,7 +33,7 @@ def pytorch(mini_bundles: dict[str, Path]) -> tuple[Encoder, dict[str, float]]:
     """The reference and its scores on the built-in tasks."""
     reference = Encoder.from_checkpoint(MINI, like=Encoder(mini_bundles["fp32"], backend="onnxruntime", device="cpu"))
     reference.encode = remembering(reference.encode)
-    return reference, scores(reference, [item.task for item in built_in_tasks()])
+    return reference, scores(reference, [local_task.task for local_task in built_in_tasks()])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -47,5 +47,5 @@ def test_scores_equal_those_of_pytorch(
     encoder = Encoder(mini_bundles[precision], backend="onnxruntime", device="cpu")
     encoder.encode = remembering(encoder.encode)
     reference, expected = pytorch
-    comparison = compare(encoder, reference, tasks, wanted=expected)
-    assert not comparison.failures, [(item.task, item.difference) for item in comparison.failures]
+    comparison = compare(encoder, reference, tasks, reference_scores=expected)
+    assert not comparison.failures, [(task.task, task.difference) for task in comparison.failures]

@@ -1,4 +1,4 @@
-"""The export commands as a user types them, with the usual mistakes."""
+"""The export commands as a user types them, and common mistakes."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.engines import check
 from nvembed_deploy.export import options, to_onnx, trt
 from nvembed_deploy.export.forecast import forecast, require_room
-from nvembed_deploy.export.graph.weights import StoredState
+from nvembed_deploy.export.graph.weights import CheckpointWeights
 from nvembed_deploy.model import source
 from nvembed_deploy.model.family import read_checkpoint_architecture
 from nvembed_deploy.model.weights import StoredWeights
@@ -26,13 +26,13 @@ from tests.conftest import ROOT, needs_rtx
 from tests.tiny import make_checkpoint
 
 
-def parsed(*words: str) -> options.ExportOptions:
+def parsed(*arguments: str) -> options.ExportOptions:
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
-    return options.from_flags(parser.parse_args(words))
+    return options.from_flags(parser.parse_args(arguments))
 
 
-def test_packing_for_another_machine_asks_nothing_of_this_ones_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_for_another_machine_does_not_depend_on_this_ones_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nvembed_deploy.engines.targets.local_compute_capability", lambda: "8.6")
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
@@ -43,8 +43,8 @@ def test_packing_for_another_machine_asks_nothing_of_this_ones_gpu(monkeypatch: 
     assert "9.0" in options.from_flags(flags).target.compute_capabilities
 
 
-def arguments(checkpoint: Path, out: Path, *more: str) -> list[str]:
-    return ["--model", str(checkpoint), "--out", str(out), *more]
+def arguments(checkpoint: Path, out: Path, *flags: str) -> list[str]:
+    return ["--model", str(checkpoint), "--out", str(out), *flags]
 
 
 @needs_rtx
@@ -77,19 +77,19 @@ def test_failed_gate_leaves_the_old_bundle(
 ) -> None:
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
 
-    def spoiled(self: StoredState, name: str, *, rows: tuple[int, int] | None = None) -> object:
+    def damaged(self: CheckpointWeights, name: str, *, rows: tuple[int, int] | None = None) -> object:
         tensor = read(self, name, rows=rows)
         return tensor * 1.05 if name == "embedding_model.layers.0.self_attn.v_proj.weight" else tensor
 
-    read = StoredState.read
-    monkeypatch.setattr(StoredState, "read", spoiled)
+    read = CheckpointWeights.read
+    monkeypatch.setattr(CheckpointWeights, "read", damaged)
     assert trt.main(arguments(checkpoint, bundle, "--precision", "fp16")) == 1
     assert "error: onnxruntime" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
 
 
-def test_skipped_gate_is_said(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_gate_is_reported(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert to_onnx.main(arguments(checkpoint, tmp_path / "b", "--precision", "fp32", "--no-parity", "--no-fold")) == 0
     assert "parity NOT checked" in capsys.readouterr().err
     manifest = Bundle.open(tmp_path / "b").manifest
@@ -100,7 +100,7 @@ def test_skipped_gate_is_said(checkpoint: Path, tmp_path: Path, capsys: pytest.C
 def test_without_the_targets_tensorrt(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A platform without wheels: the ONNX bundle is written, and what is missing for a plan is said."""
+    """On a platform without wheels the ONNX bundle is written, and a message says what a plan needs."""
 
     def missing(runtime: str) -> None:
         raise MissingExtra(f"{runtime} is not installed here; pip install 'nvembed-deploy[rtx]'")
@@ -122,7 +122,7 @@ def test_target_of_another_machine(checkpoint: Path, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("flags", "message"),
     [
         (["--model", "/nowhere/at/all"], "error: --model /nowhere/at/all is not a folder"),
         (["--max", "1x1", "--min", "2x2"], "error: --opt"),
@@ -130,41 +130,42 @@ def test_target_of_another_machine(checkpoint: Path, tmp_path: Path, capsys: pyt
     ],
 )
 def test_mistakes_end_in_one_line(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    assert trt.main(arguments(checkpoint, tmp_path / "b", *more)) == 1
+    assert trt.main(arguments(checkpoint, tmp_path / "b", *flags)) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith(message)
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("flags", "message"),
     [
         (["--precision", "int3"], "invalid choice: 'int3'"),
-        (["--max", "8by64"], "shape '8by64' is not BATCHxTOKENS; write 8x64"),
+        (["--max", "8by64"], "shape '8by64' is not of the form BATCHxTOKENS; for 8 texts of 64 tokens write 8x64"),
         (["--max", "0x64"], "batch and tokens must be at least 1"),
-        (["--max", "99999x99999"], "TensorRT's limit"),
+        (["--max", "99999x99999"], "the limit of TensorRT"),
         (["--target", "toaster"], "invalid choice: 'toaster'"),
         (["--what"], "unrecognized arguments: --what"),
     ],
 )
-def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str], more: list[str], message: str) -> None:
+def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as exit_:
-        trt.main(more)
+        trt.main(flags)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "export.trt", "--model", "nvidia/NV-Embed-v2"],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "error: --model nvidia/NV-Embed-v2 is no folder here, and as a hub name it could not" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 1
+    message = "error: nvidia/NV-Embed-v2 is not a folder here, and it could not be downloaded from the hub"
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_help_is_fast_and_needs_no_torch() -> None:
@@ -174,11 +175,11 @@ def test_help_is_fast_and_needs_no_torch() -> None:
         "    try:\n        main(['--help'])\n    except SystemExit as exit_:\n        assert exit_.code == 0\n"
         "assert not {'torch', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert "--precision {fp32,fp16,bf16,int8,fp8,int4}" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "--precision {fp32,fp16,bf16,int8,fp8,int4}" in process.stdout
 
 
 def test_check_judges_a_bundle(
@@ -193,11 +194,7 @@ def test_check_judges_a_bundle(
 
 
 def test_profile_follows_max() -> None:
-    flags = ["--max", "4x32", "--model", "anything"]
-    parser = options.argparse.ArgumentParser()
-    options.add_flags(parser)
-    profile = options.from_flags(parser.parse_args(flags)).profile
-    assert profile == ShapeProfile(
+    assert parsed("--max", "4x32", "--model", "anything").profile == ShapeProfile(
         min=Shape(batch=1, tokens=1), opt=Shape(batch=4, tokens=32), max=Shape(batch=4, tokens=32)
     )
 
@@ -223,21 +220,23 @@ def test_tokenizer_beyond_the_embedding_table(checkpoint: Path, tmp_path: Path) 
 
 def test_forecast_refuses_what_cannot_fit(checkpoint: Path, tmp_path: Path) -> None:
     weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
-    given = parsed("--model", str(checkpoint))
-    needed = forecast(weights, given, plan=True)
-    require_room(needed, tmp_path / "b", force=False)
-    compared, alone = (forecast(weights, replace(given, parity=parity), plan=False) for parity in (True, False))
-    linked = forecast(weights, replace(given, parity=False, reference=True), plan=False)
-    assert compared.memory > alone.memory >= linked.memory
-    assert compared.disk == alone.disk > linked.disk
-    huge = replace(needed, disk=2**60)
+    export_options = parsed("--model", str(checkpoint))
+    needs = forecast(weights, export_options, plan=True)
+    require_room(needs, tmp_path / "b", force=False)
+    compared, streamed = (
+        forecast(weights, replace(export_options, parity=parity), plan=False) for parity in (True, False)
+    )
+    linked = forecast(weights, replace(export_options, parity=False, reference_weights=True), plan=False)
+    assert compared.memory > streamed.memory >= linked.memory
+    assert compared.disk == streamed.disk > linked.disk
+    huge = replace(needs, disk=2**60)
     with pytest.raises(ExportError, match=r"needs about 1073741824\.0 GiB of disk and .* GiB are free"):
         require_room(huge, tmp_path / "b", force=False)
     require_room(huge, tmp_path / "b", force=True)
 
 
-def test_rounding_of_the_plan_is_the_graphs(bundles: dict[str, Path]) -> None:
-    """FP16 differs from FP32, so the precision asked for is the one that was written."""
+def test_bundles_have_the_requested_precision(bundles: dict[str, Path]) -> None:
+    """Embeddings in 16 bits differ from those in FP32."""
     vectors = {name: Encoder(path, device="cpu").encode("the water") for name, path in bundles.items()}
     assert np.abs(vectors["fp16"] - vectors["fp32"]).max() > 1e-5
     assert np.abs(vectors["bf16"] - vectors["fp32"]).max() > 1e-4

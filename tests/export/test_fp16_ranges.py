@@ -1,4 +1,4 @@
-"""FP16's limit: a model whose values pass it either matches FP32 or is not built."""
+"""FP16's limit: a model whose values exceed it matches FP32 or is not built."""
 
 import copy
 from pathlib import Path
@@ -8,11 +8,11 @@ import onnxruntime
 import pytest
 import torch
 
-from nvembed_deploy.export.fp16_ranges import FP16_MAX, HEADROOM, Ranges, probe, wide_modules
+from nvembed_deploy.export.fp16_ranges import FP16_MAX, HEADROOM, Ranges, find_fp32_modules, measure_ranges
 from nvembed_deploy.export.graph.trace import trace
-from nvembed_deploy.export.graph.weights import MemoryState
+from nvembed_deploy.export.graph.weights import MemoryWeights
 from nvembed_deploy.export.graph.write import check, write
-from nvembed_deploy.export.layerwise import POOLER, Parts, folded_form
+from nvembed_deploy.export.layerwise import POOLER, LayerwiseModel, folded_form
 from nvembed_deploy.model import source
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.family import read_checkpoint_architecture
@@ -36,19 +36,23 @@ def scaled(checkpoint: Path, text: TextEncoder, module: str, tensor: str, size: 
     """The model with one module's weights scaled until one of its tensors reaches a size."""
     model = load_checkpoint(checkpoint)
     with torch.no_grad():
-        model.get_submodule(module).weight.mul_(size / probe(Parts(model), text, longest=LONGEST).largest[tensor])
-    found = probe(Parts(model), text, longest=LONGEST).largest[tensor]
-    assert 0.5 * size < found < 2 * size
+        model.get_submodule(module).weight.mul_(
+            size / measure_ranges(LayerwiseModel(model), text, longest=LONGEST).max_abs[tensor]
+        )
+    peak = measure_ranges(LayerwiseModel(model), text, longest=LONGEST).max_abs[tensor]
+    assert 0.5 * size < peak < 2 * size
     return model
 
 
-def worst_cosine(model: NVEmbed, text: TextEncoder, folder: Path, dialect: Dialect, wide: frozenset[str]) -> float:
-    """Of the FP16 graph to the FP32 model over the gate's texts."""
+def worst_cosine(
+    model: NVEmbed, text: TextEncoder, folder: Path, dialect: Dialect, fp32_modules: frozenset[str]
+) -> float:
+    """Returns the lowest cosine between the FP16 graph and the FP32 model on the gate's texts."""
     folded = FoldedLatentAttention(model.latent_attention_model).state_dict()
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith(POOLER)}
-    state |= {f"{POOLER}.{name}": value for name, value in folded.items()}
-    graph = trace(model.config, precision=Precision.FP16, dialect=dialect, fold=True, wide=wide)
-    write(graph, MemoryState(state), folder, name="model.onnx")
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(POOLER)}
+    tensors |= {f"{POOLER}.{name}": tensor for name, tensor in folded.items()}
+    graph = trace(model.config, precision=Precision.FP16, dialect=dialect, fold=True, fp32_modules=fp32_modules)
+    write(graph, MemoryWeights(tensors), folder, name="model.onnx")
     check(folder / "model.onnx")
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     cosines = []
@@ -57,27 +61,27 @@ def worst_cosine(model: NVEmbed, text: TextEncoder, folder: Path, dialect: Diale
         with torch.inference_mode():
             expected = model(*map(torch.from_numpy, batch))[0].numpy()[0]
         names = ("input_ids", "attention_mask", "pool_mask")
-        found = session.run(["sentence_embedding"], dict(zip(names, batch, strict=True)))[0][0]
-        cosines.append(float(found @ expected) if np.isfinite(found).all() else 0.0)
+        vector = session.run(["sentence_embedding"], dict(zip(names, batch, strict=True)))[0][0]
+        cosines.append(float(vector @ expected) if np.isfinite(vector).all() else 0.0)
     return min(cosines)
 
 
-def test_an_ordinary_model_keeps_nothing(checkpoint: Path, text: TextEncoder) -> None:
+def test_an_ordinary_model_has_no_fp32_modules(checkpoint: Path, text: TextEncoder) -> None:
     model = load_checkpoint(checkpoint)
-    ranges = probe(Parts(model), text, longest=LONGEST)
-    assert wide_modules(model, ranges) == frozenset()
+    ranges = measure_ranges(LayerwiseModel(model), text, longest=LONGEST)
+    assert find_fp32_modules(model, ranges) == frozenset()
     assert {
         f"{LAYER}input_layernorm.residual",
         f"{LAYER}mlp.product",
         f"{LAYER}self_attn.scores",
-    } <= ranges.largest.keys()
-    assert not model.get_submodule(f"{LAYER}mlp.down_proj")._forward_pre_hooks  # nothing stays behind
+    } <= ranges.max_abs.keys()
+    assert not model.get_submodule(f"{LAYER}mlp.down_proj")._forward_pre_hooks  # all hooks were removed
 
 
 @pytest.mark.parametrize(
-    ("dialect", "module", "tensor", "size", "kept"),
+    ("dialect", "module", "tensor", "size", "expected"),
     [
-        # 300 squared is no FP16 number: norms compute in FP32, so nothing needs to be kept.
+        # 300 squared exceeds FP16, but norms compute in FP32, so no module needs to.
         (Dialect.PORTABLE, "embedding_model.embed_tokens", f"{LAYER}input_layernorm.residual", 300.0, set()),
         (Dialect.FUSED, "embedding_model.embed_tokens", f"{LAYER}input_layernorm.residual", 300.0, set()),
         (
@@ -99,19 +103,19 @@ def test_an_ordinary_model_keeps_nothing(checkpoint: Path, text: TextEncoder) ->
             f"{LAYER}self_attn.v_proj",
             f"{LAYER}self_attn.v_proj",
             70_000.0,
-            {f"{LAYER}self_attn.{part}_proj" for part in "qkvo"},
+            {f"{LAYER}self_attn.{projection}_proj" for projection in "qkvo"},
         ),
         (
             Dialect.FUSED,
             f"{LAYER}mlp.up_proj",
             f"{LAYER}mlp.product",
             70_000.0,
-            {f"{LAYER}mlp.{part}_proj" for part in ("gate", "up", "down")},
+            {f"{LAYER}mlp.{projection}_proj" for projection in ("gate", "up", "down")},
         ),
         (Dialect.FUSED, "embedding_model.norm", "embedding_model.norm", 70_000.0, {POOLER, "embedding_model.norm"}),
     ],
 )
-def test_values_near_the_limit_are_kept_in_fp32(
+def test_values_near_the_limit_are_computed_in_fp32(
     checkpoint: Path,
     text: TextEncoder,
     tmp_path: Path,
@@ -119,18 +123,18 @@ def test_values_near_the_limit_are_kept_in_fp32(
     module: str,
     tensor: str,
     size: float,
-    kept: set[str],
+    expected: set[str],
 ) -> None:
     model = scaled(checkpoint, text, module, tensor, size)
-    wide = wide_modules(model, probe(Parts(model), text, longest=LONGEST))
-    assert kept <= wide
-    assert bool(kept) == bool(wide)
-    assert worst_cosine(model, text, tmp_path, dialect, wide) >= 0.9999
+    fp32_modules = find_fp32_modules(model, measure_ranges(LayerwiseModel(model), text, longest=LONGEST))
+    assert expected <= fp32_modules
+    assert bool(expected) == bool(fp32_modules)
+    assert worst_cosine(model, text, tmp_path, dialect, fp32_modules) >= 0.9999
 
 
-@pytest.mark.parametrize("what", ["product", "scores", "residual", "unfolded scores"])
-def test_what_overflows_inside_the_pooler_is_seen(
-    checkpoint: Path, text: TextEncoder, tmp_path: Path, what: str
+@pytest.mark.parametrize("overflow", ["product", "scores", "residual", "unfolded scores"])
+def test_overflows_inside_the_pooler_are_found(
+    checkpoint: Path, text: TextEncoder, tmp_path: Path, overflow: str
 ) -> None:
     """None of these is the output of a layer, and in FP16 all of them end in NaN or in zeros."""
     model = load_checkpoint(checkpoint)
@@ -140,28 +144,27 @@ def test_what_overflows_inside_the_pooler_is_seen(
         "scores": (cross.norm.weight, f"{POOLER}.scores"),
         "residual": (cross.fn.to_out.weight, f"{POOLER}.feed_forward.residual"),
         "unfolded scores": (cross.norm.weight, f"{POOLER}.cross_attend_blocks.0.fn.scores"),
-    }[what]
-    found = 0.0
-    for _ in range(2):  # folding comes behind the change of a weight
-        form = folded_form(copy.deepcopy(model), fold=what != "unfolded scores")
-        found = probe(Parts(form), text, longest=LONGEST).largest[tensor]
+    }[overflow]
+    for _ in range(2):  # the second time exactly: folding follows the change of a weight
+        form = folded_form(copy.deepcopy(model), fold=overflow != "unfolded scores")
+        peak = measure_ranges(LayerwiseModel(form), text, longest=LONGEST).max_abs[tensor]
         with torch.no_grad():
-            weight.mul_(100_000.0 / found if what != "product" else (100_000.0 / found) ** 0.5)
-    form = folded_form(copy.deepcopy(model), fold=what != "unfolded scores")
-    ranges = probe(Parts(form), text, longest=LONGEST)
-    assert ranges.largest[tensor] > FP16_MAX / HEADROOM
-    wide = wide_modules(form, ranges)
-    assert POOLER in wide
-    if "scores" not in what:  # a softmax of such scores takes one latent or another by the last bit of the tokens
-        assert worst_cosine(model, text, tmp_path, Dialect.FUSED, wide) >= 0.9999
+            weight.mul_(100_000.0 / peak if overflow != "product" else (100_000.0 / peak) ** 0.5)
+    form = folded_form(copy.deepcopy(model), fold=overflow != "unfolded scores")
+    ranges = measure_ranges(LayerwiseModel(form), text, longest=LONGEST)
+    assert ranges.max_abs[tensor] > FP16_MAX / HEADROOM
+    fp32_modules = find_fp32_modules(form, ranges)
+    assert POOLER in fp32_modules
+    if "scores" not in overflow:  # the last bit of such scores decides which latent the softmax takes
+        assert worst_cosine(model, text, tmp_path, Dialect.FUSED, fp32_modules) >= 0.9999
 
 
-def test_without_the_care_the_same_model_breaks(checkpoint: Path, text: TextEncoder, tmp_path: Path) -> None:
+def test_without_fp32_modules_the_same_model_fails(checkpoint: Path, text: TextEncoder, tmp_path: Path) -> None:
     tensor = "embedding_model.layers.1.input_layernorm.residual"
     model = scaled(checkpoint, text, f"{LAYER}mlp.down_proj", tensor, 70_000.0)
     assert worst_cosine(model, text, tmp_path, Dialect.FUSED, frozenset()) < 0.99
 
 
-def test_what_is_not_finite_counts_as_near() -> None:
-    values = {"a": float("nan"), "b": float("inf"), "c": FP16_MAX / HEADROOM, "d": FP16_MAX / HEADROOM * 1.01}
-    assert Ranges(largest=values).near.keys() == {"a", "b", "d"}
+def test_values_that_are_not_finite_count_as_near() -> None:
+    max_abs = {"a": float("nan"), "b": float("inf"), "c": FP16_MAX / HEADROOM, "d": FP16_MAX / HEADROOM * 1.01}
+    assert Ranges(max_abs=max_abs).near_limit.keys() == {"a", "b", "d"}

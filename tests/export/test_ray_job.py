@@ -1,4 +1,4 @@
-"""A bulk job on two local workers: every text embedded once, and taken up where it stopped."""
+"""A bulk job on two local workers: every text is embedded once, and an interrupted job continues."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from nvembed_deploy.export import ray_job
 from nvembed_deploy.export.ray_job import EMBEDDING, RECORD, main
 
-TEXTS = [f"text number {number} " + "over the water " * (number % 5) for number in range(57)]
+TEXTS = [f"text number {index} " + "over the water " * (index % 5) for index in range(57)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +30,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Path]:
-    lines = [json.dumps({"id": number, "text": text}) for number, text in enumerate(TEXTS[:40])]
+    lines = [json.dumps({"id": index, "text": text}) for index, text in enumerate(TEXTS[:40])]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
     table = pa.table({"id": list(range(40, 57)), "text": TEXTS[40:]})
     pq.write_table(table, tmp_path / "b.parquet", row_group_size=10)
@@ -43,7 +43,7 @@ def run(bundle: Path, corpus: list[Path], out: Path, *flags: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_corpus_is_embedded_and_taken_up(
+def test_a_corpus_is_embedded_and_an_interrupted_job_continues(
     bundles: dict[str, Path], corpus: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -56,13 +56,13 @@ def test_a_corpus_is_embedded_and_taken_up(
     expected = Encoder(bundles["fp32"], device="cpu").encode(TEXTS)
     np.testing.assert_allclose(np.array(table.column(EMBEDDING).to_pylist()), expected, atol=1e-6)
     files[1].unlink()
-    kept = {file: file.stat().st_mtime_ns for file in files if file != files[1]}
+    written_at = {file: file.stat().st_mtime_ns for file in files if file != files[1]}
     assert run(bundles["fp32"], corpus, out) == 0
     err = capsys.readouterr().err
-    assert "5 shards, 4 done before" in err
-    assert "done: 16 texts embedded now" in err
+    assert "5 shards, 4 already done" in err
+    assert "done: 16 texts embedded by this run" in err
     assert files[1].is_file()
-    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert {file: file.stat().st_mtime_ns for file in written_at} == written_at
     for flags, message in ((["--column", "id"], "of another bundle, input or setting"), ([], "")):
         assert run(bundles["fp32"], corpus, out, *flags) == (1 if flags else 0)
         assert message in capsys.readouterr().err
@@ -76,11 +76,11 @@ def test_wrong_rows_and_files_are_named(
     bundle = bundles["fp32"]
     assert run(bundle, corpus, tmp_path / "x", "--column", "body") == 1
     assert "5 of 5 shards failed; the first: " in (err := capsys.readouterr().err)
-    assert "there is no column 'body', only id, text; pass --column" in err
+    assert "there is no column 'body', only id, text; pass --column NAME" in err
     (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     assert run(bundle, [tmp_path / "c.jsonl"], tmp_path / "y") == 1
     assert "c.jsonl from row 0" in capsys.readouterr().err
-    for path, message in ((tmp_path / "none.jsonl", "is no file"), (tmp_path / "a.csv", "of no known kind")):
+    for path, message in ((tmp_path / "none.jsonl", "is not a file"), (tmp_path / "a.csv", "unsupported file type")):
         if path.suffix == ".csv":
             path.write_text("a,b")
         assert run(bundle, [path], tmp_path / "z") == 1
@@ -88,7 +88,7 @@ def test_wrong_rows_and_files_are_named(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     assert run(bundle, corpus, tmp_path / "full") == 1
-    assert f"is not empty and holds no {RECORD}" in capsys.readouterr().err
+    assert f"is not empty and has no {RECORD}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(bundle, corpus, tmp_path / "w", "--workers", "0")
     assert ray_job.SHARD_ROWS > 0

@@ -1,4 +1,4 @@
-"""Weights that are never all in memory, or never written again: streamed, referenced, sliced."""
+"""Weights that are never all in memory, or not written again: streamed, referenced, sliced."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from nvembed_deploy.bundle.manifest import WEIGHTS
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.export import pipeline, to_onnx
 from nvembed_deploy.export.graph import write
-from nvembed_deploy.export.graph.weights import StoredState
+from nvembed_deploy.export.graph.weights import CheckpointWeights
 from nvembed_deploy.files.hashing import hash_file
-from nvembed_deploy.files.read_ahead import Pace
+from nvembed_deploy.files.read_ahead import ReadAhead
 from nvembed_deploy.model import source
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.family import read_checkpoint_architecture
@@ -40,10 +40,10 @@ def export(checkpoint: Path, out: Path, *flags: str) -> Path:
     return out
 
 
-def wait_until(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not done():
-        assert time.monotonic() < end
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
@@ -52,75 +52,81 @@ def vectors(bundle: Path) -> np.ndarray:
 
 
 @pytest.fixture
-def own(checkpoint: Path, tmp_path: Path) -> Path:
+def checkpoint_copy(checkpoint: Path, tmp_path: Path) -> Path:
     """A checkpoint that other tests do not link to."""
-    return Path(shutil.copytree(checkpoint, tmp_path / "own"))
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
 
 
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "unfolded"])
-def test_stored_weights_are_the_models(checkpoint: Path, fold: bool) -> None:
+def test_checkpoint_weights_are_the_models(checkpoint: Path, fold: bool) -> None:
     weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
     model = load_checkpoint(checkpoint)
     if fold:
         model.latent_attention_model = FoldedLatentAttention(model.latent_attention_model)
-    state = StoredState(weights, fold=fold)
+    weight_source = CheckpointWeights(weights, fold=fold)
     for name, tensor in model.state_dict().items():
-        assert state.shape(name) == tuple(tensor.shape), name
-        np.testing.assert_allclose(state.read(name).float(), tensor, atol=2e-6, err_msg=name)
-        assert torch.equal(state.read(name, rows=(1, 3)), state.read(name)[1:3])
-    assert state.shape("nothing") is None
+        assert weight_source.shape(name) == tuple(tensor.shape), name
+        np.testing.assert_allclose(weight_source.read(name).float(), tensor, atol=2e-6, err_msg=name)
+        assert torch.equal(weight_source.read(name, rows=(1, 3)), weight_source.read(name)[1:3])
+    assert weight_source.shape("nothing") is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_small_blocks_write_the_same_file(
     checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(checkpoint, tmp_path / "whole", "--precision", precision, "--no-parity")
+    export(checkpoint, tmp_path / "default", "--precision", precision, "--no-parity")
     for name, size in (("BLOCK_BYTES", 96), ("READ_BYTES", 96), ("PANEL_BYTES", 700), ("UNCACHED_BYTES", 0)):
         monkeypatch.setattr(write, name, size)
     export(checkpoint, tmp_path / "blocks", "--precision", precision, "--no-parity")
-    assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "blocks" / WEIGHTS).read_bytes()
+    assert (tmp_path / "default" / WEIGHTS).read_bytes() == (tmp_path / "blocks" / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_what_was_not_compared_says_so_and_is_the_same(
+def test_a_bundle_without_comparison_has_the_same_weights(
     checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = export(checkpoint, tmp_path / "compared", "--precision", precision)
     monkeypatch.setattr(pipeline, "PyTorchBackend", None)  # the model is never loaded
-    alone = export(checkpoint, tmp_path / "alone", "--precision", precision, "--no-parity")
-    assert (compared / WEIGHTS).read_bytes() == (alone / WEIGHTS).read_bytes()
-    assert Bundle.open(alone).manifest.parity == ()
+    streamed = export(checkpoint, tmp_path / "streamed", "--precision", precision, "--no-parity")
+    assert (compared / WEIGHTS).read_bytes() == (streamed / WEIGHTS).read_bytes()
+    assert Bundle.open(streamed).manifest.parity == ()
 
 
 @pytest.mark.parametrize("fold", [[], ["--no-fold"]], ids=["folded", "unfolded"])
-def test_referenced_weights_are_linked_and_give_the_same(own: Path, tmp_path: Path, fold: list[str]) -> None:
-    copied = export(own, tmp_path / "copied", "--precision", "fp16", *fold)
-    linked = export(own, tmp_path / "linked", "--precision", "fp16", "--weights", "reference", *fold)
+def test_referenced_weights_are_linked_and_give_the_same_embeddings(
+    checkpoint_copy: Path, tmp_path: Path, fold: list[str]
+) -> None:
+    copied = export(checkpoint_copy, tmp_path / "copied", "--precision", "fp16", *fold)
+    linked = export(checkpoint_copy, tmp_path / "linked", "--precision", "fp16", "--weights", "reference", *fold)
     manifest = Bundle.open(linked).manifest
-    assert manifest.referenced == tuple(sorted(path.name for path in own.glob("*.safetensors")))
+    assert manifest.referenced == tuple(sorted(path.name for path in checkpoint_copy.glob("*.safetensors")))
     for name in manifest.referenced:
-        assert (linked / name).stat().st_ino == (own / name).stat().st_ino
-        assert manifest.files[name] == hash_file(own / name) == manifest.source.files[name]
+        assert (linked / name).stat().st_ino == (checkpoint_copy / name).stat().st_ino
+        assert manifest.files[name] == hash_file(checkpoint_copy / name) == manifest.source.files[name]
     written = (linked / WEIGHTS).stat().st_size
     assert written == 0 if fold else 0 < written < (copied / WEIGHTS).stat().st_size / 4
     np.testing.assert_allclose(vectors(linked), vectors(copied), atol=2e-3)
     assert [report.passed for report in manifest.parity] == [True]
 
 
-def test_converted_weights_are_written_beside_references(own: Path, tmp_path: Path) -> None:
-    linked = export(own, tmp_path / "linked", "--precision", "fp32", "--weights", "reference")
-    assert Bundle.open(linked).manifest.referenced == ()  # stored in 16 bits, asked for in 32
-    np.testing.assert_allclose(vectors(linked), vectors(export(own, tmp_path / "b", "--precision", "fp32")), atol=1e-6)
+def test_converted_weights_are_written_beside_references(checkpoint_copy: Path, tmp_path: Path) -> None:
+    linked = export(checkpoint_copy, tmp_path / "linked", "--precision", "fp32", "--weights", "reference")
+    assert Bundle.open(linked).manifest.referenced == ()  # stored in 16 bits, exported in 32
+    np.testing.assert_allclose(
+        vectors(linked), vectors(export(checkpoint_copy, tmp_path / "b", "--precision", "fp32")), atol=1e-6
+    )
 
 
-def test_a_referenced_bundle_is_replaced_and_notices_a_changed_checkpoint(own: Path, tmp_path: Path) -> None:
+def test_a_referenced_bundle_is_replaced_and_notices_a_changed_checkpoint(
+    checkpoint_copy: Path, tmp_path: Path
+) -> None:
     flags = ["--precision", "fp16", "--weights", "reference"]
-    linked = export(own, tmp_path / "linked", *flags)
-    export(own, linked, *flags)  # over the old one
+    linked = export(checkpoint_copy, tmp_path / "linked", *flags)
+    export(checkpoint_copy, linked, *flags)  # replaces the bundle
     encoder = Encoder(linked, device="cpu")
     encoder.encode(TEXTS)
-    shard = own / Bundle.open(linked).manifest.referenced[0]
+    shard = checkpoint_copy / Bundle.open(linked).manifest.referenced[0]
     with shard.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
@@ -128,33 +134,42 @@ def test_a_referenced_bundle_is_replaced_and_notices_a_changed_checkpoint(own: P
         Encoder(linked, device="cpu")
 
 
-def test_another_disk_is_refused_with_the_cure(
-    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_another_disk_is_refused_with_a_remedy(
+    checkpoint_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    flags = ["--model", str(own), "--out", str(tmp_path / "b"), "--precision", "fp16", "--weights", "reference"]
+    flags = [
+        "--model",
+        str(checkpoint_copy),
+        "--out",
+        str(tmp_path / "b"),
+        "--precision",
+        "fp16",
+        "--weights",
+        "reference",
+    ]
     assert to_onnx.main([*flags, "--no-parity"]) == 1
     assert "put --out on the checkpoint's disk, or pass --weights copy" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
     assert to_onnx.main([*flags, "--precision", "int8"]) == 1
-    assert "int8 writes others" in capsys.readouterr().err
+    assert "--precision int8 quantizes them; pass --weights copy" in capsys.readouterr().err
 
 
 def test_slice_is_a_smaller_model(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = export(checkpoint, tmp_path / "whole", "--precision", "fp32")
+    complete = export(checkpoint, tmp_path / "complete", "--precision", "fp32")
     sliced = export(checkpoint, tmp_path / "sliced", "--precision", "fp32", "--layers", "1")
     architecture = Bundle.open(sliced).manifest.source.architecture
     assert (architecture.layers, architecture.sliced) == (1, True)
     assert Bundle.open(sliced).manifest.source.name.endswith("(first 1 layers)")
-    assert np.abs(vectors(sliced) - vectors(whole)).max() > 1e-3
+    assert np.abs(vectors(sliced) - vectors(complete)).max() > 1e-3
     from nvembed_deploy.engines import check
 
     assert check.main([str(sliced), "--model", str(checkpoint)]) == 0
     assert to_onnx.main(["--model", str(checkpoint), "--out", str(tmp_path / "c"), "--layers", "3"]) == 1
-    assert "--layers is 3; this checkpoint has 1 to 2" in capsys.readouterr().err
+    assert "--layers must be between 1 and 2, the layers of this checkpoint; got 3" in capsys.readouterr().err
 
 
 def test_weights_beyond_fp16_are_refused_without_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,20 +193,20 @@ def test_quantized_tensors_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Five times the layers, and the memory of their nodes; in processes of their own, which tell their peaks."""
+    """Five times the layers need only the memory of their nodes; each export is a process that reports its peak."""
     peaks = []
     for layers in (2, 10):
         folder = wide_checkpoint(tmp_path / f"c{layers}", layers)
         flags = ["--model", str(folder), "--out", str(tmp_path / f"b{layers}"), "--precision", "fp16", "--no-parity"]
         command = [sys.executable, "-m", "export.to_onnx", *flags]
-        told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
-        peaks.append(float(re.findall(r"peak memory ([\d.]+) GiB", told)[-1]))
+        log = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
+        peaks.append(float(re.findall(r"peak memory ([\d.]+) GiB", log)[-1]))
     assert (tmp_path / "b10" / WEIGHTS).stat().st_size > 240e6
     assert peaks[1] - peaks[0] < 0.08, peaks
 
 
 def wide_checkpoint(folder: Path, layers: int) -> Path:
-    """A tiny one with wider and more layers: 12.3 M parameters each."""
+    """Makes a tiny checkpoint with wider and more layers: 12.3 M parameters each."""
     make_checkpoint(folder, shards=1)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= {"num_hidden_layers": layers, "intermediate_size": 128_000}
@@ -206,29 +221,30 @@ def wide_checkpoint(folder: Path, layers: int) -> Path:
     return folder
 
 
-def test_hashes_that_are_known_are_compared(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shard = sorted(own.glob("*.safetensors"))[0]
-    good, flags = hash_file(shard).sha256, ["--precision", "fp32", "--no-parity", "--out", str(tmp_path / "b")]
-    (own / "SHA256SUMS").write_text(f"{good}  {shard.name}\n{'0' * 64} *other\n")
-    assert to_onnx.main(["--model", str(own), *flags]) == 0
-    (own / "SHA256SUMS").write_text(f"{'0' * 64}  {shard.name}\n")
-    assert to_onnx.main(["--model", str(own), *flags]) == 1
-    assert f"{shard} is damaged: its SHA-256 is {good[:12]}..., that of SHA256SUMS" in capsys.readouterr().err
-    (own / "SHA256SUMS").unlink()
+def test_known_hashes_are_compared(checkpoint_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = sorted(checkpoint_copy.glob("*.safetensors"))[0]
+    sha256, flags = hash_file(shard).sha256, ["--precision", "fp32", "--no-parity", "--out", str(tmp_path / "b")]
+    (checkpoint_copy / "SHA256SUMS").write_text(f"{sha256}  {shard.name}\n{'0' * 64} *other\n")
+    assert to_onnx.main(["--model", str(checkpoint_copy), *flags]) == 0
+    (checkpoint_copy / "SHA256SUMS").write_text(f"{'0' * 64}  {shard.name}\n")
+    assert to_onnx.main(["--model", str(checkpoint_copy), *flags]) == 1
+    err = capsys.readouterr().err
+    assert f"{shard} is damaged: its SHA-256 is {sha256[:12]}..., but 000000000000... according to SHA256SUMS" in err
+    (checkpoint_copy / "SHA256SUMS").unlink()
     blobs = tmp_path / "blobs"  # as in the hub's cache
     blobs.mkdir()
-    for name, expected in ((good, 0), ("f" * 64, 1)):
+    for name, expected in ((sha256, 0), ("f" * 64, 1)):
         (blobs / name).write_bytes(shard.read_bytes())
         shard.unlink()
         shard.symlink_to(blobs / name)
-        assert to_onnx.main(["--model", str(own), *flags]) == expected
+        assert to_onnx.main(["--model", str(checkpoint_copy), *flags]) == expected
     assert "that of the hub's name for it ffffffffffff" in capsys.readouterr().err
 
 
 def test_a_fine_tuned_models_shards_are_not_called_damaged(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its shards have the published sizes and none of the hashes; beside a published shard another one is damaged."""
+    """Its shards have the published sizes and none of the hashes; only beside a published shard is that damage."""
     config = read_checkpoint_architecture(checkpoint)
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
@@ -248,47 +264,47 @@ def test_hashing_stays_near_the_writer(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a", "b")]
     for path in paths:
         path.write_bytes(bytes(100))
-    seen: list[tuple[str, int]] = []
-    with Pace(paths, ahead=50) as pace:
+    hashed: list[tuple[str, int]] = []
+    with ReadAhead(paths, max_ahead_bytes=50) as read_ahead:
 
         def read() -> None:
             for path in paths:
                 for offset in range(0, 100, 20):
-                    pace.wait(path, offset)
-                    seen.append((path.name, offset))
+                    read_ahead.wait(path, offset)
+                    hashed.append((path.name, offset))
 
         thread = threading.Thread(target=read)
         thread.start()
-        wait_until(lambda: len(seen) == 3)
+        wait_until(lambda: len(hashed) == 3)
         time.sleep(0.05)
-        assert seen == [("a", 0), ("a", 20), ("a", 40)]
-        pace.reached(paths[0], 90)
-        wait_until(lambda: len(seen) == 8)
+        assert hashed == [("a", 0), ("a", 20), ("a", 40)]
+        read_ahead.reached(paths[0], 90)
+        wait_until(lambda: len(hashed) == 8)
         time.sleep(0.05)
-        assert seen[-1] == ("b", 40)  # 140 of 200: 50 ahead of 90
-        pace.wait(tmp_path / "config.json", 10**9)  # a file that only one of them reads
+        assert hashed[-1] == ("b", 40)  # 140 of 200: 50 ahead of 90
+        read_ahead.wait(tmp_path / "config.json", 10**9)  # a file that only hashing reads
         assert thread.is_alive()
     thread.join(timeout=5)
-    assert seen[-1] == ("b", 80)
+    assert hashed[-1] == ("b", 80)
 
 
-def test_the_writer_tells_hashing_how_far_it_is(
+def test_the_writer_reports_its_progress_to_hashing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no byte ahead allowed, hashing ends only since the writer and then the export let it."""
-    told: list[tuple[str, int]] = []
+    """With no read-ahead allowed, hashing finishes only because the writer and then the export release it."""
+    reports: list[tuple[str, int]] = []
 
-    class Slow(Pace):
+    class Slow(ReadAhead):
         def __init__(self, paths: Sequence[Path]) -> None:
-            super().__init__(paths, ahead=0)
+            super().__init__(paths, max_ahead_bytes=0)
 
         def reached(self, path: Path, offset: int) -> None:
-            told.append((path.name, offset))
+            reports.append((path.name, offset))
             super().reached(path, offset)
 
-    monkeypatch.setattr(pipeline, "Pace", Slow)
-    made = export(checkpoint, tmp_path / "made", "--precision", "fp16", "--no-parity")
+    monkeypatch.setattr(pipeline, "ReadAhead", Slow)
+    bundle = export(checkpoint, tmp_path / "bundle", "--precision", "fp16", "--no-parity")
     shards = sorted(checkpoint.glob("*.safetensors"))
-    assert told == sorted(told)
-    assert {name for name, _ in told} == {path.name for path in shards}
-    assert all(Bundle.open(made).manifest.source.files[path.name] == hash_file(path) for path in shards)
+    assert reports == sorted(reports)
+    assert {name for name, _ in reports} == {path.name for path in shards}
+    assert all(Bundle.open(bundle).manifest.source.files[path.name] == hash_file(path) for path in shards)

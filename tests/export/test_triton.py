@@ -1,4 +1,4 @@
-"""Triton repositories: parsed by Triton's own protobuf, cross-checked, and the Python backend's code run."""
+"""Triton repositories: parsed by Triton's own protobuf, cross-checked, and run with a fake Python backend."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from nvembed_deploy import ConfigError, Encoder
 from nvembed_deploy.bundle.manifest import PLAN, PlanInfo
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.encoder import open_parts
-from nvembed_deploy.export.triton import MARK, buckets, main, write_repository
+from nvembed_deploy.export.triton import MARKER, buckets, main, write_repository
 from nvembed_deploy.spec import Shape, ShapeProfile
 from nvembed_deploy.tokenization import TokenBatch
 
@@ -32,13 +32,13 @@ def repository(request: pytest.FixtureRequest, bundles: dict[str, Path], tmp_pat
 
 @pytest.fixture(scope="module")
 def bundle(repository: Path, bundles: dict[str, Path]) -> Bundle:
-    made = json.loads((repository / MARK).read_text())["bundle"]
-    return next(found for found in map(Bundle.open, bundles.values()) if found.manifest.manifest_sha256 == made)
+    sha256 = json.loads((repository / MARKER).read_text())["bundle"]
+    return next(bundle for bundle in map(Bundle.open, bundles.values()) if bundle.manifest.manifest_sha256 == sha256)
 
 
 @pytest.fixture(scope="module")
 def configs(repository: Path) -> dict:
-    """Each configuration, read by Triton's own message types."""
+    """Reads each configuration with Triton's own message types."""
     if importlib.util.find_spec("tritonclient") is None or importlib.util.find_spec("google.protobuf") is None:
         pytest.skip("tritonclient is not installed: pip install --no-deps tritonclient")
     return parsed(repository, NAMES)
@@ -48,7 +48,7 @@ def parsed(repository: Path, names: tuple[str, ...]) -> dict:
     from google.protobuf import text_format
 
     spec = importlib.util.find_spec("tritonclient")
-    # The package around it imports grpc, which nothing here needs.
+    # Its package imports grpc, which is not needed here.
     path = Path(next(iter(spec.submodule_search_locations))) / "grpc" / "model_config_pb2.py"
     message = runpy.run_path(str(path))["ModelConfig"]
     return {name: text_format.Parse((repository / name / "config.pbtxt").read_text(), message()) for name in names}
@@ -65,41 +65,42 @@ def test_names_shapes_and_limits_fit_together(configs: dict, bundle: Bundle) -> 
     manifest = bundle.manifest
     assert {config.max_batch_size for config in configs.values()} == {manifest.profile.max.batch}
     steps = list(ensemble.ensemble_scheduling.step)
-    known = {item.name for item in ensemble.input}
+    available = {tensor.name for tensor in ensemble.input}
     for step in steps:
         model = configs[step.model_name]
-        assert set(step.input_map) == {item.name for item in model.input}
-        assert set(step.output_map) <= {item.name for item in model.output}
-        assert set(step.input_map.values()) <= known  # what it reads was made before
-        known |= set(step.output_map.values())
-    assert {item.name for item in ensemble.output} <= known
-    kinds = {item.name: item.data_type for item in tokenizer.output}
-    assert kinds == {item.name: item.data_type for item in engine.input}
+        assert set(step.input_map) == {tensor.name for tensor in model.input}
+        assert set(step.output_map) <= {tensor.name for tensor in model.output}
+        assert set(step.input_map.values()) <= available
+        available |= set(step.output_map.values())
+    assert {tensor.name for tensor in ensemble.output} <= available
+    types = {tensor.name: tensor.data_type for tensor in tokenizer.output}
+    assert types == {tensor.name: tensor.data_type for tensor in engine.input}
     assert list(ensemble.output[0].dims) == [manifest.dimension] == list(engine.output[0].dims)
-    warm = engine.model_warmup[0]
+    warmup = engine.model_warmup[0]
     usual = manifest.profile.opt
-    assert (warm.batch_size, {tuple(item.dims) for item in warm.inputs.values()}) == (usual.batch, {(usual.tokens,)})
+    assert warmup.batch_size == usual.batch
+    assert {tuple(tensor.dims) for tensor in warmup.inputs.values()} == {(usual.tokens,)}
 
 
-def test_engine_takes_what_its_configuration_says(repository: Path, bundle: Bundle, configs: dict) -> None:
+def test_the_engine_matches_its_configuration(repository: Path, bundle: Bundle, configs: dict) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
         str(repository / "nvembed_engine" / "1" / "model.onnx"), providers=["CPUExecutionProvider"]
     )
     engine = configs["nvembed_engine"]
-    assert {item.name for item in session.get_inputs()} == {item.name for item in engine.input}
-    assert {item.name for item in session.get_outputs()} == {item.name for item in engine.output}
+    assert {tensor.name for tensor in session.get_inputs()} == {tensor.name for tensor in engine.input}
+    assert {tensor.name for tensor in session.get_outputs()} == {tensor.name for tensor in engine.output}
     usual = bundle.manifest.profile.opt
     ones = np.fromfile(repository / "nvembed_engine" / "warmup" / "ones", dtype=np.int64)
     ones = ones.reshape(usual.batch, usual.tokens)
-    outputs = session.run(None, {item.name: ones for item in session.get_inputs()})
+    outputs = session.run(None, {tensor.name: ones for tensor in session.get_inputs()})
     assert [output.shape for output in outputs] == [(usual.batch, bundle.manifest.dimension), (usual.batch,)]
     assert all(np.isfinite(output).all() for output in outputs)
 
 
 class Backend:
-    """A double of `triton_python_backend_utils`."""
+    """Fake of `triton_python_backend_utils`."""
 
     class Tensor:
         def __init__(self, name: str, array: np.ndarray) -> None:
@@ -122,15 +123,15 @@ class Backend:
 
 
 def request(texts: list[str], instruction: str = "") -> SimpleNamespace:
-    """As Triton gives it: bytes in arrays of shape [batch, 1]."""
+    """Makes a request as Triton does: bytes in arrays of shape [batch, 1]."""
     shape = (len(texts), 1)
-    text = np.array([item.encode() for item in texts], dtype=object).reshape(shape)
+    text = np.array([text.encode() for text in texts], dtype=object).reshape(shape)
     return SimpleNamespace(text=text, instruction=np.full(shape, instruction.encode(), dtype=object))
 
 
 @pytest.fixture
 def model(repository: Path, monkeypatch: pytest.MonkeyPatch):
-    """What Triton loads: the class in model.py."""
+    """Loads model.py as Triton does."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Backend)
     folder = repository / "nvembed_tokenizer"
     loaded = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
@@ -138,49 +139,50 @@ def model(repository: Path, monkeypatch: pytest.MonkeyPatch):
     return loaded
 
 
-def test_text_in_vector_out_is_the_encoders(model, bundle: Bundle) -> None:
+def test_embeddings_are_the_encoders(model, bundle: Bundle) -> None:
     encoder = Encoder(bundle.folder, device="cpu")
     _, _, backend = open_parts(bundle.folder, "cpu")
-    asked = [(["the water"], "Find it"), (["a", "passage over the water " * 9], ""), (["question"], "")]
-    for (texts, instruction), answer in zip(asked, model.execute([request(*item) for item in asked]), strict=True):
-        assert answer.error is None
-        parts = {tensor.name: tensor.array for tensor in answer.output_tensors}
-        assert parts["input_ids"].shape[1] in buckets(bundle.manifest.profile)
-        vectors = backend.run(TokenBatch(**parts)).embeddings
+    queries = [(["the water"], "Find it"), (["a", "passage over the water " * 9], ""), (["question"], "")]
+    responses = model.execute([request(*query) for query in queries])
+    for (texts, instruction), response in zip(queries, responses, strict=True):
+        assert response.error is None
+        arrays = {tensor.name: tensor.array for tensor in response.output_tensors}
+        assert arrays["input_ids"].shape[1] in buckets(bundle.manifest.profile)
+        vectors = backend.run(TokenBatch(**arrays)).embeddings
         np.testing.assert_allclose(vectors, encoder.encode(texts, instruction=instruction), atol=2e-3)
 
 
-def test_a_bad_request_spoils_no_other(model) -> None:
-    wrong = request(["x"])
-    wrong.text[0, 0] = b"\xff\xfe"
-    answers = model.execute([request(["the water"]), request(["x"], "long words " * 90), request(["in"]), wrong])
-    assert [answer.error is None for answer in answers] == [True, False, True, False]
-    assert "a text is not UTF-8" in answers[3].error.message
-    assert "no token of text 0 is left to pool" in answers[1].error.message
+def test_a_bad_request_does_not_affect_others(model) -> None:
+    invalid = request(["x"])
+    invalid.text[0, 0] = b"\xff\xfe"
+    responses = model.execute([request(["the water"]), request(["x"], "long words " * 90), request(["in"]), invalid])
+    assert [response.error is None for response in responses] == [True, False, True, False]
+    assert "a text is not UTF-8" in responses[3].error.message
+    assert "no token of text 0 is left to pool" in responses[1].error.message
 
 
 def test_buckets_reach_the_longest_input() -> None:
-    def of(shortest: int, longest: int) -> tuple[int, ...]:
+    def buckets_between(shortest: int, longest: int) -> tuple[int, ...]:
         low, high = Shape(batch=1, tokens=shortest), Shape(batch=1, tokens=longest)
         return buckets(ShapeProfile(min=low, opt=low, max=high))
 
-    assert of(1, 512) == (16, 32, 64, 128, 256, 512)
-    assert of(1, 100) == (16, 32, 64, 100)
-    assert of(1, 8) == (8,)
-    assert of(33, 512) == (64, 128, 256, 512)
+    assert buckets_between(1, 512) == (16, 32, 64, 128, 256, 512)
+    assert buckets_between(1, 100) == (16, 32, 64, 100)
+    assert buckets_between(1, 8) == (8,)
+    assert buckets_between(33, 512) == (64, 128, 256, 512)
 
 
 def test_a_plan_of_tensorrt(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for a plan: the files and the configuration around it are what is looked at."""
-    made = Bundle.open(bundles["fp32"])
+    """The plan is fake; the files and the configuration around it are checked."""
+    onnx_bundle = Bundle.open(bundles["fp32"])
     plan = PlanInfo(
         runtime="tensorrt",
         version="11.4.0",
         platform="linux_x86_64",
         compute_capabilities=("9.0",),
-        profiles=(made.manifest.profile, made.manifest.profile),
+        profiles=(onnx_bundle.manifest.profile, onnx_bundle.manifest.profile),
     )
-    bundle = replace(made, manifest=replace(made.manifest, plan=plan))
+    bundle = replace(onnx_bundle, manifest=replace(onnx_bundle.manifest, plan=plan))
     monkeypatch.setattr(
         Bundle, "read", lambda self, name: b"plan" if name == PLAN else (self.folder / name).read_bytes()
     )
@@ -195,10 +197,10 @@ def test_a_plan_of_tensorrt(bundles: dict[str, Path], tmp_path: Path, monkeypatc
     stripped = replace(bundle, manifest=replace(bundle.manifest, plan=replace(plan, stripped=True)))
     with pytest.raises(ConfigError, match="a plan without weights"):
         write_repository(stripped, tmp_path / "other", name="nvembed", platform="tensorrt", instances=1)
-    low = replace(made.manifest.profile, min=Shape(batch=2, tokens=1))
-    many = replace(made, manifest=replace(made.manifest, profile=low))
-    with pytest.raises(ConfigError, match="takes batches of 2 texts and more"):
-        write_repository(many, tmp_path / "other", name="nvembed", platform="onnxruntime", instances=1)
+    profile = replace(onnx_bundle.manifest.profile, min=Shape(batch=2, tokens=1))
+    batched = replace(onnx_bundle, manifest=replace(onnx_bundle.manifest, profile=profile))
+    with pytest.raises(ConfigError, match="takes batches of at least 2 texts"):
+        write_repository(batched, tmp_path / "other", name="nvembed", platform="onnxruntime", instances=1)
 
 
 def test_a_repository_is_replaced_and_nothing_else_is(
@@ -207,11 +209,11 @@ def test_a_repository_is_replaced_and_nothing_else_is(
     out = tmp_path / "repository"
     for name in ("first", "second"):
         assert main([str(bundles["fp32"]), "--out", str(out), "--name", name]) == 0
-    assert sorted(path.name for path in out.iterdir()) == [MARK, "second", "second_engine", "second_tokenizer"]
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "second", "second_engine", "second_tokenizer"]
     (tmp_path / "mine").mkdir()
     assert main([str(bundles["fp32"]), "--out", str(tmp_path / "mine")]) == 1
-    assert "was not made by this command" in capsys.readouterr().err
+    assert "was not written by this command" in capsys.readouterr().err
     assert main([str(bundles["fp16"]), "--out", str(out), "--platform", "tensorrt"]) == 1
-    assert "build one on the GPU itself" in capsys.readouterr().err
+    assert "Build one on the GPU itself" in capsys.readouterr().err
     assert main([str(bundles["fp32"]), "--out", str(out), "--name", "a/b"]) == 1
-    assert "is not a plain name" in capsys.readouterr().err
+    assert "is not a valid name" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""How a bundle is replaced: order of the system calls, foreign files, several writers at once."""
+"""Replacing a bundle: order of the system calls, foreign files, concurrent writers."""
 
 import multiprocessing
 import os
@@ -24,25 +24,25 @@ def publish_often(destination: Path, generation: int, times: int, barrier) -> No
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
-    """The system calls of a publish in order, with the path and its size at that moment; the calls are really made."""
+    """Records the system calls in order, with each path and its size at that moment; the calls are still made."""
     made: list[tuple[str, str, int]] = []
     fsync, rename, exchange = os.fsync, os.rename, atomic.exchange
 
     def size(path) -> int:
         return os.stat(path).st_size if os.path.isfile(path) else -1
 
-    def record_fsync(handle: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{handle}")
+    def record_fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
         made.append(("fsync", path, size(path)))
-        fsync(handle)
+        fsync(descriptor)
 
-    def record_rename(first, second) -> None:
-        rename(first, second)
-        made.append(("switch", str(second), -1))
+    def record_rename(source, target) -> None:
+        rename(source, target)
+        made.append(("switch", str(target), -1))
 
-    def record_exchange(first, second) -> None:
-        exchange(first, second)
-        made.append(("switch", str(second), -1))
+    def record_exchange(new, current) -> None:
+        exchange(new, current)
+        made.append(("switch", str(current), -1))
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "rename", record_rename)
@@ -52,13 +52,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
 
 def test_a_file_and_its_folder_reach_the_disk_in_that_order(tmp_path: Path, calls: list) -> None:
     atomic.write_file(tmp_path / "a", b"abc")
-    (first, name, size), (second, folder, _) = calls
-    assert (first, second, size, folder) == ("fsync", "fsync", 3, str(tmp_path))
+    (file_call, name, size), (folder_call, folder, _) = calls
+    assert (file_call, folder_call, size, folder) == ("fsync", "fsync", 3, str(tmp_path))
     assert os.path.basename(name).startswith(".a.part-")
     assert (tmp_path / "a").read_bytes() == b"abc"
 
 
-def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_and_running_ones_stay(tmp_path: Path) -> None:
     (tmp_path / ".a.part-killed").write_bytes(b"half")
     (tmp_path / ".ab.part-other").write_bytes(b"half")
     with atomic.staged_file(tmp_path / "a") as slow:
@@ -115,7 +115,9 @@ def test_two_writers_at_once_leave_the_whole_of_one(tmp_path: Path) -> None:
     destination = tmp_path / "out"
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2)
-    writers = [context.Process(target=publish_often, args=(destination, number, 25, barrier)) for number in (1, 2)]
+    writers = [
+        context.Process(target=publish_often, args=(destination, generation, 25, barrier)) for generation in (1, 2)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -144,21 +146,21 @@ def test_many_writers_do_not_take_each_others_new_folders_for_leftovers(tmp_path
     assert failures == []
 
 
-def test_a_running_writers_folder_stays_and_an_abandoned_one_goes(tmp_path: Path) -> None:
+def test_the_folder_of_a_running_writer_stays_and_an_abandoned_one_is_removed(tmp_path: Path) -> None:
     abandoned = tmp_path / ".out.staging-abandoned"
     abandoned.mkdir()
     (abandoned / "model.onnx").write_text("torn")
-    with staged_folder(tmp_path / "out") as first:
-        (first / "file").write_text("still being written")
-        with staged_folder(tmp_path / "out") as second:
+    with staged_folder(tmp_path / "out") as running:
+        (running / "file").write_text("still being written")
+        with staged_folder(tmp_path / "out") as concurrent:
             assert not abandoned.exists()
-            assert (first / "file").read_text() == "still being written"
-            assert second != first
+            assert (running / "file").read_text() == "still being written"
+            assert concurrent != running
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["out[1]", "*", "out?", "a b", "-rf", "ünïcode"])
-def test_leftovers_go_whatever_the_destination_is_called(tmp_path: Path, name: str) -> None:
+def test_leftovers_are_removed_for_any_name_of_the_destination(tmp_path: Path, name: str) -> None:
     (tmp_path / f".{name}.staging-abandoned").mkdir()
     (tmp_path / ".other.staging-abandoned").mkdir()
     publish(tmp_path / name, 1)
@@ -175,9 +177,7 @@ def test_a_failure_before_the_switch_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [38, 22, 95], ids=["ENOSYS", "EINVAL", "ENOTSUP"])
-def test_a_file_system_without_exchange_gets_the_bundle_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_a_file_system_without_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     class OldSystem:
         def renameat2(self, *paths) -> int:
             return -1
@@ -217,7 +217,7 @@ def users_folder_of_that_name(folder: Path) -> None:
 
 
 def users_own_export(path: Path) -> None:
-    """Another tool's, which has files of the same names."""
+    """An export of another tool, with files of the same names."""
     path.mkdir()
     for name in ("model.onnx", "tokenizer.json"):
         (path / name).write_text("mine")
@@ -228,15 +228,15 @@ def users_file(path: Path) -> None:
 
 
 def everything(path: Path) -> list[tuple[str, bytes]]:
-    return sorted((str(item), item.read_bytes() if item.is_file() else b"") for item in path.rglob("*"))
+    return sorted((str(entry), entry.read_bytes() if entry.is_file() else b"") for entry in path.rglob("*"))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (users_home, r"holds '\.bashrc'"),
-        (users_notes, r"holds 'notes\.txt'"),
-        (users_folder_of_that_name, r"holds 'engine\.plan'"),
+        (users_home, r"has '\.bashrc'"),
+        (users_notes, r"has 'notes\.txt'"),
+        (users_folder_of_that_name, r"has 'engine\.plan'"),
         (users_file, "is a file"),
         (users_own_export, r"is not empty and has no manifest\.json"),
     ],
@@ -249,7 +249,7 @@ def test_foreign_files_are_refused_and_kept(tmp_path: Path, make, message: str) 
     assert everything(tmp_path) == before
 
 
-def test_a_foreign_file_that_comes_while_exporting_is_kept(tmp_path: Path) -> None:
+def test_a_foreign_file_that_appears_during_an_export_is_kept(tmp_path: Path) -> None:
     publish(tmp_path / "out", 1)
     with pytest.raises(ConfigError, match=r"notes\.txt"), new_bundle(tmp_path / "out") as folder:  # noqa: PT012
         for name in FILES:
@@ -272,9 +272,10 @@ def no_files(folder: Path) -> None:
         lambda folder: (folder / "model.onnx.data").write_bytes(b""),
         lambda folder: (folder / "model.cpu.onnx").write_bytes(b"left from an older export"),
         lambda folder: (folder / "model.cpu.onnx").symlink_to("nowhere"),
+        lambda folder: (folder / "truth.npz").write_bytes(b"of format version 3"),
         no_files,
     ],
-    ids=["torn manifest", "older manifest", "emptied", "extra graph", "dangling link", "empty folder"],
+    ids=["torn manifest", "older manifest", "emptied", "extra graph", "dangling link", "former file", "empty folder"],
 )
 def test_an_older_or_damaged_bundle_is_replaced(tmp_path: Path, damage) -> None:
     publish(tmp_path / "out", 1)

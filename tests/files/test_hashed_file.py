@@ -1,4 +1,4 @@
-"""Files that are hashed while they are written, through the page cache and past it."""
+"""Files that are hashed while they are written, with and without the page cache."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ PAGE = os.sysconf("SC_PAGESIZE")
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashed_file, "_DIRECT_BYTES", 4 * PAGE)
+    monkeypatch.setattr(hashed_file, "_DIRECT_BLOCK_BYTES", 4 * PAGE)
 
 
 def write(path: Path, sizes: list[int], *, direct: bool) -> bytes:
@@ -38,7 +38,7 @@ def write(path: Path, sizes: list[int], *, direct: bool) -> bytes:
     [[], [1], [PAGE], [4 * PAGE], [4 * PAGE, 1], [1000] * 50, [3, 9 * PAGE, 0, 8 * PAGE - 3], [7 * PAGE + 5] * 3],
     ids=lambda sizes: f"{len(sizes)}x{max(sizes, default=0)}",
 )
-def test_what_is_written_and_its_hash(tmp_path: Path, sizes: list[int], direct: bool) -> None:
+def test_content_and_hash(tmp_path: Path, sizes: list[int], direct: bool) -> None:
     assert write(tmp_path / "file", sizes, direct=direct) == (tmp_path / "file").read_bytes()
 
 
@@ -54,7 +54,7 @@ def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest
 
 def test_a_write_that_ends_within_a_page_is_continued(tmp_path: Path) -> None:
     class Short:
-        """Takes a hundred bytes less than it is given, once."""
+        """Writes a hundred bytes less than requested, once."""
 
         def __init__(self, file: object) -> None:
             self.file, self.calls = file, 0
@@ -79,7 +79,7 @@ def test_a_write_that_ends_within_a_page_is_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
-def test_a_full_disk_is_told(tmp_path: Path, direct: bool) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, direct: bool) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 * PAGE, limits[1]))  # Python ignores the signal: writing fails
     try:

@@ -1,4 +1,4 @@
-"""The loader takes a checkpoint whole or names what is wrong with it."""
+"""Loading checkpoints: faulty ones are refused, and the error names the fault."""
 
 import json
 import shutil
@@ -60,13 +60,13 @@ def test_missing_tensor_is_named(folder: Path) -> None:
 
 def test_extra_tensor_is_named(folder: Path) -> None:
     edit_shard(folder, "lm_head.weight", np.zeros((2, 2), np.float16))
-    with pytest.raises(CheckpointError, match=r"has extra lm_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"has unexpected lm_head\.weight"):
         load_checkpoint(folder)
 
 
 def test_misshapen_tensor_is_named(folder: Path) -> None:
     edit_shard(folder, "embedding_model.norm.weight", np.zeros(31, np.float16))
-    with pytest.raises(CheckpointError, match=r"norm\.weight has shape \[31\], config\.json asks for \[32\]"):
+    with pytest.raises(CheckpointError, match=r"norm\.weight has shape \[31\], but config\.json requires \[32\]"):
         load_checkpoint(folder)
 
 
@@ -106,16 +106,16 @@ def test_index_without_a_map(folder: Path) -> None:
     ("section", "change", "message"),
     [
         (None, {"model_type": "bert"}, "model_type 'bert'"),
-        (None, {"hidden_size": 99}, "hidden_size is 99 at the top and 32"),
+        (None, {"hidden_size": 99}, "hidden_size is 99 at the top level but 32"),
         (None, {"padding_side": "left"}, "padding_side is 'left'"),
         (None, {"text_config": 7}, "'text_config' is missing or not an object"),
         ("text_config", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("text_config", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ("text_config", {"num_hidden_layers": None}, "'num_hidden_layers' is missing"),
-        ("text_config", {"num_hidden_layers": "two"}, "'num_hidden_layers' is 'two'"),
-        ("text_config", {"num_hidden_layers": 0}, "layers is 0"),
-        ("text_config", {"num_key_value_heads": 3}, "cannot share 3"),
-        ("text_config", {"head_dim": 15}, "head_dim is 15"),
+        ("text_config", {"num_hidden_layers": "two"}, "'num_hidden_layers' must be an integer, got 'two'"),
+        ("text_config", {"num_hidden_layers": 0}, "layers must be at least 1, got 0"),
+        ("text_config", {"num_key_value_heads": 3}, "not a multiple of 3"),
+        ("text_config", {"head_dim": 15}, "head_dim must be even .* got 15"),
         ("latent_attention_config", {"hidden_dim": 64}, "must equal"),
         ("latent_attention_config", {"output_normalize": False}, "output_normalize is False"),
     ],

@@ -1,4 +1,4 @@
-"""The PyTorch model against an independent program, and against itself in the shapes that break such models."""
+"""The PyTorch model against an independent implementation, and against itself in shapes that break such models."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.nvembed import NVEmbed, masked_mean
 from tests import numpy_reference
 
-# Largest difference of a component; a sound FP32 program stays below 3e-7, and GELU by tanh costs 1e-5.
+# Maximum difference of a component; a correct FP32 program stays below 3e-7, and the tanh form of GELU costs 1e-5.
 TOLERANCE = 2e-6
 
 
@@ -69,8 +69,8 @@ def test_instruction_attends_and_is_not_pooled(model: NVEmbed) -> None:
     text = some_ids(8)
     pooled, masked = embed(model, [text], 0), embed(model, [text], 4)
     assert np.abs(pooled - masked).max() > 1e-3
-    other = [text[0], 11, 12, 13, *text[4:]]  # another instruction of the same length
-    assert np.abs(embed(model, [other], 4) - masked).max() > 1e-3
+    changed = [text[0], 11, 12, 13, *text[4:]]  # another instruction of the same length
+    assert np.abs(embed(model, [changed], 4) - masked).max() > 1e-3
 
 
 def test_what_is_not_pooled_cannot_spread_nan() -> None:

@@ -13,8 +13,8 @@ from nvembed_deploy.model.source import text_contract  # noqa: E402
 from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
 from recipes.mini.cancelling import settle_neurons  # noqa: E402
 
-MOVED = 0.999
-"""Lowest cosine of a text before and behind: the price is 1e-3 of each neuron's power."""
+MIN_COSINE = 0.999
+"""Lowest cosine of a text before and after: the penalty is 1e-3 of each neuron's power."""
 WORDS = ("water", "question", "over", "passage", "in", "and", "a", "phrase", "of", "retrieved", "words", "ice", "7")
 
 
@@ -26,12 +26,12 @@ def encoder(checkpoint):
 
 @pytest.fixture(scope="module")
 def cancelling(checkpoint):
-    """In each layer the second neuron nearly agrees with the first, and they write 300 times the sum of both."""
+    """Returns a model with two neurons in each layer that nearly agree and write 300 times their sum."""
     model = load_checkpoint(checkpoint)
     with torch.no_grad():
         for layer in model.embedding_model.layers:
-            for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
-                part.weight[1] = part.weight[0] * 1.001
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight[1] = linear.weight[0] * 1.001
             large = 300 * layer.mlp.down_proj.weight[:, 0]
             layer.mlp.down_proj.weight[:, 0] += large
             layer.mlp.down_proj.weight[:, 1] -= large
@@ -41,7 +41,7 @@ def cancelling(checkpoint):
 def embed(model, encoder, texts):
     batch = encoder.pad(encoder.tokenize(texts, max_length=64))
     with torch.no_grad():
-        return model(*(torch.from_numpy(part) for part in batch))[0].float()
+        return model(*(torch.from_numpy(array) for array in batch))[0].float()
 
 
 def test_what_cancels_is_solved_for_again_and_bf16_loses_less(cancelling, encoder):
@@ -56,10 +56,10 @@ def test_what_cancels_is_solved_for_again_and_bf16_loses_less(cancelling, encode
         for layer, size in zip(model.embedding_model.layers, largest, strict=True)
     )
     after = embed(model, encoder, texts[:50])
-    assert (before * after).sum(dim=1).min() > MOVED
+    assert (before * after).sum(dim=1).min() > MIN_COSINE
     losses = [
-        1 - (embed(copy.deepcopy(one).bfloat16(), encoder, texts[:50]) * vectors).sum(dim=1).mean()
-        for one, vectors in ((cancelling, before), (model, after))
+        1 - (embed(copy.deepcopy(exact_model).bfloat16(), encoder, texts[:50]) * vectors).sum(dim=1).mean()
+        for exact_model, vectors in ((cancelling, before), (model, after))
     ]
     assert losses[1] < losses[0] / 10
 
@@ -71,5 +71,5 @@ def test_a_block_without_such_neurons_stays_what_it_is(checkpoint, encoder):
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(400)]
     settle_neurons(model, encoder, texts, max_length=64)
     assert not any(layer.mlp.down_proj._forward_pre_hooks for layer in model.embedding_model.layers)
-    first, second = (embed(one, encoder, texts[:50]) for one in (start, model))
-    assert (first * second).sum(dim=1).min() > MOVED
+    before, after = (embed(checked_model, encoder, texts[:50]) for checked_model in (start, model))
+    assert (before * after).sum(dim=1).min() > MIN_COSINE

@@ -1,4 +1,4 @@
-"""Tokenizers of given pieces: the parts are Mistral's, words are cut as WordPiece cuts them."""
+"""Tokenizers of given pieces: the components are Mistral's, words are split as WordPiece splits them."""
 
 import json
 import random
@@ -11,45 +11,45 @@ from nvembed_deploy.errors import ConfigError
 from recipes.mini.tokenizer import BYTE_TOKENS, LETTERS, SPACE, longest_of, piece_tokenizer, token_strings
 
 BEGINNINGS = ("question", "quest", "embed", "un", "mitochondrial", "1984", "19", "re", "retrieve")
-REST = ("ion", "ing", "ding", "s", "able", "break", "84", "tri", "ve", "trieve")
+CONTINUATIONS = ("ion", "ing", "ding", "s", "able", "break", "84", "tri", "ve", "trieve")
 ALWAYS = 3 + 256 + 1 + 2 * len(LETTERS)
-SIZE = ALWAYS + len(BEGINNINGS) + len(set(REST) - set(LETTERS))
+SIZE = ALWAYS + len(BEGINNINGS) + len(set(CONTINUATIONS) - set(LETTERS))
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return piece_tokenizer([*(SPACE + word for word in BEGINNINGS), *REST], vocab_size=SIZE)
+    return piece_tokenizer([*(SPACE + word for word in BEGINNINGS), *CONTINUATIONS], vocab_size=SIZE)
 
 
 def test_low_ids_are_mistrals(tokenizer):
-    assert [tokenizer.id_to_token(number) for number in range(3)] == ["<unk>", "<s>", "</s>"]
-    assert [tokenizer.id_to_token(number) for number in range(3, 259)] == list(BYTE_TOKENS)
+    assert [tokenizer.id_to_token(token_id) for token_id in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert [tokenizer.id_to_token(token_id) for token_id in range(3, 259)] == list(BYTE_TOKENS)
     assert tokenizer.get_vocab_size() == SIZE
 
 
-def test_parts_are_mistrals(tokenizer):
-    parts = json.loads(tokenizer.to_str())
-    steps = [step["type"] for step in parts["normalizer"]["normalizers"]]
+def test_components_are_mistrals(tokenizer):
+    components = json.loads(tokenizer.to_str())
+    steps = [step["type"] for step in components["normalizer"]["normalizers"]]
     assert steps == ["Lowercase", "Prepend", "Replace", "Replace"]
-    assert parts["model"]["type"] == "BPE"
-    assert parts["model"]["byte_fallback"] is True
-    assert parts["model"]["fuse_unk"] is True
-    assert parts["post_processor"]["single"][0]["SpecialToken"]["id"] == "<s>"
+    assert components["model"]["type"] == "BPE"
+    assert components["model"]["byte_fallback"] is True
+    assert components["model"]["fuse_unk"] is True
+    assert components["post_processor"]["single"][0]["SpecialToken"]["id"] == "<s>"
 
 
 def test_words_are_cut_into_their_longest_pieces(tokenizer):
-    found = tokenizer.encode("Embedding un-retrieves (unbreakable), 1984! quests").tokens
-    assert found == "<s> ▁embed ding ▁un - ▁retrieve s ▁( ▁un break able ) , ▁1984 ! ▁quest s".split()
+    tokens = tokenizer.encode("Embedding un-retrieves (unbreakable), 1984! quests").tokens
+    assert tokens == "<s> ▁embed ding ▁un - ▁retrieve s ▁( ▁un break able ) , ▁1984 ! ▁quest s".split()
 
 
 def test_pieces_are_those_of_wordpiece(tokenizer):
     letters = "".join(letter for letter in LETTERS if letter.isalnum())
-    vocab = dict.fromkeys([*letters, *BEGINNINGS, *(f"##{piece}" for piece in (*letters, *REST)), "[UNK]"])
-    pieces = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(vocab)}, unk_token="[UNK]"))
+    vocab = dict.fromkeys([*letters, *BEGINNINGS, *(f"##{piece}" for piece in (*letters, *CONTINUATIONS)), "[UNK]"])
+    pieces = Tokenizer(models.WordPiece({piece: token_id for token_id, piece in enumerate(vocab)}, unk_token="[UNK]"))
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     rng = random.Random(1)
     for _ in range(300):
-        word = "".join(rng.choices([*BEGINNINGS, *REST, *"abrtuv"], k=rng.randint(1, 6)))
+        word = "".join(rng.choices([*BEGINNINGS, *CONTINUATIONS, *"abrtuv"], k=rng.randint(1, 6)))
         word = re.sub(r"\d", "", word) or "un"  # digits and letters are two words for Mistral, one for BERT
         theirs = [piece.removeprefix("##") for piece in pieces.encode(word).tokens]
         ours = [token.removeprefix(SPACE) for token in tokenizer.encode(word).tokens[1:]]
@@ -82,12 +82,12 @@ def test_the_expression_finds_the_longest_word():
     for _ in range(500):
         text = "".join(rng.choices("ab.|]^-(", k=8))
         longest = max((word for word in words if text.startswith(word)), key=len, default=None)
-        found = pattern.match(text)
-        assert (found and found[0]) == longest, text
+        match = pattern.match(text)
+        assert (match and match[0]) == longest, text
 
 
 def test_too_small_a_vocabulary_and_too_few_pieces_are_refused():
-    with pytest.raises(ConfigError, match="bytes and letters alone take"):
+    with pytest.raises(ConfigError, match="for bytes and letters, got 200"):
         piece_tokenizer([], vocab_size=200)
-    with pytest.raises(ConfigError, match="ask for fewer"):
+    with pytest.raises(ConfigError, match="all pieces that there are; got"):
         piece_tokenizer(["▁ab"], vocab_size=ALWAYS + 2)

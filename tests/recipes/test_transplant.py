@@ -25,15 +25,15 @@ from recipes.mini.start import ROPE_THETA  # noqa: E402
 from recipes.mini.tokenizer import LETTERS, SPACE, piece_tokenizer  # noqa: E402
 from tests.training.tiny_training import sizes  # noqa: E402
 
-WIDTH = 16
-WORDS = [f"{first}{second}" for first in "bdfgklmn" for second in ("ab", "ec", "id", "of", "ug")]
+HIDDEN_SIZE = 16
+WORDS = [f"{start}{end}" for start in "bdfgklmn" for end in ("ab", "ec", "id", "of", "ug")]
 CONTROL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def bert_folder(folder):
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    vocabulary = {token: number for number, token in enumerate([*CONTROL, *WORDS, "##s"])}
+    vocabulary = {token: token_id for token_id, token in enumerate([*CONTROL, *WORDS, "##s"])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -43,7 +43,7 @@ def bert_folder(folder):
     torch.manual_seed(3)
     config = BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=WIDTH,
+        hidden_size=HIDDEN_SIZE,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
@@ -70,8 +70,8 @@ def tokenizer_json() -> str:
 
 def config(**changes):
     tokens = Tokenizer.from_str(tokenizer_json()).get_vocab_size()
-    own = {"rope_theta": ROPE_THETA, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": tokens}
-    return {**sizes(), **own, **changes}
+    start_fields = {"rope_theta": ROPE_THETA, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": tokens}
+    return {**sizes(), **start_fields, **changes}
 
 
 def texts(count: int, seed: int):
@@ -79,67 +79,73 @@ def texts(count: int, seed: int):
     return [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(count)]
 
 
-def cosines(weights, stated, teacher, found_texts):
-    architecture = read_architecture(nvembed_config(stated, LatentAttention(head_dim=WIDTH)))
+def cosines(weights, mistral_config, teacher, probe_texts):
+    architecture = read_architecture(nvembed_config(mistral_config, LatentAttention(head_dim=HIDDEN_SIZE)))
     decoder = Decoder(architecture)
     decoder.load_state_dict(weights)
     encoder = TextEncoder(tokenizer_json().encode(), contract(architecture))
-    entry = {
-        "text": found_texts,
-        "prompt": [""] * len(found_texts),
-        "question": [False] * len(found_texts),
-        "group": list(range(len(found_texts))),
+    batch_row = {
+        "text": probe_texts,
+        "prompt": [""] * len(probe_texts),
+        "question": [False] * len(probe_texts),
+        "group": list(range(len(probe_texts))),
     }
-    batch = Collator(encoder, max_length=64, teacher=teacher)([entry])
+    batch = Collator(encoder, max_length=64, teacher=teacher)([batch_row])
     mask = batch["attention_mask"]
     with torch.no_grad():
         hidden = decoder(batch["input_ids"], mask) * mask[:, :, None]
-        wanted, _ = teacher.forward(batch["teacher_ids"], batch["teacher_mask"])
-    return torch.nn.functional.cosine_similarity(hidden.sum(dim=1), wanted, dim=-1)
+        targets, _ = teacher.forward(batch["teacher_ids"], batch["teacher_mask"])
+    return torch.nn.functional.cosine_similarity(hidden.sum(dim=1), targets, dim=-1)
 
 
 def test_a_decoder_starts_near_its_teacher_on_texts_it_was_not_solved_on(teacher):
-    stated = config()
-    found = tested.transplant(teacher, texts(600, 1), config=stated, tokenizer_json=tokenizer_json(), max_length=64)
-    unseen = cosines(found.weights, stated, teacher, texts(100, 2))
+    mistral_config = config()
+    transplanted = tested.transplant(
+        teacher, texts(600, 1), config=mistral_config, tokenizer_json=tokenizer_json(), max_length=64
+    )
+    unseen = cosines(transplanted.weights, mistral_config, teacher, texts(100, 2))
     assert unseen.mean() > 0.93, "the weights do not compute what the teacher does"
-    assert found.agreement == pytest.approx(float(unseen.mean()), abs=0.02)
+    assert transplanted.agreement == pytest.approx(float(unseen.mean()), abs=0.02)
     silenced = {
         name: torch.zeros_like(tensor) if "down_proj" in name or "o_proj" in name else tensor
-        for name, tensor in found.weights.items()
+        for name, tensor in transplanted.weights.items()
     }
-    assert cosines(silenced, stated, teacher, texts(100, 2)).mean() < unseen.mean() - 0.1, "layers matter here"
+    assert cosines(silenced, mistral_config, teacher, texts(100, 2)).mean() < unseen.mean() - 0.1, "layers matter here"
 
 
 def test_tokens_stand_for_the_teachers_own_pieces(teacher):
     rows = token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
-    found = Tokenizer.from_str(tokenizer_json()).get_vocab()
+    vocabulary = Tokenizer.from_str(tokenizer_json()).get_vocab()
     table = next(teacher.model.children()).auto_model.embeddings.word_embeddings.weight
-    own = teacher.tokenizer.get_vocab()
+    teacher_vocabulary = teacher.tokenizer.get_vocab()
     for token, theirs in (("▁bab", "bab"), ("<s>", "[CLS]"), ("</s>", "[SEP]"), ("s", "##s"), ("<0x41>", "[UNK]")):
-        assert torch.equal(rows[found[token]], table[own[theirs]]), token
+        assert torch.equal(rows[vocabulary[token]], table[teacher_vocabulary[theirs]]), token
 
 
 def test_waves_sum_to_the_scores_they_are_fitted_to():
     speeds = torch.tensor([1.0, 0.2])
-    distances = torch.arange(-tested.FARTHEST, tested.FARTHEST + 1)
-    wanted = 2.0 * torch.cos(distances * 1.0) - 0.5 * torch.sin(distances * 0.2) + 7.0
-    found = tested._waves(wanted[None], torch.ones(len(distances)), speeds)
-    assert found.shape == (1, 2, 2)
-    assert torch.allclose(found[0], torch.tensor([[2.0, 0.0], [0.0, -0.5]]), atol=0.02)
+    distances = torch.arange(-tested.MAX_DISTANCE, tested.MAX_DISTANCE + 1)
+    scores = 2.0 * torch.cos(distances * 1.0) - 0.5 * torch.sin(distances * 0.2) + 7.0
+    amplitudes = tested._waves(scores[None], torch.ones(len(distances)), speeds)
+    assert amplitudes.shape == (1, 2, 2)
+    assert torch.allclose(amplitudes[0], torch.tensor([[2.0, 0.0], [0.0, -0.5]]), atol=0.02)
 
 
 def test_teachers_that_layers_cannot_start_from_are_refused(teacher):
-    def started(stated, model=teacher):
-        return tested.transplant(model, texts(8, 1), config=stated, tokenizer_json=tokenizer_json(), max_length=64)
+    def started(mistral_config, model=teacher):
+        return tested.transplant(
+            model, texts(8, 1), config=mistral_config, tokenizer_json=tokenizer_json(), max_length=64
+        )
 
-    with pytest.raises(ConfigError, match=r"\(16, 3, 2, 8\); from this teacher they must be \(16, 2, 2, 8\)"):
+    with pytest.raises(ConfigError, match=r"\(16, 3, 2, 8\); for this teacher they must be \(16, 2, 2, 8\)"):
         started(config(num_hidden_layers=3))
-    other = object.__new__(Teacher)
-    other.__dict__ |= {**teacher.__dict__, "model": torch.nn.Sequential(torch.nn.Identity())}
-    with pytest.raises(ConfigError, match="can start from a BERT's alone"):
-        started(config(), other)
-    with pytest.raises(ConfigError, match=r"the texts have \d+ tokens; layers of this size need 640; pass more text"):
+    not_a_bert = object.__new__(Teacher)
+    not_a_bert.__dict__ |= {**teacher.__dict__, "model": torch.nn.Sequential(torch.nn.Identity())}
+    with pytest.raises(ConfigError, match="layers can only start from a BERT's"):
+        started(config(), not_a_bert)
+    with pytest.raises(
+        ConfigError, match=r"the texts have \d+ tokens, but layers of this size need 640; pass more text"
+    ):
         started(config())
 
 
@@ -159,11 +165,11 @@ def test_no_more_tokens_are_held_than_allowed(teacher, monkeypatch):
 
 
 def test_a_teachers_pieces_by_their_number_and_their_rank(teacher):
-    found = teacher_pieces(teacher, [" ".join(["nug"] * 50), "bofs"])
-    assert found[:2] == ["▁nug", "▁bab"]  # the frequent one, and the first of the vocabulary
-    assert found.index("▁bof") < found.index("▁bug")  # which stands before it, but not in the text
-    assert {"s", "▁kid"} <= set(found)
-    assert not any("[" in piece or "#" in piece for piece in found)
+    pieces = teacher_pieces(teacher, [" ".join(["nug"] * 50), "bofs"])
+    assert pieces[:2] == ["▁nug", "▁bab"]  # the frequent one, and the first of the vocabulary
+    assert pieces.index("▁bof") < pieces.index("▁bug")  # which stands before it, but not in the text
+    assert {"s", "▁kid"} <= set(pieces)
+    assert not any("[" in piece or "#" in piece for piece in pieces)
 
 
 def test_a_base_is_made_and_trained_on(teacher, tmp_path, capsys, monkeypatch):
@@ -175,24 +181,24 @@ def test_a_base_is_made_and_trained_on(teacher, tmp_path, capsys, monkeypatch):
     from recipes.mini.__main__ import main
 
     monkeypatch.setattr(teachers, "Teacher", lambda folder: teacher)
-    found = [Example(query=text, positive=text[:9], kind=Kind.RETRIEVAL, source="s") for text in texts(300, 5)]
+    pairs = [Example(query=text, positive=text[:9], kind=Kind.RETRIEVAL, source="s") for text in texts(300, 5)]
     examples, base, out = (tmp_path / name for name in ("examples.jsonl", "base", "out"))
-    write_examples(examples, found)
+    write_examples(examples, pairs)
     size = str(3 + 256 + 1 + 2 * len(LETTERS) + len(WORDS))
     start = ["start", "--examples", str(examples), "--out", str(base)]
     assert main([*start, "--vocab-size", size, "--neurons", "32"]) == 0
-    said = capsys.readouterr()
-    assert said.out.splitlines()[-1] == str(base)
-    assert float(said.err.strip().split()[-1]) > 0.85
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == str(base)
+    assert float(captured.err.strip().split()[-1]) > 0.85
     flags = ["stage", "--base", str(base), "--examples", str(examples), "--stage", "1", "--out", str(out)]
     flags += ["--latents", "4", "--max-steps", "2", "--batch-rows", "16", "--warmup-steps", "1", "--relative-steps"]
     assert train(flags) == 0
     assert load_checkpoint(out).config.layers == 2
-    for more, message in (
-        (["--vocab-size", "200"], "--vocab-size is 200; bytes and letters alone take"),
-        (["--vocab-size", "99999"], "ask for fewer"),
-        (["--vocab-size", size, "--neurons", "33"], "--neurons is 33; it must be from 1 to 32"),
+    for extra_flags, message in (
+        (["--vocab-size", "200"], "for bytes and letters, got 200"),
+        (["--vocab-size", "99999"], "all pieces that there are; got 99999"),
+        (["--vocab-size", size, "--neurons", "33"], "--neurons must be from 1 to 32, the teacher's number; got 33"),
     ):
-        assert main([*start, *more]) == 1
+        assert main([*start, *extra_flags]) == 1
         assert message in capsys.readouterr().err
     assert (base / "config.json").is_file(), "a refused call leaves what was there"

@@ -314,3 +314,62 @@ def test_limits_hold_for_any_size() -> None:
         with pytest.raises(Refused) as caught:
             parse(content, limits)
         assert caught.value.status == 422
+
+
+def test_a_model_is_described_and_the_health_check_takes_head(server: Server) -> None:
+    base = server.url.removesuffix("/v1")
+    with urllib.request.urlopen(f"{server.url}/models/tiny") as answer:
+        assert json.load(answer)["id"] == "tiny"
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{server.url}/models/other/name")
+    with urllib.request.urlopen(urllib.request.Request(f"{base}/health", method="HEAD")) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
+
+
+def test_a_null_format_and_a_spelled_out_coding_are_taken(server: Server) -> None:
+    assert server.post({"model": "tiny", "input": "a", "encoding_format": None})[0] == 200
+
+
+def test_a_port_in_use_is_one_line_before_the_engine_loads(bundles: dict[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "nvembed_deploy", "serve", str(bundles["fp32"] / "none"), "--port", str(port)],
+            cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1:{port} (Address already in use)")
+    assert time.perf_counter() - started < 30
+
+
+@pytest.mark.slow
+def test_connections_that_send_no_request_keep_nobody_out(bundles: dict[str, Path]) -> None:
+    """More idle and half-sent connections than there is room for: the health check and requests are answered."""
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
+        "from nvembed_deploy.serve import command, connection\n"
+        "connection.Connection.header_seconds = 3.0\n"
+        "raise SystemExit(command.main())\n"
+    )
+    running = start(bundles["fp32"], program=("-c", code))
+    host, port = running.url.split("/")[2].split(":")
+    connections = []
+    try:
+        for number in range(400):
+            connection = socket.create_connection((host, int(port)), timeout=10)
+            if number % 2:
+                connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n")  # and never the rest
+            connections.append(connection)
+        started = time.perf_counter()
+        assert running.get("/health")[0] == 200
+        assert running.post({"model": "tiny", "input": "a text"})[0] == 200
+        assert time.perf_counter() - started < 10
+        time.sleep(4)
+        connections[-1].settimeout(5)
+        assert connections[-1].recv(1) == b""  # closed: its headers never ended
+    finally:
+        for connection in connections:
+            connection.close()
+        stop(running)

@@ -1,4 +1,4 @@
-"""A teacher's tokens laid over the student's, and parts of like length."""
+"""A teacher's tokens laid over the student's, and length buckets."""
 
 import random
 
@@ -8,7 +8,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 
 from nvembed_deploy.tokenization import TextContract, TextEncoder  # noqa: E402
 from nvembed_deploy.training.alignment import AFTER, BEFORE, overlaps, student_spans  # noqa: E402
-from nvembed_deploy.training.length_parts import PART_ROWS, ROW_STEP, WIDTH_STEP, length_parts  # noqa: E402
+from nvembed_deploy.training.length_buckets import (  # noqa: E402
+    LENGTH_STEP,
+    MIN_BUCKET_ROWS,
+    ROW_STEP,
+    length_buckets,
+)
 from tests.tiny import make_tokenizer  # noqa: E402
 
 PROMPT = "Instruct: question\nQuery: "
@@ -22,10 +27,10 @@ def encoder() -> TextEncoder:
 
 def test_weights_are_shares_of_characters():
     spans = [[BEFORE, (0, 3), (3, 9), (20, 22), AFTER], [(0, 2)]]
-    teacher = [[BEFORE, (0, 1), (1, 3), (4, 6), (6, 10), AFTER], [(0, 1), (1, 2)]]
-    weights, known = overlaps(spans, teacher, tokens=5, teacher_tokens=6)
+    teacher_spans = [[BEFORE, (0, 1), (1, 3), (4, 6), (6, 10), AFTER], [(0, 1), (1, 2)]]
+    weights, has_target = overlaps(spans, teacher_spans, tokens=5, teacher_tokens=6)
     assert weights.shape == (2, 5, 6)
-    assert known.tolist() == [[True, True, True, False, True], [True, False, False, False, False]]
+    assert has_target.tolist() == [[True, True, True, False, True], [True, False, False, False, False]]
     expected = [[1, 0, 0, 0, 0, 0], [0, 1 / 3, 2 / 3, 0, 0, 0], [0, 0, 0, 0.4, 0.6, 0], [0] * 6, [0, 0, 0, 0, 0, 1]]
     assert torch.allclose(weights[0], torch.tensor(expected, dtype=torch.float32))
     assert weights[1, 0].tolist() == [0.5, 0.5, 0, 0, 0, 0]
@@ -41,8 +46,8 @@ def test_spans_cover_the_text_and_nothing_of_the_prompt(encoder):
         spans = student_spans(row, encoder.contract)
         assert len(spans) == len(row.ids)
         assert (spans[0], spans[-1]) == (BEFORE, AFTER)
-        covered = {place for start, end in spans[1:-1] for place in range(start, end)}
-        assert covered >= {place for place, char in enumerate(text) if char != " "}
+        covered = {index for start, end in spans[1:-1] for index in range(start, end)}
+        assert covered >= {index for index, char in enumerate(text) if char != " "}
         assert all(end <= start for start, end in spans[1 : row.prompt_tokens])
 
 
@@ -53,22 +58,22 @@ def test_a_row_that_was_cut_has_no_end(encoder):
     assert AFTER not in spans
 
 
-def test_parts_hold_every_row_once_in_round_shapes():
+def test_length_buckets_hold_every_row_once_in_round_shapes():
     rng = random.Random(0)
     lengths = [rng.choice([5, 9, 40, 41, 200, 380]) for _ in range(150)]
-    parts = length_parts(lengths)
-    assert sorted(row for part in parts for row in part.rows) == list(range(150))
+    buckets = length_buckets(lengths)
+    assert sorted(row for bucket in buckets for row in bucket.rows) == list(range(150))
     batch = torch.arange(150)[:, None] * 1000 + torch.arange(380)[None]
-    for part in parts:
-        assert part.width % WIDTH_STEP == 0
-        assert part.width >= max(lengths[row] for row in part.rows)
-        taken = part.take(batch)
-        assert taken.shape[0] % ROW_STEP == 0
-        assert taken.shape[1] == part.width
-        for place, row in enumerate(part.rows):
-            assert taken[place, : lengths[row]].tolist() == batch[row, : lengths[row]].tolist()
-        assert not taken[:, 380:].any()
-    assert len(parts) > 2
-    assert all(len(part.rows) >= PART_ROWS for part in parts[:-1])
-    computed = sum(len(part.rows) * part.width for part in parts)
-    assert computed < 0.6 * 150 * 380
+    for bucket in buckets:
+        assert bucket.length % LENGTH_STEP == 0
+        assert bucket.length >= max(lengths[row] for row in bucket.rows)
+        bucket_rows = bucket.take(batch)
+        assert bucket_rows.shape[0] % ROW_STEP == 0
+        assert bucket_rows.shape[1] == bucket.length
+        for bucket_row, row in enumerate(bucket.rows):
+            assert bucket_rows[bucket_row, : lengths[row]].tolist() == batch[row, : lengths[row]].tolist()
+        assert not bucket_rows[:, 380:].any()
+    assert len(buckets) > 2
+    assert all(len(bucket.rows) >= MIN_BUCKET_ROWS for bucket in buckets[:-1])
+    computed_tokens = sum(len(bucket.rows) * bucket.length for bucket in buckets)
+    assert computed_tokens < 0.6 * 150 * 380

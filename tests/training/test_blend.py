@@ -15,31 +15,33 @@ TEMPLATE = "Instruct: {instruction}\nQuery: "
 
 
 def some_examples(count: int = 400) -> list[Example]:
-    found = []
+    examples = []
     for index in range(count):
         kind = list(Kind)[index % len(Kind)]
         paired = kind in (Kind.RETRIEVAL, Kind.SIMILARITY)
-        found.append(
+        examples.append(
             Example(
                 query=f"text number {index}",
                 positive=f"its answer {index}" if paired else "",
-                negatives=tuple(f"wrong {index} {place}" for place in range(9)) if paired else (),
+                negatives=tuple(f"wrong {index} {wrong}" for wrong in range(9)) if paired else (),
                 kind=kind,
                 source=f"set{index % 3}",
                 label=str(index % 5) if kind is Kind.LABEL else "",
             )
         )
-    return found
+    return examples
 
 
 def test_select_keeps_the_mix_and_the_seed():
     examples = some_examples()
-    chosen = select([*examples, *examples], mix={"set0": 10, "set1": 9999}, seed=1)
-    assert sum(example.source == "set0" for example in chosen) == 10
-    assert sum(example.source == "set1" for example in chosen) == sum(example.source == "set1" for example in examples)
-    assert not any(example.source == "set2" for example in chosen)
-    assert chosen == select(examples, mix={"set0": 10, "set1": 9999}, seed=1)
-    assert chosen != select(examples, mix={"set0": 10, "set1": 9999}, seed=2)
+    selected = select([*examples, *examples], mix={"set0": 10, "set1": 9999}, seed=1)
+    assert sum(example.source == "set0" for example in selected) == 10
+    assert sum(example.source == "set1" for example in selected) == sum(
+        example.source == "set1" for example in examples
+    )
+    assert not any(example.source == "set2" for example in selected)
+    assert selected == select(examples, mix={"set0": 10, "set1": 9999}, seed=1)
+    assert selected != select(examples, mix={"set0": 10, "set1": 9999}, seed=2)
 
 
 def test_documents_get_no_instruction_and_symmetric_tasks_get_it_on_both_sides():
@@ -68,14 +70,14 @@ def test_an_example_with_its_own_instruction_keeps_it():
 def test_the_usual_wording_is_as_frequent_as_asked_for():
     examples = some_examples(4000)
     prompts: dict[Kind, list[str]] = {kind: [] for kind in Kind}
-    found = groups(examples, template=TEMPLATE, negatives=2, seed=3, main_wording=0.7)
-    for example, group in zip(examples, found, strict=True):
+    example_groups = groups(examples, template=TEMPLATE, negatives=2, seed=3, main_wording=0.7)
+    for example, group in zip(examples, example_groups, strict=True):
         if group[0].prompt:
             prompts[example.kind].append(group[0].prompt)
     for kind, seen in prompts.items():
         usual = TEMPLATE.format(instruction=WORDINGS[kind][0])
-        wanted = (0 if kind is Kind.LABEL else 0.7) + (1 if kind is Kind.LABEL else 0.3) / len(WORDINGS[kind])
-        assert seen.count(usual) / len(seen) == pytest.approx(wanted, abs=0.08)
+        expected_share = (0 if kind is Kind.LABEL else 0.7) + (1 if kind is Kind.LABEL else 0.3) / len(WORDINGS[kind])
+        assert seen.count(usual) / len(seen) == pytest.approx(expected_share, abs=0.08)
 
 
 def test_negatives_are_drawn_from_the_mined_ones_anew_each_epoch():
@@ -110,9 +112,11 @@ def test_a_class_of_one_text_stays_alone():
 
 def test_groups_depend_on_the_seed_alone():
     examples = some_examples()
-    first, again, other = (list(groups(examples, template=TEMPLATE, negatives=2, seed=seed)) for seed in (3, 3, 4))
-    assert first == again
-    assert first != other
+    groups_seed_3, groups_seed_3_again, groups_seed_4 = (
+        list(groups(examples, template=TEMPLATE, negatives=2, seed=seed)) for seed in (3, 3, 4)
+    )
+    assert groups_seed_3 == groups_seed_3_again
+    assert groups_seed_3 != groups_seed_4
 
 
 @pytest.mark.parametrize("seed", [0, 1])

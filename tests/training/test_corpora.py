@@ -19,8 +19,8 @@ NOUNS = """  1 This software and database is being provided to you
 def wordnet(tmp_path):
     folder = tmp_path / "wordnet"
     folder.mkdir()
-    for part in ("noun", "verb", "adj", "adv"):
-        (folder / f"data.{part}").write_text(NOUNS if part == "noun" else "  1 licence\n")
+    for part_of_speech in ("noun", "verb", "adj", "adv"):
+        (folder / f"data.{part_of_speech}").write_text(NOUNS if part_of_speech == "noun" else "  1 licence\n")
     return folder
 
 
@@ -36,42 +36,46 @@ def test_definitions_are_read_from_the_database(wordnet):
 
 def test_data_layouts_are_read(tmp_path, monkeypatch, wordnet):
     monkeypatch.setattr("nvembed_deploy.training.corpora.docstring_pairs", lambda: [("summary", "body")])
-    data = tmp_path / "data"
+    data_folder = tmp_path / "data"
     for name in ("pairs", "faq", "labels", "articles", "triplets", "nli", "own"):
-        (data / name).mkdir(parents=True)
-    (data / "pairs" / "pairs.jsonl").write_text('{"a": "Rome", "b": "Rome is a city."}\n{"a": "x", "b": "y"}\n')
-    (data / "faq" / "corpus.jsonl").write_text('{"id": "d", "title": "Title", "text": "Answer"}\n')
-    (data / "faq" / "queries.jsonl").write_text('{"id": "q", "text": "Question?"}\n{"id": "r", "text": "Ask?"}\n')
-    (data / "faq" / "qrels.tsv").write_text("query\tdocument\tscore\nq\td\t1\nr\td\t1\n")
-    (data / "labels" / "train.jsonl").write_text('{"text": "play a song", "label": "music"}\n')
-    (data / "triplets" / "triplets.jsonl").write_text('{"query": "qqq", "positive": "ppp", "negative": "nnn"}\n')
-    (data / "nli" / "test.jsonl").write_text(
+        (data_folder / name).mkdir(parents=True)
+    (data_folder / "pairs" / "pairs.jsonl").write_text('{"a": "Rome", "b": "Rome is a city."}\n{"a": "x", "b": "y"}\n')
+    (data_folder / "faq" / "corpus.jsonl").write_text('{"id": "d", "title": "Title", "text": "Answer"}\n')
+    (data_folder / "faq" / "queries.jsonl").write_text(
+        '{"id": "q", "text": "Question?"}\n{"id": "r", "text": "Ask?"}\n'
+    )
+    (data_folder / "faq" / "qrels.tsv").write_text("query\tdocument\tscore\nq\td\t1\nr\td\t1\n")
+    (data_folder / "labels" / "train.jsonl").write_text('{"text": "play a song", "label": "music"}\n')
+    (data_folder / "triplets" / "triplets.jsonl").write_text('{"query": "qqq", "positive": "ppp", "negative": "nnn"}\n')
+    (data_folder / "nli" / "test.jsonl").write_text(
         '{"premise": "premise", "hypothesis": "follows", "label": "entailment"}\n'
         '{"premise": "premise", "hypothesis": "does not", "label": "neutral"}\n'
     )
-    (data / "own" / "examples.jsonl").write_text('{"query": "own", "kind": "text", "source": "mine"}\n')
-    (data / "articles" / "a.txt").write_text("Title\n" + "A sentence that is here. " * 20 + "\n\n")
-    found = {}
-    for example in read_data(data, wordnet=wordnet):
-        found.setdefault(example.source, []).append(example)
-    assert found["pairs"] == [Example(query="Rome", positive="Rome is a city.", kind=Kind.RETRIEVAL, source="pairs")]
-    assert [(example.query, example.positive, example.kind) for example in found["faq"]] == [
+    (data_folder / "own" / "examples.jsonl").write_text('{"query": "own", "kind": "text", "source": "mine"}\n')
+    (data_folder / "articles" / "a.txt").write_text("Title\n" + "A sentence that is here. " * 20 + "\n\n")
+    by_source = {}
+    for example in read_data(data_folder, wordnet=wordnet):
+        by_source.setdefault(example.source, []).append(example)
+    assert by_source["pairs"] == [
+        Example(query="Rome", positive="Rome is a city.", kind=Kind.RETRIEVAL, source="pairs")
+    ]
+    assert [(example.query, example.positive, example.kind) for example in by_source["faq"]] == [
         ("Question?", "Title Answer", Kind.RETRIEVAL),
         ("Ask?", "Title Answer", Kind.RETRIEVAL),
         ("Question?", "Ask?", Kind.SIMILARITY),
     ]
-    assert (found["labels"][0].kind, found["labels"][0].label) == (Kind.LABEL, "music")
-    assert (found["triplets"][0].positive, found["triplets"][0].negatives) == ("ppp", ("nnn",))
-    assert [(example.query, example.positive, example.kind) for example in found["nli"]] == [
+    assert (by_source["labels"][0].kind, by_source["labels"][0].label) == (Kind.LABEL, "music")
+    assert (by_source["triplets"][0].positive, by_source["triplets"][0].negatives) == ("ppp", ("nnn",))
+    assert [(example.query, example.positive, example.kind) for example in by_source["nli"]] == [
         ("follows", "premise", Kind.SIMILARITY),
         ("does not", "", Kind.TEXT),
         ("premise", "", Kind.TEXT),
     ]
-    assert found["mine"] == [Example(query="own", kind=Kind.TEXT, source="mine")]
-    assert len(found["articles_halves"]) == 1
-    assert found["python_docstrings"][0].texts == ("summary", "body")
-    assert found["wordnet"][1].query == "object, physical object"
-    assert found["wordnet_entries"][0].query.startswith("entity: that which")
+    assert by_source["mine"] == [Example(query="own", kind=Kind.TEXT, source="mine")]
+    assert len(by_source["articles_halves"]) == 1
+    assert by_source["python_docstrings"][0].texts == ("summary", "body")
+    assert by_source["wordnet"][1].query == "object, physical object"
+    assert by_source["wordnet_entries"][0].query.startswith("entity: that which")
 
 
 def test_a_missing_folder_and_a_damaged_line_name_themselves(tmp_path):

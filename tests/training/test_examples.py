@@ -33,8 +33,8 @@ def test_examples_come_back_as_they_were_written(tmp_path):
         ('{"query": " ", "kind": "retrieval", "source": "s"}', "line 1: field 'query'"),
         ('{"query": "q", "kind": "search", "source": "s"}', "kind is 'search'; use retrieval, similarity"),
         ('{"query": "q", "kind": "text", "source": "s", "pos": "p"}', "unknown field 'pos'"),
-        ('{"query": "q", "kind": "text", "source": "s", "negatives": "n"}', "negatives is a list of texts"),
-        ('{"query": "q", "kind": "text", "source": "s", "label": 3}', "label and instruction are texts"),
+        ('{"query": "q", "kind": "text", "source": "s", "negatives": "n"}', "negatives a list of strings"),
+        ('{"query": "q", "kind": "text", "source": "s", "label": 3}', "label and instruction must be strings"),
         ('{"query": "q", "kind": "text", "source": "s", "negatives": ["n"]}', "negatives without a positive"),
         ("[]", "line 1: not a JSON object"),
         ("{", "line 1: not JSON"),
@@ -68,28 +68,30 @@ def test_near_duplicates_are_those_of_the_definition(seed):
     import random
 
     rng = random.Random(seed)
-    words = [f"w{number}" for number in range(25)]
-    known = [" ".join(rng.sample(words, rng.randint(4, 9))) for _ in range(60)]
-    excluded = Exclusion(known, run_words=100)
-    bags = [frozenset(text.split()) for text in known]
-    found = 0
+    words = [f"w{index}" for index in range(25)]
+    excluded_texts = [" ".join(rng.sample(words, rng.randint(4, 9))) for _ in range(60)]
+    exclusion = Exclusion(excluded_texts, run_words=100)
+    bags = [frozenset(text.split()) for text in excluded_texts]
+    near_count = 0
     for _ in range(300):
         text = " ".join(rng.sample(words, rng.randint(4, 9)))
         bag = frozenset(text.split())
-        near = any(len(bag & other) / len(bag | other) >= Exclusion.SIMILARITY for other in bags)
-        assert (text in excluded) == near
-        found += near
-    assert found > 5
+        is_near = any(
+            len(bag & excluded_bag) / len(bag | excluded_bag) >= Exclusion.SIMILARITY for excluded_bag in bags
+        )
+        assert (text in exclusion) == is_near
+        near_count += is_near
+    assert near_count > 5
 
 
 def test_every_text_of_an_example_counts(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "test.jsonl").write_text('{"a": "what is the capital of France", "score": 3}\n')
     excluded = read_exclusion(tmp_path)
-    kept = Example(query="q", positive="p", negatives=("n",), kind=Kind.RETRIEVAL, source="s")
+    clean = Example(query="q", positive="p", negatives=("n",), kind=Kind.RETRIEVAL, source="s")
     dropped = Example(
         query="q", positive="p", negatives=("What is the capital of France?",), kind=Kind.RETRIEVAL, source="s"
     )
-    assert list(excluded.keep([kept, dropped])) == [kept]
+    assert list(excluded.filter([clean, dropped])) == [clean]
     with pytest.raises(ConfigError, match="holds no texts"):
         read_exclusion(tmp_path / "empty")

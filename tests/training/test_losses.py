@@ -17,9 +17,9 @@ from nvembed_deploy.training.losses import (  # noqa: E402
 TEMPERATURE = 0.05
 
 
-def unit_rows(rows: int, width: int = 6, *, seed: int = 0):
+def unit_rows(rows: int, dim: int = 6, *, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=-1)
+    return torch.nn.functional.normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=-1)
 
 
 def test_distillation_is_zero_at_the_teacher_and_two_opposite_it():
@@ -28,22 +28,22 @@ def test_distillation_is_zero_at_the_teacher_and_two_opposite_it():
     assert distillation(-targets, targets).item() == pytest.approx(2.0, abs=1e-6)
 
 
-def test_token_distillation_counts_known_tokens_only():
+def test_token_distillation_counts_tokens_with_a_target_only():
     generator = torch.Generator().manual_seed(3)
     states, targets = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
-    known = torch.tensor([[True, True, False], [False, True, False]])
+    has_target = torch.tensor([[True, True, False], [False, True, False]])
     wrong = sum(float((states[r, t] - targets[r, t]).square().sum()) for r, t in ((0, 0), (0, 1), (1, 1)))
     size = sum(float(targets[r, t].square().sum()) for r, t in ((0, 0), (0, 1), (1, 1)))
-    assert token_distillation(states, targets, known).item() == pytest.approx(wrong / size, rel=1e-5)
-    assert token_distillation(states, states, known).item() == 0.0
-    assert token_distillation(states, targets, torch.zeros_like(known)).item() == 0.0
+    assert token_distillation(states, targets, has_target).item() == pytest.approx(wrong / size, rel=1e-5)
+    assert token_distillation(states, states, has_target).item() == 0.0
+    assert token_distillation(states, targets, torch.zeros_like(has_target)).item() == 0.0
 
 
 def test_match_targets_equals_its_definition():
     vectors, targets = unit_rows(4, seed=1), unit_rows(4, seed=2)
     expected = 0.0
     for row in range(4):
-        scores = [float(vectors[row] @ targets[other]) / TEMPERATURE for other in range(4)]
+        scores = [float(vectors[row] @ targets[column]) / TEMPERATURE for column in range(4)]
         expected += float(torch.logsumexp(torch.tensor(scores, dtype=torch.float64), 0)) - scores[row]
     loss = match_targets(vectors, targets, torch.arange(4), temperature=TEMPERATURE)
     assert loss.item() == pytest.approx(expected / 4, rel=1e-5)
@@ -69,8 +69,8 @@ def test_find_positives_equals_its_definition():
     blocked[0, 0] = blocked[1, 2] = blocked[1, 4] = True
     loss = find_positives(vectors, queries=queries, positives=positives, blocked=blocked, temperature=TEMPERATURE)
     expected = 0.0
-    for place, (query, positive) in enumerate(((0, 1), (2, 3))):
-        open_rows = [row for row in range(5) if not blocked[place, row]]
+    for pair, (query, positive) in enumerate(((0, 1), (2, 3))):
+        open_rows = [row for row in range(5) if not blocked[pair, row]]
         scores = torch.stack([vectors[query] @ vectors[row] / TEMPERATURE for row in open_rows])
         expected += float(torch.logsumexp(scores, 0) - vectors[query] @ vectors[positive] / TEMPERATURE)
     assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
@@ -87,23 +87,23 @@ def test_find_positives_without_pairs_is_zero_and_has_a_gradient():
 
 
 # Two groups of a batch: query, positive, negative; and a text alone.
-OWNER = torch.tensor([0, 0, 0, 1, 1, 1, 2])
+GROUP_IDS = torch.tensor([0, 0, 0, 1, 1, 1, 2])
 QUERIES, POSITIVES = torch.tensor([0, 3]), torch.tensor([1, 4])
 
 
 def test_stage_two_lets_a_querys_own_rows_compete():
-    blocked = own_only_blocked(OWNER, queries=QUERIES, positives=POSITIVES)
+    blocked = own_only_blocked(GROUP_IDS, queries=QUERIES, positives=POSITIVES)
     assert (~blocked).nonzero().tolist() == [[0, 1], [0, 2], [1, 4], [1, 5]]
 
 
 def test_stage_one_lets_the_whole_batch_compete():
-    blocked = in_batch_blocked(OWNER, torch.arange(7), queries=QUERIES, positives=POSITIVES)
+    blocked = in_batch_blocked(GROUP_IDS, torch.arange(7), queries=QUERIES, positives=POSITIVES)
     assert blocked.nonzero().tolist() == [[0, 0], [1, 3]]
 
 
 def test_the_same_text_in_another_group_is_left_out():
-    numbers = torch.tensor([0, 1, 2, 3, 4, 1, 0])  # the first query's text and its positive stand elsewhere too
-    blocked = in_batch_blocked(OWNER, numbers, queries=QUERIES, positives=POSITIVES)
+    text_ids = torch.tensor([0, 1, 2, 3, 4, 1, 0])  # the first query's text and its positive stand elsewhere too
+    blocked = in_batch_blocked(GROUP_IDS, text_ids, queries=QUERIES, positives=POSITIVES)
     assert blocked.nonzero().tolist() == [[0, 0], [0, 5], [0, 6], [1, 3]]
 
 
@@ -111,16 +111,20 @@ def test_false_negatives_follow_the_95_percent_rule():
     # The teacher scores the query's candidates: itself 1, positive 0.8, its own negative 0.79, then 0.78, 0.76 and 0.
     scores = torch.tensor([1.0, 0.8, 0.79, 0.78, 0.7599, 0.0])
     targets = torch.stack((scores, (1 - scores**2).sqrt()), dim=1)
-    owner, one = torch.tensor([0, 0, 0, 1, 2, 3]), torch.tensor([0])
-    blocked = in_batch_blocked(owner, torch.arange(6), queries=one, positives=torch.tensor([1]), targets=targets)
+    group_ids, queries = torch.tensor([0, 0, 0, 1, 2, 3]), torch.tensor([0])
+    blocked = in_batch_blocked(
+        group_ids, torch.arange(6), queries=queries, positives=torch.tensor([1]), targets=targets
+    )
     assert blocked.tolist() == [[True, False, False, True, False, False]]
 
 
 def test_false_negatives_of_a_positive_with_a_negative_score():
     scores = torch.tensor([1.0, -0.2, -0.19, -0.205, -0.25])
     targets = torch.stack((scores, (1 - scores**2).sqrt()), dim=1)
-    owner, one = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([0])
-    blocked = in_batch_blocked(owner, torch.arange(5), queries=one, positives=torch.tensor([1]), targets=targets)
+    group_ids, queries = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([0])
+    blocked = in_batch_blocked(
+        group_ids, torch.arange(5), queries=queries, positives=torch.tensor([1]), targets=targets
+    )
     assert blocked.tolist() == [[True, False, True, True, False]]
 
 

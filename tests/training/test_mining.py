@@ -8,21 +8,21 @@ pytest.importorskip("tqdm", reason="tqdm is not installed: pip install nvembed-d
 from nvembed_deploy.training.blend import text_table  # noqa: E402
 from nvembed_deploy.training.examples import Example  # noqa: E402
 from nvembed_deploy.training.instructions import Kind  # noqa: E402
-from nvembed_deploy.training.mining import below, hardest, mine  # noqa: E402
+from nvembed_deploy.training.mining import hardest, mine, negative_limit  # noqa: E402
 
 
 def test_hardest_takes_the_highest_below_the_limit():
     scores = torch.tensor([0.9, 0.8, 0.76, 0.5, 0.7, -0.4])
-    assert hardest(scores, limit=0.76, closed=set(), count=2) == [4, 3]
-    assert hardest(scores, limit=0.77, closed={2}, count=9) == [4, 3, 5]
-    assert hardest(scores, limit=-1.0, closed=set(), count=3) == []
-    assert hardest(scores, limit=2.0, closed=set(), count=0) == []
+    assert hardest(scores, limit=0.76, excluded=set(), count=2) == [4, 3]
+    assert hardest(scores, limit=0.77, excluded={2}, count=9) == [4, 3, 5]
+    assert hardest(scores, limit=-1.0, excluded=set(), count=3) == []
+    assert hardest(scores, limit=2.0, excluded=set(), count=0) == []
     assert scores[2] == torch.tensor(0.76)
 
 
 def test_the_limit_lies_below_a_negative_score_too():
-    assert below(0.8, 0.95) == pytest.approx(0.76)
-    assert below(-0.2, 0.95) == pytest.approx(-0.21)
+    assert negative_limit(0.8, 0.95) == pytest.approx(0.76)
+    assert negative_limit(-0.2, 0.95) == pytest.approx(-0.21)
 
 
 @pytest.mark.parametrize("margin", [0.95, 0.6])
@@ -42,9 +42,9 @@ def test_mined_negatives_follow_the_rule(margin):
         query = vectors[table[example.query]]
         score = {text: float(query @ vectors[table[text]]) for text in table}
         allowed = {
-            other.positive
-            for other in examples
-            if other.source == example.source and other.positive != example.positive
+            candidate.positive
+            for candidate in examples
+            if candidate.source == example.source and candidate.positive != example.positive
         }
         lower = sorted(
             (text for text in allowed if score[text] < margin * score[example.positive]), key=lambda text: -score[text]

@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
 
-from nvembed_deploy.training.optimizer import LEAST_SCALE, RelativeAdamW, step_scale  # noqa: E402
+from nvembed_deploy.training.optimizer import MIN_SCALE, RelativeAdamW, step_scale  # noqa: E402
 
 ROWS = torch.tensor([[1.0, -2.0], [100.0, 300.0], [0.0, 0.0], [0.01, 0.01]])
 
@@ -18,10 +18,10 @@ class Model(torch.nn.Module):
             layer.weight.data = ROWS.clone()
 
 
-def stepped(model, optimizer, numbers):
-    for number in numbers:
+def stepped(model, optimizer, step_indices):
+    for step_index in step_indices:
         optimizer.zero_grad()
-        x = torch.tensor([[1.0, 0.5 + number]])
+        x = torch.tensor([[1.0, 0.5 + step_index]])
         (model.decoder(x).sum() + model.pooler(x).sum()).backward()
         optimizer.step()
 
@@ -31,12 +31,12 @@ def optimizer_of(model):
 
 
 def test_scales_are_powers_of_two_near_the_rows_size():
-    found = step_scale(ROWS)[:, 0]
-    assert torch.equal(found.log2(), found.log2().round())
+    scales = step_scale(ROWS)[:, 0]
+    assert torch.equal(scales.log2(), scales.log2().round())
     size = ROWS.square().mean(dim=1).sqrt()
-    assert ((found / size)[:2].log2().abs() <= 0.5).all()
-    least = LEAST_SCALE * size[size > 0].median()
-    assert ((found[2:] / least).log2().abs() <= 0.5).all()
+    assert ((scales / size)[:2].log2().abs() <= 0.5).all()
+    min_scale = MIN_SCALE * size[size > 0].median()
+    assert ((scales[2:] / min_scale).log2().abs() <= 0.5).all()
     assert torch.equal(step_scale(torch.zeros(3)), torch.ones(3))
     assert step_scale(torch.tensor([0.5, -4.0])).tolist() == [0.5, 4.0]
 
@@ -50,19 +50,19 @@ def test_a_step_moves_each_row_by_a_share_of_itself_and_the_pooler_absolutely():
 
 
 def test_a_resumed_run_keeps_the_scales_of_the_start():
-    whole = Model()
-    stepped(whole, optimizer_of(whole), range(6))
-    first = Model()
-    optimizer = optimizer_of(first)
-    stepped(first, optimizer, range(3))
-    again = Model()
-    again.load_state_dict(first.state_dict())
+    uninterrupted = Model()
+    stepped(uninterrupted, optimizer_of(uninterrupted), range(6))
+    interrupted = Model()
+    first_optimizer = optimizer_of(interrupted)
+    stepped(interrupted, first_optimizer, range(3))
+    resumed_model = Model()
+    resumed_model.load_state_dict(interrupted.state_dict())
     with torch.no_grad():
-        again.decoder.weight.mul_(64)  # scales taken from these weights would be others
-    resumed = optimizer_of(again)
+        resumed_model.decoder.weight.mul_(64)  # scales taken from these weights would be others
+    resumed_optimizer = optimizer_of(resumed_model)
     with torch.no_grad():
-        again.decoder.weight.div_(64)
-    resumed.load_state_dict(optimizer.state_dict())
-    stepped(again, resumed, range(3, 6))
-    assert torch.equal(again.decoder.weight, whole.decoder.weight)
-    assert torch.equal(again.pooler.weight, whole.pooler.weight)
+        resumed_model.decoder.weight.div_(64)
+    resumed_optimizer.load_state_dict(first_optimizer.state_dict())
+    stepped(resumed_model, resumed_optimizer, range(3, 6))
+    assert torch.equal(resumed_model.decoder.weight, uninterrupted.decoder.weight)
+    assert torch.equal(resumed_model.pooler.weight, uninterrupted.pooler.weight)

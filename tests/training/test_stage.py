@@ -53,15 +53,15 @@ def weights(folder: Path) -> dict:
     return load_checkpoint(folder).state_dict()
 
 
-def equal(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def equal(state: dict, other_state: dict) -> bool:
+    return state.keys() == other_state.keys() and all(torch.equal(state[name], other_state[name]) for name in state)
 
 
 def test_every_epoch_holds_every_row_once(encoder):
     examples = some_examples()
     epochs = [list(blend.groups(examples, template="{instruction}", negatives=2, seed=seed)) for seed in (1, 2)]
     dataset = batch_dataset(epochs, encoder, max_rows=8, max_tokens=400, max_length=64, seed=1)
-    rows = [text for entry in dataset for text in entry["text"]]
+    rows = [text for batch_row in dataset for text in batch_row["text"]]
     once = [row.text for group in epochs[0] for row in group]
     assert sorted(rows[: len(once)]) == sorted(once)
     assert sorted(rows[len(once) :]) == sorted(row.text for group in epochs[1] for row in group)
@@ -69,22 +69,24 @@ def test_every_epoch_holds_every_row_once(encoder):
 
 def test_instructions_attend_and_are_not_pooled(encoder):
     collator = Collator(encoder, max_length=64)
-    entry = {
+    batch_row = {
         "text": ["the water", "over", "in"],
         "prompt": [PROMPT, "", ""],
         "question": [True, False, False],
         "group": [0, 0, 1],
     }
-    batch = collator([entry])
+    batch = collator([batch_row])
     skipped = encoder.tokenize(["x"], prompt=PROMPT, max_length=64)[0].prompt_tokens
     lengths = [
         len(encoder.tokenize([text], prompt=prompt, max_length=64)[0])
-        for text, prompt in zip(entry["text"], entry["prompt"], strict=True)
+        for text, prompt in zip(batch_row["text"], batch_row["prompt"], strict=True)
     ]
-    width = batch["input_ids"].shape[1]
+    padded_length = batch["input_ids"].shape[1]
     for row, (length, hidden) in enumerate(zip(lengths, (skipped, 0, 0), strict=True)):
-        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (width - length)
-        assert batch["pool_mask"][row].tolist() == [0] * hidden + [1] * (length - hidden) + [0] * (width - length)
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (padded_length - length)
+        assert batch["pool_mask"][row].tolist() == [0] * hidden + [1] * (length - hidden) + [0] * (
+            padded_length - length
+        )
 
 
 def test_a_prompt_that_fills_the_row_is_dropped(encoder):
@@ -96,24 +98,24 @@ def test_pairs_are_found_also_over_joined_batches(encoder):
     queries, positives = pair_rows([0, 1, 1, 2, 2, 2, 3])
     assert (queries.tolist(), positives.tolist()) == ([1, 3], [2, 4])
     collator = Collator(encoder, max_length=64)
-    entry = {"text": ["a", "b", "c"], "prompt": [""] * 3, "question": [False] * 3, "group": [0, 0, 1]}
-    joined = collator([entry, entry])
+    batch_row = {"text": ["a", "b", "c"], "prompt": [""] * 3, "question": [False] * 3, "group": [0, 0, 1]}
+    joined = collator([batch_row, batch_row])
     assert joined["queries"].tolist() == [0, 3]
-    assert joined["owner"].tolist() == [0, 0, 1, 2, 2, 3]
-    assert joined["numbers"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert joined["group_ids"].tolist() == [0, 0, 1, 2, 2, 3]
+    assert joined["text_ids"].tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_parts_of_like_length_change_nothing(base_folder, encoder):
+def test_length_buckets_change_nothing(base_folder, encoder):
     model = read_base(base_folder, latent=LATENT).model.eval()
     rows = [" ".join(["the water"] * (index % 9 + 1)) for index in range(50)]
-    entry = {"text": rows, "prompt": [PROMPT, ""] * 25, "question": [True, False] * 25, "group": list(range(50))}
-    batch = Collator(encoder, max_length=64)([entry])
+    batch_row = {"text": rows, "prompt": [PROMPT, ""] * 25, "question": [True, False] * 25, "group": list(range(50))}
+    batch = Collator(encoder, max_length=64)([batch_row])
     inputs = [batch[name] for name in ("input_ids", "attention_mask", "pool_mask")]
     with torch.no_grad():
-        found, states = loop.Trainable(model)(*inputs)
+        vectors, states = loop.Trainable(model)(*inputs)
         expected, _ = model(*inputs)
         hidden = model.latent_attention_model(model.embedding_model(*inputs[:2]))
-    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(vectors, expected, atol=1e-6)
     real = batch["attention_mask"].bool()
     assert torch.allclose(states[real], hidden[real], atol=1e-5)
 
@@ -126,8 +128,10 @@ def test_noise_is_in_each_channels_size_and_in_training_alone():
     plain = layer(x)
     hooks = loop.add_noise(torch.nn.Sequential(layer), 0.05)
     with torch.no_grad():
-        share = (layer.train()(x) - plain).square().mean(dim=(0, 1)).sqrt() / plain.square().mean(dim=(0, 1)).sqrt()
-    assert torch.allclose(share, torch.full((3,), 0.05), rtol=0.05)
+        noise_ratio = (layer.train()(x) - plain).square().mean(dim=(0, 1)).sqrt() / plain.square().mean(
+            dim=(0, 1)
+        ).sqrt()
+    assert torch.allclose(noise_ratio, torch.full((3,), 0.05), rtol=0.05)
     assert torch.equal(layer.eval()(x), plain)
     for hook in hooks:
         hook.remove()
@@ -152,20 +156,24 @@ def test_a_cut_run_ends_at_the_same_weights_and_learns(tmp_path, base_folder, we
     options = replace(TINY, weights=weights_, held_out=6, epochs=2, **changes)
     teacher = TinyTeacher() if weights_.need_teacher else None
 
-    def run(name: str, numbers):
-        torch.manual_seed(99 if numbers.max_steps > 0 else 7)  # what stands outside the run's seed must not matter
+    def run(name: str, stage_options):
+        torch.manual_seed(
+            99 if stage_options.max_steps > 0 else 7
+        )  # what stands outside the run's seed must not matter
         student = read_base(base_folder, latent=LATENT, seed=3)
-        history = stage.train_student(student, some_examples(), work=tmp_path / name, stage=numbers, teacher=teacher)
-        return student.model.state_dict(), [entry for entry in history if "loss" in entry]
+        history = stage.train_student(
+            student, some_examples(), work=tmp_path / name, stage=stage_options, teacher=teacher
+        )
+        return student.model.state_dict(), [step for step in history if "loss" in step]
 
-    whole, history = run("whole", options)
+    uninterrupted, history = run("whole", options)
     run("cut", replace(options, max_steps=7))
     saved = loop.last_checkpoint(tmp_path / "cut" / "training")
     assert saved.name in ("checkpoint-4", "checkpoint-7")
     resumed, resumed_history = run("cut", options)
-    assert [entry["loss"] for entry in resumed_history] == [entry["loss"] for entry in history]
-    assert equal(whole, resumed)
-    losses = [entry["loss"] for entry in history]
+    assert [step["loss"] for step in resumed_history] == [step["loss"] for step in history]
+    assert equal(uninterrupted, resumed)
+    losses = [step["loss"] for step in history]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
@@ -173,8 +181,8 @@ def test_consistency_holds_an_instructed_text_to_its_vector_without_the_instruct
     rows = [blend.Row(text="a cat", prompt=PROMPT, question=True), blend.Row(text="a dog", prompt=PROMPT)]
     rows.append(blend.Row(text="a bird"))
     names = ("text", "prompt", "question")
-    entry = {name: [getattr(row, name) for row in rows] for name in names} | {"group": [0, 1, 2]}
-    batch = Collator(encoder, max_length=64, plain=True)([entry])
+    batch_row = {name: [getattr(row, name) for row in rows] for name in names} | {"group": [0, 1, 2]}
+    batch = Collator(encoder, max_length=64, plain=True)([batch_row])
     assert batch["instructed"].tolist() == [0, 1]
     ids, _, _ = encoder.pad(encoder.tokenize(["a cat", "a dog"], max_length=64))
     assert batch["plain_ids"].tolist() == ids.tolist()
@@ -183,37 +191,37 @@ def test_consistency_holds_an_instructed_text_to_its_vector_without_the_instruct
     plain = torch.nn.functional.normalize(torch.randn(2, 8), dim=-1)
     centre = 0.2 * torch.randn(8)
     options = replace(TINY, weights=LossWeights(pairs=0.0, consistency=5.0))
-    wanted = torch.stack(
+    targets = torch.stack(
         (torch.nn.functional.normalize(plain[0] - centre, dim=0), plain[1])
     )  # the question alone loses it
-    expected = 5.0 * (1 - (vectors[:2] * wanted).sum(dim=1).mean())
+    expected = 5.0 * (1 - (vectors[:2] * targets).sum(dim=1).mean())
     states = torch.zeros(3, 1, 8)
-    found = loop.batch_loss(vectors, states, batch, stage=options, teacher=None, centre=centre, plain=plain)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    without = Collator(encoder, max_length=64, plain=True)([{name: entry[name][2:] for name in (*names, "group")}])
+    loss = loop.batch_loss(vectors, states, batch, stage=options, teacher=None, centre=centre, plain=plain)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    without = Collator(encoder, max_length=64, plain=True)([{name: batch_row[name][2:] for name in (*names, "group")}])
     assert "instructed" not in without
 
 
 def test_two_stages_make_a_checkpoint_that_loads(tmp_path, base_folder):
-    first, second = tmp_path / "one", tmp_path / "two"
+    first_stage, second_stage = tmp_path / "one", tmp_path / "two"
     stage.run_stage(
-        base_folder, some_examples(), first, work=tmp_path / "w1", stage=TINY, latent=LATENT, card="# one\n"
+        base_folder, some_examples(), first_stage, work=tmp_path / "w1", stage=TINY, latent=LATENT, card="# one\n"
     )
-    numbers = replace(TINY, in_batch=False, held_out=8, gradient_checkpointing=True, bf16=True)
-    stage.run_stage(first, some_examples(), second, work=tmp_path / "w2", stage=numbers)
-    assert not equal(weights(first), weights(second))
-    assert weights(first).keys() == weights(second).keys()
-    assert (first / "README.md").read_text() == "# one\n"
-    stated = json.loads((second / "config.json").read_text())
-    assert stated["latent_attention_config"]["num_latents_value"] == 4
+    second_options = replace(TINY, in_batch=False, held_out=8, gradient_checkpointing=True, bf16=True)
+    stage.run_stage(first_stage, some_examples(), second_stage, work=tmp_path / "w2", stage=second_options)
+    assert not equal(weights(first_stage), weights(second_stage))
+    assert weights(first_stage).keys() == weights(second_stage).keys()
+    assert (first_stage / "README.md").read_text() == "# one\n"
+    config = json.loads((second_stage / "config.json").read_text())
+    assert config["latent_attention_config"]["num_latents_value"] == 4
     history = json.loads((tmp_path / "w2" / "history.json").read_text())
     assert {"eval_loss", "eval_accuracy"} <= history[-1].keys()
     assert (tmp_path / "w2" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in second.rglob("*") if path.is_file())
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in second_stage.rglob("*") if path.is_file())
     from transformers import AutoTokenizer
 
     for text in ("the Water over", "</s> in", "  2 ü"):
-        assert AutoTokenizer.from_pretrained(second)(text).input_ids == make_tokenizer().encode(text).ids
+        assert AutoTokenizer.from_pretrained(second_stage)(text).input_ids == make_tokenizer().encode(text).ids
 
 
 def test_adapters_leave_the_embeddings_and_are_merged(tmp_path, base_folder):
@@ -227,10 +235,10 @@ def test_adapters_leave_the_embeddings_and_are_merged(tmp_path, base_folder):
         latent=LATENT,
         lora=Lora(rank=2),
     )
-    found = weights(tmp_path / "out")
-    assert found.keys() == start.keys()
-    changed = {name for name in found if not torch.equal(found[name], start[name].half().float())}
-    projections = {name for name in found if "_proj.weight" in name}
+    trained = weights(tmp_path / "out")
+    assert trained.keys() == start.keys()
+    changed = {name for name in trained if not torch.equal(trained[name], start[name].half().float())}
+    projections = {name for name in trained if "_proj.weight" in name}
     assert projections <= changed
     assert changed - projections == {name for name in changed if name.startswith("latent_attention_model.")}
     assert "latent_attention_model.latents" in changed
@@ -253,8 +261,8 @@ def test_shapes_of_the_ablation_compute_what_they_say(base_folder, encoder):
         assert not torch.equal(before[0, 4], after[0, 4])
         states[pooling] = (vectors, before, hidden)
     vectors, before, hidden = states[Pooling.LAST]
-    last = int(batch["attention_mask"][1].sum()) - 1
-    assert torch.allclose(vectors[1], torch.nn.functional.normalize(hidden[1, last], dim=-1), atol=1e-6)
+    last_token = int(batch["attention_mask"][1].sum()) - 1
+    assert torch.allclose(vectors[1], torch.nn.functional.normalize(hidden[1, last_token], dim=-1), atol=1e-6)
     vectors, before, hidden = states[Pooling.MEAN]
     assert torch.allclose(before[0], hidden[0], atol=1e-6)
 
@@ -265,12 +273,12 @@ def test_wrong_stages_say_what_is_wrong(tmp_path, base_folder):
     with pytest.raises(ConfigError, match="pass --teacher"):
         stage.run_stage(base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=needing, latent=LATENT)
     teacher = TinyTeacher()
-    teacher.width = 17
-    with pytest.raises(ConfigError, match="17 numbers, the base's 16"):
+    teacher.dim = 17
+    with pytest.raises(ConfigError, match="dimension 17, the base's 16"):
         stage.run_stage(
             base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=needing, latent=LATENT, teacher=teacher
         )
-    with pytest.raises(ConfigError, match="are all held out"):
+    with pytest.raises(ConfigError, match="all 4 examples are held out"):
         stage.run_stage(
             base_folder,
             examples[:4],
@@ -289,7 +297,7 @@ def test_what_the_weights_depend_on_is_not_changed_under_a_run(tmp_path, base_fo
     import shutil
 
     shutil.copytree(base_folder, tmp_path / "base")
-    numbers = replace(TINY, max_steps=2, weights=FOLLOWING)
+    stage_options = replace(TINY, max_steps=2, weights=FOLLOWING)
     teacher = TinyTeacher()
 
     def run(**changes):
@@ -299,7 +307,7 @@ def test_what_the_weights_depend_on_is_not_changed_under_a_run(tmp_path, base_fo
                 "examples": some_examples(),
                 "out": tmp_path / "o",
                 "work": tmp_path / "w",
-                "stage": numbers,
+                "stage": stage_options,
                 "teacher": teacher,
                 "latent": LATENT,
             }
@@ -308,9 +316,13 @@ def test_what_the_weights_depend_on_is_not_changed_under_a_run(tmp_path, base_fo
 
     run()
     run()
-    other = TinyTeacher()
-    other.name = "another"
-    for changes in ({"teacher": other}, {"latent": replace(LATENT, latents=8)}, {"examples": some_examples(seed=1)}):
+    other_teacher = TinyTeacher()
+    other_teacher.name = "another"
+    for changes in (
+        {"teacher": other_teacher},
+        {"latent": replace(LATENT, latents=8)},
+        {"examples": some_examples(seed=1)},
+    ):
         with pytest.raises(ConfigError, match="other settings or examples"):
             run(**changes)
     content = bytearray((tmp_path / "base" / "model.safetensors").read_bytes())
@@ -332,9 +344,9 @@ def test_a_base_that_leaves_its_width_out(tmp_path, base_folder):
     """As NV-Embed-v1's config.json does."""
     stage.run_stage(base_folder, some_examples(), tmp_path / "one", work=tmp_path / "w1", stage=TINY, latent=LATENT)
     path = tmp_path / "one" / "config.json"
-    stated = json.loads(path.read_text())
-    del stated["hidden_size"]
-    path.write_text(json.dumps(stated))
+    config = json.loads(path.read_text())
+    del config["hidden_size"]
+    path.write_text(json.dumps(config))
     stage.run_stage(tmp_path / "one", some_examples(), tmp_path / "two", work=tmp_path / "w2", stage=TINY)
     assert json.loads((tmp_path / "two" / "config.json").read_text())["hidden_size"] == 16
 
@@ -342,8 +354,8 @@ def test_a_base_that_leaves_its_width_out(tmp_path, base_folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "tokenizer.json").unlink(), "a base needs it"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "a base is a Mistral"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "a base needs a tokenizer.json"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "a base must be a Mistral"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "is damaged"),
         (
             lambda folder: (folder / "config.json").write_text(json.dumps({**sizes(), "num_hidden_layers": 3})),
@@ -351,7 +363,7 @@ def test_a_base_that_leaves_its_width_out(tmp_path, base_folder):
         ),
         (
             lambda folder: (folder / "config.json").write_text(json.dumps({**sizes(), "intermediate_size": 25})),
-            "not what config.json asks for",
+            "does not match config.json",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from nvembed_deploy.training.instructions import Kind
 from tests.tiny import make_tokenizer
 
 LATENT = LatentAttention(latents=4, heads=2, head_dim=8)
-WIDTH = 16
+DIM = 16
 WORDS = ("the", "water", "question", "over", "passage", "in", "and", "a long phrase of words")
 
 
@@ -27,7 +27,7 @@ def sizes() -> dict:
         "rope_theta": 10000.0,
         "sliding_window": 4096,
         "tie_word_embeddings": False,
-        "hidden_size": WIDTH,
+        "hidden_size": DIM,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -54,11 +54,11 @@ def some_text(rng: random.Random) -> str:
 def some_examples(count: int = 60, *, seed: int = 0) -> list[Example]:
     """Examples of every kind in turn; each query begins with its own number."""
     rng = random.Random(seed)
-    found = []
+    examples = []
     for index in range(count):
         kind = list(Kind)[index % len(Kind)]
         paired = kind in (Kind.RETRIEVAL, Kind.SIMILARITY)
-        found.append(
+        examples.append(
             Example(
                 query=f"{index} {some_text(rng)}",
                 positive=f"{index} answer {some_text(rng)}" if paired else "",
@@ -68,35 +68,35 @@ def some_examples(count: int = 60, *, seed: int = 0) -> list[Example]:
                 label=str(index // 4 % 3) if kind is Kind.LABEL else "",
             )
         )
-    return found
+    return examples
 
 
 class TinyTeacher:
-    """Stands in for `Teacher`: a word is a token, and its vector follows from its letters."""
+    """Replaces `Teacher`: a word is a token, and its vector is determined by its letters."""
 
-    width = WIDTH
+    dim = DIM
     name = "tiny"
 
     def __init__(self) -> None:
         self.model = torch.nn.Identity()
         self.table = torch.nn.functional.normalize(
-            torch.randn(997, WIDTH, generator=torch.Generator().manual_seed(4)), dim=-1
+            torch.randn(997, DIM, generator=torch.Generator().manual_seed(4)), dim=-1
         )
 
     def tokenize(self, texts):
         rows, spans = [], []
         for text in texts:
-            row, marks, place = [], [], 0
+            row, marks, position = [], [], 0
             for word in text.split():
-                start = text.index(word, place)
-                place = start + len(word)
+                start = text.index(word, position)
+                position = start + len(word)
                 row.append(1 + sum(map(ord, word)) % 996)
-                marks.append((start, place))
+                marks.append((start, position))
             rows.append(row)
             spans.append(marks)
-        width = max(map(len, rows))
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows]), mask, spans
+        padded_length = max(map(len, rows))
+        mask = torch.tensor([[1] * len(row) + [0] * (padded_length - len(row)) for row in rows])
+        return torch.tensor([row + [0] * (padded_length - len(row)) for row in rows]), mask, spans
 
     def forward(self, input_ids, attention_mask):
         states = self.table[input_ids]

@@ -1,4 +1,4 @@
-"""The graph: operators of each dialect, shapes never seen while tracing, what stands in the file."""
+"""The graph: operators of each dialect, shapes that were not traced, and the contents of the file."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ from nvembed_deploy.bundle.manifest import WEIGHTS
 from nvembed_deploy.errors import ExportError
 from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
 from nvembed_deploy.export.graph.trace import trace
-from nvembed_deploy.export.graph.weights import MemoryState
+from nvembed_deploy.export.graph.weights import MemoryWeights
 from nvembed_deploy.export.graph.write import PAGE_BYTES, check, write
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.fold import FoldedLatentAttention
@@ -24,7 +24,7 @@ from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.spec import Dialect, Precision
 
 FUSED = {"Attention": 2, "RMSNormalization": 5, "RotaryEmbedding": 4}
-# Neither stands in TensorRT 10's parser list.
+# TensorRT 10's parser supports none of these.
 BEYOND_TENSORRT_10 = {"Attention", "RMSNormalization", "RotaryEmbedding", "SplitToSequence", "SequenceAt", "CastLike"}
 SHAPES = [(1, 1), (1, 9), (2, 2), (5, 31), (3, 128), (17, 3)]
 
@@ -36,7 +36,7 @@ def model(checkpoint: Path) -> NVEmbed:
 
 @pytest.fixture(scope="module")
 def graph_of(model: NVEmbed, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Written graphs, each made once: tracing takes seconds."""
+    """Writes graphs, each once: tracing takes seconds."""
 
     @functools.cache
     def make(dialect: Dialect, precision: Precision = Precision.FP32, fold: bool = True) -> Path:
@@ -49,12 +49,12 @@ def written(
     model: NVEmbed, folder: Path, dialect: Dialect, *, precision: Precision = Precision.FP32, fold: bool = True
 ) -> Path:
     folder.mkdir(exist_ok=True)
-    state = model.state_dict()
+    tensors = model.state_dict()
     if fold:
         folded = FoldedLatentAttention(model.latent_attention_model).state_dict()
-        state |= {f"latent_attention_model.{name}": value for name, value in folded.items()}
+        tensors |= {f"latent_attention_model.{name}": tensor for name, tensor in folded.items()}
     graph = trace(model.config, precision=precision, dialect=dialect, fold=fold)
-    write(graph, MemoryState(state), folder, name="model.onnx")
+    write(graph, MemoryWeights(tensors), folder, name="model.onnx")
     check(folder / "model.onnx")
     return folder / "model.onnx"
 
@@ -83,11 +83,11 @@ def test_equals_torch_at_other_shapes(
     for batch, tokens in SHAPES:
         feed = inputs(batch, tokens)
         with torch.inference_mode():
-            expected, norms = (part.numpy() for part in model(*map(torch.from_numpy, feed.values())))
-        found = session.run(["sentence_embedding", "sentence_norm"], feed)
-        assert found[0].shape == (batch, 32)
-        assert np.abs(found[0] - expected).max() <= 5e-6, (batch, tokens)
-        np.testing.assert_allclose(found[1], norms, rtol=1e-5)
+            expected, expected_norms = (out.numpy() for out in model(*map(torch.from_numpy, feed.values())))
+        vectors, norms = session.run(["sentence_embedding", "sentence_norm"], feed)
+        assert vectors.shape == (batch, 32)
+        assert np.abs(vectors - expected).max() <= 5e-6, (batch, tokens)
+        np.testing.assert_allclose(norms, expected_norms, rtol=1e-5)
     assert [output.shape for output in session.get_outputs()] == [["batch", 32], ["batch"]]
 
 
@@ -95,53 +95,54 @@ def test_equals_torch_at_other_shapes(
 def test_operators_and_opset(graph_of: Callable[..., Path], dialect: Dialect) -> None:
     graph = onnx.load(graph_of(dialect, fold=True), load_external_data=False)
     count = Counter(node.op_type for node in graph.graph.node)
-    assert {item.version for item in graph.opset_import if not item.domain} == {23 if dialect is Dialect.FUSED else 20}
+    versions = {opset.version for opset in graph.opset_import if not opset.domain}
+    assert versions == {23 if dialect is Dialect.FUSED else 20}
     assert {node.domain for node in graph.graph.node} == {""}
     if dialect is Dialect.FUSED:
         assert {name: count[name] for name in FUSED} == FUSED
     else:
         assert not BEYOND_TENSORRT_10 & count.keys()
-    turned = [node for node in graph.graph.node if node.op_type == "Transpose" and node.input[0].endswith(".weight")]
-    assert not turned  # weights are stored the way MatMul takes them
+    transposes = [node for node in graph.graph.node if node.op_type == "Transpose"]
+    assert not [node for node in transposes if node.input[0].endswith(".weight")]  # stored the way MatMul takes them
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
 def test_precision_is_in_the_graph(graph_of: Callable[..., Path], precision: Precision) -> None:
     graph = onnx.load(graph_of(Dialect.FUSED, precision), load_external_data=False)
-    wanted = onnx.TensorProto.FLOAT16 if precision is Precision.FP16 else onnx.TensorProto.BFLOAT16
-    weights = [item for item in graph.graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
-    assert {item.data_type for item in weights} == {wanted}
-    types = {item.name: item.type.tensor_type.elem_type for item in graph.graph.value_info}
+    expected_type = onnx.TensorProto.FLOAT16 if precision is Precision.FP16 else onnx.TensorProto.BFLOAT16
+    weights = [tensor for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    assert {tensor.data_type for tensor in weights} == {expected_type}
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.graph.value_info}
     pooling = [node for node in graph.graph.node if node.op_type in ("ReduceSum", "ReduceL2", "Where", "Clip")]
     assert pooling
-    for node in pooling:  # pooling and L2 in FP32, the mask's count in whole numbers
+    for node in pooling:  # pooling and L2 in FP32, the mask's count in integers
         assert types.get(node.output[0], onnx.TensorProto.FLOAT) in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64)
-    assert {item.type.tensor_type.elem_type for item in graph.graph.output} == {onnx.TensorProto.FLOAT}
+    assert {output.type.tensor_type.elem_type for output in graph.graph.output} == {onnx.TensorProto.FLOAT}
 
 
 def test_file_holds_no_trace_of_this_machine(graph_of: Callable[..., Path]) -> None:
     path = graph_of(Dialect.FUSED, fold=True)
     content = path.read_bytes()
-    for word in (b".py", str(Path.home()).encode(), str(path.parent).encode()):
-        assert word not in content
+    for fragment in (b".py", str(Path.home()).encode(), str(path.parent).encode()):
+        assert fragment not in content
 
 
 def test_same_input_same_bytes(model: NVEmbed, graph_of: Callable[..., Path], tmp_path: Path) -> None:
-    first, second = graph_of(Dialect.FUSED, fold=True), written(model, tmp_path, Dialect.FUSED)
-    assert first.read_bytes() == second.read_bytes()
-    assert (first.parent / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+    path1, path2 = graph_of(Dialect.FUSED, fold=True), written(model, tmp_path, Dialect.FUSED)
+    assert path1.read_bytes() == path2.read_bytes()
+    assert (path1.parent / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
 
 
 def test_weights_start_on_pages_and_lie_in_the_file(graph_of: Callable[..., Path]) -> None:
     path = graph_of(Dialect.FUSED, fold=True)
     graph = onnx.load(path, load_external_data=False)
     size = (path.parent / WEIGHTS).stat().st_size
-    for item in graph.graph.initializer:
-        entries = {entry.key: entry.value for entry in item.external_data}
-        if entries:
-            assert entries["location"] == WEIGHTS
-            assert int(entries["offset"]) % PAGE_BYTES == 0
-            assert int(entries["offset"]) + int(entries["length"]) <= size
+    for initializer in graph.graph.initializer:
+        external = {pair.key: pair.value for pair in initializer.external_data}
+        if external:
+            assert external["location"] == WEIGHTS
+            assert int(external["offset"]) % PAGE_BYTES == 0
+            assert int(external["offset"]) + int(external["length"]) <= size
 
 
 def test_weight_beyond_fp16_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -161,17 +162,17 @@ def test_weights_are_not_appended_to(model: NVEmbed, tmp_path: Path) -> None:
 
 
 def test_bf16_graph_for_cpus_rounds(model: NVEmbed, graph_of: Callable[..., Path]) -> None:
-    """It differs from FP32 as PyTorch's own BF16 does, and not less."""
+    """Its difference from FP32 is about as large as that of PyTorch's own BF16."""
     path = graph_of(Dialect.FUSED, Precision.BF16)
-    for_cpu = path.with_name("model.cpu.onnx")
-    write_cpu_graph(path, for_cpu)
-    check(for_cpu)
+    cpu_path = path.with_name("model.cpu.onnx")
+    write_cpu_graph(path, cpu_path)
+    check(cpu_path)
     feed = inputs(5, 31)
-    found = onnxruntime.InferenceSession(for_cpu).run(["sentence_embedding"], feed)[0]
+    vectors = onnxruntime.InferenceSession(cpu_path).run(["sentence_embedding"], feed)[0]
     with torch.inference_mode():
         tensors = list(map(torch.from_numpy, feed.values()))
         exact = model(*tensors)[0].numpy()
-        theirs = copy.deepcopy(model).to(torch.bfloat16)(*tensors)[0].float().numpy()
-    ours_off, theirs_off = np.abs(found - exact).max(), np.abs(theirs - exact).max()
-    assert 0.2 * theirs_off <= ours_off <= 3 * theirs_off
-    assert ours_off > 1e-4
+        torch_vectors = copy.deepcopy(model).to(torch.bfloat16)(*tensors)[0].float().numpy()
+    difference, torch_difference = np.abs(vectors - exact).max(), np.abs(torch_vectors - exact).max()
+    assert 0.2 * torch_difference <= difference <= 3 * torch_difference
+    assert difference > 1e-4

@@ -1,4 +1,4 @@
-"""Calibration: which texts, how many tokens of them, and ranges in a file."""
+"""Calibration: the texts, the number of their tokens, and ranges stored in a file."""
 
 from pathlib import Path
 
@@ -26,27 +26,27 @@ def text(checkpoint: Path) -> TextEncoder:
     return TextEncoder((checkpoint / "tokenizer.json").read_bytes(), contract)
 
 
-def test_ranges_survive_the_file() -> None:
-    values = torch.tensor([0.0, 1.5, 3e-8, 65504.0])
-    assert torch.equal(unpack(pack(values)), values)
+def test_unpack_returns_what_was_packed() -> None:
+    ranges = torch.tensor([0.0, 1.5, 3e-8, 65504.0])
+    assert torch.equal(unpack(pack(ranges)), ranges)
 
 
 def test_tokens_are_counted_not_texts(text: TextEncoder) -> None:
     short, long = CalibrationText(text="a"), CalibrationText(text="word " * 200)
     assert len(tokenize([short] * 100, text, tokens=30)) == 10  # <s>, one token, </s>
     assert len(tokenize([long] * 100, text, tokens=30)) == 1
-    kinds = built_in_texts()[:10]
-    assert any(item.instruction for item in kinds)
-    assert any(not item.text.isascii() for item in kinds)
-    assert any("def " in item.text for item in kinds)
+    texts = built_in_texts()[:10]
+    assert any(calibration.instruction for calibration in texts)
+    assert any(not calibration.text.isascii() for calibration in texts)
+    assert any("def " in calibration.text for calibration in texts)
 
 
 def test_short_texts_are_among_the_calibrations() -> None:
-    """One character, one word, a word again and again: attention has nothing to take a mean of. None is a probe."""
-    texts = [item.text for item in built_in_texts()[:400]]
-    assert sum(len(item) == 1 for item in texts) > 60
-    assert sum(len(set(item.split())) == 1 and len(item.split()) >= 8 for item in texts) > 20
-    assert not {item for _, item in PROBES} & set(texts)
+    """One character, one word, one word repeated: attention has nothing to average. None of them is a probe."""
+    texts = [calibration.text for calibration in built_in_texts()[:400]]
+    assert sum(len(text) == 1 for text in texts) > 60
+    assert sum(len(set(text.split())) == 1 and len(text.split()) >= 8 for text in texts) > 20
+    assert not {text for _, text in PROBES} & set(texts)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_short_texts_are_among_the_calibrations() -> None:
     [
         ("", "is empty"),
         ('{"text": "a"}\nnonsense', "line 2: not JSON"),
-        ('{"text": "a"}\n{"txt": "b"}', "text 2 is no text"),
-        ('{"text": "a", "instruction": 3}', "text 1 is no text"),
+        ('{"text": "a"}\n{"txt": "b"}', "row 2 has no text"),
+        ('{"text": "a", "instruction": 3}', "row 1 has no text"),
         ("[1]", "line 1: not a JSON object"),
     ],
 )

@@ -1,0 +1,100 @@
+"""What users pass to `encode`: tables, columns, arrays; and the machines that they are on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed_deploy import ConfigError, Encoder, InputTypeError, system
+from nvembed_deploy.files.json_lines import read_rows
+from tests.readme import ROOT
+
+TEXTS = ["a first text", "another", ""]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
+def test_tables_are_refused_and_their_columns_taken(encoder: Encoder, library: str) -> None:
+    module = pytest.importorskip(library)
+    columns = {"text": TEXTS}
+    table = module.table(columns) if library == "pyarrow" else module.DataFrame(columns)
+    for rows in (table, table[:0]):
+        with pytest.raises(InputTypeError, match=r"texts is a table \(.*\); pass one of its columns"):
+            encoder.encode(rows)
+    np.testing.assert_array_equal(encoder.encode(table["text"]), encoder.encode(TEXTS))
+    if library == "pyarrow":
+        np.testing.assert_array_equal(encoder.encode(module.array(TEXTS)), encoder.encode(TEXTS))
+
+
+def test_a_series_is_checked_whole_before_any_work(encoder: Encoder) -> None:
+    pandas = pytest.importorskip("pandas")
+    for texts in (pandas.Series(["a"] * 5000 + [None]), dict(enumerate(["a"] * 5000 + [None])).values()):
+        with pytest.raises(InputTypeError, match=r"text 5000 is a (NoneType|float)"):
+            encoder.encode_stream(texts)
+    with pytest.raises(InputTypeError, match=r"text 5000 is a (NoneType|float)"):
+        list(encoder.encode_stream(iter(["a"] * 5000 + [None])))  # a generator: when it is reached
+
+
+def test_arrays_without_dimensions_and_rows_that_are_none(encoder: Encoder) -> None:
+    with pytest.raises(InputTypeError, match=r"an array without dimensions \(ndarray\); pass a list of str"):
+        encoder.encode(np.array("abc"))
+    for rows in (["abc"], (row for row in encoder.tokenize(["a"])), None):
+        with pytest.raises(InputTypeError, match="rows are not what `tokenize` returned"):
+            encoder.encode_rows(rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 10**12, True, 2.0])
+def test_thread_counts_that_no_machine_has(bundles: dict[str, Path], threads: object) -> None:
+    with pytest.raises(ConfigError, match="pass a whole number from 1 to 1024"):
+        Encoder(bundles["fp32"], device="cpu", threads=threads)  # type: ignore[arg-type]
+
+
+def test_json_lines_with_a_byte_order_mark_and_with_too_much_nesting(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert list(read_rows(path)) == [{"text": "a"}]
+    path.write_text('{"text": "a"}\n' + "[" * 100_000)
+    with pytest.raises(ConfigError, match="line 2: not JSON"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_utf_8_gets_escapes(bundles: dict[str, Path], encoding: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nvembed_deploy", "similarity", str(bundles["fp32"]), "--device", "cpu",
+         "--query", "déjà vu 日本?", "--passage", "été"],
+        cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"\\u65e5" in done.stdout
+
+
+def test_relative_cache_folders_are_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/cache")
+    assert system.cache_folder() == tmp_path / ".cache" / "nvembed-deploy"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "absolute"))
+    assert system.cache_folder() == tmp_path / "absolute" / "nvembed-deploy"
+
+
+def test_the_smallest_limit_of_all_control_groups_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Version 2 nested in a group with a smaller limit, and version 1."""
+
+    def write(folder: Path, names: tuple[str, str, str], limit: str, used: int, cached: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cached}\n")
+
+    second = ("memory.max", "memory.current", "inactive_file")
+    first = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    monkeypatch.setattr(system, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(system, "PROCESS_GROUPS", tmp_path / "process")
+    (tmp_path / "process").write_text("0::/slice/service\n3:memory:/docker/one\n")
+    write(tmp_path / "cgroup" / "slice" / "service", second, "max", 100, 0)
+    write(tmp_path / "cgroup" / "slice", second, "5000", 1000, 300)
+    assert system.available_memory_bytes() == 4300
+    write(tmp_path / "cgroup" / "memory" / "docker" / "one", first, "3000", 1000, 100)
+    assert system.available_memory_bytes() == 2100
