@@ -12,9 +12,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 PYTHON310 ?= python3.10
 PRECISION ?= fp16
-# What to install; EXTRAS=export,cpu,rtx is enough for `make engine`; `make test` needs dev too, and
-# without the others their tests skip.
-EXTRAS ?= export,cpu,openvino,rtx,train,evaluation,serve,app,qdrant,ray,dev
+# What `make engine` needs; `make app` adds its own, and `make test` and `make check` the rest.
+EXTRAS ?= export,cpu,rtx
+TEST_EXTRAS ?= openvino,train,evaluation,serve,app,qdrant,ray,dev
 DATA ?= ../shared/data/eval
 # Files of tests at a time, on cores of their own; two took 5.4 GB together. 0 for one after the other.
 WORKERS ?= $(shell cores=$$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 4 ? 4 : cores)))
@@ -26,7 +26,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Python compiles a module when it is first imported; compiling all 141 distributions ahead takes as long as installing.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+TORCH = $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 READY := $(VENV)/.ready
+READY_APP := $(VENV)/.ready-app
+READY_TEST := $(VENV)/.ready-test
 # A file of tests at a time goes to each worker, in the order of tests/conftest.py: long ones first.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 BUNDLE := bundles/nv-embed-mini-$(PRECISION)
@@ -37,40 +40,40 @@ engine: $(READY)
 	$(BIN)/python -m export.trt --precision $(PRECISION) --out $(BUNDLE)
 	$(BIN)/nvembed similarity $(BUNDLE)
 
-app: $(READY)
+app: $(READY_APP)
 	$(BIN)/nvembed app
 
 # Each tier by its markers; CONTRIBUTING.md says which one a new test belongs to.
-test: $(READY)
+test: $(READY_TEST)
 	$(PYTEST) -m "not slow and not browser and not whole_machine" $(ARGS)
 
-test-all: $(READY)
+test-all: $(READY_TEST)
 	$(PYTEST) -m "not whole_machine" $(ARGS)
 	$(BIN)/python -m pytest -m whole_machine --durations=10 $(ARGS) || test $$? = 5  # none of these in ARGS
 
-test-python310: $(READY)
+test-python310: $(READY_TEST)
 	$(PYTHON310) -m venv $(VENV)-3.10
 	$(VENV)-3.10/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		--constraint constraints-3.10.txt '.[cpu]'
 	$(VENV)-3.10/bin/python -m pip uninstall --quiet --yes nvembed-deploy  # the checkout is what is tested
 	NVEMBED_PYTHON310=$(abspath $(VENV)-3.10/bin/python) $(BIN)/python -m pytest tests/test_python310.py
 
-bench: $(READY)
+bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.peers $(PEERS) --data $(DATA)
 
-bench-gpu: $(READY)
+bench-gpu: $(READY_TEST)
 	$(PIP) --editable '.[$(GPU_RUNTIME)]'
 	NVEMBED_GPU=required $(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m export.trt --precision fp16 --target $(GPU_TARGET) --out bundles/gpu-fp16
 	NVEMBED_GPU=required NVEMBED_BUNDLE=bundles/gpu-fp16 $(BIN)/python -m pytest -m gpu tests/backends/test_gpu.py
 	$(BIN)/nvembed bench bundles/gpu-fp16 reference@models/nv-embed-mini --device cuda --out build/gpu-bench.json
 
-check: $(READY)
+check: $(READY_TEST)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(READY_TEST)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -79,9 +82,20 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('error: Python 3.10 or newer is needed, 3.11 is tested; pass PYTHON=...')"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2/3 installing torch 2.13.0 (CPU-only: 0.9 GB; with CUDA: several GB)"
-	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	@echo "3/3 installing $(EXTRAS) in the versions of constraints.txt (about 2 GB)"
+	@command -v nvidia-smi > /dev/null || $(TORCH) torch==2.13.0+cpu 2> /dev/null || true  # where an index has that build
+	@$(TORCH) torch==2.13.0
+	@echo "3/3 installing $(EXTRAS) in the versions of constraints.txt (0.5 GB)"
 	@$(PIP) --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(READY_APP): $(READY)
+	@echo "installing the search page's packages in the versions of constraints.txt (0.4 GB)"
+	@$(PIP) --constraint constraints.txt --editable '.[app]'
+	@touch $@
+
+$(READY_TEST): $(READY)
+	@echo "installing what the tests and checks need too: $(TEST_EXTRAS) (1.9 GB)"
+	@$(PIP) --constraint constraints.txt --editable '.[$(TEST_EXTRAS)]'
 	@touch $@
 
 clean:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nvembed_deploy.bundle.manifest import MANIFEST, Manifest
 from nvembed_deploy.bundle.reader import bundle_folder
-from nvembed_deploy.console import program, run, say, url_host
+from nvembed_deploy.console import echo, program, run, url_host
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.version import __version__
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             css=CSS,
             prevent_thread_lock=True,
         )
-        say(f"nvembed-deploy {__version__}; stop it with Ctrl-C")
+        echo(f"nvembed-deploy {__version__}; stop it with Ctrl-C")
         sys.stdout.write(f"{url}\n")
         sys.stdout.flush()
         demo.block_thread()
@@ -141,7 +141,7 @@ def make_page(
     from nvembed_deploy.app.search import Searcher
 
     encoder = Encoder(bundle, device=device)
-    say(f"searching with {encoder!r}")
+    echo(f"searching with {encoder!r}")
     library = Library(collections or default_folder(), encoder, index=index)
     library.add_python()
     return Page(Searcher(encoder), library, compare_engines(encoder, bundle, device, compare, reference)).build()

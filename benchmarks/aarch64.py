@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import DeployError
 from nvembed_deploy.files.atomic import write_file
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             site = _site(flags.root.resolve(), device / "requirements.txt")
             record |= compare(device, python, site, Path(work))
         write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
-        say(f"done: {RECORD_PATH}; largest difference to x86-64 {record['max_difference']:.1e}")
+        echo(f"done: {RECORD_PATH}; largest difference to x86-64 {record['max_difference']:.1e}")
 
     return run(command)
 

@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks import synthetic
 from nvembed_deploy.bundle.manifest import PLAN
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import run, say
+from nvembed_deploy.console import echo, run
 from nvembed_deploy.errors import DeployError
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.system import describe_machine
@@ -140,7 +140,7 @@ def measure_all(work: Path) -> Iterator[dict[str, Any]]:
                     path.stat().st_size for path in bundle.iterdir() if path.stat().st_nlink == 1
                 )
             rows[name] = row
-            say(f"{name}: {row}")
+            echo(f"{name}: {row}")
             shutil.rmtree(copy, ignore_errors=True)
             shutil.rmtree(bundle, ignore_errors=True)
     finally:
@@ -160,7 +160,7 @@ def measure_all(work: Path) -> Iterator[dict[str, Any]]:
     for name in SLICES:
         record["slices"][name] = measure_slice(work, name)
         record["outside"] = exceeded_limits(rows, record["slices"])
-        say(f"{name}: {record['slices'][name]}")
+        echo(f"{name}: {record['slices'][name]}")
         yield record
 
 
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         for record in measure_all(flags.work):
             write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
-            say(f"copy takes {record['copy_over_cp']:.2f} x cp; wrote {RECORD_PATH}")
+            echo(f"copy takes {record['copy_over_cp']:.2f} x cp; wrote {RECORD_PATH}")
         if record["outside"]:
             raise DeployError("; ".join(record["outside"]))
 

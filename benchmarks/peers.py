@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, processors
 from tqdm import tqdm
 
 from benchmarks.peer_worker import MAX_TOKENS
-from nvembed_deploy.console import run, say
+from nvembed_deploy.console import echo, run
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
 from nvembed_deploy.engines.bench import flops, padding_waste
 from nvembed_deploy.errors import DeployError
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _bundles(work)
         record = measure(work, mixed_texts(flags.data, flags.texts), rounds=flags.rounds)
         write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
-        say(f"done: {RECORD_PATH.relative_to(ROOT)}")
+        echo(f"done: {RECORD_PATH.relative_to(ROOT)}")
 
     return run(command)
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _environment(work: Path, name: str) -> None:
     folder = work / "environments" / name
     if not (folder / "bin" / "python").exists():
-        say(f"creating the environment {name}")
+        echo(f"creating the environment {name}")
         venv.create(folder, with_pip=True)
     if not (folder / "ready").exists():
         # torch first: packages that depend on it then use the installed version.
@@ -359,7 +359,7 @@ def start_all(work: Path) -> tuple[dict[str, Times], dict[str, str]]:
                 worker = Worker(peer, work)
             except DeployError as err:
                 failed[peer.name] = str(err)
-                say(f"  {err}")
+                echo(f"  {err}")
                 continue
             worker.close()
             if start:  # the first start reads everything from disk

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from nvembed_deploy.bundle.manifest import GRAPH, PLAN, QUANTIZATION, WEIGHTS, Manifest
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import say
+from nvembed_deploy.console import echo
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.evaluation.compare import RECORDED, scores, tolerance_of
 from nvembed_deploy.evaluation.tasks import folder_tasks
@@ -126,7 +126,7 @@ def _scores_of(precision: Precision | None, folder: Path, data: Path, max_docume
         encoder = Encoder.from_checkpoint(default_model(), like=encoder)
     setattr(encoder, "encode", remembering(encoder.encode))  # noqa: B010 - on this instance only
     task_scores = scores(encoder, [local_task.task for local_task in tasks])
-    say(f"scored {encoder.backend}{f', {precision.value}' if precision else ''}")
+    echo(f"scored {encoder.backend}{f', {precision.value}' if precision else ''}")
     return task_scores
 
 
@@ -188,7 +188,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for precision in Precision:
-            say(f"measuring {precision.value}")
+            echo(f"measuring {precision.value}")
             rows.append(measure(precision, Path(folder)))
         precision_scores = score(Path(folder), flags.data, flags.max_documents)
     documents_flag = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
@@ -201,7 +201,7 @@ def main() -> int:
         "score_versions": installed_versions(RECORDED) | {"python": platform.python_version()},
     }
     write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
-    say(f"done: {RECORD_PATH.relative_to(ROOT)}; now run: python -m tools.readme")
+    echo(f"done: {RECORD_PATH.relative_to(ROOT)}; now run: python -m tools.readme")
     return 0
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nvembed_deploy.app.index import EXACT, QDRANT_EDGE, Vectors, opener
 from nvembed_deploy.app.passages import Passage
 from nvembed_deploy.app.store import Engine, FolderStore
-from nvembed_deploy.console import run, say
+from nvembed_deploy.console import echo, run
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.system import describe_machine
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             **measure(flags.rows),
         }
         write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
-        say(json.dumps(record))
+        echo(json.dumps(record))
 
     return run(command)
 

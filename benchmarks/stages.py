@@ -23,7 +23,7 @@ from benchmarks.peers import mixed_texts
 from nvembed_deploy.backends.ort import INPUTS
 from nvembed_deploy.backends.ov import CPU, OvBackend
 from nvembed_deploy.batching import plan_batches
-from nvembed_deploy.console import run, say
+from nvembed_deploy.console import echo, run
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
 from nvembed_deploy.engines.bench import QUERY, corpus, open_engine
 from nvembed_deploy.errors import ConfigError
@@ -62,7 +62,7 @@ def timed(encoder: Encoder) -> Iterator[dict[str, float]]:
         return timed_call
 
     text, backend = encoder._text, encoder._backend
-    methods = ((text, "tokenize"), (text, "pad"), (backend, "run"), (backend, "run_beside"))
+    methods = ((text, "tokenize"), (text, "pad"), (backend, "run"), (backend, "run_concurrent"))
     for step, (target, method) in zip((*STEPS, "engine"), methods, strict=True):
         setattr(target, method, timer(step, getattr(target, method)))
     try:
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "operators_ms": operator_ms,
         }
         write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
-        say(json.dumps(record["bulk_ms"]))
+        echo(json.dumps(record["bulk_ms"]))
 
     return run(command)
 

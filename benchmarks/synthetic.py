@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nvembed_deploy.console import run, say
+from nvembed_deploy.console import echo, run
 from nvembed_deploy.export.options import default_model
 from nvembed_deploy.model.family import read_architecture
 from nvembed_deploy.model.nvembed import NVEmbed
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         size = make(flags.folder, seed=flags.seed)
-        say(f"{flags.folder}: {size / 1e9:.2f} GB of random weights")
+        echo(f"{flags.folder}: {size / 1e9:.2f} GB of random weights")
 
     return run(command)
 

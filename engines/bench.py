@@ -27,7 +27,7 @@ from nvembed_deploy.backends.bindings import TENSORRT
 from nvembed_deploy.backends.cuda import CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import GPU
 from nvembed_deploy.batching import plan_batches
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
 from nvembed_deploy.engines.bench_plot import draw_bench
 from nvembed_deploy.engines.bench_report import BenchReport, EngineFigures, Latency
@@ -37,7 +37,7 @@ from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order
-from nvembed_deploy.select_backend import Wish
+from nvembed_deploy.select_backend import BackendRequest
 from nvembed_deploy.system import describe_machine
 from nvembed_deploy.tokenization import TokenRow
 
@@ -144,7 +144,7 @@ def on_gpu(encoder: Encoder) -> bool:
 
 
 def _index(device: str) -> int:
-    return Wish.of(device, "auto", None).index or 0
+    return BackendRequest.of(device, "auto", None).index or 0
 
 
 def _gpu(device: str) -> CudaDevice:
@@ -204,20 +204,20 @@ def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> Ben
     encoders: list[Encoder] = []
     for name in names:
         encoders.append(open_engine(name, device, encoders[0] if encoders else None)[0])
-        say(f"  {name}: {encoders[-1].backend}")
+        echo(f"  {name}: {encoders[-1].backend}")
     passages = corpus(texts)
     lengths = [len(row) for row in encoders[0].tokenize(passages)]
-    say(f"  {len(passages)} passages, {sum(lengths)} tokens ...")
+    echo(f"  {len(passages)} passages, {sum(lengths)} tokens ...")
     vectors = [encoder.encode(passages) for encoder in encoders]
     bulk_ms = time_interleaved([partial(encoder.encode, passages) for encoder in encoders], max(3, repeats // 10))
-    say("  queries and shapes ...")
+    echo("  queries and shapes ...")
     query_ms = time_interleaved([partial(encoder.encode, QUERY) for encoder in encoders], repeats)
     max_length = min(encoder.max_length for encoder in encoders)
     shapes = [(count, tokens) for count, tokens in SHAPES if tokens <= max_length]
     shape_ms = [
         time_interleaved([_encode_shape(encoder, *shape) for encoder in encoders], repeats // 2) for shape in shapes
     ]
-    say("  new processes ...")
+    echo("  new processes ...")
     peak, peak_source = peak_gflops(encoders[0], device)
     engines = []
     for index, (name, encoder) in enumerate(zip(names, encoders, strict=True)):
@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         sys.stdout.write(report.table())
         if flags.out is not None:
             if importlib.util.find_spec("matplotlib") is None:
-                say("  no plot: matplotlib is not installed; pip install matplotlib")
+                echo("  no plot: matplotlib is not installed; pip install matplotlib")
             else:
                 draw_bench(report, flags.out.with_suffix(".png"))
 

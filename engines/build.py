@@ -19,7 +19,7 @@ from nvembed_deploy.bundle.manifest import GRAPH, PLAN, REFERENCE_OUTPUTS, TOKEN
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.writer import commit, new_bundle
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.engines.plan_builder import (
     add_option_flags,
     build_memory_bytes,
@@ -124,7 +124,7 @@ def build(
     profile = _profile(target, manifest, max_shape)
     destination = Path(out or bundle.folder)
     _require_space(bundle, destination, force=force)
-    say(f"building {bundle.folder} for {target.summary}")
+    echo(f"building {bundle.folder} for {target.summary}")
     with new_bundle(destination) as staging:
         _copy_files(bundle, staging)
         with step(f"building the plan with {bindings.__name__} {bindings.__version__}, shapes {profile}"):
@@ -159,7 +159,7 @@ def build(
         )
         commit(staging, destination, built, hashed=hashed)
     size, seconds = (destination / PLAN).stat().st_size / 1e6, time.monotonic() - started
-    say(f"done: {PLAN} {size:.1f} MB for {target.name}, {verdict(reports, plan_info)}, {seconds:.0f} s")
+    echo(f"done: {PLAN} {size:.1f} MB for {target.name}, {verdict(reports, plan_info)}, {seconds:.0f} s")
     return destination
 
 
@@ -211,7 +211,7 @@ def _require_space(bundle: Bundle, destination: Path, *, force: bool) -> None:
             )
             if not force:
                 raise ConfigError(f"{shortage}; free some, or build anyway with --force")
-            say(f"  {shortage}; building anyway because of --force")
+            echo(f"  {shortage}; building anyway because of --force")
 
 
 def _copy_files(bundle: Bundle, staging: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from nvembed_deploy.bundle.manifest import REFERENCE_OUTPUTS
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.files.records import to_json
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         reference = _reference_outputs(bundle, text, flags.model, flags.revision)
         require_mask(backend, text, manifest.source.architecture.mask)
         report = compare(reference, backend, text, precision=manifest.precision, max_shape=manifest.profile.max)
-        say(report.summary())
+        echo(report.summary())
         sys.stdout.write(json.dumps(to_json(report)) + "\n")
         require_passed(report)
 

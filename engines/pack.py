@@ -21,7 +21,7 @@ from tqdm import tqdm
 import nvembed_deploy
 from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PLAN, REFERENCE_OUTPUTS
 from nvembed_deploy.bundle.reader import Bundle, bundle_folder
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.engines.targets import TARGETS, Target, capable_gpus
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import staged_file
@@ -154,9 +154,9 @@ def pack(folder: Path, target: Target, archive: Path) -> None:
         from nvembed_deploy.engines.portable_operators import require_portable
 
         require_portable(bundle.folder / GRAPH)
-        say("  TensorRT 10 supports every operator of the graph")
+        echo("  TensorRT 10 supports every operator of the graph")
     if REFERENCE_OUTPUTS not in manifest.files:
-        say("  note: the bundle was exported with --no-parity, so the device cannot check its engine")
+        echo("  note: the bundle was exported with --no-parity, so the device cannot check its engine")
     top = archive.name.removesuffix(".tar")
     files = dict(_runtime_files(bundle, target, top))
     archive.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def pack(folder: Path, target: Target, archive: Path) -> None:
         for name, content in files.items():
             _add(tar, f"{top}/{name}", io.BytesIO(content), len(content))
         _add_bundle(tar, bundle, f"{top}/bundle")
-    say(f"done: {archive} {archive.stat().st_size / 1e6:.1f} MB for {target.summary}; see the README.md in it")
+    echo(f"done: {archive} {archive.stat().st_size / 1e6:.1f} MB for {target.summary}; see the README.md in it")
 
 
 def _runtime_files(bundle: Bundle, target: Target, top: str) -> Iterator[tuple[str, bytes]]:

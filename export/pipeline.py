@@ -31,7 +31,7 @@ from nvembed_deploy.bundle.manifest import (
 )
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.writer import commit, new_bundle
-from nvembed_deploy.console import program, say
+from nvembed_deploy.console import echo, program
 from nvembed_deploy.engines.plan_builder import build_plan
 from nvembed_deploy.engines.targets import BuildOption, load_runtime, local_compute_capability
 from nvembed_deploy.errors import ConfigError, MaskError, MissingExtra, ParityError
@@ -126,7 +126,7 @@ def export(options: ExportOptions) -> Manifest:
     checkpoint = _open_checkpoint(options)
     bindings, no_plan_reason = (None, "") if options.onnx_only else _bindings(options)
     needs = forecast(checkpoint.weights, options, plan=bindings is not None)
-    say(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needs}")
+    echo(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needs}")
     reads_all_weights = not (options.runs_model or options.reference_weights)
     streamed = tuple(weight_files(checkpoint.folder)) if reads_all_weights else ()
     with new_bundle(options.out) as staging, ReadAhead(streamed) as read_ahead:
@@ -180,7 +180,7 @@ def _note_small_gpus(needs: Forecast, options: ExportOptions) -> None:
     memory_gib = options.target.memory_gib
     streams_weights = BuildOption.WEIGHT_STREAMING in options.build_options
     if memory_gib is not None and needs.gpu > memory_gib * GIB and not streams_weights:
-        say(
+        echo(
             f"note: the plan will need about {needs.gpu / GIB:.0f} GiB of GPU memory, and the smallest "
             f"{options.target.name} has {memory_gib:g}; use a larger one, --precision int8 or int4, or a smaller --max"
         )
@@ -249,7 +249,7 @@ def _quantize(state: ExportState) -> None:
         longest = longest_probe(text, options.profile.max)
         record = quantize(layerwise, text, rows, options.precision, model_sha256=model_sha256, longest=longest)
     excluded = [group.name for group in record.groups if group.excluded]
-    say(
+    echo(
         f"  {len(record.groups) - len(excluded)} of {len(record.groups)} groups of layers quantized; excluded: "
         f"{', '.join(excluded) or 'none'}"
     )
@@ -273,10 +273,10 @@ def _search_fp16_limit(state: ExportState) -> None:
         ranges = measure_ranges(state.layerwise, state.text, longest=longest)
         state.fp32_modules = find_fp32_modules(state.layerwise.model, ranges)
         peak_name = max(ranges.max_abs, key=lambda name: ranges.max_abs[name])
-        say(f"  largest value {ranges.max_abs[peak_name]:.4g} at {peak_name}; FP16's maximum is {FP16_MAX:.0f}")
+        echo(f"  largest value {ranges.max_abs[peak_name]:.4g} at {peak_name}; FP16's maximum is {FP16_MAX:.0f}")
         if state.fp32_modules:
             near_limit = ", ".join(f"{name} {peak:.3g}" for name, peak in sorted(ranges.near_limit.items()))
-            say(f"  near the limit: {near_limit}; computed in FP32: {', '.join(sorted(state.fp32_modules))}")
+            echo(f"  near the limit: {near_limit}; computed in FP32: {', '.join(sorted(state.fp32_modules))}")
     if state.record is not None:
         state.record = exclude_fp32(state.record, state.fp32_modules)
 
@@ -295,7 +295,7 @@ def _write_passing_graphs(state: ExportState) -> None:
             if record is None:
                 raise
             state.record = record
-            say(f"  {err}; excluding the next most sensitive layers from quantization")
+            echo(f"  {err}; excluding the next most sensitive layers from quantization")
     state.layerwise = None  # frees the model's memory
     if state.record is not None:
         _write_record(state.record, state.staging)
@@ -367,7 +367,7 @@ def _hash_checkpoint(state: ExportState) -> None:
 def _build_plan(state: ExportState, bindings: Any) -> None:
     """Builds the plan and compares it; sets the plan and adds its reports."""
     options, graph = state.options, state.staging / GRAPH
-    say(f"  building for {options.target.summary}")
+    echo(f"  building for {options.target.summary}")
     with step(f"building the plan with {bindings.__name__} {bindings.__version__}, shapes {options.profile}"):
         content, state.plan = build_plan(
             graph,
@@ -418,9 +418,9 @@ def _versions(plan: PlanInfo | None) -> dict[str, str]:
 
 def _report(manifest: Manifest, out: Path, *, no_plan_reason: str, seconds: float) -> None:
     sizes = ", ".join(f"{name} {entry.bytes / 1e6:.1f} MB" for name, entry in manifest.files.items())
-    say(f"  {sizes}")
+    echo(f"  {sizes}")
     if no_plan_reason:
-        say(f"no {PLAN} was built: {no_plan_reason}. The ONNX bundle is complete and runs on ONNX Runtime.")
+        echo(f"no {PLAN} was built: {no_plan_reason}. The ONNX bundle is complete and runs on ONNX Runtime.")
     summary = f"{manifest.precision.value} bundle" + (" with a plan" if manifest.plan else " without a plan")
     checked = verdict(manifest.parity, manifest.plan)
-    say(f"done: {summary}, {checked}, {seconds:.0f} s, peak memory {peak_memory_bytes() / GIB:.2f} GiB")
+    echo(f"done: {summary}, {checked}, {seconds:.0f} s, peak memory {peak_memory_bytes() / GIB:.2f} GiB")

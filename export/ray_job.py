@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, DeployError, InputError, MissingExtra
 from nvembed_deploy.files.atomic import write_file
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             resources={"num_cpus": flags.cpus, "num_gpus": flags.gpus},
             shard_rows=flags.shard_rows,
         )
-        say(f"done: {rows} texts embedded by this run, {flags.out}")
+        echo(f"done: {rows} texts embedded by this run, {flags.out}")
         sys.stdout.write(f"{flags.out}\n")
 
     return run(command)
@@ -117,7 +117,7 @@ def embed_corpus(
         },
     )
     missing = [shard for shard in shards if not (out / shard["name"]).exists()]
-    say(f"{len(shards)} shards, {len(shards) - len(missing)} already done")
+    echo(f"{len(shards)} shards, {len(shards) - len(missing)} already done")
     if not missing:
         return 0
     task = {"bundle": str(bundle.resolve()), "out": str(out.resolve()), "column": column, "instruction": instruction}

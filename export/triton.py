@@ -24,7 +24,7 @@ import numpy as np
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, TOKENIZER, WEIGHTS, Manifest
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import move_into_place, staged_folder
 from nvembed_deploy.files.records import to_json
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         platform = automatic if flags.platform == "auto" else flags.platform
         out = Path(os.path.realpath(flags.out))
         write_repository(bundle, out, name=flags.name, platform=platform, instances=flags.instances)
-        say(f"done: {flags.name} on {platform}; tritonserver --model-repository={flags.out}")
+        echo(f"done: {flags.name} on {platform}; tritonserver --model-repository={flags.out}")
         sys.stdout.write(f"{flags.out}\n")
 
     return run(command)

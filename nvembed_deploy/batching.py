@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 LARGE_TOKENS = 1024
 """A batch of so many positions keeps a CPU or a GPU busy; below it, another row is worth its padding."""
-MOST_PADDING = 0.05
+MAX_PADDING = 0.05
 """Share of a large batch's positions that may be padding. Measured on six mixed data sets: padding falls from 6.9 % to
 4.5 % with 30 batches in place of 26, in the same time."""
 
@@ -27,7 +27,7 @@ def plan_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> I
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         positions = (len(batch) + 1) * width
         full = len(batch) == max_rows or positions > max_tokens
-        padded = len(batch) * width >= LARGE_TOKENS and positions - tokens - lengths[index] > MOST_PADDING * positions
+        padded = len(batch) * width >= LARGE_TOKENS and positions - tokens - lengths[index] > MAX_PADDING * positions
         if batch and (full or padded):
             yield batch
             batch, tokens = [], 0

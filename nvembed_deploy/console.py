@@ -16,7 +16,7 @@ from types import FrameType
 
 from nvembed_deploy.errors import DeployError
 
-WHOLE = "what stands at the destination is whole, as it was or as it shall be"
+DESTINATION_INTACT = "what stands at the destination is whole, as it was or as it shall be"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,7 +29,7 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     _let_any_text_be_written()
     in_main = threading.current_thread() is threading.main_thread()  # others may set no handlers
-    previous = signal.signal(signal.SIGTERM, _interrupt) if in_main else None
+    previous = signal.signal(signal.SIGTERM, interrupt) if in_main else None
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -37,13 +37,19 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
     except DeployError as err:
         return _fail(str(err))
     except KeyboardInterrupt:
-        return _fail(f"interrupted; {WHOLE}. Run the same command to start again")
+        return _fail(f"interrupted; {DESTINATION_INTACT}. Run the same command to start again")
+    except RuntimeError as err:
+        if "can't start new thread" not in str(err):
+            raise
+        return _fail(
+            "this process may start no more threads; raise the limit (ulimit -u, or the container's pids limit)"
+        )
     except BrokenPipeError:
         return _fail("the reader of the output went away")
     except OSError as err:
         if err.errno in DISK_FULL:
             return _fail(
-                f"the disk is full or the file would be too large ({err}); {WHOLE}. Free space or choose another --out"
+                f"the disk is full or the file would be too large ({err}); {DESTINATION_INTACT}. Free space or choose another --out"
             )
         if err.filename is None:
             raise
@@ -66,7 +72,7 @@ def program(command: str = "") -> str:
     return f"{'nvembed' if is_short else 'python -m nvembed_deploy'} {command}".rstrip()
 
 
-def say(message: str) -> None:
+def echo(message: str) -> None:
     """Tells the person at the terminal what happens; stdout is kept for results."""
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
@@ -86,13 +92,14 @@ def url_host(host: str) -> str:
 
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
     """In words alone: the line of code that warned says nothing to who typed a command."""
-    say(f"note: {message}")
+    echo(f"note: {message}")
 
 
 def _fail(message: str) -> int:
-    say(f"error: {message}")
+    echo(f"error: {message}")
     return 1
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """Handles SIGTERM as Ctrl-C."""
     raise KeyboardInterrupt

@@ -35,7 +35,7 @@ from nvembed_deploy.errors import (
 )
 from nvembed_deploy.files.hashing import hash_file
 from nvembed_deploy.files.hub import is_hub_name
-from nvembed_deploy.select_backend import Wish, open_backend
+from nvembed_deploy.select_backend import BackendRequest, open_backend
 from nvembed_deploy.tokenization import TextEncoder, TokenRow, check_pooled, check_texts
 
 WINDOW_TEXTS = 4096
@@ -460,7 +460,7 @@ class Encoder:
         """Runs batches in order, as many at a time as the backend gains by."""
         planned = list(batches)
         beside = self._backend.in_flight > 1 and len(planned) > 1
-        run = self._backend.run_beside if beside else self._backend.run
+        run = self._backend.run_concurrent if beside else self._backend.run
 
         def embed(indices: list[int]) -> tuple[list[int], Output]:
             return indices, run(self._text.pad([rows[index] for index in indices]))
@@ -515,7 +515,7 @@ def open_parts(
     path: str | Path, device: str, *, backend: str = "auto", threads: int | None = None
 ) -> tuple[Bundle, TextEncoder, Backend]:
     """Opens a bundle, its tokenizer and what shall run it, all of one generation; the errors are `Encoder`'s."""
-    wish = Wish.of(device, backend, threads)
+    wish = BackendRequest.of(device, backend, threads)
     for _ in range(OPEN_ATTEMPTS):
         bundle = Bundle.open(path)
         try:

@@ -7,7 +7,6 @@ agree: measured once for a bundle, a processor and the runtimes' versions, and k
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import logging
 import statistics
@@ -20,19 +19,25 @@ from pathlib import Path
 
 from nvembed_deploy.backends.base import Backend
 from nvembed_deploy.backends.cuda import CudaRuntime
-from nvembed_deploy.backends.ort import CPU, CPU_NOTES, GPU, OrtBackend, available_providers
+from nvembed_deploy.backends.ort import CPU, CPU_NOTES, GPU, OrtBackend, available_providers, onnxruntime_version
 from nvembed_deploy.backends.ov import OvBackend
 from nvembed_deploy.backends.trt import open_plan
-from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN
+from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, Manifest
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import program
-from nvembed_deploy.errors import BundleError, ConfigError, DeployError, DeviceMismatchError, MissingExtra
+from nvembed_deploy.errors import BundleError, ConfigError, DeployError, DeviceMismatchError, EngineError, MissingExtra
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.files.records import from_json
 from nvembed_deploy.parity.compare import compare, compute_reference_outputs
 from nvembed_deploy.parity.probes import PROBES
-from nvembed_deploy.spec import Precision, Shape
-from nvembed_deploy.system import available_memory_bytes, cache_folder, describe_machine, installed_versions
+from nvembed_deploy.spec import Dialect, Precision, Shape
+from nvembed_deploy.system import (
+    available_memory_bytes,
+    cache_folder,
+    describe_machine,
+    installed_versions,
+    is_installed,
+)
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch
 
 _log = logging.getLogger(__name__)
@@ -41,10 +46,12 @@ ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 REPEATS = 5
 LONG_SECONDS = 1.0
 """A batch that takes longer is run once: the models that large are not decided by noise."""
-COMPARED = Shape(batch=8, tokens=128)
+MAX_COMPARED_SHAPE = Shape(batch=8, tokens=128)
 """Largest batch of the comparison. The bundle's own gate has compared the longest inputs."""
 COPIES = 3
 """Memory that both runtimes together may take, in files of weights: OpenVINO packs a second copy."""
+MIN_FUSED_VERSION = (1, 25)
+"""ONNX Runtime with fast CPU kernels for FP16 in opset 23: a text of 402 tokens took 8.8 s in 1.24, 0.3 s in 1.25."""
 MAX_THREADS = 1024
 """More than any machine has cores; beyond it runtimes end the process rather than raise."""
 EXACT = (Precision.FP32, Precision.FP16)
@@ -61,7 +68,7 @@ class Runtime(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class BackendRequest:
     """What the user asked for."""
 
     device: str
@@ -71,7 +78,7 @@ class Wish:
     """Threads that compute on a CPU; None leaves it to the runtime."""
 
     @classmethod
-    def of(cls, device: str, backend: str, threads: int | None) -> Wish:
+    def of(cls, device: str, backend: str, threads: int | None) -> BackendRequest:
         """Reads what was passed to `Encoder`.
 
         Raises:
@@ -91,7 +98,7 @@ class Wish:
             raise ConfigError("backend='tensorrt' runs on GPUs and device is 'cpu'; pass device='cuda'")
         return wish
 
-    def for_file(self, name: str) -> Wish:
+    def for_file(self, name: str) -> BackendRequest:
         """The wish of who names `model.onnx`: ONNX Runtime, unless another runtime is asked for."""
         return replace(self, runtime=Runtime.ONNXRUNTIME) if name == GRAPH and self.runtime is Runtime.AUTO else self
 
@@ -108,7 +115,7 @@ class Wish:
         raise ConfigError(f"device is {self.device!r}; pass 'auto', 'cpu', 'cuda' or 'cuda:N'")
 
 
-def open_backend(bundle: Bundle, text: TextEncoder, name: str, wish: Wish) -> Backend:
+def open_backend(bundle: Bundle, text: TextEncoder, name: str, wish: BackendRequest) -> Backend:
     """The best backend that the wish allows.
 
     Args:
@@ -188,7 +195,7 @@ def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
             ordered = ordered[1:]
 
 
-def _on_cpu(bundle: Bundle, text: TextEncoder, wish: Wish) -> Backend:
+def _on_cpu(bundle: Bundle, text: TextEncoder, wish: BackendRequest) -> Backend:
     makers: dict[str, Callable[[], Backend]] = {
         ONNXRUNTIME: functools.partial(_ort_on_cpu, bundle, wish.threads),
         OPENVINO: functools.partial(_openvino, bundle, wish.threads),
@@ -215,6 +222,7 @@ def _openvino(bundle: Bundle, threads: int | None) -> Backend:
 
 def _ort_on_cpu(bundle: Bundle, threads: int | None) -> Backend:
     graph = _cpu_graph(bundle)
+    _note_old_onnxruntime(bundle.manifest)
     return OrtBackend(
         bundle.folder / graph,
         bundle=bundle,
@@ -222,6 +230,28 @@ def _ort_on_cpu(bundle: Bundle, threads: int | None) -> Backend:
         dimension=bundle.manifest.dimension,
         threads=threads,
     )
+
+
+def _note_old_onnxruntime(manifest: Manifest) -> None:
+    """Tells who runs a graph in the fused dialect on an ONNX Runtime whose kernels for it are missing or very slow.
+
+    Raises:
+        EngineError: The graph is quantized, which those versions cannot load in that dialect.
+    """
+    version = onnxruntime_version()
+    if manifest.dialect is not Dialect.FUSED or tuple(map(int, version.split(".")[:2])) >= MIN_FUSED_VERSION:
+        return
+    cure = (
+        f"export it again with --dialect portable, or use ONNX Runtime {MIN_FUSED_VERSION[0]}.{MIN_FUSED_VERSION[1]} or "
+        "newer, which needs Python 3.11"
+    )
+    if manifest.precision.quantized:
+        raise EngineError(f"ONNX Runtime {version} cannot load a quantized graph in the fused dialect; {cure}")
+    if manifest.precision is Precision.FP16:
+        warnings.warn(
+            f"ONNX Runtime {version} runs FP16 graphs in the fused dialect 30 times slower than later ones; {cure}",
+            stacklevel=5,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +280,9 @@ def fastest_cpu_runtime(
         makers: Opens each runtime, by name.
         threads: As the user gave it: the choice depends on it.
     """
-    if importlib.util.find_spec(OPENVINO) is None:
+    if not is_installed(OPENVINO):
         return ONNXRUNTIME, None
-    if importlib.util.find_spec(ONNXRUNTIME) is None:
+    if not is_installed(ONNXRUNTIME):
         return OPENVINO, None
     path = cache_path(bundle, threads)
     if (known := read_choice(path)) is not None:
@@ -281,12 +311,12 @@ def measure_cpu_runtimes(
     try:
         other = makers[OPENVINO]()
         precision = bundle.manifest.precision
-        reference_outputs = compute_reference_outputs(trusted, text, precision=precision, max_shape=COMPARED)
-        report = compare(reference_outputs, other, text, precision=precision, max_shape=COMPARED)
+        reference_outputs = compute_reference_outputs(trusted, text, precision=precision, max_shape=MAX_COMPARED_SHAPE)
+        report = compare(reference_outputs, other, text, precision=precision, max_shape=MAX_COMPARED_SHAPE)
     except DeployError as err:
         reason = f"openvino does not run this graph: {err}"
         return CpuChoice(backend=ONNXRUNTIME, reason=reason, single_ms={}, batch_ms={}, min_cosine=None), trusted
-    rows = text.tokenize([body for _, body in PROBES], max_length=COMPARED.tokens)
+    rows = text.tokenize([body for _, body in PROBES], max_length=MAX_COMPARED_SHAPE.tokens)
     backends = {ONNXRUNTIME: trusted, OPENVINO: other}
     single = _times_ms(backends, text.pad(rows[:1]))
     batch = _times_ms(backends, text.pad(rows))

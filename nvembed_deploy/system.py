@@ -34,7 +34,7 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            if importlib.util.find_spec(name) is not None:
+            if is_installed(name):
                 versions[name] = str(importlib.import_module(name).__version__)
     return versions
 
@@ -93,6 +93,12 @@ def return_large_blocks() -> None:
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
+def is_installed(package: str) -> bool:
+    """Returns True if a package can be imported; a folder of its name in the working directory does not count."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def available_memory_bytes() -> int | None:

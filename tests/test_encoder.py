@@ -150,7 +150,7 @@ def test_batches_in_flight_keep_their_order(encoder: Encoder, monkeypatch: pytes
         time.sleep(0.001)  # or all of them have failed before the first is looked at
         raise EngineError("no")
 
-    monkeypatch.setattr(encoder._backend, "run_beside", fails)
+    monkeypatch.setattr(encoder._backend, "run_concurrent", fails)
     with pytest.raises(EngineError, match="no"):
         encoder.encode(["text"] * 1000, batch_size=1)
     assert len(calls) < 1000

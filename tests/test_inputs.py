@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvembed_deploy import ConfigError, Encoder, InputTypeError, system
+from nvembed_deploy import ConfigError, Encoder, EngineError, InputTypeError, select_backend, system
+from nvembed_deploy.backends import no_telemetry
 from nvembed_deploy.files.json_lines import read_rows
 from tests.readme import ROOT
 
@@ -98,3 +99,31 @@ def test_the_smallest_limit_of_all_control_groups_counts(monkeypatch: pytest.Mon
     assert system.available_memory_bytes() == 4300
     write(tmp_path / "cgroup" / "memory" / "docker" / "one", first, "3000", 1000, 100)
     assert system.available_memory_bytes() == 2100
+
+
+def test_a_folder_called_like_a_package_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not system.is_installed("no_such_package")
+    assert system.is_installed("numpy")
+    assert system.installed_versions(["no_such_package"]) == {}
+
+
+def test_an_old_onnxruntime_is_told_with_the_cure(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_backend, "onnxruntime_version", lambda: "1.23.2")
+    with pytest.warns(UserWarning, match=r"ONNX Runtime 1\.23\.2 runs FP16 graphs .* --dialect portable"):
+        Encoder(bundles["fp16"], device="cpu", backend="onnxruntime")
+    with pytest.raises(EngineError, match=r"cannot load a quantized graph in the fused dialect; .* --dialect portable"):
+        Encoder(bundles["int8"], device="cpu", backend="onnxruntime")
+    Encoder(bundles["fp32"], device="cpu", backend="onnxruntime")
+
+
+def test_a_user_without_a_home_can_embed(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with no_telemetry.without_openvino_telemetry():
+        pass
+    assert Encoder(bundles["fp32"], device="cpu").encode("a").shape == (32,)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.backends.bindings import TENSORRT_RTX
-from nvembed_deploy.console import say
+from nvembed_deploy.console import echo
 from nvembed_deploy.engines.targets import TARGETS, BuildOption, runs_on
 from nvembed_deploy.model.family import MODEL_FAMILIES
 from nvembed_deploy.spec import Precision
@@ -359,7 +359,7 @@ def main() -> int:
     """Runs the command."""
     for page in pages():
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
-    say(f"done: {', '.join(page.name for page in pages())}")
+    echo(f"done: {', '.join(page.name for page in pages())}")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.app.command import QUIET, listen_port, make_page
-from nvembed_deploy.console import run, say
+from nvembed_deploy.console import echo, run
 
 OUT = Path("docs") / "app"
 QUERY = "how do I read a CSV file?"
@@ -91,7 +91,7 @@ def _other_views(page: Any) -> None:
 def _save_screenshot(page: Any, name: str) -> None:
     path = OUT / f"{name}.png"
     page.screenshot(path=path)
-    say(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+    echo(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -99,8 +99,8 @@ FAULTS = (
     Fault(
         name="a failed command exits 0",
         path="nvembed_deploy/console.py",
-        before='    say(f"error: {message}")\n    return 1\n',
-        after='    say(f"error: {message}")\n    return 0\n',
+        before='    echo(f"error: {message}")\n    return 1\n',
+        after='    echo(f"error: {message}")\n    return 0\n',
         tests=("tests/export/test_commands.py",),
     ),
 )

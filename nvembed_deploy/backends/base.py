@@ -39,7 +39,7 @@ class Backend(Protocol):
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch."""
 
-    def run_beside(self, batch: TokenBatch) -> Output:
+    def run_concurrent(self, batch: TokenBatch) -> Output:
         """As `run`, where others follow and `in_flight` of them run at a time."""
 
 
@@ -60,4 +60,4 @@ class ClosedBackend:
         """
         raise EngineError("this Encoder was closed; open the bundle again")
 
-    run_beside = run
+    run_concurrent = run

@@ -23,7 +23,7 @@ CURES = {
 RTX_GPUS = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities that TensorRT-RTX 1.7 builds for by default ahead of time; 7.5 and 12.1 exist on request. On an
 H200 (9.0) it says that it does not support it."""
-KEPT_ERRORS = 100
+MAX_KEPT_ERRORS = 100
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def make_logger(bindings: Any) -> Any:
             if level == logging.ERROR:
                 self.errors.append(message.strip())
                 self.errors_seen += 1
-                del self.errors[:-KEPT_ERRORS]  # a process that runs for months shall not grow
+                del self.errors[:-MAX_KEPT_ERRORS]  # a process that runs for months shall not grow
                 level = logging.INFO  # the caller raises them as one sentence
             _log.log(level, "TensorRT: %s", message.strip())
 

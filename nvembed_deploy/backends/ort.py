@@ -25,7 +25,7 @@ CPU_NOTES = {
 """Note on the name of a backend that runs `model.cpu.onnx`, by the precision of what is not quantized."""
 CPU = "CPUExecutionProvider"
 GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
-WHOLE_PRODUCTS = ("session.x64quantprecision", "1")
+X64_QUANT_PRECISION = ("session.x64quantprecision", "1")
 """Unsigned weights on CPUs whose products of unsigned and signed codes overflow, see `eight_bit_products_overflow`: an
 INT8 bundle's mean error was 8 times as large without, and it was hardly faster (AMD EPYC of the third generation)."""
 GIB = 2**30
@@ -84,7 +84,7 @@ class OrtBackend:
         if threads is not None:
             options.intra_op_num_threads = threads
         options.log_severity_level = FATAL_SEVERITY
-        options.add_session_config_entry(*WHOLE_PRODUCTS)
+        options.add_session_config_entry(*X64_QUANT_PRECISION)
         if as_written:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
@@ -132,7 +132,17 @@ class OrtBackend:
             )
         return Output(embeddings, norms)
 
-    run_beside = run
+    run_concurrent = run
+
+
+def onnxruntime_version() -> str:
+    """Returns the version of the installed ONNX Runtime.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    version: str = _onnxruntime().__version__
+    return version
 
 
 def _open_session(ort: Any, graph: Path, options: Any, providers: list[Any], bundle: Bundle | None) -> Any:

@@ -25,7 +25,7 @@ LOW_PRECISION = "LP_TRANSFORMS_MODE"
 THREADS = "INFERENCE_NUM_THREADS"
 STREAMS = 8
 """Most batches at a time; the values between the layers of each take memory of their own."""
-STREAMED_BYTES = 2**30
+MAX_STREAMED_BYTES = 2**30
 """Most weights of a model of which a second copy is packed for streams; a larger one's layers keep all cores busy."""
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class OvBackend:
                 f"{graph} has tensors {sorted(found)}, not {INPUTS + OUTPUTS}; it was not made by this toolkit"
             )
         weights = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
-        self._most = min(STREAMS, self._whole.get_property(THREADS)) if weights <= STREAMED_BYTES else 1
+        self._most = min(STREAMS, self._whole.get_property(THREADS)) if weights <= MAX_STREAMED_BYTES else 1
         # Kept, since the file may be another bundle's by the time that streams are made.
         self._graph = model if self._most > 1 else None
         self._streams: Any = None
@@ -100,7 +100,7 @@ class OvBackend:
         """
         return self._run(batch, alone=True)
 
-    def run_beside(self, batch: TokenBatch) -> Output:
+    def run_concurrent(self, batch: TokenBatch) -> Output:
         """As `run`, in streams from the first batch on: its values would take up room in the other copy as well."""
         return self._run(batch, alone=False)
 
@@ -175,6 +175,8 @@ def _openvino() -> Any:
         raise MissingExtra(
             f"OpenVINO is not installed ({err}); install it: pip install 'nvembed-deploy[openvino]'"
         ) from err
+    if not hasattr(openvino, "Core"):  # a folder of that name in the working directory
+        raise MissingExtra("OpenVINO is not installed; install it: pip install 'nvembed-deploy[openvino]'")
     return openvino
 
 

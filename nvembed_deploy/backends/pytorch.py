@@ -47,4 +47,4 @@ class PyTorchBackend:
         embeddings, norms = self.model(*(torch.from_numpy(part).to(self._device) for part in batch))
         return Output(embeddings.cpu().numpy(), norms.cpu().numpy())
 
-    run_beside = run
+    run_concurrent = run

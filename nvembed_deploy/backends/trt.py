@@ -146,7 +146,7 @@ class TrtBackend:
         self._keep_kernels((index, shape))
         return Output(output.embeddings[:rows], output.norms[:rows])
 
-    run_beside = run
+    run_concurrent = run
 
     def _borrow(self) -> _Worker:
         """An idle worker, or a new one while there may be more of them; waits otherwise."""

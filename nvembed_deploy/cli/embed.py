@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.files.atomic import staged_file
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             return
         with staged_file(flags.out) as file:
             count = write(file, rows, encoder.dimension)
-        say(f"done: {count} texts on {encoder.backend}")
+        echo(f"done: {count} texts on {encoder.backend}")
         sys.stdout.write(f"{flags.out}\n")
 
     return run(command)

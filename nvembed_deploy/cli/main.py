@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nvembed_deploy.console import program, say
+from nvembed_deploy.console import echo, interrupt, program
 from nvembed_deploy.version import __version__
 
 
@@ -66,20 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     every = {name: command for group in COMMANDS.values() for name, command in group.items()}
     if name not in every:
-        say(f"error: {program()} has no command {name!r}{_did_you_mean(name, every)}; see: {program()} --help")
+        echo(f"error: {program()} has no command {name!r}{_did_you_mean(name, every)}; see: {program()} --help")
         return 2
     if not is_installed(every[name]):
-        say(
+        echo(
             f"error: {program(name)} is not part of this installation, which has what a device needs to run a bundle; "
             "install nvembed-deploy itself for it"
         )
         return 1
+    if argv is None:  # a process of its own: as PID 1 of a container it would ignore the signal while it imports
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         module = importlib.import_module(f"nvembed_deploy.{every[name].module}")
     except ModuleNotFoundError as err:
         if err.name not in BASE_PACKAGES:
             raise
-        say(f"error: {err.name} is not installed for {sys.executable}; pip install {' '.join(BASE_PACKAGES)}")
+        echo(f"error: {err.name} is not installed for {sys.executable}; pip install {' '.join(BASE_PACKAGES)}")
+        return 1
+    except KeyboardInterrupt:
+        echo("error: interrupted")
         return 1
     code: int = module.main(arguments[1:], prog=program(name))
     return code

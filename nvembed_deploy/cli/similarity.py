@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         if not flags.query:
             right = int((scores.argmax(axis=1) == np.arange(len(PAIRS))).sum())
             what += f"; {right} of {len(PAIRS)} questions rank their own passage first"
-        say(f"done: {what}")
+        echo(f"done: {what}")
 
     return run(command)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvembed_deploy.console import program, run, say
+from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.errors import ConfigError, MissingExtra, ParityError
 from nvembed_deploy.files.records import to_json
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
                 f"{len(comparison.failures)} of {len(comparison.results)} tasks are beyond the tolerance; the worst is "
                 f"{worst.task} with {worst.difference:+.3f} points. Do not ship this engine"
             )
-        say(f"done: {len(comparison.results)} tasks within the tolerance of {comparison.precision.value}")
+        echo(f"done: {len(comparison.results)} tasks within the tolerance of {comparison.precision.value}")
 
     return run(command)
 
@@ -115,7 +115,7 @@ def _write(comparison: Comparison, folder: Path) -> None:
     (folder / "parity.json").write_text(json.dumps(to_json(comparison), indent=1) + "\n", encoding="utf-8")
     (folder / "parity.md").write_text(as_table(comparison), encoding="utf-8")
     draw_differences(comparison, folder / "parity.png")
-    say(f"  wrote {folder}/parity.json, parity.md and parity.png")
+    echo(f"  wrote {folder}/parity.json, parity.md and parity.png")
 
 
 def _quiet_libraries() -> None:

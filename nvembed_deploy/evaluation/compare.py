@@ -10,7 +10,7 @@ from typing import Any
 
 import mteb
 
-from nvembed_deploy.console import say
+from nvembed_deploy.console import echo
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.evaluation.model import MtebModel, revision
 from nvembed_deploy.evaluation.published import published_scores
@@ -112,9 +112,9 @@ def compare(
     """
     mteb_tasks = [local_task.task for local_task in tasks]
     if reference_scores is None:
-        say(f"  {len(mteb_tasks)} tasks on {reference.backend} ...")
+        echo(f"  {len(mteb_tasks)} tasks on {reference.backend} ...")
         reference_scores = scores(reference, mteb_tasks)
-    say(f"  {len(mteb_tasks)} tasks on {encoder.backend} ...")
+    echo(f"  {len(mteb_tasks)} tasks on {encoder.backend} ...")
     engine_scores = scores(encoder, mteb_tasks)
     published = published_scores(encoder.manifest.source.name)
     precision = encoder.manifest.precision

@@ -10,8 +10,10 @@ import ctypes
 import errno
 import fcntl
 import glob
+import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,9 @@ from typing import BinaryIO
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -36,7 +41,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     prefix = f".{destination.name}.staging-"
     folder, lock = _new_locked_folder(prefix, destination.parent)
     try:
-        folder.chmod(0o755)
+        folder.chmod(stat.S_IMODE(folder.stat().st_mode) & stat.S_ISGID | 0o777 & ~_umask())
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -122,14 +127,14 @@ def staged_file(destination: Path) -> Iterator[BinaryIO]:
     prefix = f".{destination.name}.part-"
     for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
         with suppress(OSError), leftover.open("rb") as abandoned:
-            fcntl.flock(abandoned, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(abandoned.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
     temporary, file = _new_locked_file(prefix, destination.parent)
     try:
         with file:
             yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
             temporary.replace(destination)
         fsync(destination.parent)
@@ -144,12 +149,45 @@ def free_bytes(path: Path) -> int:
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
+    """Flushes a file or a folder to the disk.
+
+    Some file systems (shared folders of virtual machines, old network ones) know no flush of a folder: they are left to
+    write it when they do, since the alternative is to fail behind hours of work.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as err:
+        if not (path.is_dir() and err.errno in _NO_FOLDER_FLUSH):
+            raise
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, operation: int) -> None:
+    """Locks a file or a folder where the file system knows locks; elsewhere a warning says that two runs may collide.
+
+    Raises:
+        OSError: Another process holds the lock.
+    """
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as err:
+        if err.errno not in _NO_LOCKS:
+            raise
+        if operation & fcntl.LOCK_NB:
+            raise  # nobody knows whether it is abandoned, so it stays
+        _log.warning("this file system has no locks (%s): do not run two exports to one folder", err.strerror)
+
+
+def _umask() -> int:
+    """Returns the process's mask of permissions, without changing it for a moment where Linux tells it."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _new_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
@@ -161,7 +199,7 @@ def _new_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, fcntl.LOCK_EX)
             if folder.exists():
                 return folder, lock
             os.close(lock)
@@ -172,7 +210,7 @@ def _new_locked_file(prefix: str, parent: Path) -> tuple[Path, BinaryIO]:
     while True:
         descriptor, name = tempfile.mkstemp(prefix=prefix, dir=parent)
         file = os.fdopen(descriptor, "wb")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file.fileno(), fcntl.LOCK_EX)
         if Path(name).exists():
             return Path(name), file
         file.close()
@@ -182,7 +220,7 @@ def _remove_if_abandoned(folder: Path) -> None:
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)

@@ -14,7 +14,7 @@ from nvembed_deploy.backends.ort import CPU_NOTES, OrtBackend
 from nvembed_deploy.backends.trt import TrtBackend
 from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PlanInfo
 from nvembed_deploy.bundle.parity_report import ParityReport
-from nvembed_deploy.console import program, say
+from nvembed_deploy.console import echo, program
 from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
 from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.parity.compare import compare, require_mask, require_passed
@@ -70,7 +70,7 @@ class Gate:
             candidate = TrtBackend(content, plan_info, dimension=dim, device=device, cuda=cuda, graph=graph)
         except (DeviceMismatchError, MissingExtra) as err:
             cure = f"To check it on its GPU: {program('check')} BUNDLE --device cuda"
-            say(f"  the plan was not run ({err}); its graph is compared instead. {cure}")
+            echo(f"  the plan was not run ({err}); its graph is compared instead. {cure}")
             return []
         with step("comparing the plan with PyTorch"):
             return [self._check(candidate)]
@@ -78,7 +78,7 @@ class Gate:
     def _check(self, candidate: Backend) -> ParityReport:
         require_mask(candidate, self.text, self.model.mask)  # first, because the vectors may not reveal a wrong mask
         report = compare(self.reference, candidate, self.text, precision=self.precision, max_shape=self.max_shape)
-        say(f"  {report.summary()}")
+        echo(f"  {report.summary()}")
         return require_passed(report)
 
 
@@ -95,6 +95,6 @@ def verdict(reports: Sequence[ParityReport], plan_info: PlanInfo | None) -> str:
 def step(description: str) -> Iterator[None]:
     """Prints the description of a step, and its duration when the step is done."""
     started = time.monotonic()
-    say(f"  {description} ...")
+    echo(f"  {description} ...")
     yield
-    say(f"  {description}: {time.monotonic() - started:.1f} s")
+    echo(f"  {description}: {time.monotonic() - started:.1f} s")

@@ -27,7 +27,7 @@ from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, DeadlineError, DeployError, InputError, InputTypeError, OverloadedError
 from nvembed_deploy.serve.connection import BusyLimit
 from nvembed_deploy.serve.metrics import Metrics
-from nvembed_deploy.serve.requests import EmbeddingsBody, Limits, Refused, parse
+from nvembed_deploy.serve.requests import EmbeddingsBody, Limits, RequestError, parse
 from nvembed_deploy.tokenization import TokenRow
 from nvembed_deploy.version import __version__
 
@@ -35,7 +35,7 @@ HEALTH_TEXT = "Is the engine well?"
 HEALTH_SECONDS = 1.0
 """A finding of the health check is as good as new for so long: many probes shall not keep the engine busy."""
 RETRY_SECONDS = 1
-CLIENT_GONE = 499
+CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that went away; nobody reads the answer, the metrics count it."""
 _log = logging.getLogger(__name__)
 
@@ -74,39 +74,39 @@ class Service:
             answer = await asyncio.wait_for(self._answer(request, started), self.limits.seconds)
         except (asyncio.TimeoutError, DeadlineError):
             answer = _error(
-                Refused(504, f"no answer within {self.limits.seconds:g} s; send fewer texts or try again later")
+                RequestError(504, f"no answer within {self.limits.seconds:g} s; send fewer texts or try again later")
             )
         except ClientDisconnect:
-            answer = _error(Refused(CLIENT_GONE, "the client went away"))
-        except Refused as err:
+            answer = _error(RequestError(CLIENT_CLOSED_REQUEST, "the client went away"))
+        except RequestError as err:
             answer = _error(err)
         except Exception:  # a fault of ours: logged with its trace, counted, and answered in the form that clients read
             _log.exception("a request failed")
-            answer = _error(Refused(500, "the server failed on this request; its log says why"))
+            answer = _error(RequestError(500, "the server failed on this request; its log says why"))
         self.metrics.requests.labels(str(answer.status_code)).inc()
         if answer.status_code == 200:
             self.metrics.seconds.observe(time.perf_counter() - started)
         return answer
 
     async def _answer(self, request: Request, started: float) -> Response:
-        """The vectors of a request; what goes wrong is a `Refused`."""
+        """The vectors of a request; what goes wrong is a `RequestError`."""
         loop = asyncio.get_running_loop()
         content = await _read(request, self.limits.body_bytes)
         body, texts = await loop.run_in_executor(self.text_pool, parse, content, self.limits)
         if body.model != self.name:
             message = f"there is no model {body.model[:100]!r} here; it is {self.name!r}"
-            raise Refused(404, message, param="model", code="model_not_found")
+            raise RequestError(404, message, param="model", code="model_not_found")
         try:
             remaining_seconds = self.limits.seconds - (time.perf_counter() - started)
             reservation = self.coalescer.reserve(len(texts), max_seconds=remaining_seconds)  # before tokenization
         except OverloadedError as err:
-            raise Refused(429, str(err), code="overloaded") from err
+            raise RequestError(429, str(err), code="overloaded") from err
         try:
             rows = await loop.run_in_executor(self.text_pool, _tokenize, self.encoder, body, texts)
             tokens = sum(map(len, rows))
             if tokens > self.limits.tokens:
                 message = f"'input' has {tokens} tokens, at most {self.limits.tokens} are taken; split it"
-                raise Refused(422, message, param="input")
+                raise RequestError(422, message, param="input")
             vectors = await self._embed(request, reservation, rows, body.dimensions)
         finally:
             reservation.release()
@@ -123,22 +123,22 @@ class Service:
         try:
             future = asyncio.wrap_future(reservation.submit(rows, dimensions=dimensions))
         except OverloadedError as err:
-            raise Refused(503, str(err), code="overloaded") from err
+            raise RequestError(503, str(err), code="overloaded") from err
         gone = asyncio.ensure_future(_gone(request))
         try:
             await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
             if not future.done():
-                raise Refused(CLIENT_GONE, "the client went away")
+                raise RequestError(CLIENT_CLOSED_REQUEST, "the client went away")
             return future.result()
         except DeadlineError:
             raise
         except OverloadedError as err:  # the server is stopping
-            raise Refused(503, str(err), code="overloaded") from err
+            raise RequestError(503, str(err), code="overloaded") from err
         except ConfigError as err:
-            raise Refused(400, str(err), param="dimensions") from err
+            raise RequestError(400, str(err), param="dimensions") from err
         except DeployError as err:
             _log.error("a request failed: %s", err)
-            raise Refused(500, "the engine failed on this request; the server's log says why") from err
+            raise RequestError(500, "the engine failed on this request; the server's log says why") from err
         finally:
             future.cancel()
             gone.cancel()
@@ -176,7 +176,7 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, err: HTTPException) -> Response:
-        return _error(Refused(err.status_code, f"{request.method} {request.url.path[:100]}: {err.detail}"))
+        return _error(RequestError(err.status_code, f"{request.method} {request.url.path[:100]}: {err.detail}"))
 
     @app.post("/v1/embeddings", openapi_extra=schema)
     async def embeddings(request: Request) -> Response:
@@ -192,7 +192,7 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
     async def model(model_id: str) -> Response:
         if model_id != name:
             message = f"there is no model {model_id[:100]!r} here; it is {name!r}"
-            return _error(Refused(404, message, param="model", code="model_not_found"))
+            return _error(RequestError(404, message, param="model", code="model_not_found"))
         return JSONResponse(description)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
@@ -211,12 +211,12 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
 
 async def _read(request: Request, most: int) -> bytes:
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise Refused(415, "compressed bodies are not taken; send the JSON as it is")
+        raise RequestError(415, "compressed bodies are not taken; send the JSON as it is")
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > most:
-            raise Refused(413, f"the body is larger than {most} bytes; send fewer texts a request")
+            raise RequestError(413, f"the body is larger than {most} bytes; send fewer texts a request")
         parts.append(part)
     return b"".join(parts)
 
@@ -227,9 +227,9 @@ def _tokenize(encoder: Encoder, body: EmbeddingsBody, texts: list[str]) -> list[
             texts, instruction=body.instruction, prompt_name=body.prompt_name, truncate=body.truncate
         )
     except (InputError, InputTypeError) as err:
-        raise Refused(422, str(err), param="input") from err
+        raise RequestError(422, str(err), param="input") from err
     except ConfigError as err:
-        raise Refused(400, str(err)) from err
+        raise RequestError(400, str(err)) from err
 
 
 async def _gone(request: Request) -> None:
@@ -248,7 +248,7 @@ def _rendered(vectors: NDArray[np.float32], form: str | None, name: str, tokens:
     return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _error(err: Refused) -> Response:
+def _error(err: RequestError) -> Response:
     """OpenAI's form of an error."""
     kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
     content = {"message": err.message, "type": kinds.get(err.status, "invalid_request_error")}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from nvembed_deploy.coalescer import DEFAULT_MAX_WAITING
-from nvembed_deploy.console import program, run, say, url_host
+from nvembed_deploy.console import echo, program, run, url_host
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 
@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         server = uvicorn.Server(config)
         listener.listen(BACKLOG)  # who connects from here on waits, and is not refused
         port = listener.getsockname()[1]
-        say(f"serving {name} on {encoder.backend}")
+        echo(f"serving {name} on {encoder.backend}")
         sys.stdout.write(f"http://{url_host(flags.host)}:{port}/v1\n")
         sys.stdout.flush()
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once all requests have ended
             server.run(sockets=[listener])
-        say("stopped")
+        echo("stopped")
 
     return run(command, verbose=flags.verbose)
 

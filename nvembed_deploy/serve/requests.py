@@ -10,7 +10,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is answered with an error.
 
     Args:
@@ -43,7 +43,7 @@ class Limits:
     """From the request's arrival to its answer; a request that waits longer gives its place up."""
 
 
-EXPLAINED_BYTES = 64 * 2**10
+MAX_EXPLAINED_BYTES = 64 * 2**10
 """Of a body that is no JSON: larger ones are not read a second time for a better message."""
 
 
@@ -80,13 +80,13 @@ def parse(content: bytes, limits: Limits) -> tuple[EmbeddingsBody, list[str]]:
         The body, and its texts.
 
     Raises:
-        Refused: It is no such body, or more than the limits allow.
+        RequestError: It is no such body, or more than the limits allow.
     """
     value = _read_json(content)
     if not isinstance(value, dict):
-        raise Refused(400, f"the body is a {type(value).__name__}; send an object with 'input' and 'model'")
+        raise RequestError(400, f"the body is a {type(value).__name__}; send an object with 'input' and 'model'")
     if unknown := value.keys() - EmbeddingsBody.model_fields.keys():
-        raise Refused(400, f"{min(unknown)[:100]!r} is not known; {FIELDS}", param=min(unknown)[:100])
+        raise RequestError(400, f"{min(unknown)[:100]!r} is not known; {FIELDS}", param=min(unknown)[:100])
     try:
         body = EmbeddingsBody.model_validate(value)
     except ValidationError as err:
@@ -95,7 +95,7 @@ def parse(content: bytes, limits: Limits) -> tuple[EmbeddingsBody, list[str]]:
         message = (
             f"'instruction' has {len(body.instruction or '')} characters, at most {limits.instruction_chars} are taken"
         )
-        raise Refused(422, f"{message}; shorten it", param="instruction")
+        raise RequestError(422, f"{message}; shorten it", param="instruction")
     return body, _texts(body.input, limits)
 
 
@@ -103,48 +103,48 @@ def _read_json(content: bytes) -> object:
     """Reads JSON, large bodies as fast as they can be: the interpreter answers nobody meanwhile.
 
     Raises:
-        Refused: It is no JSON.
+        RequestError: It is no JSON.
     """
     try:
         return orjson.loads(content)
     except orjson.JSONDecodeError as err:
         if "depth" in str(err):
-            raise Refused(400, "the body is nested too deeply; send an object with 'input' and 'model'") from err
-        if len(content) > EXPLAINED_BYTES:
-            raise Refused(400, f"the body is no JSON ({err}); send an object with 'input' and 'model'") from err
+            raise RequestError(400, "the body is nested too deeply; send an object with 'input' and 'model'") from err
+        if len(content) > MAX_EXPLAINED_BYTES:
+            raise RequestError(400, f"the body is no JSON ({err}); send an object with 'input' and 'model'") from err
     try:
         # orjson refuses more than the standard library: half surrogate pairs, NaN. What is wrong is told by its place.
         return json.loads(content)
     except RecursionError as err:
-        raise Refused(400, "the body is nested too deeply; send an object with 'input' and 'model'") from err
+        raise RequestError(400, "the body is nested too deeply; send an object with 'input' and 'model'") from err
     except ValueError as err:
-        raise Refused(400, f"the body is no JSON ({err}); send an object with 'input' and 'model'") from err
+        raise RequestError(400, f"the body is no JSON ({err}); send an object with 'input' and 'model'") from err
 
 
 def _texts(found: object, limits: Limits) -> list[str]:
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, list):
-        raise Refused(400, "'input' is neither a string nor a list of strings", param="input")
+        raise RequestError(400, "'input' is neither a string nor a list of strings", param="input")
     if not texts:
-        raise Refused(400, "'input' is an empty list; send at least one text", param="input")
+        raise RequestError(400, "'input' is an empty list; send at least one text", param="input")
     for item in texts:
         if isinstance(item, (int, list)):
             message = "'input' holds numbers or token ids; this server takes texts, and tokenizes them itself"
-            raise Refused(400, message, param="input")
+            raise RequestError(400, message, param="input")
         if not isinstance(item, str):
-            raise Refused(400, "'input' is neither a string nor a list of strings", param="input")
+            raise RequestError(400, "'input' is neither a string nor a list of strings", param="input")
     if len(texts) > limits.texts:
-        raise Refused(422, f"'input' has {len(texts)} texts, at most {limits.texts} are taken; split it", param="input")
+        raise RequestError(422, f"'input' has {len(texts)} texts, at most {limits.texts} are taken; split it", param="input")
     for index, text in enumerate(texts):
         if len(text) > limits.text_chars:
             message = f"text {index} has {len(text)} characters, at most {limits.text_chars} are taken; cut it"
-            raise Refused(422, message, param="input")
+            raise RequestError(422, message, param="input")
     return texts
 
 
-def _explained(err: ValidationError) -> Refused:
+def _explained(err: ValidationError) -> RequestError:
     """Pydantic's first finding in one sentence."""
     first = err.errors(include_url=False, include_input=False)[0]
     name = str(first["loc"][0])
     message = f"'{name}' is missing" if first["type"] == "missing" else f"'{name}' does not fit: {first['msg'].lower()}"
-    return Refused(400, f"{message}; {FIELDS}", param=name)
+    return RequestError(400, f"{message}; {FIELDS}", param=name)

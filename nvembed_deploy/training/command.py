@@ -125,7 +125,7 @@ def _run_data(options: argparse.Namespace) -> Path:
     if options.exclude:
         examples = read_exclusion(options.exclude).filter(examples)
     count = write_examples(options.out, examples)
-    console.say(f"{count} examples")
+    console.echo(f"{count} examples")
     out: Path = options.out
     return out
 
@@ -355,5 +355,5 @@ def _run_ablate(options: argparse.Namespace) -> Path:
     (out / "ablation.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (out / "ablation.md").write_text(ablation.as_table(record), encoding="utf-8")
     plot_ablation(record, out / "ablation.png")
-    console.say(ablation.as_table(record))
+    console.echo(ablation.as_table(record))
     return out

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvembed_deploy.console import program, say
+from nvembed_deploy.console import echo, program
 from nvembed_deploy.training.command import HelpFormatter, add_path, add_source_flags, add_teacher_flag, run_step
 
 
@@ -54,7 +54,7 @@ def _run_start(options: argparse.Namespace) -> Path:
     base = make_base(
         options.out, Teacher(options.teacher), texts, vocab_size=options.vocab_size, neurons=options.neurons
     )
-    say(f"mean cosine to the teacher on the same tokens of the same texts: {base.agreement:.3f}")
+    echo(f"mean cosine to the teacher on the same tokens of the same texts: {base.agreement:.3f}")
     out: Path = options.out
     return out
 

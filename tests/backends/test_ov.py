@@ -85,7 +85,7 @@ def test_the_choice_is_measured_once(
     assert choice["backend"] == first.backend.split()[0]
     assert choice["min_cosine"] >= 0.999999
     assert "one query and a batch of" in caplog.text
-    monkeypatch.setattr(select_backend, "measure", None)  # a call would fail
+    monkeypatch.setattr(select_backend, "measure_cpu_runtimes", None)  # a call would fail
     assert Encoder(bundles["fp32"], device="cpu").backend == first.backend
     other = {"onnxruntime": "openvino", "openvino": "onnxruntime"}[choice["backend"]]
     kept.write_text(json.dumps(choice | {"backend": other}))
@@ -125,7 +125,7 @@ def test_the_faster_one_is_taken(bundles: dict[str, Path], monkeypatch: pytest.M
         ({"backend": "tensorflow"}, "backend is 'tensorflow'; pass 'auto', 'tensorrt', 'onnxruntime', 'openvino'"),
         ({"backend": "openvino", "device": "cuda"}, "runs on CPUs and device is 'cuda'"),
         ({"backend": "tensorrt", "device": "cpu"}, "runs on GPUs and device is 'cpu'"),
-        ({"threads": 0}, "threads is 0; pass a whole number of at least 1"),
+        ({"threads": 0}, "threads is 0; pass a whole number from 1 to 1024"),
     ],
 )
 def test_wishes_that_do_not_go_together(bundles: dict[str, Path], options: dict, message: str) -> None:
@@ -186,7 +186,7 @@ def test_many_batches_of_one_call_take_streams(bundles: dict[str, Path]) -> None
 def test_without_a_second_copy_batches_go_one_by_one(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ov, "STREAMED_BYTES", 1000)
+    monkeypatch.setattr(ov, "MAX_STREAMED_BYTES", 1000)
     assert Encoder(bundles["fp32"], device="cpu", backend="openvino", threads=2)._backend.in_flight == 1
     monkeypatch.undo()
     encoder = _in_two_streams(bundles["fp32"])

@@ -205,7 +205,7 @@ def test_tokenizer_that_lost_its_bos(checkpoint: Path, tmp_path: Path, capsys: p
     tokenizer["post_processor"] = None
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert trt.main(arguments(folder, tmp_path / "b")) == 1
-    assert "NV-Embed needs [1] in front" in capsys.readouterr().err
+    assert "NV-Embed needs [1] before" in capsys.readouterr().err
 
 
 def test_tokenizer_beyond_the_embedding_table(checkpoint: Path, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_tokenizer_beyond_the_embedding_table(checkpoint: Path, tmp_path: Path) 
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["zz"] = 99_999
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(Exception, match="has id 99999, the embedding table"):
+    with pytest.raises(Exception, match="has token id 99999, and the embedding table"):
         source.text_contract(folder, config)
 
 

@@ -1,7 +1,9 @@
 """Replacing a bundle: order of the system calls, foreign files, concurrent writers."""
 
+import errno
 import multiprocessing
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -291,3 +293,50 @@ def test_a_link_to_a_bundle_stays_a_link(tmp_path: Path) -> None:
     publish(tmp_path / "link", 2)
     assert (tmp_path / "link").is_symlink()
     assert snapshot(tmp_path / "real") == contents(2)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_flushes_no_folder_loses_no_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    flush = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with atomic.staged_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("content")
+        atomic.move_into_place(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "file").read_text() == "content"
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(atomic.fcntl, "flock", no_locks)
+    (tmp_path / ".file.part-abandoned").write_text("may be somebody's")
+    atomic.write_file(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert (tmp_path / ".file.part-abandoned").exists()
+    assert "has no locks" in caplog.text
+
+
+def test_permissions_follow_the_umask_and_the_folders_group(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o2777)
+    before = os.umask(0o002)
+    try:
+        with atomic.staged_folder(tmp_path / "shared" / "out") as folder:
+            (folder / "file").write_text("x")
+            atomic.move_into_place(folder, tmp_path / "shared" / "out")
+        atomic.write_file(tmp_path / "shared" / "file", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "shared" / "out").stat().st_mode) == 0o2775
+    assert stat.S_IMODE((tmp_path / "shared" / "file").stat().st_mode) == 0o664

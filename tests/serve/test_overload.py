@@ -1,6 +1,6 @@
 """Requirement 36: ten times what the server can do, and then it is as it was.
 
-`NVEMBED_OVERLOAD_SECONDS=60 python -m pytest tests/test_overload.py -s` is the requirement's whole minute, for a
+`NVEMBED_OVERLOAD_SECONDS=60 python -m pytest tests/serve/test_overload.py -s` is the requirement's whole minute, for a
 machine that does nothing else; only it judges the 99th percentile, which a busy one moves by more than the server does.
 """
 

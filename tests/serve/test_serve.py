@@ -24,7 +24,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 from nvembed_deploy import Encoder, EngineError  # noqa: E402
 from nvembed_deploy.backends.base import Output  # noqa: E402
 from nvembed_deploy.serve.api import make_app  # noqa: E402
-from nvembed_deploy.serve.requests import Limits, Refused, parse  # noqa: E402
+from nvembed_deploy.serve.requests import Limits, RequestError, parse  # noqa: E402
 from nvembed_deploy.tokenization import TokenBatch  # noqa: E402
 from tests.conformance import TEXTS  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
@@ -311,7 +311,7 @@ def test_limits_hold_for_any_size() -> None:
     limits = Limits(texts=2, text_chars=3)
     assert parse(b'{"model": "m", "input": ["abc", "d"]}', limits)[1] == ["abc", "d"]
     for content in (b'{"model": "m", "input": ["a", "b", "c"]}', b'{"model": "m", "input": "abcd"}'):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(RequestError) as caught:
             parse(content, limits)
         assert caught.value.status == 422
 

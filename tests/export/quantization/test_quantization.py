@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nvembed_deploy import Encoder
-from nvembed_deploy.backends.ort import WHOLE_PRODUCTS
+from nvembed_deploy.backends.ort import X64_QUANT_PRECISION
 from nvembed_deploy.bundle.manifest import QUANTIZATION, QUANTIZATION_PICTURE
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.engines.targets import TARGETS, capable_gpus
@@ -280,7 +280,7 @@ def test_the_graph_computes_what_was_simulated(
         check(tmp_path / name)
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-        options.add_session_config_entry(*WHOLE_PRODUCTS)
+        options.add_session_config_entry(*X64_QUANT_PRECISION)
         session = onnxruntime.InferenceSession(tmp_path / name, options)
         for row, simulated_vector in zip(rows, simulated_vectors, strict=True):
             feed = dict(zip(("input_ids", "attention_mask", "pool_mask"), text.pad([row]), strict=True))
