@@ -144,7 +144,7 @@ def on_gpu(encoder: Encoder) -> bool:
 
 
 def _index(device: str) -> int:
-    return BackendRequest.of(device, "auto", None).index or 0
+    return BackendRequest.parse(device, "auto", None).index or 0
 
 
 def _gpu(device: str) -> CudaDevice:

@@ -134,7 +134,11 @@ def _add_bundle_flags(group: argparse._ArgumentGroup) -> None:
         help="ONNX operators: fused (opset 23) or portable (opset 20, primitive operators) (default: the target's)",
     )
     group.add_argument(
-        "--out", type=Path, default=None, metavar="DIR", help="bundle to write (default: bundles/MODEL-PRECISION)"
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="bundle to write (default: bundles/MODEL-PRECISION, and -TARGET where one is given)",
     )
     for name, adjective in (("min", "smallest"), ("opt", "most usual"), ("max", "largest")):
         group.add_argument(
@@ -224,9 +228,10 @@ def from_flags(flags: argparse.Namespace) -> ExportOptions:
     target = replace(target, compute_capabilities=capable_gpus(built_on, precision))
     model = flags.model or str(default_model())
     name = (Path(model).name or "model") + (f"-{flags.layers}-layers" if flags.layers else "")
+    target_suffix = "" if flags.target == "auto" else f"-{flags.target}"  # or one target would replace the other's
     completed: dict[str, Any] = {
         "model": model,
-        "out": flags.out or Path("bundles") / f"{name}-{flags.precision}",
+        "out": flags.out or Path("bundles") / f"{name}-{flags.precision}{target_suffix}",
         "precision": precision,
         "dialect": Dialect(flags.dialect) if flags.dialect else target.dialect,
         "target": target,

@@ -123,8 +123,13 @@ def export(options: ExportOptions) -> Manifest:
         DeployError: A step failed; the destination is unchanged.
     """
     started = time.monotonic()
+    if options.calibration is not None:
+        read_texts(options.calibration)  # a wrong path or line is told now, and not behind hours of work
+    _require_own_folder(options.out)
     checkpoint = _open_checkpoint(options)
     bindings, no_plan_reason = (None, "") if options.onnx_only else _bindings(options)
+    if bindings is None and not options.force:
+        _require_no_plan_lost(options)
     needs = forecast(checkpoint.weights, options, plan=bindings is not None)
     echo(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needs}")
     reads_all_weights = not (options.runs_model or options.reference_weights)
@@ -184,6 +189,33 @@ def _note_small_gpus(needs: Forecast, options: ExportOptions) -> None:
             f"note: the plan will need about {needs.gpu / GIB:.0f} GiB of GPU memory, and the smallest "
             f"{options.target.name} has {memory_gib:g}; use a larger one, --precision int8 or int4, or a smaller --max"
         )
+
+
+def _require_own_folder(out: Path) -> None:
+    """Refuses to replace the folder that the user is in.
+
+    Raises:
+        ConfigError: `out` is the working directory or a folder above it.
+    """
+    here = Path.cwd()
+    if out.resolve() in (here, *here.parents):
+        raise ConfigError(f"--out {out} is the working directory or a folder above it; name a folder in it")
+
+
+def _require_no_plan_lost(options: ExportOptions) -> None:
+    """Refuses to replace a bundle that has a plan by one without.
+
+    Raises:
+        ConfigError: The destination holds such a bundle.
+    """
+    if not (options.out / PLAN).is_file():
+        return
+    reason = (
+        "--onnx-only builds none" if options.onnx_only else f"none is built here for --target {options.target.name}"
+    )
+    raise ConfigError(
+        f"--out {options.out} holds a bundle with a plan, which would be lost: {reason}; pass another --out, or --force"
+    )
 
 
 def _start(options: ExportOptions, checkpoint: Checkpoint, staging: Path, read_ahead: ReadAhead) -> ExportState:

@@ -3,7 +3,7 @@
 >>> from nvembed_deploy import Encoder
 >>> vectors = Encoder("engine.plan").encode(["What is idempotent?"], instruction="Given a question, retrieve passages")
 
-Importing this loads nothing else; a name is imported when it is first used.
+Importing the package loads nothing else; a name is imported when it is first used.
 """
 
 import importlib
@@ -51,7 +51,7 @@ __all__ = [
     "__version__",
 ]
 _MODULES = {"Coalescer": "coalescer", "Encoder": "encoder"}
-"""Where a public name is, if not in `errors`."""
+"""Modules of the public names that are not in `errors`."""
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""How every command line of this project ends: one line and exit 1 for an expected failure, a trace for a bug."""
+"""Runs the commands of this project: an expected failure prints one line and exits 1, a bug prints a traceback."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from types import FrameType
 
 from nvembed_deploy.errors import DeployError
 
-DESTINATION_INTACT = "what stands at the destination is whole, as it was or as it shall be"
+DESTINATION_INTACT = "the output is either unchanged or complete"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(command: Callable[[], None], *, verbose: bool = False) -> int:
-    """Runs a command and turns its errors into messages on stderr.
+    """Runs a command and reports its errors on stderr.
 
     Returns:
         The exit code: 0, or 1 for a `DeployError`, a full disk, Ctrl-C or SIGTERM.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    _let_any_text_be_written()
-    in_main = threading.current_thread() is threading.main_thread()  # others may set no handlers
+    _escape_unencodable_output()
+    in_main = threading.current_thread() is threading.main_thread()  # signal handlers can be set nowhere else
     previous = signal.signal(signal.SIGTERM, interrupt) if in_main else None
     try:
         with warnings.catch_warnings():
@@ -42,14 +42,15 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
         if "can't start new thread" not in str(err):
             raise
         return _fail(
-            "this process may start no more threads; raise the limit (ulimit -u, or the container's pids limit)"
+            "this process cannot start more threads; raise the limit (ulimit -u, or the container's pids limit)"
         )
     except BrokenPipeError:
-        return _fail("the reader of the output went away")
+        return _fail("the program that reads the output has ended")
     except OSError as err:
         if err.errno in DISK_FULL:
             return _fail(
-                f"the disk is full or the file would be too large ({err}); {DESTINATION_INTACT}. Free space or choose another --out"
+                f"the disk is full or the file is too large ({err}); {DESTINATION_INTACT}. Free some space or choose "
+                "another --out"
             )
         if err.filename is None:
             raise
@@ -61,9 +62,9 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
 
 
 def program(command: str = "") -> str:
-    """Returns how a command of this project is typed here: `nvembed COMMAND`, or `python -m nvembed_deploy COMMAND`.
+    """Returns how to type a command of this project here: `nvembed COMMAND`, or `python -m nvembed_deploy COMMAND`.
 
-    Both are the same. The second works where nothing is installed: in a checkout and in a device's archive.
+    Both are the same. The second also works where nothing is installed: in a checkout and in a device's archive.
     """
     started = Path(sys.argv[0]).name if sys.argv else ""
     is_short = started in ("nvembed", "nvembed.exe") or (
@@ -73,25 +74,25 @@ def program(command: str = "") -> str:
 
 
 def echo(message: str) -> None:
-    """Tells the person at the terminal what happens; stdout is kept for results."""
+    """Writes a line about progress to stderr; stdout is reserved for results."""
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
 
 
-def _let_any_text_be_written() -> None:
-    """Has a terminal or a pipe that knows no UTF-8 get escapes for what it lacks: results must not end in a trace."""
+def _escape_unencodable_output() -> None:
+    """Escapes the characters that a terminal or a pipe cannot encode, so that printing a text never fails."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
 def url_host(host: str) -> str:
-    """A host as it stands in a URL: IPv6 addresses in brackets."""
+    """Returns a host as written in a URL: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
-def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    """In words alone: the line of code that warned says nothing to who typed a command."""
+def _show_warning(message: Warning | str, *location: object, **options: object) -> None:
+    """Prints a warning's message without the line of code that raised it."""
     echo(f"note: {message}")
 
 

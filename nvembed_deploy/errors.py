@@ -1,14 +1,14 @@
-"""The errors that users meet: one small family, each message says what was asked, what was found and what to do."""
+"""The exceptions of this library. Each message says what was asked, what was found and what to do."""
 
 from __future__ import annotations
 
 
 class DeployError(Exception):
-    """Base of every error this library raises on purpose; a command line prints it as one line and exits 1."""
+    """Base class of every error that this library raises deliberately; commands print it as one line and exit 1."""
 
 
 class ConfigError(DeployError, ValueError):
-    """A setting or an option does not fit: the message names the flag or the field."""
+    """A setting or an option is invalid: the message names the flag or the field."""
 
 
 class InputError(DeployError, ValueError):
@@ -40,28 +40,28 @@ class EngineError(DeployError):
 
 
 class DeviceMismatchError(EngineError):
-    """A plan was built for another device, TensorRT or operating system than the one found."""
+    """A plan was built for another device, TensorRT version or operating system than the one found."""
 
 
 class ParityError(DeployError):
-    """A candidate's vectors are not within the tolerance table of the reference's."""
+    """A candidate's vectors differ from the reference's by more than the tolerances allow."""
 
 
 class MaskError(ParityError):
-    """A graph's mask is not its model's: a fault that no higher precision mends."""
+    """A graph's attention mask differs from its model's: a fault that a higher precision does not fix."""
 
 
 class NumericsError(DeployError):
-    """A vector came out that is not finite or not of unit length."""
+    """An engine returned a vector that is not finite or not of unit length."""
 
 
 class OverloadedError(DeployError):
-    """Too much is waiting for the engine, or it shuts down: the same request may succeed later."""
+    """Too many texts wait for the engine, or it is shutting down: the same request may succeed later."""
 
 
 class DeadlineError(DeployError):
-    """A request could not be done in its time, and was not run to its end."""
+    """A request could not be completed before its deadline, and was not run to its end."""
 
 
 class MissingExtra(DeployError, ImportError):
-    """An optional dependency is not installed: the message names the extra that holds it."""
+    """An optional dependency is not installed: the message names the extra that provides it."""

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import itertools
 import json
+import random
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -148,14 +149,14 @@ def _functions() -> list[str]:
 
 
 def read_texts(path: Path) -> list[CalibrationText]:
-    """Reads texts from a JSONL file with {"text": ...} and, for queries, {"instruction": ...}.
+    """Reads texts from a JSONL file with {"text": ...} and, for queries, {"instruction": ...}; mixes their order.
 
     Raises:
         ConfigError: The file is empty or cannot be read, or a line is no such object; the message has its number.
     """
     texts = []
     for number, record in enumerate(read_rows(path), 1):
-        text, instruction = record.get("text"), record.get("instruction", "")
+        text, instruction = record.get("text"), record.get("instruction") or ""
         if not isinstance(text, str) or not text.strip() or not isinstance(instruction, str):
             raise ConfigError(
                 f"--calibration {path}: row {number} has no text. Each line must be an object with a string "
@@ -166,6 +167,7 @@ def read_texts(path: Path) -> list[CalibrationText]:
         raise ConfigError(
             f"--calibration {path} is empty; provide a few hundred texts of the kind that will be embedded"
         )
+    random.Random(0).shuffle(texts)  # of a long file the first texts are taken: they must not be all of its head
     return texts
 
 

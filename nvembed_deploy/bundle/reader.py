@@ -114,6 +114,11 @@ def bundle_folder(path: str | Path) -> Path:
         exists = path.exists()
     except OSError as err:  # no permission, or a name that is too long
         raise BundleError(f"{path} cannot be read ({err.strerror}); check the path") from err
+    if not exists and path.name == PLAN and (path.parent / MANIFEST).is_file():
+        raise BundleError(
+            f"{path.parent} has no {PLAN}; build one: {program('build')} {path.parent}, or pass the folder: its graph runs "
+            "on ONNX Runtime"
+        )
     if not exists:
         raise BundleError(f"{path} does not exist; export a bundle: {program('export')} --precision fp16 --out FOLDER")
     folder = path if path.is_dir() else path.parent

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nvembed_deploy import ConfigError, Encoder, ExportError, MissingExtra
-from nvembed_deploy.bundle.manifest import PLAN
+from nvembed_deploy.bundle.manifest import MANIFEST, PLAN
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.engines import check
 from nvembed_deploy.export import options, to_onnx, trt
@@ -41,6 +41,39 @@ def test_a_graph_for_another_machine_does_not_depend_on_this_ones_gpu(monkeypatc
         options.from_flags(flags)
     flags.onnx_only = True
     assert "9.0" in options.from_flags(flags).target.compute_capabilities
+
+
+def test_what_would_be_lost_is_refused_before_any_work(
+    checkpoint: Path, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for flags, message in (
+        (["--out", "."], "--out . is the working directory or a folder above it"),
+        (["--out", ".."], "--out .. is the working directory or a folder above it"),
+        (["--precision", "int8", "--calibration", "none.jsonl"], "none.jsonl cannot be read"),
+    ):
+        assert trt.main(["--model", str(checkpoint), *flags]) == 1
+        said = capsys.readouterr().err
+        assert message in said
+        assert "reading the checkpoint" not in said
+    out = Path(shutil.copytree(bundles["fp16"], tmp_path / "bundle"))
+    if (out / PLAN).is_file():
+        for flags in (["--onnx-only"], ["--target", "jetson-orin"]):
+            assert trt.main(["--model", str(checkpoint), "--out", str(out), *flags]) == 1
+            assert "holds a bundle with a plan, which would be lost" in capsys.readouterr().err
+    assert (out / MANIFEST).read_bytes() == (bundles["fp16"] / MANIFEST).read_bytes()
+
+
+def test_a_target_is_in_the_default_name(checkpoint: Path) -> None:
+    assert options_of(checkpoint).out == Path("bundles") / "nv-embed-tiny-fp16"
+    assert options_of(checkpoint, "--target", "h100").out == Path("bundles") / "nv-embed-tiny-fp16-h100"
+
+
+def options_of(checkpoint: Path, *flags: str) -> options.ExportOptions:
+    parser = argparse.ArgumentParser()
+    options.add_flags(parser)
+    return options.from_flags(parser.parse_args(["--model", str(checkpoint), *flags]))
 
 
 def arguments(checkpoint: Path, out: Path, *flags: str) -> list[str]:
@@ -110,7 +143,7 @@ def test_without_the_targets_tensorrt(
     captured = capsys.readouterr().err
     assert "no engine.plan was built: tensorrt_rtx is not installed here; pip install" in captured
     assert Bundle.open(tmp_path / "b").manifest.plan is None
-    with pytest.warns(UserWarning, match=r"engine\.plan is not used: the bundle has none"):
+    with pytest.warns(UserWarning, match=r"engine\.plan is not used: the bundle has no plan"):
         Encoder(tmp_path / "b")
 
 
