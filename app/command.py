@@ -12,7 +12,7 @@ from typing import Any
 
 from nvembed_deploy.bundle.manifest import MANIFEST, Manifest
 from nvembed_deploy.bundle.reader import bundle_folder
-from nvembed_deploy.console import echo, program, run, url_host
+from nvembed_deploy.console import echo, install_command, program, run, url_host
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.version import __version__
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         try:
             import gradio
         except ImportError as err:
-            raise MissingExtra(f"the page needs Gradio ({err}); install it: pip install 'nvembed-deploy[app]'") from err
+            raise MissingExtra(f"the page needs Gradio ({err}); install it: {install_command('app')}") from err
         bundle = flags.bundle or default_bundle()
         reference = flags.reference or (_default_checkpoint() if flags.bundle is None else None)
         demo = make_page(

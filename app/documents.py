@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
 from nvembed_deploy.app.passages import Passage
+from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import InputError, MissingExtra
 
 CHUNK_TOKENS, OVERLAP_TOKENS = 160, 32
@@ -154,7 +155,7 @@ def _pdf(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
     try:
         import pypdf
     except ImportError as err:
-        raise MissingExtra("reading PDF files needs pypdf; install it: pip install 'nvembed-deploy[app]'") from err
+        raise MissingExtra(f"reading PDF files needs pypdf; install it: {install_command('app')}") from err
     try:
         pages = [page.extract_text() for page in pypdf.PdfReader(io.BytesIO(content)).pages]
     except Exception as err:  # pypdf raises errors of every type on damaged files

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import ConfigError, DeployError, MissingExtra
 from nvembed_deploy.files.atomic import move_into_place, staged_folder
 
@@ -86,9 +87,7 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as err:
-        raise MissingExtra(
-            f"{name} is not installed ({err}); install it: pip install 'nvembed-deploy[qdrant]'"
-        ) from err
+        raise MissingExtra(f"{name} is not installed ({err}); install it: {install_command('qdrant')}") from err
 
 
 class ExactIndex:

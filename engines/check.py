@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from nvembed_deploy.bundle.manifest import REFERENCE_OUTPUTS
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import echo, program, run
+from nvembed_deploy.console import echo, install_command, program, run
 from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.files.records import to_json
@@ -69,7 +69,7 @@ def _reference_outputs(bundle: Bundle, text: TextEncoder, model: str | None, rev
         from nvembed_deploy.backends.pytorch import PyTorchBackend
         from nvembed_deploy.model import source
     except ImportError as err:
-        raise MissingExtra(f"--model needs PyTorch ({err}); pip install 'nvembed-deploy[export,cpu]'") from err
+        raise MissingExtra(f"--model needs PyTorch ({err}); {install_command('export', 'cpu')}") from err
     folder, _ = source.resolve(model, revision)
     reference = PyTorchBackend(folder, layers=manifest.source.architecture.layers)
     return compute_reference_outputs(reference, text, precision=manifest.precision, max_shape=manifest.profile.max)

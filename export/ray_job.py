@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import echo, program, run
+from nvembed_deploy.console import echo, install_command, program, run
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, DeployError, InputError, MissingExtra
 from nvembed_deploy.files.atomic import write_file
@@ -103,7 +103,7 @@ def embed_corpus(
     try:
         import ray
     except ImportError as err:
-        raise MissingExtra(f"bulk jobs run on Ray ({err}); pip install 'nvembed-deploy[ray]'") from err
+        raise MissingExtra(f"bulk jobs run on Ray ({err}); {install_command('ray')}") from err
     manifest = Bundle.open(bundle).manifest
     shards = list(split(inputs, shard_rows))
     _require_same_job(

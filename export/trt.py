@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nvembed_deploy.console import program, run
+from nvembed_deploy.console import install_command, program, run
 from nvembed_deploy.errors import MissingExtra
 from nvembed_deploy.export.options import add_flags, from_flags
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, onnx_onl
             from nvembed_deploy.export.pipeline import export
         except ImportError as err:
             raise MissingExtra(
-                f"export needs packages that are not installed ({err}); pip install 'nvembed-deploy[export,cpu]'"
+                f"export needs packages that are not installed ({err}); {install_command('export', 'cpu')}"
             ) from err
         export(options)
         sys.stdout.write(f"{options.out}\n")

@@ -1,8 +1,8 @@
-"""Many small calls, few large batches: requests that arrive while a batch runs are embedded together in the next one.
+"""Coalesces many small calls into few large batches: requests that arrive while a batch runs form the next one.
 
-No timer: a lone request runs at once, and the busier the engine, the larger its batches. A large request runs in
-pieces, between which the others have their turn. How much may wait is bounded in texts, and in the seconds that the
-waiting work takes at the speed that was measured.
+There is no timer: a single request runs at once, and the busier the engine, the larger its batches. A large request
+runs in pieces, between which other requests run. The queue is limited in texts, and in the seconds that the waiting
+work takes at the measured speed.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from nvembed_deploy.tokenization import TokenRow
 
 Vectors = NDArray[np.float32]
 DEFAULT_MAX_WAITING = 2048
-"""Texts that may wait, of small requests and of large ones each: one request of OpenAI's largest size."""
+"""Maximum waiting texts in small requests, and in large ones: one request of OpenAI's maximum size."""
 DEFAULT_GROUP_TOKENS = 2 * DEFAULT_BATCH_TOKENS
-"""Tokens that run together: enough to sort texts by length, few enough that the first answer does not wait long."""
+"""Tokens per group: enough to sort texts by length, few enough that the first answer does not wait long."""
 SMALL_TEXTS = 32
-"""Largest small request. Small and large ones have `max_waiting` places each, so that neither locks the other out."""
+"""Maximum texts of a small request. Small and large ones have separate limits, so that neither blocks the other."""
 SPEED_MEMORY = 0.7
-"""Weight of the earlier speed when a group's is averaged in: a slow batch alone does not refuse the next requests."""
+"""Weight of the previous speed in the moving average, so that one slow batch does not reject the next requests."""
 MEASURED_SHARE = 0.5
-"""Of `group_tokens`: smaller groups say little of the speed: each has a fixed cost. Under load groups are full."""
+"""Share of `group_tokens` from which a group is measured: smaller ones are dominated by their fixed cost."""
 TYPICAL_TOKENS = 64
-"""Tokens of a text until some were seen."""
+"""Assumed tokens per text before the first request."""
 
 
 @dataclass(kw_only=True)
@@ -43,15 +43,15 @@ class _Request:
     rows: Sequence[TokenRow]
     dimensions: int | None
     deadline: float
-    """`time.monotonic()` by which it must be done; infinity for no limit."""
+    """`time.monotonic()` by which it must be completed; infinity for no limit."""
     runs_anyway: bool
-    """Whether it came to an idle engine, and runs until its deadline whatever its time was estimated at."""
+    """Whether it arrived at an idle engine, and therefore runs whatever its estimated time."""
     future: Future[Vectors] = field(default_factory=Future)
     started_rows: int = 0
-    """Rows that have run, or run now."""
+    """Number of rows that have run or are running."""
     done_vectors: list[Vectors] = field(default_factory=list)
     is_answered: bool = False
-    """Whether the future was marked as running, or told that it was cancelled: either is allowed once."""
+    """Whether the future was marked as running or notified of its cancellation, which is allowed only once."""
 
     @property
     def is_small(self) -> bool:
@@ -66,14 +66,14 @@ class _Request:
         return sum(map(len, self.remaining_rows))
 
     def take(self, max_tokens: int, *, at_least_one: bool) -> Sequence[TokenRow]:
-        """Takes the next rows, as many as fit into `max_tokens`; the first one even if it does not, where asked."""
-        first, tokens = self.started_rows, 0
+        """Takes the next rows that fit into `max_tokens`, with `at_least_one` the next one even if it does not."""
+        start, tokens = self.started_rows, 0
         for row in self.remaining_rows:
             tokens += len(row)
-            if tokens > max_tokens and not (at_least_one and self.started_rows == first):
+            if tokens > max_tokens and not (at_least_one and self.started_rows == start):
                 break
             self.started_rows += 1
-        return self.rows[first : self.started_rows]
+        return self.rows[start : self.started_rows]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _Piece:
 
 
 class Reservation:
-    """Places that are kept for texts which are still being tokenized; given back by `release`, or by `submit`."""
+    """Reserved places in the queue for texts that are still being tokenized, until `submit` or `release`."""
 
     def __init__(self, coalescer: Coalescer, texts: int, deadline: float, *, is_idle: bool) -> None:
         self._coalescer, self.texts, self.deadline, self.is_idle = coalescer, texts, deadline, is_idle
@@ -94,26 +94,26 @@ class Reservation:
         """Queues a request in the reserved places; see `Coalescer.submit`.
 
         Raises:
-            ConfigError: There are more rows than places, or the places were used or given back before.
+            ConfigError: There are more rows than places, or the reservation was used or released before.
             OverloadedError: The coalescer is closed.
         """
         if len(rows) > self.texts:
-            raise ConfigError(f"{len(rows)} rows are submitted and {self.texts} places were reserved")
+            raise ConfigError(f"{len(rows)} rows were submitted, but only {self.texts} places were reserved")
         request = _Request(rows=rows, dimensions=dimensions, deadline=self.deadline, runs_anyway=self.is_idle)
         return self._coalescer._queue(self, request)
 
     def release(self) -> None:
-        """Gives the places back; a second call, or one after `submit`, does nothing."""
-        self._coalescer._give_back(self)
+        """Releases the places; a second call, or one after `submit`, does nothing."""
+        self._coalescer._release(self)
 
 
 class Coalescer:
     """Lets threads and coroutines share an encoder's batches.
 
     Args:
-        encoder: Whose `tokenize` makes the rows.
-        max_waiting: Texts that may wait, in requests of up to `SMALL_TEXTS` texts and in larger ones each; a further
-            request is refused at once.
+        encoder: The encoder that tokenizes and embeds the requests.
+        max_waiting: Maximum waiting texts, separately for requests of up to `SMALL_TEXTS` texts and for larger ones; a
+            request that exceeds it is rejected at once.
         group_tokens: Tokens that run together; a larger request runs in pieces.
 
     Example:
@@ -137,7 +137,7 @@ class Coalescer:
         self._waiting: deque[_Request] = deque()
         self._reservations: set[Reservation] = set()
         self._running_tokens = 0
-        self._tokens_per_second = math.inf  # until a full group was measured, nothing is refused for its time
+        self._tokens_per_second = math.inf  # until a full group was measured, no request is rejected for its time
         self._tokens_per_text = float(TYPICAL_TOKENS)
         self._changed = threading.Condition()
         self._is_closed = False
@@ -147,42 +147,46 @@ class Coalescer:
 
     @property
     def waiting_texts(self) -> int:
-        """Texts that wait for the engine, or will as soon as they are tokenized."""
+        """Number of texts that wait for the engine, or are reserved."""
         with self._changed:
             self._drop_cancelled()
             return self._waiting_texts(small=True) + self._waiting_texts(small=False)
 
     def reserve(self, texts: int, *, max_seconds: float = math.inf) -> Reservation:
-        """Keeps places for texts before they are tokenized, so that too many are refused before any work is done.
+        """Reserves places for texts before they are tokenized, so that an overload is rejected before any work is done.
 
         Args:
-            texts: How many.
-            max_seconds: From now to the answer. A request that cannot be done by then at the measured speed is refused
-                at once; one that turns out so while it waits fails with `DeadlineError` and is not run.
+            texts: Number of texts.
+            max_seconds: Time limit from now to the answer. A request that cannot meet it at the measured speed is
+                rejected at once; one that can no longer meet it while it waits fails with `DeadlineError` without
+                running.
 
         Raises:
-            ConfigError: There could never be so many places.
-            OverloadedError: Too many texts wait already, they take too long, or the coalescer is closed.
-            EngineError: This process was forked from the one that made the coalescer.
+            ConfigError: There are more texts than the queue can ever hold.
+            OverloadedError: Too many texts are waiting, they take too long, or the coalescer is closed.
+            EngineError: This process was forked from the one that created the coalescer.
         """
         if self._process != os.getpid():
-            raise EngineError("this Coalescer was made in another process; make one here")
+            raise EngineError("this Coalescer was created in another process; create one in this process")
         if texts > self.max_waiting:
-            raise ConfigError(f"a request has {texts} texts and at most {self.max_waiting} may wait; split it")
+            raise ConfigError(
+                f"the request has {texts} texts, more than the {self.max_waiting} that may wait; split it"
+            )
         is_small = texts <= SMALL_TEXTS
         with self._changed:
             self._require_open()
             self._drop_cancelled()
-            if (waiting := self._waiting_texts(small=is_small)) + texts > self.max_waiting:
+            if (waiting_texts := self._waiting_texts(small=is_small)) + texts > self.max_waiting:
                 kind = "small" if is_small else "large"
                 raise OverloadedError(
-                    f"{waiting} texts are waiting in {kind} requests and at most {self.max_waiting} may; try later"
+                    f"{waiting_texts} texts are waiting in {kind} requests, the maximum is {self.max_waiting}; "
+                    "try again later"
                 )
-            # An idle engine takes anything: or a speed that was measured in a bad moment would never be measured again.
+            # An idle engine accepts anything; otherwise a speed measured at a bad moment would never be updated.
             is_idle = not (self._waiting or self._running_tokens or self._reservations)
             if not is_idle and (seconds := self._seconds_until_done(texts)) > max_seconds:
                 raise OverloadedError(
-                    f"this request would take {seconds:.1f} s with what is waiting, and {max_seconds:g} s are allowed; "
+                    f"this request would take {seconds:.1f} s with the waiting texts, the limit is {max_seconds:g} s; "
                     "try again later"
                 )
             reservation = Reservation(self, texts, time.monotonic() + max_seconds, is_idle=is_idle)
@@ -192,41 +196,41 @@ class Coalescer:
     def submit(
         self, rows: Sequence[TokenRow], *, dimensions: int | None = None, max_seconds: float = math.inf
     ) -> Future[Vectors]:
-        """Queues a request; a cancelled future frees its place, and what has not run yet never does.
+        """Queues a request; cancelling its future frees its places, and its remaining rows do not run.
 
         Args:
-            rows: What `encoder.tokenize` returned.
+            rows: Rows that `encoder.tokenize` returned.
             dimensions: See `Encoder.encode`.
             max_seconds: See `reserve`.
 
         Returns:
-            A future of float32 [N, D]; its errors are those of `Encoder.encode_rows`, and `DeadlineError`.
+            A future of float32 [N, D]; it raises the errors of `Encoder.encode_rows`, and `DeadlineError`.
 
         Raises:
-            ConfigError: There are more rows than may ever wait.
-            OverloadedError: Too many texts wait already, they take too long, or the coalescer is closed.
-            EngineError: This process was forked from the one that made the coalescer.
+            ConfigError: There are more rows than the queue can ever hold.
+            OverloadedError: Too many texts are waiting, they take too long, or the coalescer is closed.
+            EngineError: This process was forked from the one that created the coalescer.
         """
         return self.reserve(len(rows), max_seconds=max_seconds).submit(rows, dimensions=dimensions)
 
     def close(self, *, max_seconds: float | None = None) -> None:
-        """Runs what is waiting, refuses what comes, and waits for the end.
+        """Rejects new requests, runs those that are waiting, and returns when they are done.
 
         Args:
-            max_seconds: Wait no longer than this: what has not begun by then fails with `OverloadedError`, and a batch
-                that is running is left to end by itself. None waits for everything.
+            max_seconds: Maximum time to wait: requests that have not started by then fail with `OverloadedError`, and
+                a running batch ends by itself. None waits for all of them.
         """
         with self._changed:
             self._is_closed = True
             self._changed.notify()
         if self._process != os.getpid():
-            return  # the thread is the other process's
+            return  # the thread belongs to the other process
         self._thread.join(max_seconds)
         if self._thread.is_alive():
             with self._changed:
                 abandoned, self._waiting = list(self._waiting), deque()
             for request in abandoned:
-                self._fail(request, OverloadedError("the engine is shutting down; ask another one"))
+                self._fail(request, OverloadedError("the engine is shutting down; retry on another server"))
 
     def __enter__(self) -> Coalescer:
         return self
@@ -237,7 +241,7 @@ class Coalescer:
     def _queue(self, reservation: Reservation, request: _Request) -> Future[Vectors]:
         with self._changed:
             if reservation not in self._reservations:
-                raise ConfigError("the reserved places were used or given back before; reserve again")
+                raise ConfigError("the reserved places were already used or released; reserve again")
             self._reservations.discard(reservation)
             self._require_open()
             if request.rows:
@@ -247,13 +251,13 @@ class Coalescer:
             self._changed.notify()
         return request.future
 
-    def _give_back(self, reservation: Reservation) -> None:
+    def _release(self, reservation: Reservation) -> None:
         with self._changed:
             self._reservations.discard(reservation)
 
     def _require_open(self) -> None:
         if self._is_closed:
-            raise OverloadedError("the engine is shutting down; ask another one")
+            raise OverloadedError("the engine is shutting down; retry on another server")
 
     def _drop_cancelled(self) -> None:
         cancelled = [request for request in self._waiting if request.future.done()]
@@ -264,15 +268,19 @@ class Coalescer:
 
     def _waiting_texts(self, *, small: bool) -> int:
         queued = sum(len(request.remaining_rows) for request in self._waiting if request.is_small == small)
-        return queued + sum(item.texts for item in self._reservations if (item.texts <= SMALL_TEXTS) == small)
+        return queued + sum(places for places in self._reserved_texts() if (places <= SMALL_TEXTS) == small)
+
+    def _reserved_texts(self) -> list[int]:
+        return [reservation.texts for reservation in self._reservations]
 
     def _seconds_until_done(self, texts: int) -> float:
-        """Seconds that a further request would take: a small one waits for one piece of each large one, not for all."""
+        """Estimates the seconds of a new request; a small one waits for only one piece of each large one."""
         tokens = self._running_tokens + texts * self._tokens_per_text
-        tokens += sum(item.texts for item in self._reservations) * self._tokens_per_text
+        tokens += sum(self._reserved_texts()) * self._tokens_per_text
         for request in self._waiting:
-            ahead = request.remaining_tokens
-            tokens += min(ahead, self._group_tokens) if texts <= SMALL_TEXTS and not request.is_small else ahead
+            remaining_tokens = request.remaining_tokens
+            is_overtaken = texts <= SMALL_TEXTS and not request.is_small
+            tokens += min(remaining_tokens, self._group_tokens) if is_overtaken else remaining_tokens
         return tokens / self._tokens_per_second
 
     def _work(self) -> None:
@@ -284,11 +292,11 @@ class Coalescer:
             with self._changed:
                 self._running_tokens = 0
                 if tokens >= MEASURED_SHARE * self._group_tokens:
-                    earlier = speed if math.isinf(self._tokens_per_second) else self._tokens_per_second
-                    self._tokens_per_second = SPEED_MEMORY * earlier + (1 - SPEED_MEMORY) * speed
+                    previous_speed = speed if math.isinf(self._tokens_per_second) else self._tokens_per_second
+                    self._tokens_per_second = SPEED_MEMORY * previous_speed + (1 - SPEED_MEMORY) * speed
 
     def _next_group(self) -> list[_Piece]:
-        """Returns what runs together, nothing at the end. A request with rows left goes to the end of the line."""
+        """Returns the next group, empty after closing; a request with remaining rows moves to the end of the queue."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._waiting or self._is_closed)
@@ -300,20 +308,22 @@ class Coalescer:
 
     def _take_group(self) -> list[_Piece]:
         group: list[_Piece] = []
-        room = self._group_tokens
-        while self._waiting and room > 0:
+        remaining_tokens = self._group_tokens
+        while self._waiting and remaining_tokens > 0:
             request = self._waiting.popleft()
             if request.future.done():  # cancelled, or failed in a piece
                 self._mark_answered(request)
                 continue
             needed_seconds = 0.0 if request.runs_anyway else request.remaining_tokens / self._tokens_per_second
             if time.monotonic() + needed_seconds > request.deadline:
-                self._fail(request, DeadlineError("the request could not be done in its time; it was not started"))
+                self._fail(
+                    request, DeadlineError("the request could not be completed before its deadline and was not started")
+                )
                 continue
-            rows = request.take(room, at_least_one=not group)
+            rows = request.take(remaining_tokens, at_least_one=not group)
             if rows or not request.rows:
                 group.append(_Piece(request, rows))
-                room -= sum(map(len, rows))
+                remaining_tokens -= sum(map(len, rows))
             if request.remaining_rows:
                 if rows:
                     self._waiting.append(request)
@@ -338,15 +348,15 @@ class Coalescer:
             request.done_vectors.append(piece_vectors)
             # Until its last piece a future counts as pending, so that it can be cancelled.
             if not request.remaining_rows and self._mark_answered(request):
-                is_whole = len(request.done_vectors) == 1
-                request.future.set_result(piece_vectors if is_whole else np.concatenate(request.done_vectors))
+                ran_in_one_piece = len(request.done_vectors) == 1
+                request.future.set_result(piece_vectors if ran_in_one_piece else np.concatenate(request.done_vectors))
 
     def _fail(self, request: _Request, err: BaseException) -> None:
         if self._mark_answered(request):
             request.future.set_exception(err)
 
     def _mark_answered(self, request: _Request) -> bool:
-        """Marks a future as running; False where it was cancelled, which those who wait for it are told once."""
+        """Marks a future as running; returns False if it was cancelled, of which its waiters are notified once."""
         with self._changed:
             if request.is_answered:
                 return False

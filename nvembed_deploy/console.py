@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -71,6 +72,27 @@ def program(command: str = "") -> str:
         started not in ("__main__.py", "-m") and shutil.which("nvembed") is not None
     )
     return f"{'nvembed' if is_short else 'python -m nvembed_deploy'} {command}".rstrip()
+
+
+def install_command(*extras: str) -> str:
+    """Returns a command that installs extras of this project where it is read.
+
+    In a checkout that is the checkout with the extras; in an installation from a wheel their packages, by name.
+    """
+    import importlib.metadata
+    import re
+
+    root = Path(__file__).resolve().parent.parent
+    with suppress(OSError):
+        if "[project.optional-dependencies]" in (root / "pyproject.toml").read_text(encoding="utf-8"):
+            return f"pip install -e '{root}[{','.join(extras)}]'"
+    packages = []
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for requirement in importlib.metadata.requires("nvembed-deploy") or []:
+            package, _, marker = requirement.partition(";")
+            if any(re.search(rf"extra == [\"']{extra}[\"']", marker) for extra in extras):
+                packages.append(f"'{package.strip()}'")
+    return f"pip install {' '.join(dict.fromkeys(packages))}" if packages else f"install its extra {','.join(extras)}"
 
 
 def echo(message: str) -> None:

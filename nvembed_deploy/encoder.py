@@ -22,7 +22,7 @@ from nvembed_deploy.backends.base import Backend, ClosedBackend, Output
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.bundle.manifest import TOKENIZER, Manifest
 from nvembed_deploy.bundle.reader import OPEN_ATTEMPTS, Bundle
-from nvembed_deploy.console import program
+from nvembed_deploy.console import install_command, program
 from nvembed_deploy.errors import (
     BundleError,
     ConfigError,
@@ -97,7 +97,7 @@ class Encoder:
     Args:
         path: A bundle's folder, its `engine.plan`, or its `model.onnx` (which runs on ONNX Runtime); or the name of a
             Hugging Face repository that contains a bundle, such as `org/name`, which is downloaded.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`. `cuda` never falls back to the CPU.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`. `cuda` raises an error instead of falling back.
         backend: `auto`, `tensorrt`, `onnxruntime` or `openvino`. On a CPU with both of the latter installed,
             `auto` selects the faster one if its vectors agree: measured once for a bundle and machine, and cached.
         threads: Compute threads on a CPU; by default the runtime's own choice, one per physical core.
@@ -132,7 +132,7 @@ class Encoder:
         Args:
             checkpoint: The folder in Hugging Face layout that the bundle was made from.
             like: The bundle's encoder.
-            device: PyTorch's name of the device: `cpu` runs in FP32, the reference; `cuda` in FP16, as usually deployed.
+            device: PyTorch's name of the device: `cpu` runs in FP32, the reference; `cuda` in FP16, as deployed.
 
         Raises:
             ConfigError: The bundle was made from different weights.
@@ -317,7 +317,7 @@ class Encoder:
             instruction: See `encode`; likewise for the remaining arguments.
 
         Yields:
-            float32 [n, D], the vectors of the next n texts in input order; n is `WINDOW_TEXTS` except in the last block.
+            float32 [n, D], the vectors of the next n texts in input order; n is `WINDOW_TEXTS` except for the last.
 
         Raises:
             InputTypeError: See `encode`; likewise for the other errors.
@@ -498,8 +498,8 @@ class Encoder:
         for index, row in enumerate(rows, start):
             if row.truncated and not rules.truncate:
                 raise InputError(
-                    f"text {index} is longer than max_length={rules.max_tokens} tokens; shorten it, raise max_length, or "
-                    "pass truncate=True"
+                    f"text {index} is longer than max_length={rules.max_tokens} tokens; shorten it, raise "
+                    "max_length, or pass truncate=True"
                 )
             if len(row) > max_tokens:
                 raise InputError(
@@ -551,7 +551,7 @@ def _open_checkpoint(
     try:
         from nvembed_deploy.backends.pytorch import PyTorchBackend
     except ImportError as err:
-        raise MissingExtra(f"a checkpoint runs in PyTorch ({err}); pip install 'nvembed-deploy[export]'") from err
+        raise MissingExtra(f"a checkpoint runs in PyTorch ({err}); {install_command('export')}") from err
     bundle = Bundle.open(bundle_folder)
     if bundle.manifest.manifest_sha256 != manifest_sha256:
         raise BundleError(f"{bundle_folder} was replaced by another bundle; open both encoders again")

@@ -25,7 +25,7 @@ from nvembed_deploy.backends.ov import OvBackend
 from nvembed_deploy.backends.trt import open_plan
 from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, Manifest
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import program
+from nvembed_deploy.console import install_command, program
 from nvembed_deploy.errors import BundleError, ConfigError, DeployError, DeviceMismatchError, EngineError, MissingExtra
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.files.records import from_json
@@ -179,7 +179,7 @@ def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
     installed = [provider for provider in GPU if provider in available_providers()]
     if not installed:
         raise DeviceMismatchError(
-            "the installed ONNX Runtime has no CUDA provider; pip install 'nvembed-deploy[gpu]' in place of [cpu]"
+            f"the installed ONNX Runtime has no CUDA provider; {install_command('gpu')} in place of the extra cpu"
         )
     CudaRuntime.load().device(index)
     providers = [(provider, {"device_id": index}) for provider in installed]

@@ -89,7 +89,7 @@ def check_bad_input(encoder: Encoder, vectors: np.ndarray, tolerance: float) -> 
         (["a", None], InputTypeError, "text 1 is a NoneType"),
         (["a", "b", 3], InputTypeError, "text 2 is a int"),
         (["a", b"b"], InputTypeError, "text 1 is a bytes"),
-        (["a", "\ud800"], InputError, "text 1 holds half a surrogate pair"),
+        (["a", "\ud800"], InputError, "text 1 contains half a surrogate pair"),
         (b"bytes", InputTypeError, "texts is a bytes"),
         (None, InputTypeError, "texts is a NoneType"),
         (7, InputTypeError, "texts is a int"),

@@ -96,7 +96,7 @@ def test_who_waits_for_a_cancelled_future_is_told(encoder: Encoder, gated: Gate)
 
 def test_a_request_that_could_never_wait_is_refused_for_good(encoder: Encoder) -> None:
     with Coalescer(encoder, max_waiting=2) as coalescer:
-        with pytest.raises(ConfigError, match="has 3 texts and at most 2 may wait; split it"):
+        with pytest.raises(ConfigError, match="has 3 texts, more than the 2 that may wait; split it"):
             coalescer.submit(encoder.tokenize(["one", "two", "three"]))
         assert coalescer.submit(encoder.tokenize(["one", "two"])).result().shape[0] == 2
 
@@ -107,7 +107,7 @@ def test_places_are_claimed_before_tokenizing(encoder: Encoder) -> None:
         assert coalescer.waiting_texts == 2
         with pytest.raises(OverloadedError, match="2 texts are waiting in small requests and at most 3 may"):
             coalescer.reserve(2)
-        with pytest.raises(ConfigError, match="3 rows are submitted and 2 places were reserved"):
+        with pytest.raises(ConfigError, match="3 rows were submitted, but only 2 places were reserved"):
             reservation.submit(encoder.tokenize(["one", "two", "three"]))
         reservation.release()
         reservation.release()
@@ -229,7 +229,7 @@ def test_large_and_small_requests_have_places_of_their_own(encoder: Encoder, gat
         with pytest.raises(OverloadedError, match="100 texts are waiting in small requests"):
             coalescer.reserve(1)
         answer = large.submit(encoder.tokenize([f"text {number}" for number in range(100)]))
-        with pytest.raises(ConfigError, match="used or given back before"):
+        with pytest.raises(ConfigError, match="already used or released"):
             large.submit(encoder.tokenize(["twice"]))
         gated.open.set()
         assert answer.result(20).shape == (100, encoder.dimension)
@@ -253,7 +253,7 @@ def test_what_cannot_be_done_in_time_is_refused_or_not_run(encoder: Encoder, mon
     with Coalescer(encoder, group_tokens=tokens) as coalescer:
         coalescer.submit(rows).result(20)  # measures the speed
         waiting = [coalescer.submit(rows) for _ in range(20)]
-        with pytest.raises(OverloadedError, match=r"would take \d+\.\d s with what is waiting, and 0\.1 s are allowed"):
+        with pytest.raises(OverloadedError, match=r"would take \d+\.\d s with the waiting texts, the limit is 0\.1 s"):
             coalescer.submit(rows, max_seconds=0.1)
         for future in waiting:
             future.cancel()
@@ -267,7 +267,7 @@ def test_what_is_too_late_is_not_run(encoder: Encoder, gated: Gate) -> None:
         late = coalescer.submit(rows, max_seconds=0.2)
         time.sleep(0.3)
         gated.open.set()
-        with pytest.raises(DeadlineError, match="could not be done in its time; it was not started"):
+        with pytest.raises(DeadlineError, match="could not be completed before its deadline and was not started"):
             late.result(20)
         first.result(20)
     assert len(gated.rows) == 1

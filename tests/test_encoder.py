@@ -72,11 +72,11 @@ def test_unknown_device(bundles: dict[str, Path], device: str) -> None:
     ("options", "message"),
     [
         ({"max_length": 0}, "max_length is 0; pass a whole number of at least 1"),
-        ({"max_length": 10_000}, "max_length is 10000; this engine takes at most 2048"),
+        ({"max_length": 10_000}, "max_length is 10000; this engine accepts at most 2048"),
         ({"batch_size": -1}, "batch_size is -1"),
         ({"batch_size": True}, "batch_size is True"),
         ({"batch_tokens": 2.5}, r"batch_tokens is 2\.5"),
-        ({"instruction": "a", "prompt": "b"}, "both given"),
+        ({"instruction": "a", "prompt": "b"}, "mutually exclusive"),
     ],
 )
 def test_bad_options(encoder: Encoder, options: dict, message: str) -> None:
@@ -100,7 +100,7 @@ def test_bad_text_deep_in_a_generator(encoder: Encoder) -> None:
 
 def test_truncation_is_reported(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
     encoder.encode(TEXTS, max_length=8)
-    assert "4 of 6 texts were longer than max_length=8 tokens and were cut" in caplog.text
+    assert "4 of 6 texts were longer than max_length=8 tokens and were truncated" in caplog.text
 
 
 def test_default_length_is_the_plans(encoder: Encoder) -> None:
@@ -122,7 +122,7 @@ def test_no_bad_vector_leaves(bundles: dict[str, Path], monkeypatch: pytest.Monk
         return output
 
     monkeypatch.setattr(encoder._backend, "run", bad)
-    with pytest.raises(NumericsError, match=r"text 1: onnxruntime .* gave a vector of length"):
+    with pytest.raises(NumericsError, match=r"text 1: onnxruntime .* returned a vector of length"):
         encoder.encode(TEXTS)
     monkeypatch.undo()
     np.testing.assert_allclose(encoder.encode(TEXTS), before, atol=1e-6)

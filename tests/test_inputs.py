@@ -42,7 +42,7 @@ def test_arrays_without_dimensions_and_rows_that_are_none(encoder: Encoder) -> N
     with pytest.raises(InputTypeError, match=r"an array without dimensions \(ndarray\); pass a list of str"):
         encoder.encode(np.array("abc"))
     for rows in (["abc"], (row for row in encoder.tokenize(["a"])), None):
-        with pytest.raises(InputTypeError, match="rows are not what `tokenize` returned"):
+        with pytest.raises(InputTypeError, match="rows were not returned by `tokenize`"):
             encoder.encode_rows(rows)  # type: ignore[arg-type]
 
 

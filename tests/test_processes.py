@@ -70,7 +70,7 @@ def test_a_fork_opens_the_bundle_again(bundles: dict[str, Path], backend: str) -
     assert done.returncode == 0, done.stderr
     difference, refused = done.stdout.strip().split("|")
     assert float(difference) <= 2e-6
-    assert "was made in another process" in refused
+    assert "was created in another process" in refused
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -142,17 +142,17 @@ def test_prompt_and_instruction(text: TextEncoder) -> None:
     assert text.prompt(None, "query: ") == "query: "
     assert text.prompt(None, None) == text.prompt("", "") == ""
     assert text.prompt("a {b} c", None) == "Instruct: a {b} c\nQuery: "
-    with pytest.raises(ConfigError, match="both given"):
+    with pytest.raises(ConfigError, match="mutually exclusive"):
         text.prompt("find it", "query: ")
     with pytest.raises(ConfigError, match="instruction is a int; pass a str"):
         text.prompt(7, None)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="prompt holds half a surrogate pair at character 2"):
+    with pytest.raises(ConfigError, match="prompt contains half a surrogate pair at character 2"):
         text.prompt(None, "ab\ud800")
 
 
 @pytest.mark.parametrize("limit", [0, -1, 4097])
 def test_limits_of_max_length(text: TextEncoder, limit: int) -> None:
-    with pytest.raises(ConfigError, match=f"max_length is {limit}; this model takes 1 to 4096"):
+    with pytest.raises(ConfigError, match=f"max_length is {limit}; this model accepts 1 to 4096"):
         text.tokenize(["a"], max_length=limit)
 
 
@@ -169,7 +169,7 @@ def test_prompt_that_fills_the_row(text: TextEncoder) -> None:
         (3, InputTypeError, "text 7 is a int"),
         (b"bytes", InputTypeError, "text 7 is a bytes"),
         (["nested"], InputTypeError, "text 7 is a list"),
-        ("ab\ud83d", InputError, r"text 7 holds half a surrogate pair \(U\+D83D\) at character 2"),
+        ("ab\ud83d", InputError, r"text 7 contains half a surrogate pair \(U\+D83D\) at character 2"),
     ],
 )
 def test_bad_texts_are_named(value: object, error: type[Exception], message: str) -> None:

@@ -11,21 +11,28 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import EngineError, MissingExtra
 
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt_rtx"
-CURES = {
-    TENSORRT: "pip install 'nvembed-deploy[trt]', or on a Jetson use JetPack's own package in a virtual environment "
-    "made with --system-site-packages",
-    TENSORRT_RTX: "pip install 'nvembed-deploy[rtx]' (on Linux, x86-64)",
-}
+RUNTIMES = (TENSORRT, TENSORRT_RTX)
 RTX_GPUS = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities that TensorRT-RTX 1.7 builds for by default ahead of time; 7.5 and 12.1 exist on request. On an
 H200 (9.0) it says that it does not support it."""
 MAX_KEPT_ERRORS = 100
 
 _log = logging.getLogger(__name__)
+
+
+def install_runtime(runtime: str) -> str:
+    """Returns how a TensorRT is installed, for messages."""
+    if runtime == TENSORRT_RTX:
+        return f"{install_command('rtx')} (on Linux, x86-64)"
+    return (
+        f"{install_command('trt')}, or on a Jetson use JetPack's own package in a virtual environment made with "
+        "--system-site-packages"
+    )
 
 
 def load_bindings(runtime: str) -> ModuleType:
@@ -38,8 +45,8 @@ def load_bindings(runtime: str) -> ModuleType:
         MissingExtra: They are not installed, or their libraries do not load.
         EngineError: There is no such runtime.
     """
-    if runtime not in CURES:
-        raise EngineError(f"the plan is for a runtime named {runtime!r}; this library knows {', '.join(CURES)}")
+    if runtime not in RUNTIMES:
+        raise EngineError(f"the plan is for a runtime named {runtime!r}; this library knows {', '.join(RUNTIMES)}")
     try:
         return importlib.import_module(runtime)
     except (ImportError, OSError) as err:
@@ -50,7 +57,7 @@ def load_bindings(runtime: str) -> ModuleType:
             return importlib.import_module("tensorrt_rtx_bindings")
         except (ImportError, OSError) as err:
             first = err
-    raise MissingExtra(f"{runtime} is not installed here ({first}); {CURES[runtime]}") from first
+    raise MissingExtra(f"{runtime} is not installed here ({first}); {install_runtime(runtime)}") from first
 
 
 def this_platform() -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import DeviceMismatchError, EngineError, MissingExtra
 
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -57,7 +58,7 @@ class CudaRuntime:
             return cls(importlib.import_module("cuda.bindings.runtime"))
         except ImportError as err:
             raise MissingExtra(
-                f"cuda-python is not installed ({err}); pip install 'nvembed-deploy[rtx]' or 'nvembed-deploy[trt]', on "
+                f"cuda-python is not installed ({err}); {install_command('rtx')} or {install_command('trt')}, on "
                 "a Jetson with JetPack 6 pip install 'cuda-bindings~=12.6'"
             ) from err
 

@@ -11,6 +11,7 @@ from nvembed_deploy.backends.base import Output
 from nvembed_deploy.backends.no_telemetry import switch_off_onnxruntime_telemetry
 from nvembed_deploy.bundle.manifest import WEIGHTS
 from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import DeployError, DeviceMismatchError, EngineError, MissingExtra
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import available_memory_bytes
@@ -176,7 +177,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as err:
         raise MissingExtra(
-            f"ONNX Runtime is not installed ({err}); install it: pip install 'nvembed-deploy[cpu]', or [gpu] for its "
+            f"ONNX Runtime is not installed ({err}); install it: {install_command('cpu')}, or the extra gpu for its "
             "CUDA build"
         ) from err
     return onnxruntime

@@ -14,6 +14,7 @@ import numpy as np
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.backends.no_telemetry import without_openvino_telemetry
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
+from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import EngineError, MissingExtra
 from nvembed_deploy.system import eight_bit_products_overflow
 from nvembed_deploy.tokenization import TokenBatch
@@ -172,11 +173,9 @@ def _openvino() -> Any:
         with without_openvino_telemetry():
             import openvino
     except ImportError as err:
-        raise MissingExtra(
-            f"OpenVINO is not installed ({err}); install it: pip install 'nvembed-deploy[openvino]'"
-        ) from err
+        raise MissingExtra(f"OpenVINO is not installed ({err}); install it: {install_command('openvino')}") from err
     if not hasattr(openvino, "Core"):  # a folder of that name in the working directory
-        raise MissingExtra("OpenVINO is not installed; install it: pip install 'nvembed-deploy[openvino]'")
+        raise MissingExtra(f"OpenVINO is not installed; install it: {install_command('openvino')}")
     return openvino
 
 

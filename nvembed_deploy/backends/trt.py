@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.backends.bindings import (
-    CURES,
     RTX_GPUS,
     TENSORRT,
     TENSORRT_RTX,
     ask,
+    install_runtime,
     load_bindings,
     make_logger,
     this_platform,
@@ -342,7 +342,8 @@ def check_fit(info: PlanInfo, *, version: str, device: CudaDevice) -> None:
             first = "Rebuild it here"
             if info.runtime == TENSORRT_RTX and device.compute_capability not in RTX_GPUS:
                 first = (
-                    f"TensorRT-RTX would give the same plan: install TensorRT ({CURES[TENSORRT]}), then rebuild it here"
+                    f"TensorRT-RTX would give the same plan: install TensorRT ({install_runtime(TENSORRT)}), then "
+                    "rebuild it here"
                 )
             raise DeviceMismatchError(
                 f"{PLAN} was built for {what} {built_for}; this machine has {here}. {first}: {program('build')} BUNDLE"

@@ -116,8 +116,8 @@ def bundle_folder(path: str | Path) -> Path:
         raise BundleError(f"{path} cannot be read ({err.strerror}); check the path") from err
     if not exists and path.name == PLAN and (path.parent / MANIFEST).is_file():
         raise BundleError(
-            f"{path.parent} has no {PLAN}; build one: {program('build')} {path.parent}, or pass the folder: its graph runs "
-            "on ONNX Runtime"
+            f"{path.parent} has no {PLAN}; build one: {program('build')} {path.parent}, or pass the folder: its graph "
+            "runs on ONNX Runtime"
         )
     if not exists:
         raise BundleError(f"{path} does not exist; export a bundle: {program('export')} --precision fp16 --out FOLDER")

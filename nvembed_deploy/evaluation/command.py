@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvembed_deploy.console import echo, program, run
+from nvembed_deploy.console import echo, install_command, program, run
 from nvembed_deploy.errors import ConfigError, MissingExtra, ParityError
 from nvembed_deploy.files.records import to_json
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             from nvembed_deploy.evaluation.compare import as_table, compare
         except ImportError as err:
             raise MissingExtra(
-                f"evaluation needs {err.name}; pip install 'nvembed-deploy[evaluation,export,cpu]'"
+                f"evaluation needs {err.name}; {install_command('evaluation', 'export', 'cpu')}"
             ) from err
         tasks = _choose(flags)
         encoder = Encoder(flags.bundle, device=flags.device)

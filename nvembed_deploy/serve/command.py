@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from nvembed_deploy.coalescer import DEFAULT_MAX_WAITING
-from nvembed_deploy.console import echo, program, run, url_host
+from nvembed_deploy.console import echo, install_command, program, run, url_host
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             from nvembed_deploy.serve.requests import Limits
         except ImportError as err:
             raise MissingExtra(
-                f"the server needs FastAPI and uvicorn ({err}); install them: pip install 'nvembed-deploy[serve]'"
+                f"the server needs FastAPI and uvicorn ({err}); install them: {install_command('serve')}"
             ) from err
         listener = bound_socket(flags.host, flags.port)  # first: opening a large bundle takes minutes
         encoder = Encoder(flags.bundle, device=flags.device, backend=flags.backend, threads=flags.threads)

@@ -134,7 +134,9 @@ def _texts(found: object, limits: Limits) -> list[str]:
         if not isinstance(item, str):
             raise RequestError(400, "'input' is neither a string nor a list of strings", param="input")
     if len(texts) > limits.texts:
-        raise RequestError(422, f"'input' has {len(texts)} texts, at most {limits.texts} are taken; split it", param="input")
+        raise RequestError(
+            422, f"'input' has {len(texts)} texts, at most {limits.texts} are taken; split it", param="input"
+        )
     for index, text in enumerate(texts):
         if len(text) > limits.text_chars:
             message = f"text {index} has {len(text)} characters, at most {limits.text_chars} are taken; cut it"

@@ -49,7 +49,7 @@ def run_step(step: Callable[[], Path]) -> int:
             output_path = step()
         except ModuleNotFoundError as err:
             raise MissingExtra(
-                f"training needs {err.name}; install the extra: pip install nvembed-deploy[train]"
+                f"training needs {err.name}; install the extra: {console.install_command('train')}"
             ) from err
         sys.stdout.write(f"{output_path}\n")
 

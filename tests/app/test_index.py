@@ -135,5 +135,5 @@ def test_kinds_and_servers_that_are_not_there(written: Path, monkeypatch: pytest
         raise ImportError(f"no {name}")
 
     monkeypatch.setattr("importlib.import_module", missing)
-    with pytest.raises(MissingExtra, match=r"pip install 'nvembed-deploy\[qdrant\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '.*\[qdrant\]'"):
         opener("qdrant")

@@ -96,8 +96,8 @@ def test_the_graph_and_the_cpu_ask_for_no_plan(planned: Path, bindings: FakeBind
     ("missing", "error", "message"),
     [
         ("driver", DeviceMismatchError, r"no NVIDIA driver was found \(libcuda\.so\.1 does not load\)"),
-        ("cuda", MissingExtra, r"cuda-python is not installed .*pip install 'nvembed-deploy\[rtx\]'"),
-        ("bindings", MissingExtra, r"tensorrt_rtx is not installed here .*pip install 'nvembed-deploy\[rtx\]'"),
+        ("cuda", MissingExtra, r"cuda-python is not installed .*pip install -e '.*\[rtx\]'"),
+        ("bindings", MissingExtra, r"tensorrt_rtx is not installed here .*pip install -e '.*\[rtx\]'"),
         ("device", DeviceMismatchError, r"no CUDA device is usable \(.*cudaErrorNoDevice\)"),
         ("old driver", DeviceMismatchError, "older than cuda-python: update it, or pip install 'cuda-bindings~=12"),
         ("capability", DeviceMismatchError, r"capability 8\.6 or 8\.9; this machine has 12\.0\. Rebuild it here"),
@@ -244,9 +244,9 @@ def test_every_cuda_error_is_named(cuda: FakeCuda) -> None:
 def test_bindings_are_found_or_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingExtra, match=r"tensorrt is not installed here .*nvembed-deploy\[trt\].*Jetson"):
+    with pytest.raises(MissingExtra, match=r"tensorrt is not installed here .*pip install -e '.*\[trt\]'.*Jetson"):
         load_bindings("tensorrt")
-    with pytest.raises(MissingExtra, match=r"tensorrt_rtx is not installed here .*nvembed-deploy\[rtx\]"):
+    with pytest.raises(MissingExtra, match=r"tensorrt_rtx is not installed here .*pip install -e '.*\[rtx\]'"):
         load_bindings("tensorrt_rtx")
     wheels = SimpleNamespace()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_libs", SimpleNamespace())

@@ -86,3 +86,15 @@ def test_a_missing_base_package_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: numpy is not installed for ")
     assert done.stderr.count("\n") == 1
+
+
+def test_cures_install_from_where_the_code_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No name that is on no index: a checkout's path, or the packages themselves."""
+    from nvembed_deploy import console
+
+    assert console.install_command("serve", "cpu") == f"pip install -e '{ROOT}[serve,cpu]'"
+    monkeypatch.setattr(console, "__file__", str(tmp_path / "site-packages" / "nvembed_deploy" / "console.py"))
+    installed = console.install_command("serve")
+    assert installed.startswith("pip install 'fastapi>=")
+    assert "'uvicorn>=" in installed
+    assert "nvembed-deploy" not in installed

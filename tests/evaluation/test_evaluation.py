@@ -70,7 +70,7 @@ def test_another_checkpoint_is_refused(bundles: dict[str, Path], tmp_path: Path)
     from tests.tiny import make_checkpoint
 
     wrong_checkpoint = make_checkpoint(tmp_path / "other", seed=5)
-    with pytest.raises(ConfigError, match="is not what the bundle was made from"):
+    with pytest.raises(ConfigError, match="differs from the file that the bundle was made from"):
         Encoder.from_checkpoint(wrong_checkpoint, like=Encoder(bundles["fp32"], device="cpu"))
 
 

@@ -321,7 +321,7 @@ def test_named_prompts(tmp_path: Path) -> None:
     assert (named == encoder.encode(list(TEXTS), prompt="query: ")).all()
     with pytest.raises(ConfigError, match="this model's prompts are: 'query'"):
         encoder.encode(list(TEXTS), prompt_name="document")
-    with pytest.raises(ConfigError, match="prompt and prompt_name are both given"):
+    with pytest.raises(ConfigError, match="prompt and prompt_name are mutually exclusive"):
         encoder.encode(list(TEXTS), prompt_name="query", prompt="x")
 
 
@@ -340,7 +340,7 @@ def test_a_model_without_instructions_has_its_own_query_prompt(tmp_path: Path, m
     assert encoder.query_prompt("find it") == "query: "
     assert (encoder.encode("water") == encoder.encode("water", prompt="passage: ")).all()
     assert (encoder.encode("water", prompt_name="query") == encoder.encode("water", prompt="query: ")).all()
-    with pytest.raises(ConfigError, match="takes no instruction; pass prompt_name, which may be 'query', 'document'"):
+    with pytest.raises(ConfigError, match="takes no instructions; pass prompt_name, which can be: 'query', 'document'"):
         encoder.encode("water", instruction="find it")
 
 

@@ -85,7 +85,7 @@ def test_both_forms_hold_the_same_numbers(server: Server) -> None:
         ({"model": "tiny", "input": "a", "prompt_name": "q"}, 400, "prompt_name is 'q'; this model's prompts are"),
         ({"model": "tiny", "input": ["a"] * 2049}, 422, "'input' has 2049 texts, at most 2048 are taken"),
         ({"model": "tiny", "input": ["ok", "x" * 200_001]}, 422, "text 1 has 200001 characters"),
-        (b'{"model": "tiny", "input": ["ok", "\\ud800"]}', 422, "text 1 holds half a surrogate pair"),
+        (b'{"model": "tiny", "input": ["ok", "\\ud800"]}', 422, "text 1 contains half a surrogate pair"),
         ({"model": "tiny", "input": "a", "instruction": "x" * 2001}, 422, "'instruction' has 2001 characters, at most"),
         ({"model": "tiny", "input": "a", "instruction": "long " * 400}, 422, "no token of text 0 is left to pool"),
         (b'{"model": "tiny", "input": "a", "\\ud800": 1}', 400, "'\\ud800' is not known"),
