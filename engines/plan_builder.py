@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nvembed_deploy.backends.bindings import TENSORRT_RTX, ask, make_logger, this_platform
+from nvembed_deploy.backends.bindings import TENSORRT_RTX, checked_call, make_logger, this_platform
 from nvembed_deploy.backends.ort import INPUTS
 from nvembed_deploy.bundle.manifest import PlanInfo
 from nvembed_deploy.engines.targets import TARGETS, BuildOption, Target, require_option
@@ -91,11 +91,11 @@ def build_plan(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after TensorRT has stopped.
     """
     logger = make_logger(bindings)
-    builder = ask(logger, "creating the builder", bindings.Builder, logger)
-    network = ask(logger, "creating the network", builder.create_network, _network_flags(bindings))
+    builder = checked_call(logger, "creating the builder", bindings.Builder, logger)
+    network = checked_call(logger, "creating the network", builder.create_network, _network_flags(bindings))
     _parse(graph, network, bindings=bindings, logger=logger)
     _let_attention_decompose(network, bindings)
-    config = ask(logger, "creating the configuration", builder.create_builder_config)
+    config = checked_call(logger, "creating the configuration", builder.create_builder_config)
     # TF32 is on by default: FP32 products with 10 bits of mantissa, in an FP32 plan and in the pooling of every plan.
     config.clear_flag(bindings.BuilderFlag.TF32)
     profiles = target.profiles(profile)
@@ -112,7 +112,7 @@ def build_plan(
     with _progress(bindings) as (monitor, was_cancelled):
         config.progress_monitor = monitor
         try:
-            plan = ask(logger, "building the plan", builder.build_serialized_network, network, config)
+            plan = checked_call(logger, "building the plan", builder.build_serialized_network, network, config)
         except EngineError:
             if not was_cancelled():
                 raise
@@ -158,7 +158,7 @@ def _parse(graph: Path, network: Any, *, bindings: Any, logger: Any) -> None:
 
 
 def _add_profile(builder: Any, config: Any, profile: ShapeProfile, *, logger: Any) -> None:
-    shapes = ask(logger, "creating the optimization profile", builder.create_optimization_profile)
+    shapes = checked_call(logger, "creating the optimization profile", builder.create_optimization_profile)
     sizes = [(shape.batch, shape.tokens) for shape in (profile.min, profile.opt, profile.max)]
     for name in INPUTS:
         shapes.set_shape(name, *sizes)  # returns nothing; an invalid shape is reported when the profile is added

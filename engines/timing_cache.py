@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.backends.bindings import ask
+from nvembed_deploy.backends.bindings import checked_call
 from nvembed_deploy.errors import EngineError
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.system import cache_folder
@@ -41,8 +41,8 @@ class TimingCache:
 
     @staticmethod
     def _set(config: Any, logger: Any, content: bytes) -> None:
-        cache = ask(logger, "creating the timing cache", config.create_timing_cache, content)
-        ask(logger, "setting the timing cache", config.set_timing_cache, cache, False)
+        cache = checked_call(logger, "creating the timing cache", config.create_timing_cache, content)
+        checked_call(logger, "setting the timing cache", config.set_timing_cache, cache, False)
 
     def store(self, config: Any) -> None:
         """Stores the timings of a build. If the file cannot be written, the next build takes longer."""

@@ -170,7 +170,7 @@ def _warn_of_fallback(reason: str, backend: Backend) -> None:
     warnings.warn(
         f"{PLAN} is not used: {reason}. Its ONNX graph runs on {backend.name} instead. Pass device='cpu' "
         "to request that, or device='cuda' to raise an error instead.",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

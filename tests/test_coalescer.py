@@ -72,7 +72,7 @@ def test_the_queue_is_bounded_and_cancelled_places_are_free(encoder: Encoder, ga
         assert gated.entered.wait(20)
         waiting = [coalescer.submit(encoder.tokenize(["waiting"])) for _ in range(3)]
         for texts in (["one more"], ["two", "more"]):
-            with pytest.raises(OverloadedError, match="3 texts are waiting in small requests and at most 3 may"):
+            with pytest.raises(OverloadedError, match="3 texts are waiting in small requests, the maximum is 3"):
                 coalescer.submit(encoder.tokenize(texts))
         assert waiting[1].cancel()
         taken = coalescer.submit(encoder.tokenize(["taken"]))
@@ -105,7 +105,7 @@ def test_places_are_claimed_before_tokenizing(encoder: Encoder) -> None:
     with Coalescer(encoder, max_waiting=3) as coalescer:
         reservation = coalescer.reserve(2)
         assert coalescer.waiting_texts == 2
-        with pytest.raises(OverloadedError, match="2 texts are waiting in small requests and at most 3 may"):
+        with pytest.raises(OverloadedError, match="2 texts are waiting in small requests, the maximum is 3"):
             coalescer.reserve(2)
         with pytest.raises(ConfigError, match="3 rows were submitted, but only 2 places were reserved"):
             reservation.submit(encoder.tokenize(["one", "two", "three"]))
@@ -223,7 +223,7 @@ def test_large_and_small_requests_have_places_of_their_own(encoder: Encoder, gat
         first = coalescer.submit(encoder.tokenize(["first"]))
         assert gated.entered.wait(20)
         large = coalescer.reserve(100)
-        with pytest.raises(OverloadedError, match="100 texts are waiting in large requests and at most 100 may"):
+        with pytest.raises(OverloadedError, match="100 texts are waiting in large requests, the maximum is 100"):
             coalescer.reserve(50)
         small = [coalescer.submit(encoder.tokenize([f"query {number}"])) for number in range(100)]
         with pytest.raises(OverloadedError, match="100 texts are waiting in small requests"):

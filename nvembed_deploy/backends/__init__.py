@@ -1,1 +1,1 @@
-"""What runs a batch: one file a backend behind the protocol in `base.py`."""
+"""Backends that run token batches, one module for each, behind the protocol in `base.py`."""

@@ -1,4 +1,4 @@
-"""What every backend is: a protocol that runs a batch of tokens."""
+"""The protocol of backends, which run batches of tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nvembed_deploy.tokenization import TokenBatch
 
 
 class Output(NamedTuple):
-    """What a graph gives for a batch."""
+    """Outputs of a graph for a batch."""
 
     embeddings: NDArray[np.float32]
     """float32 [B, D], rows of unit length."""
     norms: NDArray[np.float32]
-    """float32 [B], length of each row before it was normalized."""
+    """float32 [B], length of each row before normalization."""
 
 
 class Backend(Protocol):
@@ -26,25 +26,25 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """What runs it and on which device, for people."""
+        """Name of the runtime and the device, for display."""
 
     @property
     def profile(self) -> ShapeProfile | None:
-        """Shapes it accepts; None where any will do."""
+        """Accepted shapes; None if there is no limit."""
 
     @property
     def in_flight(self) -> int:
-        """Batches worth running at a time: several where one is copied beside another, or each has its own cores."""
+        """Number of batches that are worth running concurrently, to overlap copies or to use separate cores."""
 
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch."""
 
     def run_concurrent(self, batch: TokenBatch) -> Output:
-        """As `run`, where others follow and `in_flight` of them run at a time."""
+        """Embeds a batch while up to `in_flight` of them run concurrently."""
 
 
 class ClosedBackend:
-    """Stands in for a backend that was closed: it remembers its name and holds no memory."""
+    """Replaces a closed backend: keeps its name and no memory."""
 
     profile = None
     in_flight = 1
@@ -53,7 +53,7 @@ class ClosedBackend:
         self.name = name
 
     def run(self, batch: TokenBatch) -> Output:
-        """Refuses the batch.
+        """Raises an error.
 
         Raises:
             EngineError: Always.

@@ -1,4 +1,4 @@
-"""Finds the Python bindings of TensorRT or TensorRT-RTX; their API is the same, so other code serves either."""
+"""Loads the Python bindings of TensorRT or TensorRT-RTX, which share one API."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt_rtx"
 RUNTIMES = (TENSORRT, TENSORRT_RTX)
 RTX_GPUS = ("8.0", "8.6", "8.9", "12.0")
-"""Compute capabilities that TensorRT-RTX 1.7 builds for by default ahead of time; 7.5 and 12.1 exist on request. On an
-H200 (9.0) it says that it does not support it."""
+"""Compute capabilities that TensorRT-RTX 1.7 builds for ahead of time by default; 7.5 and 12.1 are optional. It does
+not support 9.0 (H200)."""
 MAX_KEPT_ERRORS = 100
 
 _log = logging.getLogger(__name__)
@@ -39,44 +39,44 @@ def load_bindings(runtime: str) -> ModuleType:
     """Imports the bindings of a runtime.
 
     Args:
-        runtime: `tensorrt` or `tensorrt_rtx`; a manifest names it, so no other module is imported.
+        runtime: `tensorrt` or `tensorrt_rtx`; a manifest names it, so other modules are never imported.
 
     Raises:
-        MissingExtra: They are not installed, or their libraries do not load.
-        EngineError: There is no such runtime.
+        MissingExtra: The bindings are not installed, or their libraries cannot be loaded.
+        EngineError: The runtime is unknown.
     """
     if runtime not in RUNTIMES:
-        raise EngineError(f"the plan is for a runtime named {runtime!r}; this library knows {', '.join(RUNTIMES)}")
+        raise EngineError(f"the plan is for an unknown runtime {runtime!r}; supported: {', '.join(RUNTIMES)}")
     try:
         return importlib.import_module(runtime)
     except (ImportError, OSError) as err:
-        first: Exception = err
-    if runtime == TENSORRT_RTX:  # the wheels without the meta package bring another module name
+        failure: Exception = err
+    if runtime == TENSORRT_RTX:  # without the meta package the module has another name
         try:
             importlib.import_module("tensorrt_rtx_libs")
             return importlib.import_module("tensorrt_rtx_bindings")
         except (ImportError, OSError) as err:
-            first = err
-    raise MissingExtra(f"{runtime} is not installed here ({first}); {install_runtime(runtime)}") from first
+            failure = err
+    raise MissingExtra(f"{runtime} is not installed here ({failure}); {install_runtime(runtime)}") from failure
 
 
 def this_platform() -> str:
-    """Operating system and processor as plans are bound to them, such as `linux_x86_64`."""
+    """Returns the operating system and processor that plans depend on, such as `linux_x86_64`."""
     return f"{sys.platform}_{platform.machine().lower()}"
 
 
 @functools.cache
 def make_logger(bindings: Any) -> Any:
-    """The TensorRT logger of a process: it hands messages to `logging` and remembers errors in `errors`.
+    """Returns the TensorRT logger of this process, which forwards messages to `logging` and collects `errors`.
 
-    One for all and for ever: TensorRT keeps the first that it is given, ignores every later one, and would go on
-    calling it after Python has freed it.
+    There is only one, and it is never freed: TensorRT keeps the first logger that it receives, ignores later ones, and
+    would call the first one after Python has freed it.
     """
     severities = bindings.ILogger.Severity
     levels = {
         severities.INTERNAL_ERROR: logging.ERROR,
         severities.ERROR: logging.ERROR,
-        severities.WARNING: logging.INFO,  # TensorRT warns of much that is as intended; `-v` shows it
+        severities.WARNING: logging.INFO,  # many warnings are about intended behavior; `-v` shows them
         severities.INFO: logging.DEBUG,
         severities.VERBOSE: logging.DEBUG,
     }
@@ -92,41 +92,41 @@ def make_logger(bindings: Any) -> Any:
             if level == logging.ERROR:
                 self.errors.append(message.strip())
                 self.errors_seen += 1
-                del self.errors[:-MAX_KEPT_ERRORS]  # a process that runs for months shall not grow
-                level = logging.INFO  # the caller raises them as one sentence
+                del self.errors[:-MAX_KEPT_ERRORS]  # bounds the memory of a long-running process
+                level = logging.INFO  # the caller raises them in an exception
             _log.log(level, "TensorRT: %s", message.strip())
 
     return Logger()
 
 
-def ask(logger: Any, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls TensorRT, which says no by False, by None or by an exception.
+def checked_call(logger: Any, step: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls TensorRT, which reports failures as False, as None or as an exception.
 
     Args:
-        logger: What `make_logger` gave; its errors of this call go into the message, the first of them the cause.
-        what: The step, for the message.
+        logger: The logger of `make_logger`; the errors of this call are added to the message, the cause first.
+        step: Name of the step, for the message.
         call: A constructor or a method of the bindings.
-        arguments: Passed on.
+        arguments: Passed to `call`.
 
     Returns:
         What TensorRT returned.
 
     Raises:
-        EngineError: With the step and TensorRT's own words.
+        EngineError: The call failed; the message gives the step and TensorRT's errors.
     """
-    before = logger.errors_seen
+    errors_before = logger.errors_seen
     try:
-        result = call(*arguments)
+        returned = call(*arguments)
     except (TypeError, RuntimeError) as err:  # a constructor's null pointer, shapes that cannot be inferred
-        raise _failure(logger, what, before, str(err)) from err
+        raise _failure(logger, step, errors_before, str(err)) from err
     finally:
-        del call  # else an error's traceback keeps an execution context alive, and its memory
-    if result is False or result is None:
-        raise _failure(logger, what, before)
-    return result
+        del call  # otherwise an error's traceback keeps an execution context and its memory alive
+    if returned is False or returned is None:
+        raise _failure(logger, step, errors_before)
+    return returned
 
 
-def _failure(logger: Any, what: str, before: int, *words: str) -> EngineError:
-    new = logger.errors[len(logger.errors) - (logger.errors_seen - before) :]
-    told = "; ".join(dict.fromkeys((*words, *new)))
-    return EngineError(f"TensorRT: {what} failed{': ' if told else ''}{told}")
+def _failure(logger: Any, step: str, errors_before: int, *messages: str) -> EngineError:
+    new_errors = logger.errors[len(logger.errors) - (logger.errors_seen - errors_before) :]
+    reasons = "; ".join(dict.fromkeys((*messages, *new_errors)))
+    return EngineError(f"TensorRT: {step} failed{': ' if reasons else ''}{reasons}")

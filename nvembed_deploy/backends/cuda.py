@@ -1,4 +1,4 @@
-"""The CUDA calls that the TensorRT backend needs, each checked and named; on cuda-python, without torch."""
+"""CUDA calls of the TensorRT backend, each checked; uses cuda-python, without torch."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class CudaDevice:
     index: int
     name: str
     compute_capability: str
-    """Such as `8.9`."""
+    """Compute capability, such as `8.9`."""
     bus: str
-    """Its place on the PCI bus, such as `00000000:65:00.0`."""
+    """PCI bus address, such as `00000000:65:00.0`."""
 
 
 class CudaRuntime:
-    """CUDA runtime calls that raise.
+    """CUDA runtime calls that raise exceptions.
 
     Args:
-        api: The module `cuda.bindings.runtime`, or something with the same functions.
+        api: The module `cuda.bindings.runtime`, or an object with the same functions.
     """
 
     def __init__(self, api: Any) -> None:
@@ -44,7 +44,7 @@ class CudaRuntime:
 
     @classmethod
     def load(cls) -> CudaRuntime:
-        """Loads cuda-python, after a look whether there is a driver at all.
+        """Loads cuda-python after checking for a driver.
 
         Raises:
             DeviceMismatchError: There is no NVIDIA driver.
@@ -53,7 +53,7 @@ class CudaRuntime:
         try:
             ctypes.CDLL(DRIVER_LIBRARY)
         except OSError:
-            raise DeviceMismatchError(f"no NVIDIA driver was found ({DRIVER_LIBRARY} does not load)") from None
+            raise DeviceMismatchError(f"no NVIDIA driver was found ({DRIVER_LIBRARY} cannot be loaded)") from None
         try:
             return cls(importlib.import_module("cuda.bindings.runtime"))
         except ImportError as err:
@@ -66,18 +66,18 @@ class CudaRuntime:
         """Calls a function of the API.
 
         Returns:
-            Its one result, or None where it has none.
+            The function's first return value, or None.
 
         Raises:
-            EngineError: It returned an error.
+            EngineError: The function returned an error.
         """
-        error, *results = getattr(self.api, name)(*arguments)
+        error, *outputs = getattr(self.api, name)(*arguments)
         if int(error) != 0:
             raise EngineError(f"CUDA call {name} failed: {getattr(error, 'name', error)}")
-        return results[0] if results else None
+        return outputs[0] if outputs else None
 
     def release(self, name: str, *arguments: Any) -> None:
-        """Calls a function that gives something back; a failure is logged, since nothing is left to be done then."""
+        """Calls a function that frees a resource; a failure is only logged, because nothing can be done about it."""
         try:
             self.call(name, *arguments)
         except EngineError as err:
@@ -87,7 +87,7 @@ class CudaRuntime:
         """Describes a GPU.
 
         Raises:
-            DeviceMismatchError: There is none of that number.
+            DeviceMismatchError: There is no GPU with this index.
         """
         try:
             count = self.call("cudaGetDeviceCount")
@@ -97,7 +97,7 @@ class CudaRuntime:
                 cure = "; the driver is older than cuda-python: update it, or pip install 'cuda-bindings~=12.6'"
             raise DeviceMismatchError(f"no CUDA device is usable ({err}){cure}") from err
         if not 0 <= index < count:
-            raise DeviceMismatchError(f"CUDA device {index} was asked for and there are {count}")
+            raise DeviceMismatchError(f"CUDA device {index} was requested, but the number of devices is {count}")
         properties = self.call("cudaGetDeviceProperties", index)
         name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         return CudaDevice(
@@ -108,18 +108,18 @@ class CudaRuntime:
         )
 
     def copy_to_device(self, target: int, source: int, size_bytes: int, stream: Any) -> None:
-        """Queues a copy from pinned host memory."""
+        """Queues a copy from pinned host memory to the device."""
         kind = self.api.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", target, source, size_bytes, kind, stream)
 
     def copy_to_host(self, target: int, source: int, size_bytes: int, stream: Any) -> None:
-        """Queues a copy to pinned host memory."""
+        """Queues a copy from the device to pinned host memory."""
         kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", target, source, size_bytes, kind, stream)
 
 
 class Buffer:
-    """A pinned host buffer and a device buffer of one size, grown when a larger batch comes."""
+    """A pinned host buffer and a device buffer of the same size, which grow with the largest batch."""
 
     def __init__(self, cuda: CudaRuntime) -> None:
         self._cuda = cuda
@@ -128,7 +128,7 @@ class Buffer:
         self.device = 0
 
     def reserve(self, size_bytes: int) -> None:
-        """Makes room for at least so many bytes; the content is lost when it grows.
+        """Grows the buffers to at least `size_bytes`; growing discards their content.
 
         Raises:
             EngineError: There is not enough memory.
@@ -142,21 +142,21 @@ class Buffer:
         except EngineError as err:
             self.free()
             raise EngineError(
-                f"a buffer of {size_bytes} bytes cannot be had ({err}); pass a smaller batch_size or max_length"
+                f"a buffer of {size_bytes} bytes cannot be allocated ({err}); pass a smaller batch_size or max_length"
             ) from err
         self.size_bytes = size_bytes
 
     def array(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-        """The host side as an array; it shares the buffer's memory, so it must not outlive it."""
+        """Returns the host buffer as an array, which shares its memory and must not outlive it."""
         size_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         memory = memoryview((ctypes.c_char * size_bytes).from_address(self.host))
-        values: NDArray[Any] = np.frombuffer(memory, dtype=dtype).reshape(shape)
-        return values
+        array: NDArray[Any] = np.frombuffer(memory, dtype=dtype).reshape(shape)
+        return array
 
     def free(self) -> None:
-        """Gives both sides back."""
-        held = (("cudaFreeHost", self.host), ("cudaFree", self.device))
+        """Frees both buffers."""
+        allocations = (("cudaFreeHost", self.host), ("cudaFree", self.device))
         self.size_bytes = self.host = self.device = 0
-        for name, pointer in held:
+        for name, pointer in allocations:
             if pointer:
                 self._cuda.release(name, pointer)

@@ -1,8 +1,8 @@
-"""TensorRT-RTX's compiled kernels, kept between starts, so that the second start on a GPU compiles nothing.
+"""Cache of TensorRT-RTX's compiled kernels, so that only the first start on a GPU compiles them.
 
-A TensorRT-RTX plan holds kernels for no GPU in particular; the runtime compiles them where it runs, at the first start.
-They are in the user's cache folder and not beside the plan: a bundle may be read-only, and holds nothing that its
-manifest does not name. Source: TensorRT for RTX documentation, "Runtime cache".
+A TensorRT-RTX plan contains no kernels for a specific GPU; the runtime compiles them at the first start. They are
+stored in the user's cache folder instead of the bundle, which may be read-only and contains only files that its
+manifest lists. Source: TensorRT for RTX documentation, "Runtime cache".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.backends.bindings import TENSORRT_RTX, ask
+from nvembed_deploy.backends.bindings import TENSORRT_RTX, checked_call
 from nvembed_deploy.backends.cuda import CudaDevice
 from nvembed_deploy.bundle.manifest import PlanInfo
 from nvembed_deploy.errors import EngineError
@@ -26,8 +26,8 @@ class RuntimeCache:
     """The kernels of one plan on one kind of GPU; all execution contexts of an engine share them.
 
     Args:
-        engine: The plan, loaded.
-        path: Their file; a missing one, or one that the runtime does not take, is begun anew.
+        engine: The loaded plan.
+        path: The cache file; if it is missing or the runtime rejects it, the cache starts empty.
         logger: See `bindings.make_logger`.
         bindings: TensorRT-RTX's module, for its enumerations.
     """
@@ -35,44 +35,46 @@ class RuntimeCache:
     def __init__(self, engine: Any, path: Path, logger: Any, bindings: Any) -> None:
         self._engine, self._path, self._logger, self._bindings = engine, path, logger, bindings
         self._saving = threading.Lock()
-        config = ask(logger, "creating the runtime configuration", engine.create_runtime_config)
-        self._cache = ask(logger, "creating the runtime cache", config.create_runtime_cache)
-        self._known = path.read_bytes() if path.is_file() else b""
-        if self._known and not self._cache.deserialize(self._known):
-            _log.info("%s is of another driver, GPU or version, and begun anew", path)
+        config = checked_call(logger, "creating the runtime configuration", engine.create_runtime_config)
+        self._cache = checked_call(logger, "creating the runtime cache", config.create_runtime_cache)
+        self._saved_content = path.read_bytes() if path.is_file() else b""
+        if self._saved_content and not self._cache.deserialize(self._saved_content):
+            _log.info("%s belongs to another driver, GPU or version; its kernels are compiled again", path)
 
     @classmethod
     def of(
         cls, engine: Any, info: PlanInfo, sha256: str | None, device: CudaDevice, logger: Any, bindings: Any
     ) -> RuntimeCache | None:
-        """The cache of a plan, or None: TensorRT proper compiles plans when it builds them."""
+        """Returns the cache of a plan, or None for TensorRT, which compiles kernels at build time."""
         if info.runtime != TENSORRT_RTX or sha256 is None:
             return None
         capability = device.compute_capability.replace(".", "")
         return cls(engine, cache_folder() / f"{sha256[:16]}-{info.version}-sm{capability}.kernels", logger, bindings)
 
     def context(self) -> Any:
-        """A new execution context that takes its kernels from here, and leaves here what it compiles.
+        """Returns a new execution context that reads its kernels from this cache and adds those that it compiles.
 
-        A shape that comes again is launched as one CUDA graph, which the runtime captures by itself. Source: TensorRT
+        Repeated shapes are launched as one CUDA graph, which the runtime captures by itself. Source: TensorRT
         for RTX documentation, "Working with CUDA graphs".
         """
-        config = ask(self._logger, "creating the runtime configuration", self._engine.create_runtime_config)
-        ask(self._logger, "setting the runtime cache", config.set_runtime_cache, self._cache)
+        config = checked_call(self._logger, "creating the runtime configuration", self._engine.create_runtime_config)
+        checked_call(self._logger, "setting the runtime cache", config.set_runtime_cache, self._cache)
         config.cuda_graph_strategy = self._bindings.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return ask(self._logger, "creating an execution context", self._engine.create_execution_context, config)
+        return checked_call(
+            self._logger, "creating an execution context", self._engine.create_execution_context, config
+        )
 
     def save(self) -> None:
-        """Keeps what was compiled since the last time. Where that fails, the next start compiles again, and no more."""
+        """Saves new kernels; if that fails, the next start compiles them again."""
         with self._saving:
             try:
                 content = bytes(
-                    memoryview(ask(self._logger, "reading the runtime cache", self._cache.serialize)).cast("B")
+                    memoryview(checked_call(self._logger, "reading the runtime cache", self._cache.serialize)).cast("B")
                 )
-                if content == self._known:
+                if content == self._saved_content:
                     return
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(self._path, content)
-                self._known = content
+                self._saved_content = content
             except (OSError, EngineError) as err:
-                _log.info("%s cannot be written (%s); the next start compiles again", self._path, err)
+                _log.info("%s cannot be written (%s); the next start will compile the kernels again", self._path, err)

@@ -1,4 +1,4 @@
-"""ONNX Runtime: runs the graph that the plan was built from, on the CPU or on ONNX Runtime's own CUDA providers."""
+"""Runs a bundle's ONNX graph in ONNX Runtime, on the CPU or on its CUDA providers."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ OUTPUTS = ("sentence_embedding", "sentence_norm")
 INPUTS = ("input_ids", "attention_mask", "pool_mask")
 CPU_NOTES = {
     Precision.BF16: " (BF16 rounding in FP32 arithmetic)",
-    Precision.FP16: " (the CPU's graph: unsigned codes, FP32 for FP16)",
+    Precision.FP16: " (CPU graph: unsigned quantized values, FP32 for FP16)",
 }
-"""Note on the name of a backend that runs `model.cpu.onnx`, by the precision of what is not quantized."""
+"""Suffix of the name of a backend that runs `model.cpu.onnx`, by the precision of the unquantized layers."""
 CPU = "CPUExecutionProvider"
 GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 X64_QUANT_PRECISION = ("session.x64quantprecision", "1")
-"""Unsigned weights on CPUs whose products of unsigned and signed codes overflow, see `eight_bit_products_overflow`: an
-INT8 bundle's mean error was 8 times as large without, and it was hardly faster (AMD EPYC of the third generation)."""
+"""Uses unsigned weights on CPUs whose 8-bit products overflow, see `eight_bit_products_overflow`. Without it, an INT8
+bundle's mean error was 8 times as large at hardly any gain in speed (AMD EPYC, third generation)."""
 GIB = 2**30
 COPIES_WHILE_OPENING = 2
-"""Of the weights' files: the bytes that were hashed, and ONNX Runtime's own copy, which stays."""
+"""Copies of the weights in memory while opening: the hashed bytes, and ONNX Runtime's own copy, which stays."""
 _log = logging.getLogger(__name__)
 FATAL_SEVERITY = 4
-"""Its errors are raised; logged as well they would stand on stderr twice."""
+"""Log severity: errors are raised, and logging them too would print them twice."""
 
 
 def available_providers() -> list[str]:
-    """Execution providers of the installed ONNX Runtime.
+    """Returns the execution providers of the installed ONNX Runtime.
 
     Raises:
-        MissingExtra: It is not installed.
+        MissingExtra: ONNX Runtime is not installed.
     """
     providers: list[str] = _onnxruntime().get_available_providers()
     return providers
@@ -51,19 +51,19 @@ class OrtBackend:
     """An ONNX graph in ONNX Runtime.
 
     Args:
-        graph: Path of the graph; its weights lie beside it.
-        bundle: The opened bundle that the graph belongs to: its files are read into memory, and their hashes checked
-            again, so that nothing written into the folder later can change a vector. None lets ONNX Runtime map the
-            files, which costs no memory, for folders that nobody else writes to.
+        graph: Path of the graph; its weights are in the same folder.
+        bundle: The opened bundle of the graph: its files are read into memory and their hashes checked again, so that
+            later changes in the folder cannot affect the vectors. With None ONNX Runtime maps the files, which needs no
+            memory, for folders that no other process writes to.
         providers: Execution providers in order of preference, each a name or a name with its options.
-        note: Added to the name.
-        as_written: Whether nodes run one by one, so that Q/DQ pairs round as the engine does.
-        dimension: D that the bundle promises; None takes what comes.
-        threads: Threads of a batch on the CPU; None takes one for each physical core.
+        note: Suffix of the backend's name.
+        as_written: Whether nodes run without fusion, so that Q/DQ pairs round as the engine does.
+        dimension: Dimension D of the bundle's vectors; None accepts any.
+        threads: Threads per batch on the CPU; None uses one per physical core.
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.
-        EngineError: The graph cannot be loaded, or a wanted provider did not start.
+        EngineError: The graph cannot be loaded, or the requested provider did not start.
     """
 
     profile = None
@@ -94,21 +94,19 @@ class OrtBackend:
             raise
         except Exception as err:  # ONNX Runtime raises bare and private exceptions
             raise EngineError(
-                f"{graph} cannot be loaded by ONNX Runtime {ort.__version__} ({_first_line(err)}); make the "
+                f"{graph} cannot be loaded by ONNX Runtime {ort.__version__} ({_first_line(err)}); export the "
                 "bundle again"
             ) from err
-        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        requested_provider = providers[0] if isinstance(providers[0], str) else providers[0][0]
         self.provider: str = self._session.get_providers()[0]
-        if self.provider != wanted:
+        if self.provider != requested_provider:
             raise DeviceMismatchError(
-                f"ONNX Runtime {ort.__version__} could not start {wanted} and offers {self.provider}; check the CUDA "
-                "and cuDNN versions that it asks for, or pass device='cpu'"
+                f"ONNX Runtime {ort.__version__} could not start {requested_provider} and fell back to "
+                f"{self.provider}; check the CUDA and cuDNN versions that it requires, or pass device='cpu'"
             )
-        found = {item.name for item in (*self._session.get_inputs(), *self._session.get_outputs())}
-        if found != {*INPUTS, *OUTPUTS}:
-            raise EngineError(
-                f"{graph} has tensors {sorted(found)}, not {INPUTS + OUTPUTS}; it was not made by this toolkit"
-            )
+        check_tensor_names(
+            graph, {tensor.name for tensor in (*self._session.get_inputs(), *self._session.get_outputs())}
+        )
         self._dimension = dimension
         self.name = f"onnxruntime {ort.__version__} {self.provider}{note}"
 
@@ -116,7 +114,7 @@ class OrtBackend:
         """Embeds a batch.
 
         Raises:
-            EngineError: ONNX Runtime failed, for instance for want of memory.
+            EngineError: ONNX Runtime failed, for instance because it ran out of memory.
         """
         try:
             embeddings, norms = self._session.run(OUTPUTS, dict(zip(INPUTS, batch, strict=True)))
@@ -128,7 +126,7 @@ class OrtBackend:
         rows = batch.input_ids.shape[0]
         if self._dimension is not None and embeddings.shape != (rows, self._dimension):
             raise EngineError(
-                f"the graph gave vectors of shape {embeddings.shape}, its bundle says {(rows, self._dimension)}; make "
+                f"the graph returned vectors of shape {embeddings.shape}, expected {(rows, self._dimension)}; export "
                 "the bundle again"
             )
         return Output(embeddings, norms)
@@ -140,14 +138,14 @@ def onnxruntime_version() -> str:
     """Returns the version of the installed ONNX Runtime.
 
     Raises:
-        MissingExtra: It is not installed.
+        MissingExtra: ONNX Runtime is not installed.
     """
     version: str = _onnxruntime().__version__
     return version
 
 
 def _open_session(ort: Any, graph: Path, options: Any, providers: list[Any], bundle: Bundle | None) -> Any:
-    """Opens a session on the graph's file, or on what a bundle's files held when they were hashed."""
+    """Opens a session on the graph's file, or on the content of a bundle's files when they were hashed."""
     if bundle is None:
         return ort.InferenceSession(str(graph), options, providers=providers)
     names = [name for name in bundle.manifest.files if name == WEIGHTS or name in bundle.manifest.referenced]
@@ -155,8 +153,8 @@ def _open_session(ort: Any, graph: Path, options: Any, providers: list[Any], bun
     available_bytes = available_memory_bytes()
     if available_bytes is not None and COPIES_WHILE_OPENING * weight_bytes > available_bytes:
         _log.warning(
-            "%s: %.1f GiB of weights are mapped from disk, as %.1f GiB of memory are free and copying takes twice that "
-            "while opening; do not write into the folder while it is open, replace the folder instead",
+            "%s: %.1f GiB of weights are mapped from disk, because %.1f GiB of memory are available and copying needs "
+            "twice the weights while opening; do not write into the folder while it is open, replace it instead",
             bundle.folder, weight_bytes / GIB, available_bytes / GIB,
         )  # fmt: skip
         return ort.InferenceSession(str(graph), options, providers=providers)
@@ -164,11 +162,23 @@ def _open_session(ort: Any, graph: Path, options: Any, providers: list[Any], bun
         contents = [bundle.read(name) for name in names]
         options.add_external_initializers_from_files_in_memory(names, contents, [len(content) for content in contents])
         return ort.InferenceSession(bundle.read(graph.name), options, providers=providers)
-    # ONNX Runtime 1.23 takes files only: copies in a folder of our own, which stay mapped when their names are gone.
+    # ONNX Runtime 1.23 accepts only files: private copies, which stay mapped after they are deleted.
     with tempfile.TemporaryDirectory(prefix="nvembed-") as folder:
         for name in (graph.name, *names):
             Path(folder, name).write_bytes(bundle.read(name))
         return ort.InferenceSession(str(Path(folder, graph.name)), options, providers=providers)
+
+
+def check_tensor_names(graph: Path, names: set[str]) -> None:
+    """Checks the names of a graph's inputs and outputs.
+
+    Raises:
+        EngineError: The graph has other tensors.
+    """
+    if names != {*INPUTS, *OUTPUTS}:
+        raise EngineError(
+            f"{graph} has tensors {sorted(names)}, not {INPUTS + OUTPUTS}; it was not made by this toolkit"
+        )
 
 
 def _onnxruntime() -> Any:

@@ -1,4 +1,4 @@
-"""OpenVINO: runs the graph that the plan was built from on a CPU, in BF16 where the CPU multiplies it."""
+"""Runs a bundle's ONNX graph in OpenVINO on a CPU, in BF16 if the CPU supports it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.backends.no_telemetry import without_openvino_telemetry
-from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
+from nvembed_deploy.backends.ort import INPUTS, OUTPUTS, check_tensor_names
 from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import EngineError, MissingExtra
 from nvembed_deploy.system import eight_bit_products_overflow
@@ -22,12 +22,12 @@ from nvembed_deploy.tokenization import TokenBatch
 CPU = "CPU"
 BF16 = "BF16"
 LOW_PRECISION = "LP_TRANSFORMS_MODE"
-"""Whether INT8 codes are multiplied as they are."""
+"""Whether INT8 values are multiplied without dequantization."""
 THREADS = "INFERENCE_NUM_THREADS"
 STREAMS = 8
-"""Most batches at a time; the values between the layers of each take memory of their own."""
+"""Maximum concurrent batches; the activations of each one need memory."""
 MAX_STREAMED_BYTES = 2**30
-"""Most weights of a model of which a second copy is packed for streams; a larger one's layers keep all cores busy."""
+"""Maximum weights of a model that gets a second copy for streams; a larger one's layers keep all cores busy."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,18 +35,18 @@ _log = logging.getLogger(__name__)
 class OvBackend:
     """An ONNX graph in OpenVINO's CPU plugin.
 
-    A batch alone is computed by all cores. Of batches at the same time each has its own, so that none waits for another
-    thread after every layer (docs/speed.md has the gain). What computes so is made when it is first needed.
+    A single batch uses all cores; concurrent batches are pinned to separate cores, so that no thread waits for another
+    one after every layer (see docs/speed.md for the gain). The model for concurrent batches is compiled on first use.
 
     Args:
-        graph: Path of the graph; its weights lie beside it.
-        dimension: D that the bundle promises.
-        exact: Compute in FP32. Otherwise in BF16 where the CPU has instructions for it, and in FP32 elsewhere.
-        threads: Threads in all; None takes one for each physical core.
+        graph: Path of the graph; its weights are in the same folder.
+        dimension: Dimension D of the bundle's vectors.
+        exact: Compute in FP32; otherwise in BF16 if the CPU has instructions for it.
+        threads: Total number of threads; None uses one per physical core.
 
     Raises:
         MissingExtra: OpenVINO is not installed.
-        EngineError: It cannot load the graph.
+        EngineError: OpenVINO cannot load the graph.
     """
 
     profile = None
@@ -54,60 +54,60 @@ class OvBackend:
     def __init__(self, graph: Path, *, dimension: int, exact: bool, threads: int | None = None) -> None:
         openvino = _openvino()
         self._core = openvino.Core()
-        # The graph is compiled a second time when batches first run together: not from what the file holds by then.
+        # The graph is compiled again for concurrent batches; the file may have changed by then.
         self._core.set_property({"ENABLE_MMAP": False})
-        narrow = not exact and BF16 in self._core.get_property(CPU, "OPTIMIZATION_CAPABILITIES")
-        self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32"}
+        use_bf16 = not exact and BF16 in self._core.get_property(CPU, "OPTIMIZATION_CAPABILITIES")
+        self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if use_bf16 else "f32"}
         if eight_bit_products_overflow():
-            # What the codes stand for is multiplied; at the same speed, as measured.
+            # Multiplies dequantized values, at the same measured speed.
             self._settings[LOW_PRECISION] = False
         if threads is not None:
             self._settings[THREADS] = threads
         try:
             model = self._core.read_model(str(graph))
             _remove_rounding(model, openvino.Type)
-            self._whole = self._core.compile_model(model, CPU, self._settings | {"PERFORMANCE_HINT": "LATENCY"})
+            self._single_model = self._core.compile_model(model, CPU, self._settings | {"PERFORMANCE_HINT": "LATENCY"})
         except RuntimeError as err:
             raise EngineError(
                 f"{graph} cannot be loaded by OpenVINO {openvino.__version__} ({_last_line(err)}); pass "
                 "backend='onnxruntime'"
             ) from err
-        found = {item.any_name for item in (*self._whole.inputs, *self._whole.outputs)}
-        if found != {*INPUTS, *OUTPUTS}:
-            raise EngineError(
-                f"{graph} has tensors {sorted(found)}, not {INPUTS + OUTPUTS}; it was not made by this toolkit"
-            )
-        weights = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
-        self._most = min(STREAMS, self._whole.get_property(THREADS)) if weights <= MAX_STREAMED_BYTES else 1
-        # Kept, since the file may be another bundle's by the time that streams are made.
-        self._graph = model if self._most > 1 else None
-        self._streams: Any = None
+        check_tensor_names(
+            graph, {tensor.any_name for tensor in (*self._single_model.inputs, *self._single_model.outputs)}
+        )
+        weight_bytes = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
+        self._max_concurrent = (
+            min(STREAMS, self._single_model.get_property(THREADS)) if weight_bytes <= MAX_STREAMED_BYTES else 1
+        )
+        # Kept in memory, because the file may belong to another bundle when the streams are compiled.
+        self._graph = model if self._max_concurrent > 1 else None
+        self._streams_compiled: Any = None
         self._running = 0
         self._idle: dict[Any, list[Any]] = {}
-        self._counting, self._making = threading.Lock(), threading.Lock()
+        self._count_lock, self._compile_lock = threading.Lock(), threading.Lock()
         self._dimension = dimension
-        self.name = f"openvino {openvino.__version__.split('-')[0]} CPU {'bf16' if narrow else 'fp32'}"
+        self.name = f"openvino {openvino.__version__.split('-')[0]} CPU {'bf16' if use_bf16 else 'fp32'}"
 
     @property
     def in_flight(self) -> int:
         """See `Backend`."""
-        return self._most
+        return self._max_concurrent
 
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch.
 
         Raises:
-            EngineError: OpenVINO failed, for instance for want of memory.
+            EngineError: OpenVINO failed, for instance because it ran out of memory.
         """
-        return self._run(batch, alone=True)
+        return self._run(batch, is_alone=True)
 
     def run_concurrent(self, batch: TokenBatch) -> Output:
-        """As `run`, in streams from the first batch on: its values would take up room in the other copy as well."""
-        return self._run(batch, alone=False)
+        """Embeds a batch in streams, from the first one on, since its activations would need memory in both models."""
+        return self._run(batch, is_alone=False)
 
-    def _run(self, batch: TokenBatch, *, alone: bool) -> Output:
+    def _run(self, batch: TokenBatch, *, is_alone: bool) -> Output:
         try:
-            with self._request(alone=alone) as request:
+            with self._request(is_alone=is_alone) as request:
                 request.infer(dict(zip(INPUTS, batch, strict=True)), share_inputs=True)
                 embeddings, norms = (np.array(request.get_tensor(name).data, dtype=np.float32) for name in OUTPUTS)
         except RuntimeError as err:
@@ -118,20 +118,20 @@ class OvBackend:
             ) from err
         if embeddings.shape != (len(batch.input_ids), self._dimension):
             raise EngineError(
-                f"the graph gave vectors of shape {embeddings.shape}, its bundle says "
-                f"{(len(batch.input_ids), self._dimension)}; make the bundle again"
+                f"the graph returned vectors of shape {embeddings.shape}, expected "
+                f"{(len(batch.input_ids), self._dimension)}; export the bundle again"
             )
         return Output(embeddings, norms)
 
     @contextmanager
-    def _request(self, *, alone: bool) -> Iterator[Any]:
-        """What computes one batch, lent: of the model that takes all cores, or of the streams beside other batches."""
-        with self._counting:
+    def _request(self, *, is_alone: bool) -> Iterator[Any]:
+        """Lends an inference request: of the model that uses all cores, or of the streams for concurrent batches."""
+        with self._count_lock:
             self._running += 1
-            alone = alone and self._running == 1
+            is_alone = is_alone and self._running == 1
         try:
-            model = self._whole if alone else self._in_streams()
-            with self._counting:
+            model = self._single_model if is_alone else self._streams_model()
+            with self._count_lock:
                 idle = self._idle.setdefault(model, [])
                 request = idle.pop() if idle else None
             if request is None:
@@ -139,33 +139,35 @@ class OvBackend:
             yield request
             idle.append(request)
         finally:
-            with self._counting:
+            with self._count_lock:
                 self._running -= 1
 
-    def _in_streams(self) -> Any:
-        """The model with cores of its own for each of several batches, or the one that takes all."""
-        with self._making:
-            if self._streams is None and self._most > 1:
-                streams = {"NUM_STREAMS": self._most, THREADS: self._whole.get_property(THREADS)}
+    def _streams_model(self) -> Any:
+        """Returns the model with separate cores for each batch, or the single-batch model if it cannot be compiled."""
+        with self._compile_lock:
+            if self._streams_compiled is None and self._max_concurrent > 1:
+                streams = {"NUM_STREAMS": self._max_concurrent, THREADS: self._single_model.get_property(THREADS)}
                 try:
-                    self._streams = self._core.compile_model(self._graph, CPU, self._settings | streams)
+                    self._streams_compiled = self._core.compile_model(self._graph, CPU, self._settings | streams)
                 except RuntimeError as err:
-                    self._most = 1  # not asked for again
-                    _log.warning("OpenVINO computes one batch at a time: no second copy (%s)", _last_line(err))
-            return self._streams or self._whole
+                    self._max_concurrent = 1  # not tried again
+                    _log.warning(
+                        "OpenVINO runs one batch at a time, a second copy cannot be compiled (%s)", _last_line(err)
+                    )
+            return self._streams_compiled or self._single_model
 
 
 def _remove_rounding(model: Any, types: Any) -> None:
-    """Takes out the casts that round each FP32 result to BF16, as a BF16 bundle's graph for CPUs has them.
+    """Removes the casts that round each FP32 result to BF16 in the CPU graph of a BF16 bundle.
 
-    OpenVINO rounds what it multiplies in BF16 itself; with theirs it is slower and further from FP32, as measured.
+    OpenVINO rounds the factors to BF16 itself; with the casts it is slower and further from FP32, as measured.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Convert" and node.get_output_element_type(0) == types.f32:
-            down = node.input_value(0).get_node()
-            rounds = down.get_type_name() == "Convert" and down.get_output_element_type(0) == types.bf16
-            if rounds and down.get_input_element_type(0) == types.f32:
-                node.output(0).replace(down.input_value(0))
+            cast = node.input_value(0).get_node()
+            is_rounding = cast.get_type_name() == "Convert" and cast.get_output_element_type(0) == types.bf16
+            if is_rounding and cast.get_input_element_type(0) == types.f32:
+                node.output(0).replace(cast.input_value(0))
 
 
 def _openvino() -> Any:

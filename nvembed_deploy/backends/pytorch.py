@@ -1,4 +1,4 @@
-"""The PyTorch reference behind the backend protocol: what every other backend is compared with. Needs torch."""
+"""Backend that runs a checkpoint in PyTorch, the reference for all other backends. Needs torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nvembed_deploy.tokenization import TokenBatch
 
 
 class PyTorchBackend:
-    """A checkpoint in PyTorch, unfolded: in FP32 on the CPU, which is the truth, or as one would deploy it on a GPU.
+    """A checkpoint in PyTorch without folding: in FP32 on the CPU as the reference, or in FP16 on a GPU as deployed.
 
     Args:
         checkpoint: A local folder in Hugging Face layout.
-        layers: Take this many of the decoder's layers; None for all.
+        layers: Number of decoder layers to use; None for all.
         device: PyTorch's name of the device.
-        half: Weights and arithmetic in FP16 in place of FP32; pooling stays in FP32.
+        half: Use FP16 weights and arithmetic instead of FP32; pooling stays in FP32.
 
     Raises:
         CheckpointError: See `load_checkpoint`.
@@ -44,7 +44,7 @@ class PyTorchBackend:
     @torch.inference_mode()
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch."""
-        embeddings, norms = self.model(*(torch.from_numpy(part).to(self._device) for part in batch))
+        embeddings, norms = self.model(*(torch.from_numpy(array).to(self._device) for array in batch))
         return Output(embeddings.cpu().numpy(), norms.cpu().numpy())
 
     run_concurrent = run

@@ -1,1 +1,1 @@
-"""The command `nvembed`."""
+"""The command `nvembed` and its subcommands for embedding."""

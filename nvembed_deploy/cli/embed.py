@@ -1,4 +1,4 @@
-"""`nvembed embed BUNDLE [FILE]`: texts from a file or standard input to .npy, JSON lines or Parquet."""
+"""`nvembed embed BUNDLE [FILE]`: embeds texts from a file or standard input into .npy, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from nvembed_deploy.files.json_lines import read_rows
 STANDARD_INPUT = "-"
 ROWS_AT_A_TIME = 4096
 NPY_HEADER_BYTES = 128
-"""Room for the header, which is written last, when the number of rows is known."""
+"""Size of the header, which is written last because it contains the number of rows."""
 Writer = Callable[[BinaryIO, Iterator[tuple[str, NDArray[np.float32]]], int], int]
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Runs the command; without `--out` JSON lines go to stdout."""
+    """Runs the command; without `--out` it writes JSON lines to stdout."""
     parser = argparse.ArgumentParser(
         prog=prog or program("embed"),
-        description="Embeds texts. A .txt file and standard input hold a text in each line, .jsonl, .csv and .parquet "
-        "files one in each row.",
+        description="Embeds texts. A .txt file and standard input contain one text per line, .jsonl, .csv and .parquet "
+        "files one per row.",
     )
     parser.add_argument("bundle", type=Path, help="a bundle's folder, or the engine.plan or model.onnx in it")
     parser.add_argument(
@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         metavar="FILE",
         help="vectors.npy (float32 [N, D]), .jsonl or .parquet (text and embedding) (default: JSON lines to stdout)",
     )
-    parser.add_argument("--column", default="text", help="the texts' column or key (default: %(default)s)")
+    parser.add_argument("--column", default="text", help="column or key of the texts (default: %(default)s)")
     parser.add_argument("--instruction", help="for texts that are queries: the task in words")
-    parser.add_argument("--batch-size", type=int, help="texts of a batch (default: by the engine)")
+    parser.add_argument("--batch-size", type=int, help="texts per batch (default: chosen for the engine)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--backend", default="auto", help="auto, tensorrt, onnxruntime or openvino (default: auto)")
-    flags = parser.parse_intermixed_args(argv)  # or a FILE behind a flag would not be seen
+    flags = parser.parse_intermixed_args(argv)  # so that FILE may follow a flag
 
     def command() -> None:
         write = _writer(flags.out)
@@ -78,14 +78,16 @@ def read_texts(source: str, *, column: str) -> Iterator[str]:
 
     Args:
         source: The path, or `-`.
-        column: The key or column that holds the text, in JSON lines, CSV and Parquet.
+        column: Key or column of the texts in JSON lines, CSV and Parquet.
 
     Raises:
-        ConfigError: The file cannot be read, is of another kind, or has a row without a text.
+        ConfigError: The file cannot be read, has an unsupported type, or contains a row without a text.
     """
     if source == STANDARD_INPUT:
         return (line.rstrip("\r\n") for line in sys.stdin)
     path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist or is not a file; check the path, or pass - for standard input")
     readers: dict[str, Callable[[], Iterator[str]]] = {
         ".txt": partial(_lines, path),
         ".jsonl": partial(_column, path, _json_rows(path), column),
@@ -93,14 +95,14 @@ def read_texts(source: str, *, column: str) -> Iterator[str]:
         ".parquet": partial(_column, path, _parquet_rows(path, column), column),
     }
     if path.suffix not in readers:
-        raise ConfigError(f"{path} is none of {', '.join(readers)}; name a file of these, or - for standard input")
+        raise ConfigError(f"unsupported file type: {path}. Supported: {', '.join(readers)}, or - for standard input")
     return readers[path.suffix]()
 
 
 def embed(
     encoder: Encoder, texts: Iterator[str], *, prompt: str | None, batch_size: int | None
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yields each text and its vector, float32 [D], reading a window of texts ahead and no more."""
+    """Yields each text and its vector, float32 [D], reading at most one window of texts ahead."""
     while window := list(islice(texts, ROWS_AT_A_TIME)):
         yield from zip(window, encoder.encode(window, prompt=prompt or "", batch_size=batch_size), strict=True)
 
@@ -141,10 +143,12 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, object]]:
 
 
 def _column(path: Path, rows: Iterable[dict[str, object]], column: str) -> Iterator[str]:
-    for number, row in enumerate(rows, 1):
+    for row_number, row in enumerate(rows, 1):
         text = row.get(column)
         if not isinstance(text, str):
-            raise ConfigError(f"{path}, row {number} has no text in {column!r}; pass --column with one of {list(row)}")
+            raise ConfigError(
+                f"{path}, row {row_number} has no text in {column!r}; pass --column with one of {list(row)}"
+            )
         yield text
 
 
@@ -153,7 +157,7 @@ def _writer(out: Path | None) -> Writer:
     if out is None:
         return _write_json_lines
     if out.suffix not in writers:
-        raise ConfigError(f"--out {out} is none of {', '.join(writers)}; the ending says what is written")
+        raise ConfigError(f"unsupported file type: --out {out}. Supported: {', '.join(writers)}")
     if out.suffix == ".parquet":
         _pyarrow()  # before anything is embedded
     return writers[out.suffix]
@@ -168,7 +172,7 @@ def _write_json_lines(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float
 
 
 def _write_npy(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float32]]], dimension: int) -> int:
-    """Streams the rows behind room for the header, and then writes the header, padded with spaces as NumPy does."""
+    """Streams the rows after a gap for the header, then writes the header, padded with spaces as NumPy does."""
     file.write(b"\0" * NPY_HEADER_BYTES)
     count = 0
     for _, vector in rows:

@@ -1,4 +1,4 @@
-"""`nvembed COMMAND`: finds the command's module and imports that alone, so that help is instant."""
+"""`nvembed COMMAND`: imports only the module of the command, so that help is instant."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from nvembed_deploy.version import __version__
 
 
 class Command(NamedTuple):
-    """One line of `nvembed --help`."""
+    """A command, as listed by `nvembed --help`."""
 
     module: str
-    """Where its `main(argv, *, prog)` is."""
+    """Module with the command's `main(argv, *, prog)`."""
     summary: str
 
 
 COMMANDS: dict[str, dict[str, Command]] = {
     "Make a bundle": {
-        "export": Command("export.trt", "a checkpoint to ONNX to a TensorRT plan, compared with PyTorch"),
-        "pack": Command("engines.pack", "a bundle as one archive for a device that builds its own plan"),
-        "build": Command("engines.build", "a bundle's plan, with the TensorRT of this machine"),
+        "export": Command("export.trt", "export a checkpoint to ONNX and a TensorRT plan, compared with PyTorch"),
+        "pack": Command("engines.pack", "pack a bundle into one archive for a device that builds its own plan"),
+        "build": Command("engines.build", "build a bundle's plan with this machine's TensorRT"),
     },
     "Look at it": {
-        "show": Command("engines.show", "what a bundle is, and whether its plan runs here"),
+        "show": Command("engines.show", "describe a bundle, and whether its plan runs here"),
         "check": Command("engines.check", "compare a bundle with PyTorch again, on this machine"),
-        "bench": Command("engines.bench", "latency and throughput of bundles side by side"),
+        "bench": Command("engines.bench", "measure latency and throughput of bundles side by side"),
     },
     "Use it": {
-        "embed": Command("cli.embed", "texts from a file or standard input to .npy, JSON lines or Parquet"),
-        "similarity": Command("cli.similarity", "questions against passages, as a table of cosines"),
-        "serve": Command("serve.command", "an HTTP server with OpenAI's embeddings interface"),
-        "app": Command("app.command", "a search page in the browser"),
-        "bulk": Command("export.ray_job", "a large corpus to Parquet, on one machine or a Ray cluster"),
-        "triton": Command("export.triton", "a model repository for Triton Inference Server"),
+        "embed": Command("cli.embed", "embed texts from a file or standard input into .npy, JSON lines or Parquet"),
+        "similarity": Command("cli.similarity", "compare questions with passages, as a table of cosines"),
+        "serve": Command("serve.command", "run an HTTP server with OpenAI's embeddings interface"),
+        "app": Command("app.command", "open a search page in the browser"),
+        "bulk": Command("export.ray_job", "embed a large corpus into Parquet, on one machine or a Ray cluster"),
+        "triton": Command("export.triton", "write a model repository for Triton Inference Server"),
     },
     "Train and evaluate": {
-        "train": Command("training.command", "NV-Embed's training recipe, step by step"),
-        "eval": Command("evaluation.command", "MTEB scores of a bundle beside PyTorch's"),
+        "train": Command("training.command", "run NV-Embed's training recipe, step by step"),
+        "eval": Command("evaluation.command", "measure MTEB scores of a bundle and of PyTorch"),
     },
 }
 BASE_PACKAGES = ("numpy", "tokenizers", "tqdm")
@@ -71,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if not is_installed(every[name]):
         echo(
-            f"error: {program(name)} is not part of this installation, which has what a device needs to run a bundle; "
-            "install nvembed-deploy itself for it"
+            f"error: {program(name)} is not part of this installation, which contains only the runtime for a device; "
+            "install nvembed-deploy to use it"
         )
         return 1
-    if argv is None:  # a process of its own: as PID 1 of a container it would ignore the signal while it imports
+    if argv is None:  # not in a library call; PID 1 of a container would ignore the signal while importing
         signal.signal(signal.SIGTERM, interrupt)
     try:
         module = importlib.import_module(f"nvembed_deploy.{every[name].module}")
@@ -92,30 +92,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_installed(command: Command) -> bool:
-    """Whether the command's module is here: a device's archive has the runtime alone."""
+    """Returns whether the command's module is installed; a device's archive contains only the runtime."""
     package, _, module = command.module.rpartition(".")
     spec = importlib.util.find_spec(f"nvembed_deploy.{package}")
     return spec is not None and importlib.util.find_spec(f"nvembed_deploy.{package}.{module}") is not None
 
 
 def help_text() -> str:
-    """Returns what `nvembed --help` prints: the commands that are installed, by group."""
+    """Returns the text of `nvembed --help`: the installed commands, by group."""
     lines = [
         f"usage: {program()} COMMAND ...",
         "",
-        "NV-Embed and its relatives as TensorRT engines: checkpoint to ONNX to plan to vectors,",
+        "Runs NV-Embed and related models as TensorRT engines: checkpoint to ONNX to plan to vectors,",
         "compared with PyTorch at every step.",
     ]
     for group, commands in COMMANDS.items():
-        here = {name: command for name, command in commands.items() if is_installed(command)}
-        if here:
-            lines += ["", f"{group}:", *(f"  {name:<12}{command.summary}" for name, command in here.items())]
-    lines += ["", f"{program('COMMAND')} --help describes a command; {program()} --version names the version."]
+        installed = {name: command for name, command in commands.items() if is_installed(command)}
+        if installed:
+            lines += ["", f"{group}:", *(f"  {name:<12}{command.summary}" for name, command in installed.items())]
+    lines += ["", f"{program('COMMAND')} --help describes a command; {program()} --version prints the version."]
     return "\n".join(lines) + "\n"
 
 
-def _did_you_mean(name: str, known: Sequence[str] | dict[str, Command]) -> str:
+def _did_you_mean(name: str, command_names: Sequence[str] | dict[str, Command]) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(command_names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,4 +1,4 @@
-"""`nvembed similarity BUNDLE`: which passage answers which question, as a table."""
+"""`nvembed similarity BUNDLE`: compares questions with passages, as a table of cosines."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command.
 
     Returns:
-        0, or 1 after an error that is told in one line.
+        0, or 1 after an error, which is printed as one line.
     """
     parser = argparse.ArgumentParser(prog=prog or program("similarity"), description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", help="a bundle's folder, or the engine.plan or model.onnx in it")
-    parser.add_argument("--query", action="append", metavar="TEXT", help="your own question; may be given many times")
-    parser.add_argument("--passage", action="append", metavar="TEXT", help="your own passage; may be given many times")
+    parser.add_argument("--query", action="append", metavar="TEXT", help="a question; may be repeated")
+    parser.add_argument("--passage", action="append", metavar="TEXT", help="a passage; may be repeated")
     parser.add_argument(
-        "--instruction", default=INSTRUCTION, help="what the questions ask for, in words (default: %(default)s)"
+        "--instruction", default=INSTRUCTION, help="the task of the questions in words (default: %(default)s)"
     )
     parser.add_argument(
         "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
     def command() -> None:
         if bool(flags.query) != bool(flags.passage):
-            raise ConfigError("--query and --passage belong together; give at least one of each, or neither")
+            raise ConfigError("--query and --passage must be used together; pass at least one of each, or neither")
         queries = flags.query or [question for question, _ in PAIRS]
         passages = flags.passage or [passage for _, passage in PAIRS]
         encoder = Encoder(flags.bundle, device=flags.device)
@@ -72,17 +72,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             @ encoder.encode(passages, show_progress=sys.stderr.isatty()).T
         )
         sys.stdout.write(table(queries, passages, scores))
-        what = f"{len(queries)} questions against {len(passages)} passages on {encoder.backend}"
+        summary = f"{len(queries)} questions against {len(passages)} passages on {encoder.backend}"
         if not flags.query:
-            right = int((scores.argmax(axis=1) == np.arange(len(PAIRS))).sum())
-            what += f"; {right} of {len(PAIRS)} questions rank their own passage first"
-        echo(f"done: {what}")
+            correct = int((scores.argmax(axis=1) == np.arange(len(PAIRS))).sum())
+            summary += f"; {correct} of {len(PAIRS)} questions rank their own passage first"
+        echo(f"done: {summary}")
 
     return run(command)
 
 
 def table(queries: Sequence[str], passages: Sequence[str], scores: NDArray[np.float32]) -> str:
-    """Cosines as text, the best of each row starred.
+    """Formats cosines as a text table, with a star at the best one of each row.
 
     Args:
         queries: N texts.

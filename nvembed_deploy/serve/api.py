@@ -31,22 +31,22 @@ from nvembed_deploy.serve.requests import EmbeddingsBody, Limits, RequestError, 
 from nvembed_deploy.tokenization import TokenRow
 from nvembed_deploy.version import __version__
 
-HEALTH_TEXT = "Is the engine well?"
+HEALTH_TEXT = "Is the engine healthy?"
 HEALTH_SECONDS = 1.0
-"""A finding of the health check is as good as new for so long: many probes shall not keep the engine busy."""
+"""Seconds for which a health check is reused, so that frequent probes do not keep the engine busy."""
 RETRY_SECONDS = 1
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that went away; nobody reads the answer, the metrics count it."""
+"""nginx's status for a client that disconnected; nobody reads the response, but the metrics count it."""
 _log = logging.getLogger(__name__)
 
 
 class Service:
-    """What the routes share.
+    """State shared by the routes.
 
     Args:
         encoder: Already warmed up.
-        name: The model's name in requests and answers.
-        limits: Most that one request may hold.
+        name: The model's name in requests and responses.
+        limits: Limits of one request.
         max_waiting: See `Coalescer`.
     """
 
@@ -55,20 +55,20 @@ class Service:
         self.limits = replace(limits, texts=min(limits.texts, max_waiting))
         self.coalescer = Coalescer(encoder, max_waiting=max_waiting)
         self.metrics = Metrics(lambda: self.coalescer.waiting_texts)
-        # Threads of its own: long texts that are tokenized shall not hold up the health check.
+        # Separate threads, so that the tokenization of long texts does not delay the health check.
         self.text_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="nvembed-text")
         self.health_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nvembed-health")
         self._health_lock = asyncio.Lock()
-        self._health_until, self._well = 0.0, False
+        self._health_until, self._is_healthy = 0.0, False
 
     def close(self) -> None:
-        """Ends what runs, within the time that a request may take."""
+        """Completes the running requests, within the time limit of a request."""
         self.coalescer.close(max_seconds=self.limits.seconds)
         self.text_pool.shutdown(wait=False, cancel_futures=True)
         self.health_pool.shutdown(wait=False, cancel_futures=True)
 
     async def respond(self, request: Request) -> Response:
-        """The answer to POST /v1/embeddings, whatever happens, and counted."""
+        """Returns the response to POST /v1/embeddings, also after an error, and updates the metrics."""
         started = time.perf_counter()
         try:
             answer = await asyncio.wait_for(self._answer(request, started), self.limits.seconds)
@@ -77,24 +77,24 @@ class Service:
                 RequestError(504, f"no answer within {self.limits.seconds:g} s; send fewer texts or try again later")
             )
         except ClientDisconnect:
-            answer = _error(RequestError(CLIENT_CLOSED_REQUEST, "the client went away"))
+            answer = _error(RequestError(CLIENT_CLOSED_REQUEST, "the client disconnected"))
         except RequestError as err:
             answer = _error(err)
-        except Exception:  # a fault of ours: logged with its trace, counted, and answered in the form that clients read
+        except Exception:  # a bug: logged with its traceback, counted, and reported in OpenAI's error format
             _log.exception("a request failed")
-            answer = _error(RequestError(500, "the server failed on this request; its log says why"))
+            answer = _error(RequestError(500, "the server failed on this request; see its log for the reason"))
         self.metrics.requests.labels(str(answer.status_code)).inc()
         if answer.status_code == 200:
             self.metrics.seconds.observe(time.perf_counter() - started)
         return answer
 
     async def _answer(self, request: Request, started: float) -> Response:
-        """The vectors of a request; what goes wrong is a `RequestError`."""
+        """Embeds the texts of a request; failures are raised as `RequestError`."""
         loop = asyncio.get_running_loop()
         content = await _read(request, self.limits.body_bytes)
         body, texts = await loop.run_in_executor(self.text_pool, parse, content, self.limits)
         if body.model != self.name:
-            message = f"there is no model {body.model[:100]!r} here; it is {self.name!r}"
+            message = f"model {body.model[:100]!r} not found; this server's model is {self.name!r}"
             raise RequestError(404, message, param="model", code="model_not_found")
         try:
             remaining_seconds = self.limits.seconds - (time.perf_counter() - started)
@@ -105,7 +105,7 @@ class Service:
             rows = await loop.run_in_executor(self.text_pool, _tokenize, self.encoder, body, texts)
             tokens = sum(map(len, rows))
             if tokens > self.limits.tokens:
-                message = f"'input' has {tokens} tokens, at most {self.limits.tokens} are taken; split it"
+                message = f"'input' has {tokens} tokens, the maximum is {self.limits.tokens}; split it"
                 raise RequestError(422, message, param="input")
             vectors = await self._embed(request, reservation, rows, body.dimensions)
         finally:
@@ -113,22 +113,24 @@ class Service:
         self.metrics.texts.inc(len(texts))
         self.metrics.tokens.inc(tokens)
         self.metrics.cut.inc(sum(row.truncated for row in rows))
-        answer = await loop.run_in_executor(self.text_pool, _rendered, vectors, body.encoding_format, self.name, tokens)
+        answer = await loop.run_in_executor(
+            self.text_pool, _response_json, vectors, body.encoding_format, self.name, tokens
+        )
         return Response(answer, media_type="application/json")
 
     async def _embed(
         self, request: Request, reservation: Reservation, rows: list[TokenRow], dimensions: int | None
     ) -> NDArray[np.float32]:
-        """The vectors; a client that goes away, or a deadline, takes its request out of the queue."""
+        """Returns the vectors; if the client disconnects or the deadline passes, the request leaves the queue."""
         try:
             future = asyncio.wrap_future(reservation.submit(rows, dimensions=dimensions))
         except OverloadedError as err:
             raise RequestError(503, str(err), code="overloaded") from err
-        gone = asyncio.ensure_future(_gone(request))
+        disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
         try:
-            await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((future, disconnected), return_when=asyncio.FIRST_COMPLETED)
             if not future.done():
-                raise RequestError(CLIENT_CLOSED_REQUEST, "the client went away")
+                raise RequestError(CLIENT_CLOSED_REQUEST, "the client disconnected")
             return future.result()
         except DeadlineError:
             raise
@@ -138,29 +140,29 @@ class Service:
             raise RequestError(400, str(err), param="dimensions") from err
         except DeployError as err:
             _log.error("a request failed: %s", err)
-            raise RequestError(500, "the engine failed on this request; the server's log says why") from err
+            raise RequestError(500, "the engine failed on this request; see the server's log for the reason") from err
         finally:
             future.cancel()
-            gone.cancel()
+            disconnected.cancel()
 
-    async def well(self) -> bool:
-        """Whether the engine embeds a text, found out at most once a second."""
+    async def is_healthy(self) -> bool:
+        """Returns whether the engine can embed a text, checked at most once a second."""
         async with self._health_lock:
             if time.monotonic() >= self._health_until:
                 loop = asyncio.get_running_loop()
                 try:
-                    asked = loop.run_in_executor(self.health_pool, self.encoder.encode, HEALTH_TEXT)
-                    await asyncio.wait_for(asked, self.limits.seconds)
-                    self._well = True
-                except Exception as err:  # whatever it is, the engine does not embed
+                    health_check = loop.run_in_executor(self.health_pool, self.encoder.encode, HEALTH_TEXT)
+                    await asyncio.wait_for(health_check, self.limits.seconds)
+                    self._is_healthy = True
+                except Exception as err:  # any error means that the engine cannot embed
                     _log.error("the health check failed: %s: %s", type(err).__name__, err)
-                    self._well = False
+                    self._is_healthy = False
                 self._health_until = time.monotonic() + HEALTH_SECONDS
-            return self._well
+            return self._is_healthy
 
 
 def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -> FastAPI:
-    """The server's application; the arguments are `Service`'s."""
+    """Returns the server's application; see `Service` for the arguments."""
     service = Service(encoder, name=name, limits=limits, max_waiting=max_waiting)
 
     @contextlib.asynccontextmanager
@@ -168,7 +170,7 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
         yield
         await asyncio.to_thread(service.close)
 
-    # The interactive pages load scripts from elsewhere; the schema itself is at /openapi.json.
+    # The interactive pages load scripts from other hosts; the schema itself is at /openapi.json.
     app = FastAPI(title="nvembed-deploy", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
 
     app.add_middleware(BusyLimit)
@@ -191,14 +193,14 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
     @app.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         if model_id != name:
-            message = f"there is no model {model_id[:100]!r} here; it is {name!r}"
+            message = f"model {model_id[:100]!r} not found; this server's model is {name!r}"
             return _error(RequestError(404, message, param="model", code="model_not_found"))
         return JSONResponse(description)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
-        """A real forward: what answers here can embed."""
-        if not await service.well():
+        """Embeds a text; a server that responds with 200 can embed."""
+        if not await service.is_healthy():
             return JSONResponse({"status": "unhealthy"}, status_code=503)
         return JSONResponse({"status": "ok", "model": name, "backend": encoder.backend})
 
@@ -209,16 +211,16 @@ def make_app(encoder: Encoder, *, name: str, limits: Limits, max_waiting: int) -
     return app
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, max_bytes: int) -> bytes:
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise RequestError(415, "compressed bodies are not taken; send the JSON as it is")
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise RequestError(413, f"the body is larger than {most} bytes; send fewer texts a request")
-        parts.append(part)
-    return b"".join(parts)
+        raise RequestError(415, "compressed bodies are not supported; send uncompressed JSON")
+    chunks, size_bytes = [], 0
+    async for chunk in request.stream():
+        size_bytes += len(chunk)
+        if size_bytes > max_bytes:
+            raise RequestError(413, f"the body is larger than {max_bytes} bytes; send fewer texts per request")
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def _tokenize(encoder: Encoder, body: EmbeddingsBody, texts: list[str]) -> list[TokenRow]:
@@ -232,27 +234,27 @@ def _tokenize(encoder: Encoder, body: EmbeddingsBody, texts: list[str]) -> list[
         raise RequestError(400, str(err)) from err
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _rendered(vectors: NDArray[np.float32], form: str | None, name: str, tokens: int) -> bytes:
-    """Returns the answer's JSON."""
+def _response_json(vectors: NDArray[np.float32], encoding_format: str | None, name: str, tokens: int) -> bytes:
+    """Returns the JSON of a response."""
     rows: list[Any] = list(vectors)
-    if form == "base64":
+    if encoding_format == "base64":
         rows = [base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii") for vector in vectors]
-    items = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
+    embeddings = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    answer = {"object": "list", "model": name, "usage": usage, "data": items}
+    answer = {"object": "list", "model": name, "usage": usage, "data": embeddings}
     return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _error(err: RequestError) -> Response:
-    """OpenAI's form of an error."""
+    """Returns an error response in OpenAI's format."""
     kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
     content = {"message": err.message, "type": kinds.get(err.status, "invalid_request_error")}
     headers = {"Retry-After": str(RETRY_SECONDS)} if err.status in (429, 503) else None
-    # In ASCII: a message may quote what no UTF-8 can hold.
+    # ASCII, because a message may quote characters that UTF-8 cannot encode.
     body = json.dumps({"error": content | {"param": err.param, "code": err.code}})
     return Response(body, status_code=err.status, headers=headers, media_type="application/json")

@@ -16,7 +16,7 @@ from nvembed_deploy.errors import ConfigError, MissingExtra
 
 BACKLOG = 2048
 DRAIN_SECONDS = 2
-"""Behind SIGTERM, running requests have `--timeout` and so long to end: each has its answer by then, if only a 504."""
+"""Seconds in addition to `--timeout` that running requests have after SIGTERM; each is answered by then."""
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -24,24 +24,26 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=prog or program("serve"),
         description="Serves a bundle over HTTP: POST /v1/embeddings as OpenAI's clients send it, GET /v1/models, GET "
-        "/health (a real forward), GET /metrics (Prometheus). Requests that arrive together run together. There is no "
-        "password: let nobody but a proxy of yours reach it.",
+        "/health (embeds a text), GET /metrics (Prometheus). Concurrent requests are batched together. There is no "
+        "authentication: only a trusted proxy should be able to reach it.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="bundle, its engine.plan or its model.onnx")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=8080, help="port to listen on; 0 takes a free one (default: 8080)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, local only)")
+    parser.add_argument(
+        "--port", type=int, default=8080, help="port to listen on; 0 chooses a free one (default: 8080)"
+    )
     parser.add_argument("--name", help="model's name in requests (default: the bundle's model)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--backend", default="auto", help="auto, tensorrt, onnxruntime or openvino (default: auto)")
-    parser.add_argument("--threads", type=int, help="threads of a batch on a CPU (default: the runtime's choice)")
+    parser.add_argument("--threads", type=int, help="threads per batch on a CPU (default: the runtime's choice)")
     parser.add_argument(
         "--max-waiting",
         type=int,
         default=DEFAULT_MAX_WAITING,
-        help="texts that may wait for the engine; more are answered with 429 (default: %(default)s)",
+        help="maximum texts that wait for the engine; more are answered with 429 (default: %(default)s)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=60.0, help="seconds that a request may take (default: %(default)s)"
+        "--timeout", type=float, default=60.0, help="time limit of a request in seconds (default: %(default)s)"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     flags = parser.parse_args(argv)
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             ) from err
         listener = bound_socket(flags.host, flags.port)  # first: opening a large bundle takes minutes
         encoder = Encoder(flags.bundle, device=flags.device, backend=flags.backend, threads=flags.threads)
-        encoder.encode(HEALTH_TEXT)  # nobody is let in before the engine has answered
+        encoder.encode(HEALTH_TEXT)  # no connections before the engine has embedded a text
         name = flags.name or encoder.manifest.source.name
         app = make_app(encoder, name=name, limits=Limits(seconds=flags.timeout), max_waiting=flags.max_waiting)
         Connection.max_connections = connections_that_fit()
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             server_header=False,
         )
         server = uvicorn.Server(config)
-        listener.listen(BACKLOG)  # who connects from here on waits, and is not refused
+        listener.listen(BACKLOG)  # connections wait from here on and are not refused
         port = listener.getsockname()[1]
         echo(f"serving {name} on {encoder.backend}")
         sys.stdout.write(f"http://{url_host(flags.host)}:{port}/v1\n")
@@ -89,10 +91,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """Returns a socket that is bound to an address; port 0 takes a free one.
+    """Returns a socket that is bound to an address; port 0 chooses a free one.
 
     Raises:
-        ConfigError: The address is not this machine's, or the port is in use.
+        ConfigError: The address does not belong to this machine, or the port is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

@@ -1,7 +1,7 @@
-"""HTTP connections with limits of their own: on the headers' time, on idle ones, and on how many there are.
+"""HTTP connections with limits on the time for headers, on idle time and on their number.
 
-uvicorn's protocol closes a connection that is idle after a response, and none that never sends a request or stops in
-the middle of its headers. Some thousand of those, which cost their client nothing, would keep everybody else out.
+uvicorn's protocol closes a connection that is idle after a response, but not one that never sends a request or stops
+in the middle of its headers. A few thousand of those, which cost a client nothing, would block all other clients.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from uvicorn.protocols.http.flow_control import service_unavailable
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 20.0
-"""From a connection's start, or the first byte of a further request, to the end of its headers."""
+"""Time limit from a connection's start, or the first byte of a further request, to the end of the headers."""
 KEEP_ALIVE_SECONDS = 75
-"""Longer than proxies keep an idle connection (nginx: 60 s), so that none sends a request into one that closes."""
+"""Longer than proxies keep an idle connection (nginx: 60 s), so that none sends a request to a closing one."""
 MAX_CONNECTIONS = 2048
 FILES_FOR_OTHERS = 128
-"""Of the files that the process may open: what is not a connection."""
+"""Open files of the process that are reserved for other uses than connections."""
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when its headers take too long, or when it is idle and its place is needed."""
+    """A connection that is closed when its headers take too long, or when it is idle and a new one needs its place."""
 
     max_connections = MAX_CONNECTIONS
     header_seconds = HEADER_SECONDS
@@ -36,17 +36,17 @@ class Connection(H11Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request of this connection is being answered."""
+        """Whether a request of this connection is in progress."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._start_header_timer()
         if len(self.connections) > self.max_connections:
-            idle = [item for item in self.connections if isinstance(item, Connection) and not item.is_busy]
-            others = [item for item in idle if item is not self]
-            if others:
-                min(others, key=lambda item: item._idle_since).transport.abort()
+            connections = [connection for connection in self.connections if isinstance(connection, Connection)]
+            idle = [connection for connection in connections if not connection.is_busy and connection is not self]
+            if idle:
+                min(idle, key=lambda connection: connection._idle_since).transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -78,11 +78,11 @@ class Connection(H11Protocol):
 
 
 class BusyLimit:
-    """Answers 503 to requests beyond a number at a time, but for the health check.
+    """Middleware that answers 503 if too many requests are in progress; the health check is exempt.
 
     Args:
         app: The application.
-        max_requests: How many are answered at a time.
+        max_requests: Maximum requests in progress.
     """
 
     def __init__(self, app: ASGIApp, max_requests: int = MAX_CONNECTIONS) -> None:
@@ -104,11 +104,11 @@ class BusyLimit:
 
 
 def connections_that_fit() -> int:
-    """Raises the process's limit of open files as far as it may, and returns the connections that then fit."""
+    """Raises the process's limit of open files and returns the number of connections that fit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = MAX_CONNECTIONS + FILES_FOR_OTHERS
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    required_files = MAX_CONNECTIONS + FILES_FOR_OTHERS
+    if soft != resource.RLIM_INFINITY and soft < required_files:
+        soft = required_files if hard == resource.RLIM_INFINITY else min(required_files, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS

@@ -1,4 +1,4 @@
-"""Counters for Prometheus, one registry a server."""
+"""Prometheus metrics, with one registry per server."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class Metrics:
-    """What `/metrics` shows.
+    """The metrics that `/metrics` exposes.
 
     Args:
-        waiting: Tells how many texts wait for the engine.
+        waiting: Returns the number of texts that wait for the engine.
     """
 
     def __init__(self, waiting: Callable[[], float]) -> None:
@@ -23,10 +23,10 @@ class Metrics:
         )
         self.texts = Counter("nvembed_texts", "Texts that were embedded", registry=self.registry)
         self.tokens = Counter("nvembed_tokens", "Tokens of these texts, prompts included", registry=self.registry)
-        self.cut = Counter("nvembed_cut_texts", "Texts that were too long and were cut", registry=self.registry)
+        self.cut = Counter("nvembed_cut_texts", "Texts that were too long and were truncated", registry=self.registry)
         self.seconds = Histogram(
             "nvembed_request_seconds",
-            "From a request's arrival to its answer, of those that were embedded",
+            "Time from arrival to response of successful requests",
             buckets=SECONDS,
             registry=self.registry,
         )

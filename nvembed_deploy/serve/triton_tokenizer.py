@@ -1,7 +1,7 @@
-"""The tokenizer of a Triton repository, which `export.triton` writes: texts to padded ids and masks.
+"""Tokenizer of a Triton repository written by `export.triton`: converts texts to padded ids and masks.
 
-Triton gives whatever requests wait together; their rows are padded to one of a few lengths, so that the engine behind
-finds requests of one shape and puts them together again.
+Triton passes all waiting requests together; their rows are padded to one of a few lengths, so that the engine's
+scheduler can batch requests of the same shape.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ INPUTS = ("input_ids", "attention_mask", "pool_mask")
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls: `initialize` once, then `execute` with what is in the queue."""
+    """Model for Triton's Python backend, which calls `initialize` once and `execute` with the queued requests."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Reads the files beside `model.py`.
+        """Reads the files in the folder of `model.py`.
 
         Args:
-            args: Triton's; `model_repository` and `model_version` say where the files are.
+            args: Triton's arguments; `model_repository` and `model_version` give the folder.
         """
         folder = Path(args["model_repository"]) / args["model_version"]
         record = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
@@ -36,16 +36,16 @@ class TritonPythonModel:
         self.text = TextEncoder((folder / "tokenizer.json").read_bytes(), contract)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One answer for each request; a request that cannot be embedded gets its error, and no other does."""
-        import triton_python_backend_utils as backend  # there is one inside Triton only
+        """Returns one response per request; an invalid request gets an error and does not affect the others."""
+        import triton_python_backend_utils as backend  # exists only inside Triton
 
         rows: list[list[TokenRow] | DeployError] = []
         for request in requests:
             try:
                 texts, instructions = (
                     [
-                        item.decode("utf-8")
-                        for item in backend.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
+                        text.decode("utf-8")
+                        for text in backend.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
                     ]
                     for name in ("text", "instruction")
                 )
@@ -55,30 +55,31 @@ class TritonPythonModel:
             except DeployError as err:
                 rows.append(err)
         answers = []
-        for found in rows:
-            if isinstance(found, DeployError):
-                answers.append(backend.InferenceResponse(error=backend.TritonError(str(found))))
+        for request_rows in rows:
+            if isinstance(request_rows, DeployError):
+                answers.append(backend.InferenceResponse(error=backend.TritonError(str(request_rows))))
                 continue
-            tensors = [backend.Tensor(name, part) for name, part in zip(INPUTS, self._padded(found), strict=True)]
+            padded = self._padded(request_rows)
+            tensors = [backend.Tensor(name, array) for name, array in zip(INPUTS, padded, strict=True)]
             answers.append(backend.InferenceResponse(output_tensors=tensors))
         return answers
 
     def _rows(self, texts: list[str], instructions: list[str]) -> list[TokenRow]:
-        found = []
-        limit = min(self.buckets[-1], self.text.contract.max_tokens)
+        rows: list[TokenRow] = []
+        max_length = min(self.buckets[-1], self.text.contract.max_tokens)
         for text, instruction in zip(check_texts(texts), instructions, strict=True):
             prompt = self.text.prompt(instruction or None, None)
-            found += self.text.tokenize([text], prompt=prompt, max_length=limit)
-        check_pooled(found, max_length=limit)
-        return found
+            rows += self.text.tokenize([text], prompt=prompt, max_length=max_length)
+        check_pooled(rows, max_length=max_length)
+        return rows
 
     def _padded(self, rows: list[TokenRow]) -> TokenBatch:
         batch = self.text.pad(rows)
         longest = batch.input_ids.shape[1]
-        width = next(bucket for bucket in self.buckets if bucket >= longest)
-        more = ((0, 0), (0, width - longest))
+        bucket_length = next(bucket for bucket in self.buckets if bucket >= longest)
+        padding = ((0, 0), (0, bucket_length - longest))
         return TokenBatch(
-            input_ids=np.pad(batch.input_ids, more, constant_values=self.text.contract.pad_id),
-            attention_mask=np.pad(batch.attention_mask, more),
-            pool_mask=np.pad(batch.pool_mask, more),
+            input_ids=np.pad(batch.input_ids, padding, constant_values=self.text.contract.pad_id),
+            attention_mask=np.pad(batch.attention_mask, padding),
+            pool_mask=np.pad(batch.pool_mask, padding),
         )

@@ -95,7 +95,7 @@ def test_the_graph_and_the_cpu_ask_for_no_plan(planned: Path, bindings: FakeBind
 @pytest.mark.parametrize(
     ("missing", "error", "message"),
     [
-        ("driver", DeviceMismatchError, r"no NVIDIA driver was found \(libcuda\.so\.1 does not load\)"),
+        ("driver", DeviceMismatchError, r"no NVIDIA driver was found \(libcuda\.so\.1 cannot be loaded\)"),
         ("cuda", MissingExtra, r"cuda-python is not installed .*pip install -e '.*\[rtx\]'"),
         ("bindings", MissingExtra, r"tensorrt_rtx is not installed here .*pip install -e '.*\[rtx\]'"),
         ("device", DeviceMismatchError, r"no CUDA device is usable \(.*cudaErrorNoDevice\)"),
@@ -164,7 +164,7 @@ def test_providers_that_do_not_start(
 
 
 def test_a_device_that_is_not_there(planned: Path, bindings: FakeBindings) -> None:
-    with pytest.raises(DeviceMismatchError, match="CUDA device 1 was asked for and there are 1"):
+    with pytest.raises(DeviceMismatchError, match="CUDA device 1 was requested, but the number of devices is 1"):
         Encoder(planned, device="cuda:1")
     for device in ("gpu", "cuda:", "cuda:-1", "cuda:0x0", " cuda", "", None, 0):
         with pytest.raises(ConfigError, match="pass 'auto', 'cpu', 'cuda' or 'cuda:N'"):
@@ -220,7 +220,7 @@ def test_buffers_grow_and_give_back(cuda: FakeCuda) -> None:
     np.testing.assert_array_equal(buffer.array((1, 2), np.int64), [[1, 2]])
     for failing in ("cudaHostAlloc", "cudaMalloc"):
         cuda.fail[failing] = [OOM]
-        with pytest.raises(EngineError, match=rf"a buffer of 4096 bytes cannot be had \(CUDA call {failing} failed"):
+        with pytest.raises(EngineError, match=rf"a buffer of 4096 bytes cannot be allocated \(CUDA call {failing}"):
             buffer.reserve(4096)
         assert (buffer.size_bytes, buffer.host, buffer.device) == (0, 0, 0)
         cuda.assert_clean()
@@ -253,7 +253,7 @@ def test_bindings_are_found_or_the_cure_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", wheels)
     assert load_bindings("tensorrt_rtx") is wheels
     for name in ("antigravity", "tensorrt_llm", ""):  # a manifest may say anything
-        with pytest.raises(EngineError, match=r"a runtime named '.*'; this library knows tensorrt, tensorrt_rtx"):
+        with pytest.raises(EngineError, match=r"an unknown runtime '.*'; supported: tensorrt, tensorrt_rtx"):
             load_bindings(name)
 
 

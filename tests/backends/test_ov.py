@@ -37,9 +37,9 @@ def test_conformance(bundles: dict[str, Path], precision: str, tolerance: float)
 
 
 def test_fp32_equals_onnx_runtime(bundles: dict[str, Path]) -> None:
-    found = Encoder(bundles["fp32"], backend="openvino").encode(TEXTS)
+    vectors = Encoder(bundles["fp32"], backend="openvino").encode(TEXTS)
     expected = Encoder(bundles["fp32"], device="cpu", backend="onnxruntime").encode(TEXTS)
-    assert np.abs(found - expected).max() <= 5e-6
+    assert np.abs(vectors - expected).max() <= 5e-6
 
 
 def test_bf16_is_rounded_by_openvino_alone(bundles: dict[str, Path]) -> None:
@@ -50,11 +50,11 @@ def test_bf16_is_rounded_by_openvino_alone(bundles: dict[str, Path]) -> None:
     ov._remove_rounding(graph, ov._openvino().Type)
     assert before - {"Constant"}
     assert _bf16_results(graph) <= {"Constant"}
-    reference, rounded, found = (
+    reference, rounded, vectors = (
         Encoder(bundles[precision], device="cpu", backend=backend).encode(TEXTS)
         for precision, backend in (("fp32", "onnxruntime"), ("bf16", "onnxruntime"), ("bf16", "openvino"))
     )
-    assert np.abs(found - reference).max() <= np.abs(rounded - reference).max()
+    assert np.abs(vectors - reference).max() <= np.abs(rounded - reference).max()
 
 
 def _bf16_results(graph: Any) -> set[str]:
@@ -165,12 +165,15 @@ def test_batches_at_the_same_time_give_the_same_vectors(bundles: dict[str, Path]
     assert isinstance(backend, OvBackend)
     batches = _token_batches(encoder)
     alone = [backend.run(batch).embeddings for batch in batches]
-    assert backend._streams is None  # a service that never has two pays nothing
+    assert backend._streams_compiled is None  # a service that never has two pays nothing
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
-            found = pool.map(backend.run, batches)
-            assert all(np.abs(one.embeddings - wanted).max() <= 2e-6 for one, wanted in zip(found, alone, strict=True))
-    assert backend._streams is not None
+            outputs = pool.map(backend.run, batches)
+            assert all(
+                np.abs(output.embeddings - expected).max() <= 2e-6
+                for output, expected in zip(outputs, alone, strict=True)
+            )
+    assert backend._streams_compiled is not None
     assert backend._running == 0
     again = [backend.run(batch).embeddings for batch in batches]
     assert all(np.array_equal(one, wanted) for one, wanted in zip(again, alone, strict=True))
@@ -178,9 +181,9 @@ def test_batches_at_the_same_time_give_the_same_vectors(bundles: dict[str, Path]
 
 def test_many_batches_of_one_call_take_streams(bundles: dict[str, Path]) -> None:
     encoder = _in_two_streams(bundles["fp32"])
-    found = encoder.encode(TEXTS * 20, batch_size=2)
-    assert encoder._backend._streams is not None  # type: ignore[attr-defined]
-    assert np.abs(found - np.tile(encoder.encode(TEXTS), (20, 1))).max() <= 2e-6
+    vectors = encoder.encode(TEXTS * 20, batch_size=2)
+    assert encoder._backend._streams_compiled is not None  # type: ignore[attr-defined]
+    assert np.abs(vectors - np.tile(encoder.encode(TEXTS), (20, 1))).max() <= 2e-6
 
 
 def test_without_a_second_copy_batches_go_one_by_one(
@@ -196,8 +199,8 @@ def test_without_a_second_copy_batches_go_one_by_one(
             raise RuntimeError("bad allocation")
 
     monkeypatch.setattr(encoder._backend, "_core", NoMemory())
-    found = encoder.encode(TEXTS * 20, batch_size=2)
-    assert np.abs(found - np.tile(encoder.encode(TEXTS), (20, 1))).max() <= 2e-6
+    vectors = encoder.encode(TEXTS * 20, batch_size=2)
+    assert np.abs(vectors - np.tile(encoder.encode(TEXTS), (20, 1))).max() <= 2e-6
     assert encoder._backend.in_flight == 1
     assert caplog.text.count("one batch at a time") == 1
     assert "bad allocation" in caplog.text

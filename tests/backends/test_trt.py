@@ -120,7 +120,7 @@ def test_too_large_a_batch(opened: Callable, bindings: FakeBindings) -> None:
     backend = opened()
     for shape in ((33, 1), (1, 129)):
         with pytest.raises(
-            ConfigError, match=r"than the plan takes \(32x128\); pass a smaller batch_size or max_length"
+            ConfigError, match=r"than the plan accepts \(32x128\); pass a smaller batch_size or max_length"
         ):
             backend.run(make_batch(*shape))
     assert "create_execution_context" not in bindings.calls
@@ -185,9 +185,9 @@ def test_each_no_of_tensorrt_is_named(
     [
         ("cudaSetDevice", [OOM], "CUDA call cudaSetDevice failed: cudaErrorMemoryAllocation"),
         ("cudaStreamCreate", [OOM], "CUDA call cudaStreamCreate failed"),
-        ("cudaHostAlloc", [PASS, OOM], r"a buffer of 168 bytes cannot be had \(CUDA call cudaHostAlloc.*batch_size"),
-        ("cudaMalloc", [OOM], r"a buffer of 168 bytes cannot be had \(CUDA call cudaMalloc failed: cudaErrorMem"),
-        ("cudaMalloc", [PASS] * 4 + [OOM], r"a buffer of 12 bytes cannot be had"),
+        ("cudaHostAlloc", [PASS, OOM], r"a buffer of 168 bytes cannot be allocated \(CUDA call cudaHost.*batch_size"),
+        ("cudaMalloc", [OOM], r"a buffer of 168 bytes cannot be allocated \(CUDA call cudaMalloc failed: cudaErrorMem"),
+        ("cudaMalloc", [PASS] * 4 + [OOM], r"a buffer of 12 bytes cannot be allocated"),
         ("cudaMemcpyAsync", [PASS, PASS, OOM], "CUDA call cudaMemcpyAsync failed"),
         ("cudaMemcpyAsync", [PASS] * 4 + [OOM], "CUDA call cudaMemcpyAsync failed"),
         ("cudaStreamSynchronize", [OOM], "CUDA call cudaStreamSynchronize failed"),
@@ -264,7 +264,7 @@ def test_a_foreign_plan_is_refused(opened: Callable, bindings: FakeBindings) -> 
         with pytest.raises(EngineError, match=f"has tensors .*{name}.*{kind}.*not a plan made by this toolkit"):
             opened()
     bindings.tensors, bindings.dimension = tensors, 9
-    with pytest.raises(EngineError, match=r"gives sentence_embedding as \(3, 9\), expected \(3, 8\)"):
+    with pytest.raises(EngineError, match=r"returns sentence_embedding with shape \(3, 9\), expected \(3, 8\)"):
         opened().run(make_batch(3, 7))
     assert "execute_async_v3" not in bindings.calls
 

@@ -87,8 +87,8 @@ def test_no_texts_are_no_vectors(bundle: str, encoder: Encoder, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("texts.pdf", "x", "is none of .txt, .jsonl, .csv, .parquet; name a file of these"),
-        ("none.txt", None, "cannot be read as UTF-8 text"),
+        ("texts.pdf", "x", "Supported: .txt, .jsonl, .csv, .parquet, or -"),
+        ("none.txt", None, "does not exist or is not a file"),
         ("broken.jsonl", '{"text": "a"}\n{"text"\n', "line 2: not JSON"),
         ("other.jsonl", '{"body": "a"}\n', "row 1 has no text in 'text'; pass --column with one of ['body']"),
         ("other.csv", "body\na\n", "row 1 has no text in 'text'; pass --column with one of ['body']"),
@@ -112,4 +112,4 @@ def test_an_unknown_ending_is_refused_before_anything_is_read(
     bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert embed(bundle, str(tmp_path / "none.txt"), "--out", str(tmp_path / "vectors.bin")) == 1
-    assert "is none of .npy, .jsonl, .parquet; the ending says what is written" in capsys.readouterr().err
+    assert "Supported: .npy, .jsonl, .parquet" in capsys.readouterr().err

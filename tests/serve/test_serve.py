@@ -51,7 +51,7 @@ def test_the_official_client_gets_the_encoders_vectors(server: Server, encoder: 
         tokens = sum(map(len, encoder.tokenize(TEXTS, **options)))
         assert found.usage.prompt_tokens == found.usage.total_tokens == tokens
     assert [model.id for model in client.models.list()] == ["tiny"]
-    with pytest.raises(openai.NotFoundError, match="there is no model 'other' here; it is 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="model 'other' not found; this server's model is 'tiny'"):
         client.embeddings.create(model="other", input="text")
 
 
@@ -65,30 +65,30 @@ def test_both_forms_hold_the_same_numbers(server: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"{", 400, "the body is no JSON"),
+        (b"{", 400, "the body is not valid JSON"),
         (b"[" * 100_000, 400, "the body is nested too deeply"),
         ([], 400, "the body is a list; send an object"),
-        ({"model": "tiny"}, 400, "'input' is missing; the fields are 'input', 'model'"),
+        ({"model": "tiny"}, 400, "'input' is missing; supported fields: 'input', 'model'"),
         ({"input": "a"}, 400, "'model' is missing"),
         ({"model": "tiny", "input": []}, 400, "'input' is an empty list"),
-        ({"model": "tiny", "input": [1, 2]}, 400, "'input' holds numbers or token ids"),
-        ({"model": "tiny", "input": [[1, 2]]}, 400, "'input' holds numbers or token ids"),
+        ({"model": "tiny", "input": [1, 2]}, 400, "'input' contains numbers or token ids"),
+        ({"model": "tiny", "input": [[1, 2]]}, 400, "'input' contains numbers or token ids"),
         ({"model": "tiny", "input": None}, 400, "'input' is neither a string nor a list of strings"),
-        ({"model": "tiny", "input": ["a", 1]}, 400, "'input' holds numbers or token ids"),
+        ({"model": "tiny", "input": ["a", 1]}, 400, "'input' contains numbers or token ids"),
         ({"model": "tiny", "input": {"a": 1}}, 400, "'input' is neither a string nor a list of strings"),
         ({"model": "tiny", "input": ["a", None]}, 400, "'input' is neither a string nor a list of strings"),
         ({"model": "tiny", "input": "many words " * 900, "truncate": False}, 422, "text 0 is longer than max_length"),
-        ({"model": "tiny", "input": "a", "inptu": "b"}, 400, "'inptu' is not known; the fields are"),
-        ({"model": "tiny", "input": "a", "encoding_format": "int8"}, 400, "'encoding_format' does not fit"),
+        ({"model": "tiny", "input": "a", "inptu": "b"}, 400, "'inptu' is not supported; supported fields:"),
+        ({"model": "tiny", "input": "a", "encoding_format": "int8"}, 400, "'encoding_format' is invalid"),
         ({"model": "tiny", "input": "a", "dimensions": 3}, 400, "dimensions is 3; this model was not trained"),
         ({"model": "tiny", "input": "a", "dimensions": -1}, 400, "dimensions is -1"),
         ({"model": "tiny", "input": "a", "prompt_name": "q"}, 400, "prompt_name is 'q'; this model's prompts are"),
-        ({"model": "tiny", "input": ["a"] * 2049}, 422, "'input' has 2049 texts, at most 2048 are taken"),
+        ({"model": "tiny", "input": ["a"] * 2049}, 422, "'input' has 2049 texts, the maximum is 2048"),
         ({"model": "tiny", "input": ["ok", "x" * 200_001]}, 422, "text 1 has 200001 characters"),
         (b'{"model": "tiny", "input": ["ok", "\\ud800"]}', 422, "text 1 contains half a surrogate pair"),
-        ({"model": "tiny", "input": "a", "instruction": "x" * 2001}, 422, "'instruction' has 2001 characters, at most"),
+        ({"model": "tiny", "input": "a", "instruction": "x" * 2001}, 422, "'instruction' has 2001 characters"),
         ({"model": "tiny", "input": "a", "instruction": "long " * 400}, 422, "no token of text 0 is left to pool"),
-        (b'{"model": "tiny", "input": "a", "\\ud800": 1}', 400, "'\\ud800' is not known"),
+        (b'{"model": "tiny", "input": "a", "\\ud800": 1}', 400, "'\\ud800' is not supported"),
         (b'{"model": "tiny", "input": "' + b"a" * 2**23 + b'"}', 413, "the body is larger than 8388608 bytes"),
     ],
 )
@@ -102,7 +102,7 @@ def test_wrong_requests_are_named(server: Server, body: object, status: int, mes
 def test_compressed_bodies_are_refused(server: Server) -> None:
     status, answer = server.post(b"\x1f\x8b", **{"Content-Encoding": "gzip"})
     assert status == 415
-    assert "send the JSON as it is" in answer["error"]["message"]
+    assert "send uncompressed JSON" in answer["error"]["message"]
 
 
 def test_unknown_routes_answer_in_the_same_form(server: Server) -> None:
