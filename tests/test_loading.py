@@ -307,7 +307,7 @@ def test_code_beside_the_weights_never_runs(bundles: dict[str, Path], tmp_path: 
     tokenizer = {"pad_token": "</s>", "auto_map": {"AutoTokenizer": ["tokenization_nvembed.NVEmbedTokenizer", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     out = Path(shutil.copytree(bundles["fp32"], tmp_path / "out"))
-    assert main(["--model", str(folder), "--precision", "fp32", "--no-parity", "--out", str(out)]) == 0
+    assert main(["--model", str(folder), "--precision", "fp32", "--no-parity", "--force", "--out", str(out)]) == 0
     assert not canary.exists()
     # The same checkpoint exported over its bundle: files of the same content, nothing appended, nothing left.
     data = {name: (bundles["fp32"] / name).read_bytes() for name in (GRAPH, WEIGHTS, TOKENIZER)}

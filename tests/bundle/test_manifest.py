@@ -97,7 +97,7 @@ def put(record: dict, path: str, value: object) -> None:
         ("dimension", 32.0, "dimension: expected int"),
         ("folded", 1, "folded: expected bool"),
         ("text/prefix_ids", [1, "2"], r"text\.prefix_ids\[1\]: expected int"),
-        ("text/instruction_template", "Query: ", "no place {instruction}"),
+        ("text/instruction_template", "Query: ", "does not contain {instruction}"),
         ("profile/min", {"batch": 64, "tokens": 1}, "--opt 2x8 is smaller than 64x1"),
         ("profile/max", {"batch": 0, "tokens": 1}, "batch and tokens must be at least 1"),
         ("source/architecture/kv_heads", 3, "4 attention heads are not a multiple of 3 key/value heads"),

@@ -309,7 +309,7 @@ def test_vectors_of_a_matryoshka_model_can_be_truncated(tmp_path: Path) -> None:
     np.testing.assert_allclose(truncated, full[:, :16] / np.linalg.norm(full[:, :16], axis=1, keepdims=True), atol=1e-6)
     raw = encoder.encode(list(TEXTS), dimensions=16, normalize=False)
     np.testing.assert_allclose(raw, encoder.encode(list(TEXTS), normalize=False)[:, :16], rtol=1e-6)
-    with pytest.raises(ConfigError, match="one of them: 8, 16"):
+    with pytest.raises(ConfigError, match="pass a supported dimension: 8, 16"):
         encoder.encode(list(TEXTS), dimensions=12)
 
 

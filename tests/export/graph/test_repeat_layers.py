@@ -34,7 +34,7 @@ def describe(model: ir.Model) -> list[object]:
 @pytest.mark.parametrize(
     ("name", "dialect", "precision"),
     [
-        ("NV-Embed-v2", Dialect.FUSED, Precision.FP16),
+        pytest.param("NV-Embed-v2", Dialect.FUSED, Precision.FP16, marks=pytest.mark.slow),
         pytest.param("e5-mistral", Dialect.FUSED, Precision.FP32, marks=pytest.mark.slow),
         pytest.param("gte-Qwen2", Dialect.PORTABLE, Precision.BF16, marks=pytest.mark.slow),
     ],
