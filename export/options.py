@@ -82,7 +82,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _add_gate_flags(parser.add_argument_group("comparison with PyTorch"))
     _add_quantization_flags(parser.add_argument_group("quantization"))
     add_option_flags(parser.add_argument_group("large engines"))
-    parser.add_argument("--force", action="store_true", help="start even if the forecast says that it will not fit")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="start even if the forecast says that it will not fit, or if a plan is lost",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the log of TensorRT and of the exporter")
 
 

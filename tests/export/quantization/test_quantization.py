@@ -459,7 +459,7 @@ def test_an_int8_bundle_has_its_record(bundles: dict[str, Path]) -> None:
         assert report.overlap >= 0.95
         assert report.mean_cosine >= 0.998
     encoder = Encoder(bundles["int8"], device="cpu")
-    assert "unsigned codes" in encoder.backend
+    assert "unsigned quantized values" in encoder.backend
 
 
 def test_the_command_and_its_record_reused(
