@@ -219,7 +219,7 @@ def run_export(largest_file: int, *flags: str) -> None:
 def stopped_export(checkpoint: Path, out: Path, *, number: int | None = None, largest_file: int = -1) -> Stopped:
     """Exports, and sends a signal once the tracer is at work."""
     code = f"from tests.test_crash import run_export; import sys; run_export({largest_file}, *sys.argv[1:])"
-    flags = ["--model", str(checkpoint), "--no-parity", "--out", str(out)]
+    flags = ["--model", str(checkpoint), "--no-parity", "--force", "--out", str(out)]
     with subprocess.Popen(
         [sys.executable, "-c", code, *flags], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as run:
