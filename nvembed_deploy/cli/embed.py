@@ -104,7 +104,7 @@ def embed(
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yields each text and its vector, float32 [D], reading at most one window of texts ahead."""
     while window := list(islice(texts, ROWS_AT_A_TIME)):
-        yield from zip(window, encoder.encode(window, prompt=prompt or "", batch_size=batch_size), strict=True)
+        yield from zip(window, encoder.encode(window, prompt=prompt, batch_size=batch_size), strict=True)
 
 
 def _lines(path: Path) -> Iterator[str]:

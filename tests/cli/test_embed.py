@@ -4,11 +4,13 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nvembed_deploy import Encoder
+from nvembed_deploy.cli.embed import embed as embed_texts
 from nvembed_deploy.cli.embed import main
 
 TEXTS = ["a first text", "naïve 日本", "", 'a, "quoted" one']
@@ -113,3 +115,17 @@ def test_an_unknown_ending_is_refused_before_anything_is_read(
 ) -> None:
     assert embed(bundle, str(tmp_path / "none.txt"), "--out", str(tmp_path / "vectors.bin")) == 1
     assert "Supported: .npy, .jsonl, .parquet" in capsys.readouterr().err
+
+
+def test_without_an_instruction_the_model_chooses_its_prompt() -> None:
+    """A model whose passages have a prompt of their own gets it: an empty prompt would take it away."""
+    prompts: list[object] = []
+
+    def encode(texts: list[str], *, prompt: str | None, batch_size: int | None) -> np.ndarray:
+        prompts.append(prompt)
+        return np.zeros((len(texts), 2), np.float32)
+
+    encoder = SimpleNamespace(encode=encode)
+    for prompt in (None, "query: "):
+        assert len(list(embed_texts(encoder, iter(["a", "b"]), prompt=prompt, batch_size=None))) == 2  # type: ignore[arg-type]
+    assert prompts == [None, "query: "]
