@@ -86,7 +86,11 @@ def test_both_forms_hold_the_same_numbers(server: Server) -> None:
         ({"model": "tiny", "input": ["a"] * 2049}, 422, "'input' has 2049 texts, the maximum is 2048"),
         ({"model": "tiny", "input": ["ok", "x" * 200_001]}, 422, "text 1 has 200001 characters"),
         (b'{"model": "tiny", "input": ["ok", "\\ud800"]}', 422, "text 1 contains half a surrogate pair"),
-        ({"model": "tiny", "input": "a", "instruction": "x" * 2001}, 422, "'instruction' has 2001 characters"),
+        (
+            {"model": "tiny", "input": "a", "instruction": "x" * 2001},
+            422,
+            "'instruction' has 2001 characters, the maximum is 2000",
+        ),
         ({"model": "tiny", "input": "a", "instruction": "long " * 400}, 422, "no token of text 0 is left to pool"),
         (b'{"model": "tiny", "input": "a", "\\ud800": 1}', 400, "'\\ud800' is not supported"),
         (b'{"model": "tiny", "input": "' + b"a" * 2**23 + b'"}', 413, "the body is larger than 8388608 bytes"),
