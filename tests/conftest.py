@@ -1,5 +1,6 @@
 """Fixtures: a tiny checkpoint, its bundles, and where golden data may lie."""
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -69,7 +70,12 @@ def one_trace_each() -> Iterator[None]:
 
 
 def _trace_once(patch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
     from nvembed_deploy.export.graph import trace as graph
+
+    # torch collects its 800 operators anew for each trace, a fifth of a tiny one; no export changes them.
+    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
 
     traced: dict[tuple, object] = {}
     trace = graph._trace

@@ -23,19 +23,7 @@ QUESTIONS = {
     "cache the results of a function": "functools",
     "parse a URL into its parts": "urllib",
 }
-OTHERS = (
-    "bz2",
-    "collections",
-    "configparser",
-    "email",
-    "glob",
-    "heapq",
-    "html",
-    "pathlib",
-    "queue",
-    "string",
-    "zipfile",
-)
+OTHERS = ("bz2", "collections", "configparser", "glob", "heapq", "pathlib", "string")
 
 
 @pytest.mark.slow

@@ -147,6 +147,7 @@ def test_adding_can_be_cancelled(
 
     def counted(texts: Any, **options: Any) -> Any:
         calls.append(len(texts))
+        time.sleep(0.2)  # a tiny model would be done before the button is pressed
         return encode(texts, **options)
 
     monkeypatch.setattr(page.encoder, "encode", counted)

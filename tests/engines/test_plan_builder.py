@@ -55,8 +55,15 @@ def handlers() -> list:
 
 
 @needs_rtx
-@pytest.mark.parametrize("dialect", ["fused", "portable"])
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "dialect"),
+    [
+        ("fp16", "fused"),
+        ("bf16", "fused"),
+        ("fp16", "portable"),
+        pytest.param("bf16", "portable", marks=pytest.mark.slow),
+    ],
+)
 def test_plans_are_built_without_a_gpu(
     bundles: dict[str, Path], portable: Callable[[str], Path], handlers: list, precision: str, dialect: str
 ) -> None:

@@ -1,4 +1,8 @@
-"""Scores of the embedded model's bundles beside PyTorch's, on six kinds of tasks."""
+"""Scores of the embedded model's bundles beside PyTorch's, on six kinds of tasks.
+
+The other precisions are scored by `python -m benchmarks.precisions`, whose record is in `benchmarks/results`. FP32 is
+held to 2e-6 in every element of its vectors by the export's own gate.
+"""
 
 from pathlib import Path
 
@@ -11,7 +15,6 @@ from benchmarks.precisions import remembering
 from nvembed_deploy import Encoder
 from nvembed_deploy.evaluation.built_in import built_in_tasks
 from nvembed_deploy.evaluation.compare import compare, scores
-from nvembed_deploy.export.to_onnx import main as export
 from tests.conftest import needs_rtx
 from tests.readme import ROOT
 
@@ -20,23 +23,21 @@ pytestmark = [pytest.mark.slow, needs_rtx]
 
 
 @pytest.fixture(scope="module")
-def mini_bundles(readme_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Returns a bundle in FP32, and those that the README's commands make."""
-    fp32 = tmp_path_factory.mktemp("mini") / "fp32"
-    assert export(["--model", str(MINI), "--precision", "fp32", "--out", str(fp32)]) == 0
+def mini_bundles(readme_folder: Path) -> dict[str, Path]:
+    """The bundles that the README's commands make."""
     made = readme_folder / "bundles"
-    return {"fp32": fp32, "fp16": made / "nv-embed-mini-fp16", "int8": made / "int8"}
+    return {"fp16": made / "nv-embed-mini-fp16", "int8": made / "int8"}
 
 
 @pytest.fixture(scope="module")
 def pytorch(mini_bundles: dict[str, Path]) -> tuple[Encoder, dict[str, float]]:
     """The reference and its scores on the built-in tasks."""
-    reference = Encoder.from_checkpoint(MINI, like=Encoder(mini_bundles["fp32"], backend="onnxruntime", device="cpu"))
+    reference = Encoder.from_checkpoint(MINI, like=Encoder(mini_bundles["fp16"], backend="onnxruntime", device="cpu"))
     reference.encode = remembering(reference.encode)
     return reference, scores(reference, [local_task.task for local_task in built_in_tasks()])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_scores_equal_those_of_pytorch(
     precision: str, mini_bundles: dict[str, Path], pytorch: tuple[Encoder, dict[str, float]]
 ) -> None:

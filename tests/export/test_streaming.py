@@ -193,16 +193,16 @@ def test_quantized_tensors_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Five times the layers need only the memory of their nodes; each export is a process that reports its peak."""
+    """Three times the layers need only the memory of their nodes; each export is a process that reports its peak."""
     peaks = []
-    for layers in (2, 10):
+    for layers in (2, 6):
         folder = wide_checkpoint(tmp_path / f"c{layers}", layers)
         flags = ["--model", str(folder), "--out", str(tmp_path / f"b{layers}"), "--precision", "fp16", "--no-parity"]
         command = [sys.executable, "-m", "export.to_onnx", *flags]
         log = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
         peaks.append(float(re.findall(r"peak memory ([\d.]+) GiB", log)[-1]))
-    assert (tmp_path / "b10" / WEIGHTS).stat().st_size > 240e6
-    assert peaks[1] - peaks[0] < 0.08, peaks
+    assert (tmp_path / "b6" / WEIGHTS).stat().st_size > 144e6
+    assert peaks[1] - peaks[0] < 0.04, peaks  # of 0.09 GiB more weights
 
 
 def wide_checkpoint(folder: Path, layers: int) -> Path:

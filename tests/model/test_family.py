@@ -105,7 +105,7 @@ def test_golden_reference(golden_family: Golden) -> None:
                 assert np.abs(states - expected)[attended.bool().numpy()].max() <= TOKEN_LEVEL_TOLERANCE, case["name"]
 
 
-@pytest.mark.parametrize("dialect", ["fused", "portable"])
+@pytest.mark.parametrize("dialect", ["fused", pytest.param("portable", marks=pytest.mark.slow)])
 def test_golden_encoder(golden_family: Golden, dialect: str, tmp_path: Path) -> None:
     """The exported model embeds texts to the vectors of transformers."""
     out = export(golden_family.folder, tmp_path / "bundle", "--dialect", dialect, "--max", "8x4608", "--no-parity")

@@ -146,9 +146,9 @@ FOLLOWING = LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)
     [
         (LossWeights(), {}),
         (FOLLOWING, {"muon_learning_rate": 2e-3}),
-        (FOLLOWING, {"relative_steps": True, "learning_rate": 1e-2, "noise": 0.01}),
+        pytest.param(FOLLOWING, {"relative_steps": True, "learning_rate": 1e-2, "noise": 0.01}, marks=pytest.mark.slow),
         (replace(FOLLOWING, consistency=5.0, centering=1.0), {"in_batch": False}),
-        (LossWeights(pairs=0.0, consistency=5.0), {}),
+        pytest.param(LossWeights(pairs=0.0, consistency=5.0), {}, marks=pytest.mark.slow),
     ],
     ids=["AdamW", "Muon", "relative", "consistent", "consistency alone"],
 )

@@ -255,8 +255,13 @@ def test_ranges_are_over_every_token(plain: NVEmbed, text: TextEncoder) -> None:
         assert torch.allclose(batched[group.name].channel_max, channel_max, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", QUANTIZED)
-@pytest.mark.parametrize("dialect", list(Dialect))
+@pytest.mark.parametrize(
+    ("precision", "dialect"),
+    [
+        *[(precision, Dialect.FUSED) for precision in QUANTIZED],
+        *[pytest.param(precision, Dialect.PORTABLE, marks=pytest.mark.slow) for precision in QUANTIZED],
+    ],
+)
 def test_the_graph_computes_what_was_simulated(
     quantized: Callable[[Precision], Quantized],
     text: TextEncoder,
