@@ -28,12 +28,14 @@ DEFAULT_MAX_WAITING = 2048
 """Maximum waiting texts in small requests, and in large ones: one request of OpenAI's maximum size."""
 DEFAULT_GROUP_TOKENS = 2 * DEFAULT_BATCH_TOKENS
 """Tokens per group: enough to sort texts by length, few enough that the first answer does not wait long."""
+GROUP_SECONDS = 0.5
+"""Maximum seconds of a group at the measured speed, because a small request may wait for one group."""
 SMALL_TEXTS = 32
 """Maximum texts of a small request. Small and large ones have separate limits, so that neither blocks the other."""
 SPEED_MEMORY = 0.7
 """Weight of the previous speed in the moving average, so that one slow batch does not reject the next requests."""
 MEASURED_SHARE = 0.5
-"""Share of `group_tokens` from which a group is measured: smaller ones are dominated by their fixed cost."""
+"""Share of a full group from which a group is measured: smaller ones are dominated by their fixed cost."""
 TYPICAL_TOKENS = 64
 """Assumed tokens per text before the first request."""
 
@@ -65,7 +67,7 @@ class _Request:
     def remaining_tokens(self) -> int:
         return sum(map(len, self.remaining_rows))
 
-    def take(self, max_tokens: int, *, at_least_one: bool) -> Sequence[TokenRow]:
+    def take(self, max_tokens: float, *, at_least_one: bool) -> Sequence[TokenRow]:
         """Takes the next rows that fit into `max_tokens`, with `at_least_one` the next one even if it does not."""
         start, tokens = self.started_rows, 0
         for row in self.remaining_rows:
@@ -114,7 +116,8 @@ class Coalescer:
         encoder: The encoder that tokenizes and embeds the requests.
         max_waiting: Maximum waiting texts, separately for requests of up to `SMALL_TEXTS` texts and for larger ones; a
             request that exceeds it is rejected at once.
-        group_tokens: Tokens that run together; a larger request runs in pieces.
+        group_tokens: Maximum tokens that run together; a larger request runs in pieces. On a slow engine groups are
+            smaller, so that each takes up to `GROUP_SECONDS`.
 
     Example:
         >>> with Coalescer(encoder) as coalescer:
@@ -280,8 +283,12 @@ class Coalescer:
         for request in self._waiting:
             remaining_tokens = request.remaining_tokens
             is_overtaken = texts <= SMALL_TEXTS and not request.is_small
-            tokens += min(remaining_tokens, self._group_tokens) if is_overtaken else remaining_tokens
+            tokens += min(remaining_tokens, self._full_group()) if is_overtaken else remaining_tokens
         return tokens / self._tokens_per_second
+
+    def _full_group(self) -> float:
+        """Tokens of a full group at the measured speed."""
+        return min(self._group_tokens, self._tokens_per_second * GROUP_SECONDS)
 
     def _work(self) -> None:
         while group := self._next_group():
@@ -291,7 +298,7 @@ class Coalescer:
             speed = tokens / max(time.monotonic() - started, 1e-6)
             with self._changed:
                 self._running_tokens = 0
-                if tokens >= MEASURED_SHARE * self._group_tokens:
+                if tokens >= MEASURED_SHARE * self._full_group():
                     previous_speed = speed if math.isinf(self._tokens_per_second) else self._tokens_per_second
                     self._tokens_per_second = SPEED_MEMORY * previous_speed + (1 - SPEED_MEMORY) * speed
 
@@ -308,7 +315,7 @@ class Coalescer:
 
     def _take_group(self) -> list[_Piece]:
         group: list[_Piece] = []
-        remaining_tokens = self._group_tokens
+        remaining_tokens = self._full_group()
         while self._waiting and remaining_tokens > 0:
             request = self._waiting.popleft()
             if request.future.done():  # cancelled, or failed in a piece

@@ -11,6 +11,7 @@ import pytest
 
 from nvembed_deploy import Coalescer, ConfigError, DeadlineError, Encoder, NumericsError, OverloadedError
 from nvembed_deploy.backends.base import Output
+from nvembed_deploy.coalescer import GROUP_SECONDS
 from nvembed_deploy.tokenization import TokenBatch
 from tests.conformance import TEXTS
 
@@ -257,6 +258,20 @@ def test_what_cannot_be_done_in_time_is_refused_or_not_run(encoder: Encoder, mon
             coalescer.submit(rows, max_seconds=0.1)
         for future in waiting:
             future.cancel()
+
+
+def test_a_slow_engine_runs_small_groups(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small request waits for a group of half a second, and not for all that a large request could fill."""
+    gate = SlowGate(encoder)
+    gate.open.set()
+    monkeypatch.setattr(encoder, "_backend", gate)
+    row = encoder.tokenize(["a text of several tokens"])
+    with Coalescer(encoder, group_tokens=20 * len(row[0])) as coalescer:
+        coalescer.submit(row * 20).result(20)
+        gate.rows.clear()
+        coalescer.submit(row * 30).result(20)
+    assert sum(gate.rows) == 30
+    assert max(gate.rows) * len(row[0]) <= GROUP_SECONDS * 200
 
 
 def test_what_is_too_late_is_not_run(encoder: Encoder, gated: Gate) -> None:
