@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nvembed_deploy.console import echo, run
 from nvembed_deploy.export.options import default_model
-from nvembed_deploy.model.family import read_architecture
+from nvembed_deploy.model.config_json import read_architecture
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import INDEX_NAME
 

@@ -71,5 +71,5 @@ def _reference_outputs(bundle: Bundle, text: TextEncoder, model: str | None, rev
     except ImportError as err:
         raise MissingExtra(f"--model needs PyTorch ({err}); {install_command('export', 'cpu')}") from err
     folder, _ = source.resolve(model, revision)
-    reference = PyTorchBackend(folder, layers=manifest.source.architecture.layers)
+    reference = PyTorchBackend(folder, config=manifest.source.architecture)
     return compute_reference_outputs(reference, text, precision=manifest.precision, max_shape=manifest.profile.max)

@@ -1,24 +1,31 @@
-"""`nvembed show BUNDLE`: describes an engine, how it was checked, and whether it runs on this machine."""
+"""`nvembed show BUNDLE|CHECKPOINT`: describes an engine, how it was checked, and whether it runs on this machine.
+
+Of a checkpoint it describes what was read from where, before anything is exported.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.backends.bindings import load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
 from nvembed_deploy.backends.trt import check_fit
-from nvembed_deploy.bundle.manifest import Manifest
+from nvembed_deploy.bundle.manifest import MANIFEST, Manifest
 from nvembed_deploy.bundle.parity_report import TOP_K
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import program, run
 from nvembed_deploy.engines.targets import TARGETS
-from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
+from nvembed_deploy.errors import ConfigError, DeviceMismatchError, MissingExtra
 from nvembed_deploy.files.records import to_json
 from nvembed_deploy.model.config import Pooling
+from nvembed_deploy.model.config_json import CONFIG_JSON, read_checkpoint_architecture
+from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.system import available_memory_bytes
 
 GIB = 2**30
@@ -68,18 +75,27 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def lines(manifest: Manifest) -> Iterator[str]:
-    """Yields the description of a bundle as lines of text."""
-    model, plan = manifest.source.architecture, manifest.plan
+def _model_lines(manifest: Manifest) -> Iterator[str]:
+    model = manifest.source.architecture
     revision = f", revision {manifest.source.revision}" if manifest.source.revision else ""
     size = f"{model.layers} layers, hidden size {model.hidden_size}"
     yield f"model      {manifest.source.name}{revision}: {model.family}, {size}"
     yield f"           {model.mask.value}, {POOLING_NAMES[model.pooling]}; {manifest.dimension} dimensions"
-    if model.matryoshka is not None:
-        yield f"           vectors may be truncated to {model.matryoshka}"
+    for value, words in (
+        (", ".join(model.stated_by_user), "stated by hand, not by the checkpoint:"),
+        (model.matryoshka, "vectors may be truncated to"),
+    ):
+        if value:
+            yield f"           {words} {value}"
     prompt = manifest.text.instruction_template or "no instructions"
     names = f"; named prompts: {', '.join(manifest.text.prompts)}" if manifest.text.prompts else ""
     yield f"queries    {prompt!r}{names}"
+
+
+def lines(manifest: Manifest) -> Iterator[str]:
+    """Yields the description of a bundle as lines of text."""
+    plan = manifest.plan
+    yield from _model_lines(manifest)
     fp32_modules = f"; in fp32: {', '.join(manifest.fp32_modules)}" if manifest.fp32_modules else ""
     yield f"precision  {manifest.precision.value}{fp32_modules}"
     yield f"graph      ONNX opset {manifest.opset}, {manifest.dialect.value} dialect"
@@ -117,14 +133,40 @@ def lines(manifest: Manifest) -> Iterator[str]:
         yield f"           the weights need {weight_bytes / GIB:.1f} GiB and {memory / GIB:.1f} GiB of memory are free"
 
 
+def checkpoint_lines(folder: Path) -> Iterator[str]:
+    """Yields the description of a checkpoint as lines of text, each with the file that says so.
+
+    Raises:
+        CheckpointError: The checkpoint is not supported; the message says why.
+    """
+    origins: dict[str, str] = {}
+    model = read_checkpoint_architecture(folder, origins=origins)
+    contract = text_contract(folder, model, origins=origins)
+    yield f"checkpoint {folder}: {model.layers} layers, hidden size {model.hidden_size}, {model.vocab_size} tokens"
+    scaling = "" if model.rope_scaling is None else f", {model.rope_scaling.kind.value} x {model.rope_scaling.factor:g}"
+    rope_origin = origins.get("rope", f"rope_theta in {folder / CONFIG_JSON}")
+    origins["rope"] = f"base {model.rope_theta:g}{scaling}: {rope_origin}"
+    origins["pooled"] = "the text, without the prompt before it" if contract.mask_prompt else "the text and its prompt"
+    for name in ("family", "mask", "window", "pooling", "pooled", "rope", "length", "tokens", "prompts"):
+        if name in origins:
+            yield f"{name:<10} {origins[name]}".replace(f"{folder}{os.sep}", "")
+    yield f"export     {program('export')} --model {folder}"
+
+
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog=prog or program("show"), description=__doc__.split(": ", 1)[1])
-    parser.add_argument("bundle", help="folder of a bundle, or the engine.plan or model.onnx in it")
+    parser.add_argument("bundle", help="folder of a bundle, or the engine.plan or model.onnx in it; or of a checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON, with the complete manifest")
     flags = parser.parse_args(argv)
 
     def command() -> None:
+        folder = Path(flags.bundle)
+        if (folder / CONFIG_JSON).is_file() and not (folder / MANIFEST).exists():
+            if flags.json:
+                raise ConfigError(f"{folder} is a checkpoint; --json describes bundles")
+            sys.stdout.writelines(f"{line}\n" for line in checkpoint_lines(folder))
+            return
         manifest = Bundle.open(flags.bundle).manifest
         if flags.json:
             sys.stdout.write(json.dumps(describe(manifest), indent=1) + "\n")

@@ -174,7 +174,7 @@ class LayerwiseModel:
             return out
         decoder = self.model.embedding_model
         cos, sin = decoder.rotary(x.shape[1], x)
-        out = module(x, cos, sin, decoder.visible(attention_mask))
+        out = module(x, cos, sin, decoder.visible(attention_mask, int(name.rpartition(".")[2])))
         return out
 
     def embed(self, text: TextEncoder, rows: Sequence[TokenRow], *, hook: BlockHook = no_hook) -> Tensor:

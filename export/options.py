@@ -11,6 +11,7 @@ from nvembed_deploy.console import program
 from nvembed_deploy.engines.plan_builder import add_option_flags, requested_build_options
 from nvembed_deploy.engines.targets import TARGETS, BuildOption, Target, capable_gpus, choose_target
 from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.model.config import Mask, Pooling, UserStatement
 from nvembed_deploy.spec import Dialect, Precision, Shape, ShapeProfile
 
 DEFAULT_MODEL = Path("models") / "nv-embed-mini"
@@ -30,6 +31,8 @@ class ExportOptions:
     model: str
     """A local folder in Hugging Face layout, or a hub name."""
     revision: str | None
+    stated: UserStatement
+    """What the user states about the checkpoint."""
     layers: int | None
     """Number of decoder layers to export; None for all."""
     out: Path
@@ -99,6 +102,7 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
         f"is downloaded (default: the embedded mini model, {DEFAULT_MODEL})",
     )
     group.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
+    add_statement_flags(group)
     group.add_argument(
         "--layers",
         type=_positive,
@@ -106,6 +110,39 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="export only the first N layers: a smaller model with the true layer sizes, to try a large model on a "
         "small machine",
+    )
+
+
+def add_statement_flags(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of what a checkpoint's files leave open; `user_statement` reads them."""
+    group.add_argument(
+        "--mask",
+        choices=[mask.value for mask in Mask],
+        default=None,
+        help="attention mask of a checkpoint whose config.json has no is_causal (default: its class's, causal)",
+    )
+    group.add_argument(
+        "--pooling",
+        choices=[Pooling.MEAN.value, Pooling.LAST.value],
+        default=None,
+        help="pooling of a checkpoint that has no pooling file",
+    )
+    group.add_argument(
+        "--query-prompt",
+        default=None,
+        metavar="TEXT",
+        help="what stands before a query, if no file of the checkpoint says so; with {instruction} it is a template",
+    )
+    group.add_argument("--document-prompt", default=None, metavar="TEXT", help="the same for a document")
+
+
+def user_statement(flags: argparse.Namespace) -> UserStatement:
+    """Returns what the user states about the checkpoint."""
+    return UserStatement(
+        mask=Mask(flags.mask) if flags.mask else None,
+        pooling=Pooling(flags.pooling) if flags.pooling else None,
+        query_prompt=flags.query_prompt,
+        document_prompt=flags.document_prompt,
     )
 
 
@@ -235,6 +272,7 @@ def from_flags(flags: argparse.Namespace) -> ExportOptions:
     target_suffix = "" if flags.target == "auto" else f"-{flags.target}"  # or one target would replace the other's
     completed: dict[str, Any] = {
         "model": model,
+        "stated": user_statement(flags),
         "out": flags.out or Path("bundles") / f"{name}-{flags.precision}{target_suffix}",
         "precision": precision,
         "dialect": Dialect(flags.dialect) if flags.dialect else target.dialect,

@@ -59,7 +59,8 @@ from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.files.read_ahead import ReadAhead
 from nvembed_deploy.model import source
 from nvembed_deploy.model.config import Pooling
-from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.model.config_json import read_checkpoint_architecture
+from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.model.weights import StoredWeights, weight_files
 from nvembed_deploy.parity.compare import compute_reference_outputs
 from nvembed_deploy.parity.gate import Gate, step, verdict
@@ -153,8 +154,8 @@ def export(options: ExportOptions) -> Manifest:
 def _open_checkpoint(options: ExportOptions) -> Checkpoint:
     """Finds or downloads the checkpoint, and checks its architecture, tensors and tokenizer."""
     folder, revision = source.resolve(options.model, options.revision)
-    config = read_checkpoint_architecture(folder).slice(options.layers)
-    contract = source.text_contract(folder, config)
+    config = read_checkpoint_architecture(folder, options.stated).slice(options.layers)
+    contract = text_contract(folder, config, options.stated)
     if options.profile.max.tokens > contract.max_tokens:
         raise ConfigError(
             f"--max {options.profile.max} has more tokens than the model takes; pass at most {contract.max_tokens}"
@@ -237,7 +238,7 @@ def _load_model(state: ExportState) -> None:
     options, weights = state.options, state.checkpoint.weights
     if options.parity:
         with step("reading the checkpoint"):
-            reference = PyTorchBackend(state.checkpoint.folder, layers=options.layers)
+            reference = PyTorchBackend(state.checkpoint.folder, config=state.checkpoint.weights.config)
         state.gate = _gate(reference, state.text, options)
         (state.staging / REFERENCE_OUTPUTS).write_bytes(state.gate.reference.to_bytes())
         # In place: the reference itself is not needed any more.

@@ -564,8 +564,8 @@ def _open_checkpoint(
                 f"{name} of {checkpoint} differs from the file that the bundle was made from; pass the bundle's own "
                 "checkpoint as --reference, or export it again"
             )
-    layers = source.architecture.layers
-    return bundle, text, PyTorchBackend(checkpoint, layers=layers, device=device, half=device != "cpu")
+    backend = PyTorchBackend(checkpoint, config=source.architecture, device=device, half=device != "cpu")
+    return bundle, text, backend
 
 
 def _absolute(path: str | Path) -> str:

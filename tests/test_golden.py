@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from nvembed_deploy import Encoder, InputError
 from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.model.checkpoint import load_checkpoint
-from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch
 
 SPECIALS = ("<s>", "</s>", "<unk>")
@@ -35,7 +35,7 @@ def vectors(golden: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def text(golden: Path) -> TextEncoder:
-    from nvembed_deploy.model.source import text_contract
+    from nvembed_deploy.model.text_contract import text_contract
 
     folder = golden / "checkpoint"
     contract = text_contract(folder, read_checkpoint_architecture(folder))

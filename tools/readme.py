@@ -18,6 +18,7 @@ from typing import Any
 from nvembed_deploy.backends.bindings import TENSORRT_RTX
 from nvembed_deploy.console import echo
 from nvembed_deploy.engines.targets import TARGETS, BuildOption, runs_on
+from nvembed_deploy.model.config import Pooling
 from nvembed_deploy.model.family import MODEL_FAMILIES
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.training.ablation import as_table
@@ -93,16 +94,18 @@ def mteb_table() -> str:
 def family_table() -> str:
     """Formats the rows of `family.MODEL_FAMILIES`."""
     lines = [
-        "| checkpoints | mask | pooling | instruction | vectors may be cut to |",
-        "| --- | --- | --- | --- | --- |",
+        "| checkpoints | mask | pooling | prompts | vectors may be cut to | tested against |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
+    poolings = {Pooling.LATENT: "latent attention, mean", Pooling.MEAN: "mean", Pooling.LAST: "last token"}
     for family in MODEL_FAMILIES.values():
-        pooling = {"latent": "latent attention, mean", "mean": "mean", "last": "last token"}[family.pooling.value]
+        mask = "by `is_causal`" if family.mask is None else family.mask.value
+        pooling = "as stated" if family.pooling is None else poolings[family.pooling]
         pooling += ", instruction not pooled" if family.mask_instruction else ""
         prompt = family.template or "; ".join(f"{name}: {text}" for name, text in family.prompts.items())
-        shown = prompt.replace("\n", "\\n")
+        shown = f"`{prompt}`".replace("\n", "\\n") if prompt else "as stated"
         dims = str(family.matryoshka) if family.matryoshka else "-"
-        lines.append(f"| {family.published} | {family.mask.value} | {pooling} | `{shown}` | {dims} |")
+        lines.append(f"| {family.published} | {mask} | {pooling} | {shown} | {dims} | {family.evidence} |")
     return "\n".join(lines) + "\n"
 
 

@@ -44,7 +44,8 @@ def trace(
 ) -> ir.Model:
     """Traces the model of a configuration; its weights are names without values.
 
-    Layers beyond the third are copied from the traced ones, unless one of the layers has FP32 modules.
+    Layers beyond the third are copied from the traced ones, unless one of the layers has FP32 modules or only some of
+    them limit attention to a window.
 
     Args:
         config: The architecture.
@@ -56,7 +57,8 @@ def trace(
     Returns:
         A model with inputs int64 [batch, tokens] x 3 and outputs float32 [batch, D] and [batch].
     """
-    if config.layers > TRACED_LAYERS and not any(".layers." in name for name in fp32_modules):
+    differ = config.windowed_layers is not None or any(".layers." in name for name in fp32_modules)
+    if config.layers > TRACED_LAYERS and not differ:
         shortened = replace(config, layers=TRACED_LAYERS)
         traced = _trace(shortened, precision=precision, dialect=dialect, fold=fold, fp32_modules=fp32_modules)
         if repeat_layers(traced, config.layers):

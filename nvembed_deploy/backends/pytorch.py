@@ -8,6 +8,7 @@ import torch
 
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.model.checkpoint import load_checkpoint
+from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.tokenization import TokenBatch
 
 
@@ -16,7 +17,7 @@ class PyTorchBackend:
 
     Args:
         checkpoint: A local folder in Hugging Face layout.
-        layers: Number of decoder layers to use; None for all.
+        config: Architecture of the checkpoint, such as a bundle's; None to read it from the folder.
         device: PyTorch's name of the device.
         half: Use FP16 weights and arithmetic instead of FP32; pooling stays in FP32.
 
@@ -31,11 +32,11 @@ class PyTorchBackend:
         self,
         checkpoint: str | Path,
         *,
-        layers: int | None = None,
+        config: ModelConfig | None = None,
         device: str = "cpu",
         half: bool = False,
     ) -> None:
-        self.model = load_checkpoint(checkpoint, layers=layers, dtype=torch.float16 if half else torch.float32).to(
+        self.model = load_checkpoint(checkpoint, config=config, dtype=torch.float16 if half else torch.float32).to(
             device
         )
         self._device = device

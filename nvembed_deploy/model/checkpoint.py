@@ -6,17 +6,20 @@ from pathlib import Path
 
 import torch
 
-from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.model.config import ModelConfig
+from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import StoredWeights
 
 
-def load_checkpoint(folder: str | Path, *, layers: int | None = None, dtype: torch.dtype = torch.float32) -> NVEmbed:
+def load_checkpoint(
+    folder: str | Path, *, config: ModelConfig | None = None, dtype: torch.dtype = torch.float32
+) -> NVEmbed:
     """Loads a checkpoint of a supported model family.
 
     Args:
         folder: A local folder in Hugging Face layout (`config.json`, safetensors in one file or in shards).
-        layers: Load only the first layers of the decoder, to get a smaller model of the same width.
+        config: Its architecture, perhaps sliced; None to read it from the folder.
         dtype: Type of the parameters; stored values are converted tensor by tensor.
 
     Returns:
@@ -25,10 +28,9 @@ def load_checkpoint(folder: str | Path, *, layers: int | None = None, dtype: tor
     Raises:
         CheckpointError: A file is missing or damaged, or a tensor is missing, unexpected or of another shape than
             `config.json` requires; the message names it.
-        ConfigError: The decoder has fewer layers than requested.
     """
     folder = Path(folder)
-    config = read_checkpoint_architecture(folder).slice(layers)
+    config = config or read_checkpoint_architecture(folder)
     weights = StoredWeights(folder, config)
     with torch.device("meta"):
         model = NVEmbed(config)

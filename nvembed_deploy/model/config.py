@@ -1,4 +1,4 @@
-"""The architecture of a model: sizes, mask and pooling. `family.py` reads it from a checkpoint's `config.json`."""
+"""The architecture of a model: sizes, mask and pooling. `config_json.py` reads it from a checkpoint's `config.json`."""
 
 from __future__ import annotations
 
@@ -36,22 +36,83 @@ class LatentAttention:
     """Width of one head; the inner width is `heads * head_dim` (32,768 in NV-Embed), not the hidden size."""
     feed_forward_mult: int = 4
 
+    def __post_init__(self) -> None:
+        if min(self.latents, self.heads, self.head_dim, self.feed_forward_mult) < 1:
+            raise ConfigError(
+                f"config.json: the latent attention has {self.latents} latents and {self.heads} heads of "
+                f"{self.head_dim}; each must be at least 1"
+            )
+
+
+class RopeKind(str, Enum):
+    """Scaling of the rotary position embedding's frequencies, by its name in `rope_type`."""
+
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Parameters of Llama 3's scaling of long wavelengths. Source: `rope_scaling` with `rope_type` llama3."""
+    """Parameters of a scaling of the rotary frequencies. Source: `rope_scaling` or `rope_parameters`."""
 
+    kind: RopeKind = RopeKind.LLAMA3
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+    low_freq_factor: float = 0.0
+    """Llama 3 only, as is the next."""
+    high_freq_factor: float = 0.0
+    original_max_positions: int = 0
+    """Positions before the scaling; 0 for a linear one."""
+    beta_fast: float = 32.0
+    """YaRN only, as are the following."""
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """Whether the range of blended frequencies is rounded to whole dimensions."""
+    attention_factor: float = 1.0
+    """Factor on the cosines and sines."""
+    query_scale_beta: float = 0.0
+    """Ministral 3's growth of queries beyond the original positions; texts are limited to those if it is not 0."""
 
     def __post_init__(self) -> None:
-        if not (self.factor >= 1 and self.high_freq_factor > self.low_freq_factor > 0):
+        if not self.factor >= 1:
+            raise ConfigError(f"config.json: rope_scaling has factor {self.factor}; it must be at least 1")
+        if self.kind is RopeKind.LLAMA3 and not self.high_freq_factor > self.low_freq_factor > 0:
             raise ConfigError(
-                f"config.json: rope_scaling has factor {self.factor}, low_freq_factor {self.low_freq_factor} and "
-                f"high_freq_factor {self.high_freq_factor}; they must satisfy factor >= 1 and high > low > 0"
+                f"config.json: rope_scaling has low_freq_factor {self.low_freq_factor} and high_freq_factor "
+                f"{self.high_freq_factor}; they must satisfy high > low > 0"
             )
+        if self.kind is RopeKind.YARN and not (self.beta_fast >= self.beta_slow > 0 and self.attention_factor > 0):
+            raise ConfigError(
+                f"config.json: rope_scaling has beta_fast {self.beta_fast}, beta_slow {self.beta_slow} and "
+                f"attention_factor {self.attention_factor}; they must satisfy fast >= slow > 0 and attention_factor > 0"
+            )
+        if self.kind is not RopeKind.LINEAR and self.original_max_positions < 1:
+            raise ConfigError(
+                "config.json: rope_scaling has original_max_position_embeddings "
+                f"{self.original_max_positions}; it must be at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserStatement:
+    """What a user states about a checkpoint whose files leave it open."""
+
+    mask: Mask | None = None
+    pooling: Pooling | None = None
+    query_prompt: str | None = None
+    """Verbatim prefix of queries, or a template with `{instruction}`."""
+    document_prompt: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is stated, in words."""
+        values = {
+            "mask": self.mask,
+            "pooling": self.pooling,
+            "query prompt": self.query_prompt,
+            "document prompt": self.document_prompt,
+        }
+        return tuple(name for name, value in values.items() if value is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +155,18 @@ class ModelConfig:
     """True if instruction tokens take part in attention but not in pooling (`is_mask_instruction`)."""
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
-    """Tokens that a token attends to under a causal mask, itself included; None for all tokens before it."""
+    """Window of attention, None for no limit. Under a causal mask it is the number of tokens that a token attends to,
+    itself included; under a bidirectional one it is the number on each side, itself not included."""
+    windowed_layers: tuple[int, ...] | None = None
+    """Layers that apply the window; None for all of them."""
     qkv_bias: bool = False
     qk_norm: bool = False
     """True if the queries and keys of each head are normalized before the rotary embedding."""
     matryoshka: Matryoshka | None = None
     sliced: bool = False
     """True if only the first layers of the checkpoint are used."""
+    stated_by_user: tuple[str, ...] = ()
+    """Properties that the checkpoint does not state and the user did, such as the mask or the pooling."""
 
     def parameters(self, *, fold: bool) -> dict[str, int]:
         """Returns the number of parameters of each component: embeddings, decoder, norms and pooler.
@@ -147,10 +213,18 @@ class ModelConfig:
             raise ConfigError(
                 f"--layers must be between 1 and {self.layers}, the layers of this checkpoint; got {layers}"
             )
-        return replace(self, layers=layers, sliced=True)
+        windowed = self.windowed_layers and tuple(layer for layer in self.windowed_layers if layer < layers)
+        return replace(self, layers=layers, sliced=True, windowed_layers=windowed)
+
+    def has_window(self, layer: int) -> bool:
+        """Returns True if a decoder layer limits attention to the window."""
+        if self.sliding_window is None:
+            return False
+        return self.windowed_layers is None or layer in self.windowed_layers
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size"):
+        sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size")
+        for name in (*sizes, "max_positions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.json: {name} must be at least 1, got {getattr(self, name)}")
         if self.heads % self.kv_heads:
@@ -161,7 +235,14 @@ class ModelConfig:
             raise ConfigError(f"config.json: head_dim must be even for rotary position embeddings, got {self.head_dim}")
         if (self.latent is None) != (self.pooling is not Pooling.LATENT):
             raise ConfigError(f"config.json: pooling is {self.pooling.value}, which contradicts its latent attention")
-        if self.sliding_window is not None and (self.sliding_window < 1 or self.mask is not Mask.CAUSAL):
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"config.json: sliding_window must be at least 1, got {self.sliding_window}")
+        if self.windowed_layers is not None and not set(self.windowed_layers) <= set(range(self.layers)):
             raise ConfigError(
-                f"config.json: sliding_window must be at least 1 and needs a causal mask, got {self.sliding_window}"
+                f"config.json: layers {self.windowed_layers} have a window, but the model has {self.layers}"
+            )
+        if not (self.rms_norm_eps > 0 and self.rope_theta > 1):
+            raise ConfigError(
+                f"config.json: rms_norm_eps is {self.rms_norm_eps} and rope_theta {self.rope_theta}; they must be "
+                "greater than 0 and 1"
             )

@@ -1,4 +1,4 @@
-"""The decoder in plain PyTorch. The options of its config cover Mistral, Llama, Qwen2 and Qwen3.
+"""The decoder in plain PyTorch. The options of its config cover Mistral, Ministral 3, Llama, Qwen2 and Qwen3.
 
 Notation:
     B  batch, number of texts                 H  attention heads of the decoder
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvembed_deploy.model.config import Mask, ModelConfig, RopeScaling
+from nvembed_deploy.model.config import Mask, ModelConfig, RopeKind, RopeScaling
 
 # If two threads of a process make the first call of MKL's cos at the same time, one may run before the library has
 # selected its kernel, with errors of 1e-4: 2 of 70 processes on a busy machine, 0 of 150 after one call (torch 2.13.0).
@@ -52,20 +52,50 @@ def rotary_tables(
         head_dim: h, even.
         theta: Base of the wavelengths.
         dtype: Type of the tables.
-        scaling: Llama 3's scaling of the frequencies, or None.
+        scaling: Scaling of the frequencies, or None.
 
     Returns:
         Cosines and sines, [T, h] each.
     """
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    factor = 1.0
     if scaling is not None:
-        inverse = _scale_frequencies(inverse, scaling)
+        scale = {RopeKind.LINEAR: _scale_linearly, RopeKind.LLAMA3: _scale_as_llama3, RopeKind.YARN: _scale_by_yarn}
+        inverse, factor = scale[scaling.kind](inverse, scaling, theta), scaling.attention_factor
     angles = positions.float()[:, None] * inverse.to(positions.device)[None, :]
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    if factor == 1:
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def _scale_frequencies(inverse: Tensor, scaling: RopeScaling) -> Tensor:
+def _scale_linearly(inverse: Tensor, scaling: RopeScaling, _: float) -> Tensor:
+    """Divides all frequencies by `factor`. Source: arXiv 2306.15595."""
+    return inverse / scaling.factor
+
+
+def _scale_by_yarn(inverse: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
+    """Divides the frequencies of long wavelengths by `factor`, short ones not, with a ramp between them.
+
+    Source: YaRN, arXiv 2309.00071, section 3.2; rounding and limits as in transformers 5.23.
+    """
+    half = len(inverse)
+
+    def dimension(rotations: float) -> float:
+        """Dimension that rotates so many times within the original positions."""
+        return half * math.log(scaling.original_max_positions / (rotations * 2 * math.pi)) / math.log(theta)
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(half, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return inverse / scaling.factor * ramp + inverse * (1 - ramp)
+
+
+def _scale_as_llama3(inverse: Tensor, scaling: RopeScaling, _: float) -> Tensor:
     """Scales the frequencies as Llama 3.1 does: long wavelengths by `factor`, short ones not, with a blend between.
 
     Source: Llama 3.1's `apply_scaling`.
@@ -145,7 +175,7 @@ class Decoder(nn.Module):
     """A Mistral-like decoder with or without the causal mask, which NV-Embed removes (section 3.1).
 
     NV-Embed's `sliding_window` has no effect in NVIDIA's code, because the window is part of the causal mask that is
-    bypassed: attention is global at any length, here as well. With a causal mask the window is applied.
+    bypassed: attention is global at any length, here as well. transformers' classes apply it, in some or all layers.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -167,10 +197,17 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(input_ids)  # [B, T, D]
         cos, sin = self.rotary(input_ids.shape[1], x)
-        mask = self.visible(attention_mask)
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask)
+        masks = {self.config.has_window(layer): self.visible(attention_mask, layer) for layer in self._first_of_kind()}
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, masks[self.config.has_window(index)])
         return self.norm(x)
+
+    def _first_of_kind(self) -> list[int]:
+        """Returns the first layer with the window and the first without, in their order."""
+        kinds: dict[bool, int] = {}
+        for layer in range(len(self.layers)):
+            kinds.setdefault(self.config.has_window(layer), layer)
+        return list(kinds.values())
 
     def rotary(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rotary tables of `tokens` positions, in the type and on the device of `like`."""
@@ -178,19 +215,20 @@ class Decoder(nn.Module):
         config = self.config
         return rotary_tables(positions, config.head_dim, config.rope_theta, like.dtype, config.rope_scaling)
 
-    def visible(self, attention_mask: Tensor) -> Tensor:
-        """Returns the mask of keys (last axis) that a query attends to, bool [B, 1, T, T].
+    def visible(self, attention_mask: Tensor, layer: int) -> Tensor:
+        """Returns the mask of keys (last axis) that a query attends to in a layer, bool [B, 1, T, T].
 
-        Padding is excluded, and with a causal mask also the tokens after the query and those outside its window.
+        Padding is excluded, with a causal mask also the tokens after the query, and those outside the layer's window.
         """
         B, T = attention_mask.shape
         real = attention_mask.bool()[:, None, None, :].expand(B, 1, T, T)
-        if self.config.mask is Mask.BIDIRECTIONAL:
+        is_causal, window = self.config.mask is Mask.CAUSAL, self.config.sliding_window
+        if not is_causal and not self.config.has_window(layer):
             return real
         positions = torch.arange(T, device=attention_mask.device)
         distance = positions[:, None] - positions[None, :]
-        if self.config.sliding_window is None:
+        if window is None or not self.config.has_window(layer):
             return real & (distance >= 0)[None, None]
-        in_window = (distance >= 0) & (distance < self.config.sliding_window)
+        in_window = (distance >= 0) & (distance < window) if is_causal else distance.abs() <= window
         # A padded query may have no real token in its window, and a softmax over nothing is NaN: it attends to itself.
         return (real & in_window[None, None]) | (distance == 0)[None, None]

@@ -172,6 +172,11 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no 'weight_map' with file names; download the file again")
+    if (folder / SINGLE_NAME).exists() and SINGLE_NAME not in weight_map.values():
+        raise CheckpointError(
+            f"{folder} has both {SINGLE_NAME} and {INDEX_NAME}, and readers take one or the other; remove the outdated "
+            "one"
+        )
     shards: dict[Path, list[str] | None] = {}
     for key, name in weight_map.items():
         if Path(name).name != name or not name.endswith(".safetensors"):

@@ -19,7 +19,8 @@ from torch import Tensor
 from nvembed_deploy.errors import CheckpointError
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.config import LatentAttention, ModelConfig
-from nvembed_deploy.model.family import NVEMBED_MODEL_TYPE, read_architecture
+from nvembed_deploy.model.config_json import read_architecture
+from nvembed_deploy.model.family import NVEMBED_MODEL_TYPE
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import weight_files
 from nvembed_deploy.spec import read_json

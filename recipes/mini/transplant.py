@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.model.config import LatentAttention, ModelConfig
+from nvembed_deploy.model.config_json import read_architecture
 from nvembed_deploy.model.decoder import Attention, Decoder, DecoderLayer, RMSNorm, rotate
-from nvembed_deploy.model.family import read_architecture
 from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.training.student import contract, nvembed_config
 from nvembed_deploy.training.teacher import Teacher

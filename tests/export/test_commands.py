@@ -18,8 +18,8 @@ from nvembed_deploy.engines import check
 from nvembed_deploy.export import options, to_onnx, trt
 from nvembed_deploy.export.forecast import forecast, require_room
 from nvembed_deploy.export.graph.weights import CheckpointWeights
-from nvembed_deploy.model import source
-from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.model.config_json import read_checkpoint_architecture
+from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.model.weights import StoredWeights
 from nvembed_deploy.spec import Shape, ShapeProfile
 from tests.conftest import ROOT, needs_rtx
@@ -248,7 +248,7 @@ def test_tokenizer_beyond_the_embedding_table(checkpoint: Path, tmp_path: Path) 
     tokenizer["model"]["vocab"]["zz"] = 99_999
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(Exception, match="has token id 99999, and the embedding table"):
-        source.text_contract(folder, config)
+        text_contract(folder, config)
 
 
 def test_forecast_refuses_what_cannot_fit(checkpoint: Path, tmp_path: Path) -> None:

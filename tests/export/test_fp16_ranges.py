@@ -13,11 +13,11 @@ from nvembed_deploy.export.graph.trace import trace
 from nvembed_deploy.export.graph.weights import MemoryWeights
 from nvembed_deploy.export.graph.write import check, write
 from nvembed_deploy.export.layerwise import POOLER, LayerwiseModel, folded_form
-from nvembed_deploy.model import source
 from nvembed_deploy.model.checkpoint import load_checkpoint
-from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.parity.probes import probe_rows
 from nvembed_deploy.spec import Dialect, Precision
 from nvembed_deploy.tokenization import TextEncoder
@@ -28,7 +28,7 @@ LONGEST = 48
 
 @pytest.fixture(scope="module")
 def text(checkpoint: Path) -> TextEncoder:
-    contract = source.text_contract(checkpoint, read_checkpoint_architecture(checkpoint))
+    contract = text_contract(checkpoint, read_checkpoint_architecture(checkpoint))
     return TextEncoder((checkpoint / "tokenizer.json").read_bytes(), contract)
 
 

@@ -26,7 +26,7 @@ from nvembed_deploy.files.hashing import hash_file
 from nvembed_deploy.files.read_ahead import ReadAhead
 from nvembed_deploy.model import source
 from nvembed_deploy.model.checkpoint import load_checkpoint
-from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.weights import StoredWeights
 from tests.conftest import ROOT

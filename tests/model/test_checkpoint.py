@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from nvembed_deploy.errors import CheckpointError
 from nvembed_deploy.model.checkpoint import load_checkpoint
-from nvembed_deploy.model.family import read_architecture, read_checkpoint_architecture
+from nvembed_deploy.model.config_json import read_architecture, read_checkpoint_architecture
 from tests.tiny import make_checkpoint, shapes
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -111,7 +111,7 @@ def test_index_without_a_map(folder: Path) -> None:
         (None, {"text_config": 7}, "'text_config' is missing or not an object"),
         ("text_config", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("text_config", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ("text_config", {"num_hidden_layers": None}, "'num_hidden_layers' is missing"),
+        ("text_config", {"num_hidden_layers": None}, "'num_hidden_layers' is null"),
         ("text_config", {"num_hidden_layers": "two"}, "'num_hidden_layers' must be an integer, got 'two'"),
         ("text_config", {"num_hidden_layers": 0}, "layers must be at least 1, got 0"),
         ("text_config", {"num_key_value_heads": 3}, "not a multiple of 3"),
@@ -146,7 +146,12 @@ def test_published_config_leaves_the_sizes_to_defaults() -> None:
         "sliding_window": 4096,
     }
     config = read_architecture(
-        {"model_type": "nvembed", "text_config": text, "latent_attention_config": {"model_type": "latent_attention"}}
+        {
+            "model_type": "nvembed",
+            "architectures": ["NVEmbedModel"],
+            "text_config": text,
+            "latent_attention_config": {"model_type": "latent_attention"},
+        }
     )
     assert (config.latent.latents, config.latent.heads, config.latent.head_dim) == (512, 8, 4096)
 

@@ -18,10 +18,12 @@ from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.engines.portable_operators import unsupported
 from nvembed_deploy.errors import CheckpointError, ConfigError, ParityError
 from nvembed_deploy.export.graph.trace import trace
-from nvembed_deploy.model import source
+from nvembed_deploy.model import text_contract as text_contract_module
 from nvembed_deploy.model.checkpoint import load_checkpoint
-from nvembed_deploy.model.config import Mask, Pooling
-from nvembed_deploy.model.family import MODEL_FAMILIES, read_architecture, read_checkpoint_architecture, recognize
+from nvembed_deploy.model.config import Mask, Pooling, UserStatement
+from nvembed_deploy.model.config_json import read_architecture, read_checkpoint_architecture
+from nvembed_deploy.model.family import MODEL_FAMILIES, ModelFamily
+from nvembed_deploy.model.sentence_transformers_files import StatedPooling, read_pooling
 from nvembed_deploy.parity.compare import require_mask
 from nvembed_deploy.spec import Dialect, Precision
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch
@@ -33,6 +35,16 @@ ONNX_TOLERANCE = 5e-6
 TOKEN_LEVEL_TOLERANCE = 2e-5
 SPECIALS = ("<s>", "</s>", "<unk>")
 GOLDEN = ROOT.parent / "shared" / "golden" / "family"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_relatives() -> Iterator[None]:
+    """The tiny checkpoints have another hidden size than the published ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nvembed_deploy.model.config_json.LLAMA_EMBED_HIDDEN", SMALL["hidden_size"])
+        yield
+
+
 GOLDEN_NAMES = ("e5-mistral-tiny", "llama-bidirectional-tiny", "qwen3-embedding-tiny")
 
 
@@ -44,7 +56,7 @@ def export(folder: Path, out: Path, *flags: str) -> Path:
 
 
 def text_of(folder: Path) -> TextEncoder:
-    from nvembed_deploy.model.source import text_contract
+    from nvembed_deploy.model.text_contract import text_contract
 
     contract = text_contract(folder, read_checkpoint_architecture(folder))
     return TextEncoder((folder / "tokenizer.json").read_bytes(), contract)
@@ -170,6 +182,7 @@ CONFIGS = {
     },
     "Qwen3-Embedding": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
 }
+POOLING_FILES = {"gte-Qwen2": "lasttoken", "e5-mistral": "lasttoken", "Qwen3-Embedding": "lasttoken"}
 FAMILIES_WITH_BOS = {"GritLM", "e5-mistral", "llama-embed-nemotron"}
 
 
@@ -197,6 +210,9 @@ def make_family_checkpoint(name: str, folder: Path, *, prefix: str = "", head: b
     config = {**SMALL, "vocab_size": make_tokenizer().get_vocab_size(), **CONFIGS[name]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(tokenizer_of(name))
+    if name in POOLING_FILES:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": POOLING_FILES[name]}))
     torch.manual_seed(7)
     model = make_transformers_model(transformers, config)
     for parameter in model.parameters():
@@ -290,7 +306,7 @@ def test_truncation_keeps_the_last_token(tmp_path: Path) -> None:
 def test_vectors_of_a_matryoshka_model_can_be_truncated(tmp_path: Path) -> None:
     folder = make_family_checkpoint("Qwen3-Embedding", tmp_path / "qwen")
     config = json.loads((folder / "config.json").read_text())
-    assert read_architecture({**config, "hidden_size": 1024}).matryoshka.allows(256, 1024)
+    assert read_architecture({**config, "hidden_size": 1024}, pooling=read_pooling(folder)).matryoshka.allows(256, 1024)
     bundle = export(folder, tmp_path / "bundle")
     encoder = Encoder(bundle, device="cpu")
     full = encoder.encode(list(TEXTS))
@@ -327,13 +343,14 @@ def test_named_prompts(tmp_path: Path) -> None:
 
 def test_the_small_nvidia_llama_takes_prefixes_and_no_instruction() -> None:
     config = {**SMALL, **CONFIGS["llama-embed-nemotron"], "vocab_size": 300, "hidden_size": 2048}
-    family = recognize(config)
+    family = MODEL_FAMILIES[read_architecture(config).family]
     assert (family.default_prompt, family.prompts["query"], family.template) == ("passage: ", "query: ", "")
     assert read_architecture(config).matryoshka.dims == (384, 512, 768, 1024, 2048)
 
 
 def test_a_model_without_instructions_has_its_own_query_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvembed_deploy.model.family.EMBEDQA_HIDDEN", SMALL["hidden_size"])
+    monkeypatch.setattr("nvembed_deploy.model.config_json.LLAMA_EMBED_HIDDEN", 4096)
+    monkeypatch.setattr("nvembed_deploy.model.config_json.EMBEDQA_HIDDEN", SMALL["hidden_size"])
     encoder = Encoder(
         export(make_family_checkpoint("llama-embed-nemotron", tmp_path / "qa"), tmp_path / "b"), device="cpu"
     )
@@ -362,15 +379,14 @@ def test_a_wrong_mask_is_refused(tmp_path: Path, checkpoint: Path) -> None:
     ("config", "message"),
     [
         ({"model_type": "bert", "architectures": ["BertModel"]}, "is not a supported embedding model.*gte-Qwen2"),
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "its mask and pooling are unknown"),
-        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "its mask and pooling are unknown"),
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "the pooling of this .* is not stated"),
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "the pooling of this .* is not stated"),
         ({**CONFIGS["llama-embed-nemotron"], "is_causal": True}, "is_causal is True.*bidirectional"),
-        ({**CONFIGS["Qwen3-Embedding"], "is_causal": False}, "is_causal is False.*causal"),
-        ({**CONFIGS["Qwen3-Embedding"], "use_sliding_window": True}, "use_sliding_window is True"),
+        ({**CONFIGS["gte-Qwen2"], "use_sliding_window": True}, "use_sliding_window is True"),
         ({**CONFIGS["llama-embed-nemotron"], "pooling": "cls"}, "pooling is 'cls'"),
         ({**CONFIGS["llama-embed-nemotron"], "attention_bias": True}, "attention_bias is True"),
-        ({**CONFIGS["llama-embed-nemotron"], "rope_scaling": {"rope_type": "yarn"}}, "has type 'yarn'"),
-        ({**CONFIGS["llama-embed-nemotron"], "rope_scaling": {**LLAMA3, "factor": 0.5}}, "rope_scaling has factor"),
+        ({**CONFIGS["llama-embed-nemotron"], "rope_scaling": {"rope_type": "su"}}, "has type 'su'"),
+        ({**CONFIGS["llama-embed-nemotron"], "rope_scaling": {**LLAMA3, "factor": 0.5}}, "rope_scaling has factor 0.5"),
     ],
 )
 def test_unsupported_variants_are_refused(config: dict, message: str) -> None:
@@ -389,10 +405,10 @@ def test_lost_eos_missing_bos_and_another_pooling_are_named(tmp_path: Path) -> N
         text_of(llama)
     e5 = make_family_checkpoint("e5-mistral", tmp_path / "e5")
     assert text_of(e5).contract.suffix_ids == (2,)  # its own tokenizer.json forgets it
-    (e5 / "1_Pooling").mkdir()
+    (e5 / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True}))
     (e5 / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    with pytest.raises(CheckpointError, match="has pooling mean, but e5-mistral has lasttoken"):
-        text_of(e5)
+    with pytest.raises(CheckpointError, match=r"adds no such token, but tokenizer_config\.json says add_eos_token"):
+        text_of(e5)  # with another pooling it is no relative of e5-mistral's
 
 
 @pytest.mark.parametrize(
@@ -401,8 +417,11 @@ def test_lost_eos_missing_bos_and_another_pooling_are_named(tmp_path: Path) -> N
         ("e5-mistral", {"pooling_mode": "lasttoken", "include_prompt": True}, ""),
         ("e5-mistral", {"pooling_mode": ["lasttoken"]}, ""),
         ("e5-mistral", {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, ""),
-        ("e5-mistral", {"pooling_mode": "mean"}, "has pooling mean, but e5-mistral has lasttoken"),
+        ("gte-Qwen2", {"pooling_mode": "mean"}, "the pooling is last according to family gte-Qwen2 and mean according"),
+        ("e5-mistral", {"pooling_mode_cls_token": True}, "has pooling cls, which is not supported"),
+        ("e5-mistral", {"pooling_mode_cls_token": False}, "enables no pooling"),
         ("llama-embed-nemotron", {"pooling_mode_mean_tokens": True}, ""),
+        ("llama-embed-nemotron", {"pooling_mode": "lasttoken"}, "the pooling is mean according to family"),
         ("llama-embed-nemotron", {"pooling_mode": ["mean", "max"]}, "has pooling max, mean"),
         ("llama-embed-nemotron", {"pooling_mode": "mean", "include_prompt": False}, "excludes the prompt from pooling"),
         ("GritLM", {"pooling_mode": "mean", "include_prompt": False}, ""),
@@ -410,7 +429,7 @@ def test_lost_eos_missing_bos_and_another_pooling_are_named(tmp_path: Path) -> N
 )
 def test_the_pooling_in_sentence_transformers_files(tmp_path: Path, name: str, settings: dict, message: str) -> None:
     folder = make_family_checkpoint(name, tmp_path / "model")
-    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
     if message:
         with pytest.raises(CheckpointError, match=message):
@@ -429,7 +448,12 @@ def test_the_pooling_in_sentence_transformers_files(tmp_path: Path, name: str, s
 )
 def test_modules_after_the_pooling_are_refused(tmp_path: Path, kinds: list[str] | None, message: str) -> None:
     folder = make_family_checkpoint("e5-mistral", tmp_path / "model")
-    modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds] if kinds else {"a": 1}
+    paths = {"Transformer": "", "Pooling": "1_Pooling"}
+    modules: object = {"a": 1}
+    if kinds:
+        modules = [
+            {"type": f"sentence_transformers.models.{kind}", "path": paths.get(kind, f"9_{kind}")} for kind in kinds
+        ]
     (folder / "modules.json").write_text(json.dumps(modules))
     if message:
         with pytest.raises(CheckpointError, match=message):
@@ -438,18 +462,24 @@ def test_modules_after_the_pooling_are_refused(tmp_path: Path, kinds: list[str] 
         text_of(folder)
 
 
+def prompts_of(folder: Path, family: ModelFamily) -> tuple[dict[str, str], str]:
+    prompts = text_contract_module._prompts(folder, family, UserStatement())
+    return prompts.named, prompts.default
+
+
 def test_empty_prompts_of_sentence_transformers_are_ignored(tmp_path: Path) -> None:
     family = MODEL_FAMILIES["llama-nv-embedqa"]
     path = tmp_path / "config_sentence_transformers.json"
     path.write_text(json.dumps({"prompts": {"query": "", "document": ""}, "default_prompt_name": None}))
-    assert source._prompts(tmp_path, family) == (family.prompts, "passage: ")
+    assert prompts_of(tmp_path, family) == (family.prompts, "passage: ")
     path.write_text(json.dumps({"prompts": {"query": "ask: ", "new": "x: "}, "default_prompt_name": "new"}))
-    assert source._prompts(tmp_path, family) == ({**family.prompts, "query": "ask: ", "new": "x: "}, "x: ")
+    assert prompts_of(tmp_path, family) == ({**family.prompts, "query": "ask: ", "new": "x: "}, "x: ")
 
 
 @pytest.mark.parametrize("name", ["e5-mistral", "GritLM", "Qwen3-Embedding"])
 def test_portable_graphs_hold_what_tensorrt_10_parses(tmp_path: Path, name: str) -> None:
-    config = read_architecture({**SMALL, **CONFIGS[name], "vocab_size": 300})
+    stated = StatedPooling(modes=frozenset({POOLING_FILES.get(name, "mean")}), include_prompt=True, path="")
+    config = read_architecture({**SMALL, **CONFIGS[name], "vocab_size": 300}, pooling=stated)
     graph = trace(replace(config, layers=1), precision=Precision.FP16, dialect=Dialect.PORTABLE, fold=True)
     ir.save(graph, tmp_path / "model.onnx")
     assert set(unsupported(tmp_path / "model.onnx")) == set()
@@ -464,7 +494,7 @@ def test_rope_written_as_transformers_5_does() -> None:
 
 def test_families_are_listed_by_name() -> None:
     assert list(MODEL_FAMILIES) == [family.name for family in MODEL_FAMILIES.values()]
-    assert len(MODEL_FAMILIES) == 7
+    assert len(MODEL_FAMILIES) == 13
 
 
 def test_left_padding_of_a_tokenizer_changes_nothing(tmp_path: Path) -> None:

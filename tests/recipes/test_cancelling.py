@@ -8,8 +8,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
 
 from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
-from nvembed_deploy.model.family import read_checkpoint_architecture  # noqa: E402
-from nvembed_deploy.model.source import text_contract  # noqa: E402
+from nvembed_deploy.model.config_json import read_checkpoint_architecture  # noqa: E402
+from nvembed_deploy.model.text_contract import text_contract  # noqa: E402
 from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
 from recipes.mini.cancelling import settle_neurons  # noqa: E402
 

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from nvembed_deploy.errors import ConfigError  # noqa: E402
 from nvembed_deploy.model.config import LatentAttention  # noqa: E402
+from nvembed_deploy.model.config_json import read_architecture  # noqa: E402
 from nvembed_deploy.model.decoder import Decoder  # noqa: E402
-from nvembed_deploy.model.family import read_architecture  # noqa: E402
 from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
 from nvembed_deploy.training.batches import Collator  # noqa: E402
 from nvembed_deploy.training.student import contract, nvembed_config  # noqa: E402

@@ -8,7 +8,7 @@ import pytest
 
 from nvembed_deploy.export.graph import trace as graph
 from nvembed_deploy.export.graph.repeat_layers import TRACED_LAYERS, repeat_layers
-from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.spec import Dialect, Precision
 from tests.model.test_family import make_family_checkpoint
 

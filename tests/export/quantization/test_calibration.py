@@ -14,15 +14,15 @@ from nvembed_deploy.export.quantization.calibration import (
     tokenize,
     unpack,
 )
-from nvembed_deploy.model import source
-from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.model.config_json import read_checkpoint_architecture
+from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.parity.probes import PROBES
 from nvembed_deploy.tokenization import TextEncoder
 
 
 @pytest.fixture(scope="module")
 def text(checkpoint: Path) -> TextEncoder:
-    contract = source.text_contract(checkpoint, read_checkpoint_architecture(checkpoint))
+    contract = text_contract(checkpoint, read_checkpoint_architecture(checkpoint))
     return TextEncoder((checkpoint / "tokenizer.json").read_bytes(), contract)
 
 

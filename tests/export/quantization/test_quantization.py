@@ -49,10 +49,10 @@ from nvembed_deploy.export.quantization.search import (
 from nvembed_deploy.export.to_onnx import main as export_graph
 from nvembed_deploy.export.trt import main
 from nvembed_deploy.files.records import to_json
-from nvembed_deploy.model import source
 from nvembed_deploy.model.checkpoint import load_checkpoint
-from nvembed_deploy.model.family import read_checkpoint_architecture
+from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.model.weights import StoredWeights
 from nvembed_deploy.parity.compare import TOLERANCES
 from nvembed_deploy.parity.probes import probe_rows
@@ -75,7 +75,7 @@ def small_blocks() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def text(checkpoint: Path) -> TextEncoder:
-    contract = source.text_contract(checkpoint, read_checkpoint_architecture(checkpoint))
+    contract = text_contract(checkpoint, read_checkpoint_architecture(checkpoint))
     return TextEncoder((checkpoint / "tokenizer.json").read_bytes(), contract)
 
 

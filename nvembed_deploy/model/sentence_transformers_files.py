@@ -1,0 +1,143 @@
+"""What a checkpoint's sentence-transformers files state: its modules, its pooling and its prompts.
+
+Source: sentence-transformers 2 to 6: `modules.json`, the `config.json` of the pooling module, and
+`config_sentence_transformers.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvembed_deploy.errors import CheckpointError
+from nvembed_deploy.model.config import Pooling
+from nvembed_deploy.spec import read_json
+
+MODULES = "modules.json"
+DEFAULT_POOLING = Path("1_Pooling") / "config.json"
+PROMPTS = "config_sentence_transformers.json"
+ALLOWED_MODULES = ("Pooling", "Normalize", "Dropout")
+"""Modules that may follow the model, because they do not change the direction of its vectors."""
+POOLINGS = {
+    "mean": Pooling.MEAN, "avg": Pooling.MEAN, "lasttoken": Pooling.LAST, "last": Pooling.LAST,
+    "last_token": Pooling.LAST,
+}  # fmt: skip
+"""Poolings by the names that checkpoints use for them."""
+_INSTRUCT_PROMPT = re.compile(r"^Instruct: .+(?P<end>\nQuery: ?)$", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedPooling:
+    """The pooling module of a checkpoint."""
+
+    modes: frozenset[str]
+    """Names of the enabled modes."""
+    include_prompt: bool
+    path: str
+    """The file that states it."""
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """The pooling, or None if it is not supported."""
+        poolings = {POOLINGS.get(mode) for mode in self.modes}
+        return poolings.pop() if len(poolings) == 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedPrompts:
+    """The prompts of a checkpoint."""
+
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    path: str
+
+    @property
+    def template(self) -> str | None:
+        """Template of instructions that the prompts were made from; "" if they were made from none, None if unknown."""
+        queries = [prompt for prompt in self.prompts.values() if prompt]
+        if not queries:
+            return None
+        ends = {match["end"] if (match := _INSTRUCT_PROMPT.match(prompt)) else None for prompt in queries}
+        end = ends.pop() if len(ends) == 1 else None
+        return "" if end is None else "Instruct: {instruction}" + end
+
+
+def read_pooling(folder: Path) -> StatedPooling | None:
+    """Reads the pooling module at its path in `modules.json`, or at `1_Pooling` if there is no such file.
+
+    Raises:
+        CheckpointError: A file is damaged or missing, two of them disagree, or a module changes the vectors.
+    """
+    path = _pooling_path(folder)
+    stated = None if path is None else _pooling_of(folder / path)
+    other = _pooling_of(folder / DEFAULT_POOLING) if (folder / DEFAULT_POOLING).exists() else None
+    if stated is not None and other is not None and other.modes != stated.modes:
+        raise CheckpointError(
+            f"{stated.path} has pooling {', '.join(sorted(stated.modes))} and {other.path} "
+            f"{', '.join(sorted(other.modes))}; remove the wrong file"
+        )
+    return stated
+
+
+def _pooling_path(folder: Path) -> Path | None:
+    path = folder / MODULES
+    if not path.exists():
+        return DEFAULT_POOLING if (folder / DEFAULT_POOLING).exists() else None
+    try:
+        modules = [
+            (str(module["type"]).rpartition(".")[2], str(module.get("path", "")))
+            for module in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{path} is damaged ({err}); download it again, or remove it") from err
+    if unsupported := [kind for kind, _ in modules[1:] if kind not in ALLOWED_MODULES]:
+        raise CheckpointError(
+            f"{path} has {', '.join(unsupported)} after the model, which would change the vectors and is not "
+            "supported; this checkpoint cannot be exported"
+        )
+    if modules and modules[0][1] not in ("", "."):
+        raise CheckpointError(f"{path} places the model in the folder {modules[0][1]!r}; only the top folder is read")
+    poolings = [where for kind, where in modules if kind == "Pooling"]
+    if len(poolings) > 1:
+        raise CheckpointError(f"{path} has {len(poolings)} pooling modules; one is supported")
+    return Path(poolings[0]) / "config.json" if poolings else None
+
+
+def _pooling_of(path: Path) -> StatedPooling:
+    settings = read_json(path)
+    if "pooling_mode" in settings:  # written by sentence-transformers 6
+        mode = settings["pooling_mode"]
+        modes = {mode} if isinstance(mode, str) else set(map(str, mode))
+    else:
+        modes = {
+            name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+            for name, enabled in settings.items()
+            if name.startswith("pooling_mode_") and enabled
+        }
+    if not modes:
+        raise CheckpointError(f"{path} enables no pooling; correct the file, or remove it and pass --pooling")
+    return StatedPooling(
+        modes=frozenset(modes), include_prompt=settings.get("include_prompt") is not False, path=str(path)
+    )
+
+
+def read_prompts(folder: Path) -> StatedPrompts | None:
+    """Reads the named prompts, or returns None if no file states any, not even that there are none.
+
+    Raises:
+        CheckpointError: The file is damaged, or a prompt is not a string.
+    """
+    path = folder / PROMPTS
+    config: dict[str, Any] = read_json(path) if path.exists() else {}
+    prompts = config.get("prompts")
+    if prompts is None:
+        return None
+    if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
+        raise CheckpointError(f"{path}: 'prompts' must be an object of strings, got {prompts!r}")
+    name = config.get("default_prompt_name")
+    if name is not None and name not in prompts:
+        raise CheckpointError(f"{path}: default_prompt_name is {name!r}, which is not one of its prompts")
+    return StatedPrompts(prompts=dict(prompts), default_prompt_name=name, path=str(path))
