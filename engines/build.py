@@ -148,16 +148,16 @@ def build(
                 max_shape=profile.max,
             )
             reports = gate.plan(content, plan_info, staging / GRAPH) or gate.graphs(staging)
-        hashed = {name: entry for name, entry in manifest.files.items() if name != PLAN}
         built = replace(
             manifest,
+            checkpoint_files=(),
             target=target.name,
             profile=profile,
             plan=plan_info,
             parity=tuple(reports),
             versions=manifest.versions | {plan_info.runtime: plan_info.version},
         )
-        commit(staging, destination, built, hashed=hashed)
+        commit(staging, destination, built, hashed=manifest.graph_files)
     size, seconds = (destination / PLAN).stat().st_size / 1e6, time.monotonic() - started
     echo(f"done: {PLAN} {size:.1f} MB for {target.name}, {verdict(reports, plan_info)}, {seconds:.0f} s")
     return destination
@@ -198,7 +198,7 @@ def _profile(target: Target, manifest: Manifest, max_shape: Shape | None) -> Sha
 
 def _require_space(bundle: Bundle, destination: Path, *, force: bool) -> None:
     """Refuses to build if memory or disk space is insufficient, unless `force` is set."""
-    files = {name: entry.bytes for name, entry in bundle.manifest.files.items() if name != PLAN}
+    files = {name: entry.bytes for name, entry in bundle.manifest.graph_files.items()}
     weights = sum(size for name, size in files.items() if name.endswith((".data", ".safetensors")))
     disk = sum(size for name, size in files.items() if name not in bundle.manifest.referenced) + weights
     for resource, required, available in (
@@ -216,9 +216,7 @@ def _require_space(bundle: Bundle, destination: Path, *, force: bool) -> None:
 
 def _copy_files(bundle: Bundle, staging: Path) -> None:
     """Copies the files of a bundle except its plan; files of the checkpoint are linked instead."""
-    for name in bundle.manifest.files:
-        if name == PLAN:
-            continue
+    for name in bundle.manifest.graph_files:
         if name in bundle.manifest.referenced:
             os.link(bundle.folder / name, staging / name)
         else:

@@ -19,7 +19,7 @@ from typing import IO
 from tqdm import tqdm
 
 import nvembed_deploy
-from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PLAN, REFERENCE_OUTPUTS
+from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, REFERENCE_OUTPUTS
 from nvembed_deploy.bundle.reader import Bundle, bundle_folder
 from nvembed_deploy.console import echo, program, run
 from nvembed_deploy.engines.targets import TARGETS, Target, capable_gpus
@@ -192,8 +192,8 @@ def _runtime_files(bundle: Bundle, target: Target, top: str) -> Iterator[tuple[s
 
 def _add_bundle(tar: tarfile.TarFile, bundle: Bundle, folder: str) -> None:
     """Adds the bundle without its plan, and with a manifest that has no plan."""
-    files = {name: entry for name, entry in bundle.manifest.files.items() if name != PLAN}
-    manifest = replace(bundle.manifest, plan=None, files=files).to_bytes()
+    files = bundle.manifest.graph_files
+    manifest = replace(bundle.manifest, plan=None, files=files, checkpoint_files=()).to_bytes()
     _add(tar, f"{folder}/{MANIFEST}", io.BytesIO(manifest), len(manifest))
     total = sum(entry.bytes for entry in files.values())
     with tqdm(desc="packing", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:

@@ -437,6 +437,7 @@ def _manifest(state: ExportState) -> Manifest:
         parity=tuple(state.reports),
         versions=_versions(state.plan),
         referenced=_linked_shards(state.staging),
+        checkpoint_files=(),
         files={},
     )
 

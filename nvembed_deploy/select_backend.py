@@ -161,9 +161,20 @@ def open_backend(bundle: Bundle, text: TextEncoder, name: str, request: BackendR
             _warn_of_fallback(reasons[0], backend)
         return backend
     backend = _on_cpu(bundle, text, request)
-    if request.runtime is Runtime.AUTO:
+    # A bundle without a plan on a machine without a GPU is as expected.
+    if request.runtime is Runtime.AUTO and (has_plan or _has_gpu()):
         _warn_of_fallback(reasons[0], backend)
     return backend
+
+
+def _has_gpu() -> bool:
+    try:
+        CudaRuntime.load().device(0)
+    except DeviceMismatchError:
+        return False
+    except MissingExtra:
+        pass  # a driver, and no cuda-python
+    return True
 
 
 def _warn_of_fallback(reason: str, backend: Backend) -> None:

@@ -22,7 +22,7 @@ from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.spec import Dialect, Precision, ShapeProfile
 from nvembed_deploy.tokenization import TextContract
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 PLAN = "engine.plan"
 GRAPH = "model.onnx"
@@ -42,6 +42,8 @@ FORMER_PAYLOAD = frozenset(("truth.npz",))
 
 _SELF_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _ZEROS = b"0" * 64
+_CHECKPOINT_FILE = re.compile(r"(\d+_[A-Za-z]+/)?[a-z][a-z_]*\.json")
+"""Names such as `config.json` and `1_Pooling/config.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,14 @@ class Manifest:
     referenced: tuple[str, ...]
     """Checkpoint files that the graph reads weights from; the bundle contains hard links to them."""
     files: dict[str, FileEntry]
+    checkpoint_files: tuple[str, ...]
+    """Files of the checkpoint in whose folder the bundle is, besides its weights and its tokenizer: the embedded model
+    is a checkpoint and a bundle in one."""
+
+    @property
+    def graph_files(self) -> dict[str, FileEntry]:
+        """The files that make a bundle elsewhere: all but the plan and the checkpoint's own."""
+        return {name: entry for name, entry in self.files.items() if name != PLAN and name not in self.checkpoint_files}
 
     def to_bytes(self) -> bytes:
         """Serializes the manifest and fills in its own hash."""
@@ -143,13 +153,17 @@ class Manifest:
         names = self.files.keys()
         if missing := sorted(REQUIRED - names):
             raise BundleError(f"{MANIFEST} does not list {missing[0]}; export the bundle again")
-        if missing := sorted(set(self.referenced) - names):
+        if missing := sorted({*self.referenced, *self.checkpoint_files} - names):
             raise BundleError(f"{MANIFEST} does not list {missing[0]}; export the bundle again")
         if invalid := [name for name in self.referenced if not is_shard_name(name)]:
             raise BundleError(
                 f"{MANIFEST} refers to {invalid[0]!r}, which is not a safetensors file; export the bundle again"
             )
-        if unknown := sorted(names - PAYLOAD - set(self.referenced)):
+        if invalid := [name for name in self.checkpoint_files if not _CHECKPOINT_FILE.fullmatch(name)]:
+            raise BundleError(
+                f"{MANIFEST} lists {invalid[0]!r}, which is not a file of a checkpoint; export the bundle again"
+            )
+        if unknown := sorted(names - PAYLOAD - set(self.referenced) - set(self.checkpoint_files)):
             raise BundleError(f"{MANIFEST} lists {unknown[0]!r}, which is not a bundle file; export the bundle again")
         for name, expected, cause in (
             (PLAN, self.plan is not None, "plan record"),

@@ -64,12 +64,7 @@ class Bundle:
             manifest = Manifest.from_bytes(_read(folder / MANIFEST))
         except BundleError as err:
             raise BundleError(f"{folder}: {err}") from err
-        present = _names(folder)
-        expected = {MANIFEST, *manifest.files}
-        if missing := sorted(expected - present):
-            raise BundleError(f"{folder / missing[0]} is missing; {_CURE}")
-        if extra := sorted(name for name in present - expected if not _is_ignored(name)):
-            raise BundleError(f"{folder / extra[0]} is not part of the bundle; move it to another folder")
+        _require_these_files(folder, {MANIFEST, *manifest.files})
         for name, entry in manifest.files.items():
             stamps[name] = _stamp(folder / name)
             if stamps[name][_SIZE] != entry.bytes:
@@ -134,6 +129,22 @@ def bundle_folder(path: str | Path) -> Path:
 
 _SIZE = 2
 _CURE = "export the bundle again, or copy all of its files again"
+
+
+def _require_these_files(folder: Path, expected: set[str]) -> None:
+    """Refuses a folder that lacks one of the files, or has another.
+
+    Raises:
+        BundleError: The message names the file.
+    """
+    subfolders = {str(Path(name).parent) for name in expected} - {"."}
+    present = _names(folder)
+    for subfolder in subfolders & present:
+        present = present - {subfolder} | {f"{subfolder}/{name}" for name in _names(folder / subfolder)}
+    if missing := sorted(expected - present):
+        raise BundleError(f"{folder / missing[0]} is missing; {_CURE}")
+    if extra := sorted(name for name in present - expected if not _is_ignored(name)):
+        raise BundleError(f"{folder / extra[0]} is not part of the bundle; move it to another folder")
 
 
 def _is_ignored(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 start     a small BERT and examples  -> a base whose layers start from the BERT's
 make      data sets                  -> the embedded checkpoint: every step in one
+bundle    a checkpoint               -> a graph beside its weights, so that it runs without PyTorch
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, add in (("start", _start), ("make", _make)):
+    for name, add in (("start", _start), ("make", _make), ("bundle", _bundle)):
         text = (add.__doc__ or "").strip()
         add(commands.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=HelpFormatter))
     options = parser.parse_args(argv)
@@ -72,6 +73,7 @@ def _make(parser: argparse.ArgumentParser) -> None:
 
 def _run_make(options: argparse.Namespace) -> Path:
     from recipes.mini import make
+    from recipes.mini.bundle import add_bundle
 
     sources = make.Sources(
         data=options.data,
@@ -80,7 +82,19 @@ def _run_make(options: argparse.Namespace) -> Path:
         packages=options.packages,
         teacher=options.teacher,
     )
-    return make.make(options.out, work=options.work, sources=sources)
+    return add_bundle(make.make(options.out, work=options.work, sources=sources))
+
+
+def _bundle(parser: argparse.ArgumentParser) -> None:
+    """Adds a graph and a manifest to a checkpoint's folder, which then is a bundle too and runs without PyTorch."""
+    add_path(parser, "--checkpoint", "checkpoint folder; its weights must be stored in one file")
+    parser.set_defaults(command=_run_bundle)
+
+
+def _run_bundle(options: argparse.Namespace) -> Path:
+    from recipes.mini.bundle import add_bundle
+
+    return add_bundle(options.checkpoint)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def make_manifest(**changes) -> Manifest:
         parity=(),
         versions={},
         referenced=(),
+        checkpoint_files=(),
         files={},
     )
     return replace(manifest, **changes)

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,10 @@ def test_without_the_targets_tensorrt(
     captured = capsys.readouterr().err
     assert "no engine.plan was built: tensorrt_rtx is not installed here; pip install" in captured
     assert Bundle.open(tmp_path / "b").manifest.plan is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Encoder(tmp_path / "b")  # a machine without a GPU has nothing to lose
+    monkeypatch.setattr("nvembed_deploy.select_backend._has_gpu", lambda: True)
     with pytest.warns(UserWarning, match=r"engine\.plan is not used: the bundle has no plan"):
         Encoder(tmp_path / "b")
 
