@@ -37,26 +37,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Workers take a file each, in this order, so that no long one begins when the others have finished. The README's
     commands are first, and what reads their bundles follows when they are done.
     """
-    for item in items:
-        if "browser" in getattr(item, "fixturenames", ()):
-            item.add_marker("browser")
+    for test in items:
+        if "browser" in getattr(test, "fixturenames", ()):
+            test.add_marker("browser")
     files: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
+    for test in items:
+        files.setdefault(test.path, []).append(test)
 
-    def is_long(item: pytest.Item) -> bool:
-        return any(item.get_closest_marker(name) for name in ("slow", "browser"))
+    def is_long(test: pytest.Item) -> bool:
+        return any(test.get_closest_marker(name) for name in ("slow", "browser"))
 
     def rank(path: Path) -> tuple[bool, bool, bool, int]:
         return (
             path.name != "test_readme.py",
-            not any(is_long(item) for item in files[path]),
-            any("readme_folder" in getattr(item, "fixturenames", ()) for item in files[path]),
+            not any(is_long(test) for test in files[path]),
+            any("readme_folder" in getattr(test, "fixturenames", ()) for test in files[path]),
             -len(files[path]),
         )
 
     items[:] = [
-        item for path in sorted(files, key=rank) for item in sorted(files[path], key=lambda item: not is_long(item))
+        test for path in sorted(files, key=rank) for test in sorted(files[path], key=lambda test: not is_long(test))
     ]
 
 
@@ -140,8 +140,8 @@ def bundles(checkpoint: Path, shared: Path) -> dict[str, Path]:
 
         return made_once(shared / f"bundle-{precision}", make)
 
-    first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # workers begin at different ones
-    order = PRECISIONS[first % len(PRECISIONS) :] + PRECISIONS[: first % len(PRECISIONS)]
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # workers begin at different ones
+    order = PRECISIONS[worker % len(PRECISIONS) :] + PRECISIONS[: worker % len(PRECISIONS)]
     return {precision: export(precision) for precision in order}
 
 

@@ -56,7 +56,7 @@ def latent_attention(x: np.ndarray, weights: dict, latent: dict) -> np.ndarray:
 
     q = split(norm(x, "0.norm") @ weights[f"{block}0.fn.to_q.weight"].T, heads, width)
     kv = norm(weights["latent_attention_model.latents"], "0.norm_context") @ weights[f"{block}0.fn.to_kv.weight"].T
-    k, v = (split(part, heads, width) for part in np.split(kv, 2, axis=-1))
+    k, v = (split(projected, heads, width) for projected in np.split(kv, 2, axis=-1))
     mixed = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(width)) @ v
     x = x + mixed.transpose(1, 0, 2).reshape(len(x), -1) @ weights[f"{block}0.fn.to_out.weight"].T
     inner = norm(x, "1.norm") @ weights[f"{block}1.fn.net.0.weight"].T + weights[f"{block}1.fn.net.0.bias"]
@@ -85,8 +85,8 @@ def rotary(x: np.ndarray, theta: float) -> np.ndarray:
     """Rotary positions as complex numbers: entry j pairs with entry j + width/2."""
     half = x.shape[-1] // 2
     angles = np.arange(x.shape[1])[:, None] / theta ** (np.arange(half) / half)
-    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
-    return np.concatenate([turned.real, turned.imag], axis=-1)
+    rotated = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([rotated.real, rotated.imag], axis=-1)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -32,17 +32,17 @@ DEVELOPERS = ("benchmarks", "recipes", "tools", "tests")
 
 def modules() -> dict[str, Path]:
     """Every module of the library by its name, those behind the links too."""
-    found = {}
+    paths = {}
     for folder, _, names in os.walk(LIBRARY, followlinks=True):
         for name in names:
             if name.endswith(".py"):
                 path = Path(folder, name)
-                parts = path.relative_to(ROOT).with_suffix("").parts
-                found[".".join(parts).removesuffix(".__init__")] = path
-    return found
+                components = path.relative_to(ROOT).with_suffix("").parts
+                paths[".".join(components).removesuffix(".__init__")] = path
+    return paths
 
 
-def imports(path: Path, known: dict[str, Path], *, at_start: bool) -> set[str]:
+def imports(path: Path, paths: dict[str, Path], *, at_start: bool) -> set[str]:
     """The library's modules that a module imports: all of them, or those that it imports when it is imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes: list[ast.AST] = list(ast.walk(tree))
@@ -57,14 +57,14 @@ def imports(path: Path, known: dict[str, Path], *, at_start: bool) -> set[str]:
             if not is_late:
                 nodes.append(node)
                 waiting += ast.iter_child_nodes(node)
-    found = set()
+    imported = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import would have a second name for a module"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return found & known.keys()
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return imported & paths.keys()
 
 
 @pytest.mark.parametrize("door", DOORS, ids=" ".join)
@@ -89,15 +89,15 @@ def test_every_module_has_one_name(door: tuple[str, ...]) -> None:
 
 
 def test_no_import_leads_back() -> None:
-    known = modules()
-    graph = {name: imports(path, known, at_start=True) - {name} for name, path in known.items()}
+    paths = modules()
+    graph = {name: imports(path, paths, at_start=True) - {name} for name, path in paths.items()}
     done: set[str] = set()
 
     def visit(name: str, way: tuple[str, ...]) -> None:
         assert name not in way, " -> ".join((*way[way.index(name) :], name))
         if name not in done:
-            for other in sorted(graph[name]):
-                visit(other, (*way, name))
+            for dependency in sorted(graph[name]):
+                visit(dependency, (*way, name))
             done.add(name)
 
     for name in sorted(graph):
@@ -106,12 +106,14 @@ def test_no_import_leads_back() -> None:
 
 def test_arrows_point_one_way() -> None:
     """app -> export -> engines -> the rest of the library; the commands' table names its modules by their names."""
-    known = modules()
-    for name, path in known.items():
-        for other in imports(path, known, at_start=False):
+    paths = modules()
+    for name, path in paths.items():
+        for dependency in imports(path, paths, at_start=False):
             for package, importers in ABOVE.items():
-                if other == package or other.startswith(f"{package}."):
-                    assert any(name == item or name.startswith(f"{item}.") for item in importers), f"{name} -> {other}"
+                if dependency == package or dependency.startswith(f"{package}."):
+                    assert any(name == importer or name.startswith(f"{importer}.") for importer in importers), (
+                        f"{name} -> {dependency}"
+                    )
 
 
 def test_the_library_imports_nothing_of_the_developers() -> None:

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     event: str
     exit: int
     """Exit code, or minus the signal."""
-    left: str
+    state: str
     """`old`, `new`, `absent`, or `torn`."""
     errors: list[str]
     """Lines on stderr."""
@@ -58,12 +58,12 @@ def terminate(event: str) -> None:
 STOPS: dict[str, Callable[[str], None]] = {"kill": die, "disk full": disk_full, "terminate": terminate}
 
 
-def stop_at(number: int, action: Callable[[str], None], report: int) -> None:
+def stop_at(index: int, action: Callable[[str], None], report: int) -> None:
     """Runs the action at the n-th event on files of this process: each open, rename, mkdir, unlink, lock and fsync."""
     count, fsync = itertools.count(), os.fsync
 
     def tick(event: str) -> None:
-        if next(count) == number:
+        if next(count) == index:
             os.write(report, event.encode())
             action(event)
 
@@ -86,32 +86,32 @@ def stopped_publishes(folder: Path, action: str, exchange: bool) -> Iterator[Out
     destination = folder / "out"
     publish(destination, 0)
     standing = 0
-    for number in itertools.count():
+    for index in itertools.count():
         (read, write), (read_errors, write_errors) = os.pipe(), os.pipe()
         child = os.fork()
         if child == 0:
             os.dup2(write_errors, 2)
             if not exchange:
                 without_exchange()
-            stop_at(number, STOPS[action], write)
-            os._exit(cli.run(functools.partial(publish, destination, number + 1)))
+            stop_at(index, STOPS[action], write)
+            os._exit(cli.run(functools.partial(publish, destination, index + 1)))
         for handle in (write, write_errors):
             os.close(handle)
         with os.fdopen(read) as event, os.fdopen(read_errors) as errors:
             where, lines = event.read(), errors.read().splitlines()
         status = os.waitpid(child, 0)[1]
-        found = snapshot(destination) if destination.exists() else None
-        left = "torn"
-        if found == contents(standing):
-            left = "old"
-        elif found == contents(number + 1):
-            left, standing = "new", number + 1
-        elif found is None and snapshot(destination.with_name(".out.previous")) == contents(standing):
-            left = "absent"
-        yield Outcome(where, os.waitstatus_to_exitcode(status), left, lines)
+        files = snapshot(destination) if destination.exists() else None
+        state = "torn"
+        if files == contents(standing):
+            state = "old"
+        elif files == contents(index + 1):
+            state, standing = "new", index + 1
+        elif files is None and snapshot(destination.with_name(".out.previous")) == contents(standing):
+            state = "absent"
+        yield Outcome(where, os.waitstatus_to_exitcode(status), state, lines)
         if not where:  # it came to its end
             return
-        if left == "absent":
+        if state == "absent":
             with new_bundle(destination):  # any next run brings it back
                 assert snapshot(destination) == contents(standing)
 
@@ -128,11 +128,11 @@ def killed_at_random(folder: Path, rounds: int) -> Iterator[Outcome]:
         time.sleep(random.uniform(0, 0.04))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-        found = snapshot(destination)
-        generation = int(json.loads(found[MANIFEST])["created"])
-        whole = found == contents(generation) and generation >= standing
+        files = snapshot(destination)
+        generation = int(json.loads(files[MANIFEST])["created"])
+        is_intact = files == contents(generation) and generation >= standing
         standing = max(standing, generation)
-        yield Outcome("", os.waitstatus_to_exitcode(status), "new" if whole else "torn", [])
+        yield Outcome("", os.waitstatus_to_exitcode(status), "new" if is_intact else "torn", [])
 
 
 def in_child(call: str, folder: Path, *arguments: object) -> list[Outcome]:
@@ -149,30 +149,30 @@ def in_child(call: str, folder: Path, *arguments: object) -> list[Outcome]:
 
 
 def test_killed_at_any_call_it_is_the_old_bundle_or_the_new(tmp_path: Path) -> None:
-    *stopped, last = in_child("stopped_publishes", tmp_path, "kill", True)
+    *stopped, completed = in_child("stopped_publishes", tmp_path, "kill", True)
     assert {outcome.exit for outcome in stopped} == {-signal.SIGKILL}
-    assert {outcome.left for outcome in stopped} == {"old", "new"}
+    assert {outcome.state for outcome in stopped} == {"old", "new"}
     events = Counter(outcome.event for outcome in stopped)
     # Each file, the manifest, the folder and its parent; and each file once a half, to hash it and to flush it.
     assert events["before fsync"] == events["after fsync"] == len(FILES) + 3
     assert events["open"] >= 4 * len(FILES)
     assert {"os.rename", "os.mkdir", "os.remove", "os.rmdir"} <= events.keys()
-    assert (last.exit, last.left) == (0, "new")
+    assert (completed.exit, completed.state) == (0, "new")
     assert os.listdir(tmp_path) == ["out"], "the last run removed what the killed ones left"
 
 
 def test_killed_at_any_moment_it_is_whole(tmp_path: Path) -> None:
     outcomes = in_child("killed_at_random", tmp_path, 60)
-    assert {(outcome.exit, outcome.left) for outcome in outcomes} == {(-signal.SIGKILL, "new")}
+    assert {(outcome.exit, outcome.state) for outcome in outcomes} == {(-signal.SIGKILL, "new")}
     publish(tmp_path / "out", 0)
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_without_exchange_a_killed_run_leaves_the_old_bundle_beside_and_the_next_brings_it_back(tmp_path: Path) -> None:
-    *stopped, last = in_child("stopped_publishes", tmp_path, "kill", False)
-    assert {outcome.left for outcome in stopped} == {"old", "new", "absent"}
-    assert sum(outcome.left == "absent" for outcome in stopped) == 1, "only between the two renames"
-    assert (last.exit, last.left) == (0, "new")
+    *stopped, completed = in_child("stopped_publishes", tmp_path, "kill", False)
+    assert {outcome.state for outcome in stopped} == {"old", "new", "absent"}
+    assert sum(outcome.state == "absent" for outcome in stopped) == 1, "only between the two renames"
+    assert (completed.exit, completed.state) == (0, "new")
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -180,11 +180,11 @@ def test_without_exchange_a_killed_run_leaves_the_old_bundle_beside_and_the_next
     ("action", "message"), [("disk full", "error: the disk is full"), ("terminate", "error: interrupted")]
 )
 def test_stopped_at_any_call_it_says_so_in_one_line(tmp_path: Path, action: str, message: str) -> None:
-    *stopped, last = in_child("stopped_publishes", tmp_path, action, True)
-    assert {outcome.left for outcome in stopped} == {"old", "new"}
+    *stopped, completed = in_child("stopped_publishes", tmp_path, action, True)
+    assert {outcome.state for outcome in stopped} == {"old", "new"}
     for outcome in stopped:
         if outcome.exit == 0:  # met while the old files were removed, which may fail
-            assert (outcome.left, outcome.errors) == ("new", [])
+            assert (outcome.state, outcome.errors) == ("new", [])
         else:
             assert (outcome.exit, len(outcome.errors)) == (1, 1), outcome
             assert outcome.errors[0].startswith("error: ")
@@ -193,8 +193,8 @@ def test_stopped_at_any_call_it_says_so_in_one_line(tmp_path: Path, action: str,
         for outcome in stopped
         if outcome.exit == 1 and (action == "terminate" or outcome.event in ("os.mkdir", "os.rename", "before fsync"))
     )
-    assert sum(outcome.left == "old" and outcome.exit == 1 for outcome in stopped) > 30
-    assert (last.exit, last.left) == (0, "new")
+    assert sum(outcome.state == "old" and outcome.exit == 1 for outcome in stopped) > 30
+    assert (completed.exit, completed.state) == (0, "new")
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -216,7 +216,7 @@ def run_export(largest_file: int, *flags: str) -> None:
     runpy.run_module("export.to_onnx", run_name="__main__", alter_sys=True)
 
 
-def stopped_export(checkpoint: Path, out: Path, *, number: int | None = None, largest_file: int = -1) -> Stopped:
+def stopped_export(checkpoint: Path, out: Path, *, signal_number: int | None = None, largest_file: int = -1) -> Stopped:
     """Exports, and sends a signal once the tracer is at work."""
     code = f"from tests.test_crash import run_export; import sys; run_export({largest_file}, *sys.argv[1:])"
     flags = ["--model", str(checkpoint), "--no-parity", "--force", "--out", str(out)]
@@ -225,13 +225,13 @@ def stopped_export(checkpoint: Path, out: Path, *, number: int | None = None, la
     ) as run:
         assert run.stderr is not None
         lines = []
-        if number is not None:
+        if signal_number is not None:
             lines = list(itertools.takewhile(lambda line: "tracing to ONNX" not in line, run.stderr))
             time.sleep(0.3)
-            run.send_signal(number)
-        output, rest = run.communicate(timeout=90)
+            run.send_signal(signal_number)
+        output, errors = run.communicate(timeout=90)
     leftovers = sorted(set(os.listdir(out.parent)) - {out.name})
-    return Stopped(run.returncode, output, [*lines, *rest.splitlines()], leftovers)
+    return Stopped(run.returncode, output, [*lines, *errors.splitlines()], leftovers)
 
 
 @pytest.fixture(scope="module")

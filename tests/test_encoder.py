@@ -160,9 +160,9 @@ def test_batches_in_flight_keep_their_order(encoder: Encoder, monkeypatch: pytes
 def test_threads_give_what_one_gives(encoder: Encoder, calls_each: int) -> None:
     expected = [encoder.encode(text) for text in TEXTS]
     with ThreadPoolExecutor(16) as pool:
-        calls = pool.map(lambda number: encoder.encode(TEXTS[number % len(TEXTS)]), range(16 * calls_each))
-        for number, found in enumerate(calls):
-            assert np.abs(found - expected[number % len(TEXTS)]).max() <= 2e-6
+        calls = pool.map(lambda index: encoder.encode(TEXTS[index % len(TEXTS)]), range(16 * calls_each))
+        for index, vector in enumerate(calls):
+            assert np.abs(vector - expected[index % len(TEXTS)]).max() <= 2e-6
 
 
 STREAM = """
@@ -203,22 +203,22 @@ def test_a_stream_is_read_one_window_ahead(encoder: Encoder, monkeypatch: pytest
     from nvembed_deploy import encoder as module
 
     monkeypatch.setattr(module, "WINDOW_TEXTS", 8)
-    words = [f"word {number}" * (1 + number % 5) for number in range(30)]
+    words = [f"word {index}" * (1 + index % 5) for index in range(30)]
     read: list[int] = []
 
     def texts() -> Iterator[str]:
-        for number, word in enumerate(words):
+        for index, word in enumerate(words):
             assert threading.current_thread() is threading.main_thread()
-            read.append(number)
+            read.append(index)
             yield word
 
     expected = encoder.encode(words)
-    found, sizes = [], []
+    blocks, sizes = [], []
     for block in encoder.encode_stream(texts()):
-        found.append(block)
+        blocks.append(block)
         sizes.append((len(block), len(read)))
     assert sizes == [(8, 16), (8, 24), (8, 30), (6, 30)]
-    np.testing.assert_allclose(np.concatenate(found), expected, atol=2e-6)
+    np.testing.assert_allclose(np.concatenate(blocks), expected, atol=2e-6)
 
 
 def test_a_stream_checks_its_options_before_it_reads(encoder: Encoder) -> None:

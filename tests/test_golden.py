@@ -55,7 +55,7 @@ def bundle(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytes
 
 
 def has_special(case: dict) -> bool:
-    return any(token in item for item in case["texts"] for token in SPECIALS)
+    return any(token in text for text in case["texts"] for token in SPECIALS)
 
 
 def stored(case: dict) -> TokenBatch:
@@ -74,8 +74,8 @@ def test_ids_and_masks(cases: list[dict], text: TextEncoder) -> None:
         if has_special(case):
             continue
         rows = text.tokenize(case["texts"], prompt=case["instruction"], max_length=case["max_length"])
-        for found, expected in zip(text.pad(rows), stored(case), strict=True):
-            np.testing.assert_array_equal(found, expected, err_msg=case["name"])
+        for array, expected in zip(text.pad(rows), stored(case), strict=True):
+            np.testing.assert_array_equal(array, expected, err_msg=case["name"])
 
 
 def test_special_strings_in_a_text_stay_text(cases: list[dict], text: TextEncoder) -> None:
@@ -104,8 +104,8 @@ def test_thousand_token_cases(golden: Path, text: TextEncoder) -> None:
         rows = [json.loads(line) for line in lines]
     plain = [row for row in rows if not any(token in row["text"] for token in SPECIALS)]
     assert len(plain) > 970
-    found = text.tokenize([row["text"] for row in plain], max_length=32768)
-    assert [row.ids for row in found] == [row["input_ids"] for row in plain]
+    token_rows = text.tokenize([row["text"] for row in plain], max_length=32768)
+    assert [row.ids for row in token_rows] == [row["input_ids"] for row in plain]
 
 
 def test_reference(golden: Path, cases: list[dict], vectors: dict[str, np.ndarray]) -> None:
@@ -113,10 +113,10 @@ def test_reference(golden: Path, cases: list[dict], vectors: dict[str, np.ndarra
     for case in cases:
         if not case["finite"]:
             continue
-        ids, attended, pooled = (torch.from_numpy(part) for part in stored(case))
+        ids, attended, pooled = (torch.from_numpy(array) for array in stored(case))
         with torch.inference_mode():
-            found = model(ids, attended, pooled)[0].numpy()
-            assert np.abs(found - vectors[f"embeddings/{case['name']}"]).max() <= REFERENCE_TOLERANCE, case["name"]
+            embeddings = model(ids, attended, pooled)[0].numpy()
+            assert np.abs(embeddings - vectors[f"embeddings/{case['name']}"]).max() <= REFERENCE_TOLERANCE, case["name"]
             if case["token_level"]:
                 states = model.embedding_model(ids, attended)
                 latent = model.latent_attention_model(states)
@@ -130,8 +130,8 @@ def test_graph(bundle: Path, cases: list[dict], vectors: dict[str, np.ndarray]) 
     _, _, backend = open_parts(bundle / "model.onnx", "cpu")
     for case in cases:
         if case["finite"]:
-            found = backend.run(stored(case)).embeddings
-            assert np.abs(found - vectors[f"embeddings/{case['name']}"]).max() <= ONNX_TOLERANCE, case["name"]
+            embeddings = backend.run(stored(case)).embeddings
+            assert np.abs(embeddings - vectors[f"embeddings/{case['name']}"]).max() <= ONNX_TOLERANCE, case["name"]
 
 
 def test_encoder(bundle: Path, cases: list[dict], vectors: dict[str, np.ndarray]) -> None:
@@ -139,9 +139,9 @@ def test_encoder(bundle: Path, cases: list[dict], vectors: dict[str, np.ndarray]
     encoder = Encoder(bundle, device="cpu")
     seen = 0
     for case in cases:
-        if not case["finite"] or has_special(case) or any(not item.strip() for item in case["texts"]):
+        if not case["finite"] or has_special(case) or any(not text.strip() for text in case["texts"]):
             continue
         seen += 1
-        found = encoder.encode(case["texts"], prompt=case["instruction"], max_length=case["max_length"])
-        assert np.abs(found - vectors[f"embeddings/{case['name']}"]).max() <= ONNX_TOLERANCE, case["name"]
+        embeddings = encoder.encode(case["texts"], prompt=case["instruction"], max_length=case["max_length"])
+        assert np.abs(embeddings - vectors[f"embeddings/{case['name']}"]).max() <= ONNX_TOLERANCE, case["name"]
     assert seen > 50

@@ -89,15 +89,15 @@ def test_the_smallest_limit_of_all_control_groups_counts(monkeypatch: pytest.Mon
         (folder / names[1]).write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cached}\n")
 
-    second = ("memory.max", "memory.current", "inactive_file")
-    first = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    version_2 = ("memory.max", "memory.current", "inactive_file")
+    version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     monkeypatch.setattr(system, "CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(system, "PROCESS_GROUPS", tmp_path / "process")
     (tmp_path / "process").write_text("0::/slice/service\n3:memory:/docker/one\n")
-    write(tmp_path / "cgroup" / "slice" / "service", second, "max", 100, 0)
-    write(tmp_path / "cgroup" / "slice", second, "5000", 1000, 300)
+    write(tmp_path / "cgroup" / "slice" / "service", version_2, "max", 100, 0)
+    write(tmp_path / "cgroup" / "slice", version_2, "5000", 1000, 300)
     assert system.available_memory_bytes() == 4300
-    write(tmp_path / "cgroup" / "memory" / "docker" / "one", first, "3000", 1000, 100)
+    write(tmp_path / "cgroup" / "memory" / "docker" / "one", version_1, "3000", 1000, 100)
     assert system.available_memory_bytes() == 2100
 
 

@@ -73,17 +73,17 @@ def opened_in_child(*paths: Path) -> list[tuple[str, str]]:
 
 def cuts(content: bytes) -> dict[str, bytes]:
     """Damaged versions of a file."""
-    parts = {"0 bytes": 0, "1 byte": 1} | {f"{share} %": len(content) * share // 100 for share in (25, 50, 99)}
+    sizes = {"0 bytes": 0, "1 byte": 1} | {f"{share} %": len(content) * share // 100 for share in (25, 50, 99)}
     noise = random.Random(0).randbytes(4096)
-    return {what: content[:size] for what, size in parts.items()} | {"noise": noise, "nul": bytes(4096)}
+    return {damage: content[:size] for damage, size in sizes.items()} | {"noise": noise, "nul": bytes(4096)}
 
 
 def test_paths_that_are_no_bundles(bundles: dict[str, Path], tmp_path: Path) -> None:
     plan = (bundles["fp32"] / GRAPH).read_bytes()
-    for what, content in cuts(plan).items():
-        (tmp_path / what).mkdir()
+    for damage, content in cuts(plan).items():
+        (tmp_path / damage).mkdir()
         for name in (PLAN, GRAPH, MANIFEST, "notes.txt"):
-            (tmp_path / what / name).write_bytes(content)
+            (tmp_path / damage / name).write_bytes(content)
     (tmp_path / "fifos").mkdir()
     for name in (PLAN, GRAPH, MANIFEST, "fifo"):
         os.mkfifo(tmp_path / "fifos" / name)
@@ -114,7 +114,7 @@ def test_damage_behind_hashes_that_fit(bundles: dict[str, Path], tmp_path: Path,
     damaged = cuts((bundles["fp32"] / name).read_bytes())
     if name == WEIGHTS:
         del damaged["99 %"]  # may end in the padding of the last page
-    paths = [rebuild(bundles["fp32"], tmp_path / what, {name: content}) for what, content in damaged.items()]
+    paths = [rebuild(bundles["fp32"], tmp_path / damage, {name: content}) for damage, content in damaged.items()]
     assert {error for error, _ in opened_in_child(*paths)} == errors
 
 
@@ -130,7 +130,7 @@ def test_another_model_is_no_graph_of_ours(bundles: dict[str, Path], tmp_path: P
 def hostile_graph(source: Path, **fields: str) -> bytes:
     """The graph with other external-data fields at its first weight, which no single checker refuses in full."""
     model = onnx.load(source / GRAPH, load_external_data=False)
-    weight = next(item for item in model.graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
     for entry in [entry for entry in weight.external_data if entry.key in fields]:
         weight.external_data.remove(entry)
     for key, value in fields.items():
@@ -224,10 +224,10 @@ def test_a_hub_name_is_downloaded(bundles: dict[str, Path], tmp_path: Path, monk
     hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub import errors
 
-    asked: list[str] = []
+    downloads: list[str] = []
 
     def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append(name)
+        downloads.append(name)
         assert {"manifest.json", "model.onnx", "engine.plan"} <= set(allow_patterns)
         if name == "org/gated":
             raise errors.GatedRepoError("403", response=Mock())
@@ -251,7 +251,7 @@ def test_a_hub_name_is_downloaded(bundles: dict[str, Path], tmp_path: Path, monk
     (tmp_path / "bundles").mkdir()
     with pytest.raises(BundleError, match=r"bundles/none does not exist; export a bundle"):
         Encoder("bundles/none")
-    assert asked == ["org/name", "org/gated", "org/private", "org/unreachable"]
+    assert downloads == ["org/name", "org/gated", "org/private", "org/unreachable"]
 
 
 class Canary:
@@ -319,17 +319,17 @@ def test_floors_of_dependencies_with_known_holes() -> None:
     """Below onnx 1.22 readers follow links out of the folder; below torch 2.10: CVE-2026-24747."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name, floor in (("onnx", (1, 22)), ("torch", (2, 10))):
-        stated = re.findall(rf'^ *"{name}>=([\d.]+)"', text, flags=re.MULTILINE)
+        minimums = re.findall(rf'^ *"{name}>=([\d.]+)"', text, flags=re.MULTILINE)
         installed = importlib.metadata.version(name)
-        assert stated, f"{name} has no minimum"
-        for version in (*stated, installed):
+        assert minimums, f"{name} has no minimum"
+        for version in (*minimums, installed):
             assert tuple(map(int, version.split(".")[:2])) >= floor, name
 
 
 def publish_alternately(sources: list[Path], destination: Path, times: int, longest_pause: float) -> None:
     rng = random.Random(0)
-    for number in range(times):
-        rebuild(sources[number % 2], destination, {})
+    for index in range(times):
+        rebuild(sources[index % 2], destination, {})
         time.sleep(rng.uniform(0, longest_pause))
 
 
@@ -343,10 +343,10 @@ def test_readers_never_see_a_mixture(bundles: dict[str, Path], tmp_path: Path) -
     sources = [rebuild(bundles["fp32"], tmp_path / "first", {}, created="first")]
     sources.append(rebuild(bundles["fp32"], tmp_path / "second", changed, created="second"))
     started = time.monotonic()
-    wanted = {path.name: Encoder(path, device="cpu").encode(TEXT) for path in sources}
+    expected = {path.name: Encoder(path, device="cpu").encode(TEXT) for path in sources}
     # Some replacements come while a reader opens a bundle, and some pauses let it finish, on a machine of any speed.
     longest_pause = 2 * (time.monotonic() - started)
-    assert float(wanted["first"] @ wanted["second"]) < 0.99
+    assert float(expected["first"] @ expected["second"]) < 0.99
     out = rebuild(sources[1], tmp_path / "out", {})
     oldest = Encoder(out, device="cpu")
     writer = multiprocessing.get_context("spawn").Process(
@@ -357,12 +357,12 @@ def test_readers_never_see_a_mixture(bundles: dict[str, Path], tmp_path: Path) -
     while writer.is_alive():
         encoder = Encoder(out, device="cpu")
         generation = encoder.manifest.created
-        np.testing.assert_array_equal(encoder.encode(TEXT), wanted[generation])
+        np.testing.assert_array_equal(encoder.encode(TEXT), expected[generation])
         seen.append(generation)
     writer.join()
     assert writer.exitcode == 0
     assert set(seen) == {"first", "second"}
-    assert sum(left != right for left, right in itertools.pairwise(seen)) > 5
-    np.testing.assert_array_equal(oldest.encode(TEXT), wanted["second"])
+    assert sum(before != after for before, after in itertools.pairwise(seen)) > 5
+    np.testing.assert_array_equal(oldest.encode(TEXT), expected["second"])
     assert (out / WEIGHTS).stat().st_size == (bundles["fp32"] / WEIGHTS).stat().st_size
     assert set(os.listdir(tmp_path)) == {"first", "second", "out"}

@@ -79,9 +79,9 @@ def test_pickled_and_copied(bundles: dict[str, Path], backend: str, monkeypatch:
     encoder = open_encoder(Path(bundles["fp32"].name), backend)  # a relative path
     expected = encoder.encode(BATCH)
     monkeypatch.chdir("/")
-    for other in (pickle.loads(pickle.dumps(encoder)), copy.deepcopy(encoder), copy.copy(encoder)):
-        np.testing.assert_allclose(other.encode(BATCH), expected, atol=2e-6)
-        assert other.backend == encoder.backend
+    for duplicate in (pickle.loads(pickle.dumps(encoder)), copy.deepcopy(encoder), copy.copy(encoder)):
+        np.testing.assert_allclose(duplicate.encode(BATCH), expected, atol=2e-6)
+        assert duplicate.backend == encoder.backend
 
 
 def test_sent_to_a_spawned_process(bundles: dict[str, Path]) -> None:

@@ -51,8 +51,8 @@ def test_it_embeds_the_same(
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    here = Encoder(bundle, device="cpu").encode(TEXTS, instruction="find the passage")
-    assert np.abs(np.load(out) - here).max() <= tolerance
+    expected = Encoder(bundle, device="cpu").encode(TEXTS, instruction="find the passage")
+    assert np.abs(np.load(out) - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("command", ["serve", "similarity", "check", "export"])

@@ -46,9 +46,9 @@ def test_equals_reference(text: TextEncoder, body: str, prompt: str, limit: int)
 
 
 @pytest.mark.parametrize("token", ["<s>", "</s>", "<unk>"])
-@pytest.mark.parametrize("place", ["{} start", "in the {} middle", "end {}", "{}"])
-def test_special_strings_in_a_text_stay_text(text: TextEncoder, token: str, place: str) -> None:
-    ids = text.tokenize([place.format(token)], max_length=100)[0].ids
+@pytest.mark.parametrize("template", ["{} start", "in the {} middle", "end {}", "{}"])
+def test_special_strings_in_a_text_stay_text(text: TextEncoder, token: str, template: str) -> None:
+    ids = text.tokenize([template.format(token)], max_length=100)[0].ids
     assert ids[0] == 1
     assert ids[-1] == 2
     assert not {0, 1, 2} & set(ids[1:-1])
@@ -74,7 +74,7 @@ def test_padding_is_not_read_off_the_ids(text: TextEncoder) -> None:
     assert batch.input_ids[0].tolist()[2:] == [2] * (batch.input_ids.shape[1] - 2)  # </s>, then padding: the same id
     assert batch.attention_mask[0].sum() == 3  # <s> a </s>
     assert (batch.pool_mask == batch.attention_mask).all()
-    assert all(part.dtype == np.int64 for part in batch)
+    assert all(array.dtype == np.int64 for array in batch)
 
 
 def test_prompt_attends_and_is_not_pooled(text: TextEncoder) -> None:
@@ -123,15 +123,15 @@ def test_cutting_words_that_are_split_into_given_pieces() -> None:
     rng = random.Random(8)
     for _ in range(50):
         body = "".join(rng.choices("the water (中é) 19\n" + "x" * 15, k=3000))
-        whole = [1, *tokenizer.encode(body, add_special_tokens=False).ids, 2]
-        assert encoder.tokenize([body], max_length=40)[0].ids == whole[:40]
+        ids = [1, *tokenizer.encode(body, add_special_tokens=False).ids, 2]
+        assert encoder.tokenize([body], max_length=40)[0].ids == ids[:40]
 
 
 @pytest.mark.parametrize("pattern", ["ab(?=c)", "a+b", "a.b", "(ab)", "\\p{L}", "a{2}", "^a", "a$"])
 def test_no_cut_behind_expressions_that_may_look_far(pattern: str) -> None:
     splits = [
-        {"type": "Split", "pattern": {"Regex": found}, "behavior": "Isolated", "invert": False}
-        for found in (WORD_PATTERN, pattern)
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+        for regex in (WORD_PATTERN, pattern)
     ]
     config = json.loads(TOKENIZER.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": splits}}
     assert TextEncoder(json.dumps(config).encode(), CONTRACT)._longest_token_chars is None
@@ -193,9 +193,9 @@ def test_strings_of_other_types_are_texts() -> None:
     class Label(str, Enum):
         GOOD = "good"
 
-    found = check_texts([*np.array(["a", "b"]), Label.GOOD])
-    assert found == ["a", "b", "good"]
-    assert {type(text) for text in found} == {str}
+    texts = check_texts([*np.array(["a", "b"]), Label.GOOD])
+    assert texts == ["a", "b", "good"]
+    assert {type(text) for text in texts} == {str}
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b"[1, 2"])

@@ -64,8 +64,8 @@ def test_one_name_and_every_module(wheel: Path) -> None:
     expected = {"nvembed_deploy/py.typed"}
     for folder in ROOTS:
         for path in (ROOT / folder).rglob("*.py"):
-            inside = path.relative_to(ROOT).as_posix()
-            expected.add(inside if folder == "nvembed_deploy" else f"nvembed_deploy/{inside}")
+            relative_path = path.relative_to(ROOT).as_posix()
+            expected.add(relative_path if folder == "nvembed_deploy" else f"nvembed_deploy/{relative_path}")
     assert names == expected
 
 

@@ -19,12 +19,12 @@ def make_tokenizer() -> Tokenizer:
         vocab[char] = len(vocab)
     merges = []
     for word in [prefix + word for word in WORDS for prefix in ("", "▁")]:
-        left = word[0]
+        prefix_piece = word[0]
         for char in word[1:]:
-            if left + char not in vocab:
-                merges.append((left, char))
-                vocab[left + char] = len(vocab)
-            left += char
+            if prefix_piece + char not in vocab:
+                merges.append((prefix_piece, char))
+                vocab[prefix_piece + char] = len(vocab)
+            prefix_piece += char
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
@@ -46,20 +46,20 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     q = text["num_attention_heads"] * text["head_dim"]
     kv = text["num_key_value_heads"] * text["head_dim"]
     inner = latent["num_cross_heads"] * latent["cross_dim_head"]
-    found = {"embedding_model.embed_tokens.weight": (text["vocab_size"], D), "embedding_model.norm.weight": (D,)}
+    expected = {"embedding_model.embed_tokens.weight": (text["vocab_size"], D), "embedding_model.norm.weight": (D,)}
     for i in range(text["num_hidden_layers"]):
         layer = f"embedding_model.layers.{i}."
         for name, shape in (("q_proj", (q, D)), ("k_proj", (kv, D)), ("v_proj", (kv, D)), ("o_proj", (D, q))):
-            found[f"{layer}self_attn.{name}.weight"] = shape
+            expected[f"{layer}self_attn.{name}.weight"] = shape
         for name, shape in (("gate_proj", (F, D)), ("up_proj", (F, D)), ("down_proj", (D, F))):
-            found[f"{layer}mlp.{name}.weight"] = shape
+            expected[f"{layer}mlp.{name}.weight"] = shape
         for name in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{layer}{name}.weight"] = (D,)
+            expected[f"{layer}{name}.weight"] = (D,)
     block = "latent_attention_model.cross_attend_blocks."
-    found["latent_attention_model.latents"] = (latent["num_latents_value"], D)
+    expected["latent_attention_model.latents"] = (latent["num_latents_value"], D)
     for norm in ("0.norm", "0.norm_context", "1.norm"):
-        found |= {f"{block}{norm}.weight": (D,), f"{block}{norm}.bias": (D,)}
-    found |= {
+        expected |= {f"{block}{norm}.weight": (D,), f"{block}{norm}.bias": (D,)}
+    expected |= {
         f"{block}0.fn.to_q.weight": (inner, D),
         f"{block}0.fn.to_kv.weight": (2 * inner, D),
         f"{block}0.fn.to_out.weight": (D, inner),
@@ -68,7 +68,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         f"{block}1.fn.net.2.weight": (D, 4 * D),
         f"{block}1.fn.net.2.bias": (D,),
     }
-    return found
+    return expected
 
 
 def make_checkpoint(folder: Path, *, seed: int = 0, shards: int = 2) -> Path:
@@ -127,9 +127,9 @@ def make_checkpoint(folder: Path, *, seed: int = 0, shards: int = 2) -> Path:
     names = list(tensors)
     weight_map = {}
     for index in range(shards):
-        part = names[index * len(names) // shards : (index + 1) * len(names) // shards]
+        shard_names = names[index * len(names) // shards : (index + 1) * len(names) // shards]
         file = f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
+        save_file({name: tensors[name] for name in shard_names}, folder / file)
+        weight_map |= dict.fromkeys(shard_names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder

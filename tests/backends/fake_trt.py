@@ -39,12 +39,12 @@ Kind = IntEnum("Kind", ("cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"))
 
 
 class Stream:
-    def __init__(self, number: int, device: int) -> None:
-        self.number, self.device = number, device
+    def __init__(self, handle: int, device: int) -> None:
+        self.handle, self.device = handle, device
         self.queue: list[tuple[Callable[[], None], list[np.ndarray]]] = []
 
     def __int__(self) -> int:
-        return self.number
+        return self.handle
 
 
 class FakeCuda:
@@ -76,8 +76,8 @@ class FakeCuda:
 
         return call
 
-    def rule(self, kept: bool, text: str) -> None:
-        if not kept:
+    def rule(self, is_kept: bool, text: str) -> None:
+        if not is_kept:
             self.violations.append(text)
             raise AssertionError(text)
 
@@ -88,9 +88,9 @@ class FakeCuda:
     def find(self, memory: dict[int, np.ndarray], address: int, size: int) -> np.ndarray:
         base = next((base for base, array in list(memory.items()) if base <= address < base + array.size), 0)
         self.rule(base > 0, f"{address:#x} is no live {'pinned' if memory is self.host else 'device'} memory")
-        part = memory[base][address - base : address - base + size]
-        self.rule(part.size == size, f"{size} bytes at {address:#x} leave their allocation")
-        return part
+        view = memory[base][address - base : address - base + size]
+        self.rule(view.size == size, f"{size} bytes at {address:#x} leave their allocation")
+        return view
 
     def assert_clean(self) -> None:
         """Nothing is held, no rule was broken, and nothing was written to memory after it was freed."""
@@ -103,8 +103,8 @@ class FakeCuda:
 
     def _cudaGetDeviceProperties(self, index: int) -> SimpleNamespace:
         major, minor = self.capabilities[index]
-        place = {"pciDomainID": 0, "pciBusID": 0x65 + index, "pciDeviceID": 0}
-        return SimpleNamespace(name=b"Fake GPU", major=major, minor=minor, **place)
+        pci_address = {"pciDomainID": 0, "pciBusID": 0x65 + index, "pciDeviceID": 0}
+        return SimpleNamespace(name=b"Fake GPU", major=major, minor=minor, **pci_address)
 
     def _cudaSetDevice(self, index: int) -> None:
         self.rule(0 <= index < len(self.capabilities), f"no device {index}")
@@ -138,15 +138,15 @@ class FakeCuda:
         return self.streams[self._next]
 
     def _cudaStreamDestroy(self, stream: Stream) -> None:
-        self.rule(not self.streams.pop(stream.number).queue, "a stream is destroyed under queued work")
+        self.rule(not self.streams.pop(stream.handle).queue, "a stream is destroyed under queued work")
 
     def _cudaStreamSynchronize(self, stream: Stream) -> None:
-        self.rule(stream.number in self.streams, "an unknown stream is synchronized")
+        self.rule(stream.handle in self.streams, "an unknown stream is synchronized")
         while stream.queue:
             stream.queue.pop(0)[0]()
 
     def _cudaMemcpyAsync(self, target: int, source: int, size: int, kind: Kind, stream: Stream) -> None:
-        self.rule(stream.number in self.streams, "a copy is queued on an unknown stream")
+        self.rule(stream.handle in self.streams, "a copy is queued on an unknown stream")
         up = kind is Kind.cudaMemcpyHostToDevice
         to = self.find(self.device if up else self.host, target, size)
         start = self.find(self.host if up else self.device, source, size)
@@ -361,7 +361,7 @@ class FakeContext:
         outputs = [cuda.find(cuda.device, self.addresses[n], size) for n, size in zip(OUTPUTS, sizes, strict=True)]
 
         def work() -> None:
-            ids, *masks = (item.view(np.int64).reshape(rows, width) for item in inputs)
+            ids, *masks = (buffer.view(np.int64).reshape(rows, width) for buffer in inputs)
             cuda.rule(all(mask.any(axis=1).all() for mask in masks), "a row has nothing to attend to or to pool")
             for target, values in zip(outputs, self.owner.model(ids, *masks), strict=True):
                 target[:] = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)

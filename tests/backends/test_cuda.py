@@ -142,21 +142,21 @@ def test_providers_that_do_not_start(
     planned: Path, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch, working: tuple[str, ...]
 ) -> None:
     """onnxruntime-gpu lists TensorRT without its libraries, and CUDA without cuDNN; what starts is taken."""
-    asked: list[tuple[object, ...]] = []
+    attempts: list[tuple[object, ...]] = []
 
     class Providers(OrtBackend):
         def __init__(self, graph: Path, *, providers: tuple[object, ...] = (CPU,), **settings: object) -> None:
-            asked.append(providers)
-            first = providers[0] if isinstance(providers[0], str) else providers[0][0]
-            if first not in (*working, CPU):
-                raise DeviceMismatchError(f"could not start {first}")
+            attempts.append(providers)
+            name_of_first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+            if name_of_first not in (*working, CPU):
+                raise DeviceMismatchError(f"could not start {name_of_first}")
             super().__init__(graph, **settings)
 
     monkeypatch.setattr("nvembed_deploy.select_backend.available_providers", lambda: [*GPU, CPU])
     monkeypatch.setattr("nvembed_deploy.select_backend.OrtBackend", Providers)
     if working:
         Encoder(planned, device="cuda:0", backend="onnxruntime")
-        assert asked[-1] == (*((name, {"device_id": 0}) for name in working), CPU)
+        assert attempts[-1] == (*((name, {"device_id": 0}) for name in working), CPU)
         return
     with pytest.raises(DeviceMismatchError, match=f"could not start {GPU[-1]}"):
         Encoder(planned, device="cuda:0", backend="onnxruntime")
@@ -203,8 +203,8 @@ def test_a_plan_changed_after_it_was_checked_never_reaches_tensorrt(planned: Pat
 
 def test_device_names(cuda: FakeCuda) -> None:
     for raw, name in ((b"NVIDIA H100\0\0", "NVIDIA H100"), ("Orin", "Orin")):
-        told = SimpleNamespace(name=raw, major=8, minor=7, pciDomainID=0, pciBusID=0xA1, pciDeviceID=0)
-        cuda._cudaGetDeviceProperties = lambda index, told=told: told
+        properties = SimpleNamespace(name=raw, major=8, minor=7, pciDomainID=0, pciBusID=0xA1, pciDeviceID=0)
+        cuda._cudaGetDeviceProperties = lambda index, properties=properties: properties
         device = CudaRuntime(cuda).device(0)
         assert (device.index, device.name, device.compute_capability) == (0, name, "8.7")
         assert device.bus == "00000000:a1:00.0"
@@ -213,10 +213,10 @@ def test_device_names(cuda: FakeCuda) -> None:
 def test_buffers_grow_and_give_back(cuda: FakeCuda) -> None:
     buffer = Buffer(CudaRuntime(cuda))
     buffer.reserve(24)
-    first = (buffer.host, buffer.device)
+    addresses = (buffer.host, buffer.device)
     buffer.array((3,), np.int64)[...] = [1, 2, 3]
     buffer.reserve(8)
-    assert (buffer.host, buffer.device) == first
+    assert (buffer.host, buffer.device) == addresses
     np.testing.assert_array_equal(buffer.array((1, 2), np.int64), [[1, 2]])
     for failing in ("cudaHostAlloc", "cudaMalloc"):
         cuda.fail[failing] = [OOM]

@@ -74,12 +74,12 @@ def test_padding_and_company_change_nothing(encoder: Encoder) -> None:
     bound = TOLERANCES[encoder.manifest.precision].min_batch_cosine
     for size in sorted({size for size in (2, 3, 7, 8, 9, 31, largest.batch) if size <= largest.batch}):
         for start in range(0, len(rows), size):
-            part = order[start : start + size]
-            together = run(encoder, [rows[index] for index in part])
-            assert (together * alone[part]).sum(axis=1).min() >= bound, (size, [lengths[index] for index in part])
+            indices = order[start : start + size]
+            together = run(encoder, [rows[index] for index in indices])
+            assert (together * alone[indices]).sum(axis=1).min() >= bound, (size, [lengths[index] for index in indices])
     for index, row in enumerate(rows):
-        beside = run(encoder, [row, rows[-1]])[0]
-        assert beside @ alone[index] >= bound, lengths[index]
+        padded = run(encoder, [row, rows[-1]])[0]
+        assert padded @ alone[index] >= bound, lengths[index]
 
 
 def test_every_token_of_the_vocabulary(encoder: Encoder) -> None:
@@ -90,12 +90,12 @@ def test_every_token_of_the_vocabulary(encoder: Encoder) -> None:
         for token in range(count)
     ]
     size = encoder.manifest.profile.max.batch
-    found = np.concatenate([run(encoder, rows[start : start + size]) for start in range(0, count, size)])
-    assert np.isfinite(found).all()
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
+    vectors = np.concatenate([run(encoder, rows[start : start + size]) for start in range(0, count, size)])
+    assert np.isfinite(vectors).all()
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
     bound = TOLERANCES[encoder.manifest.precision].min_batch_cosine
     for token in range(0, count, max(1, count // 1000)):
-        assert run(encoder, [rows[token]])[0] @ found[token] >= bound, token
+        assert run(encoder, [rows[token]])[0] @ vectors[token] >= bound, token
 
 
 @pytest.mark.slow

@@ -68,9 +68,11 @@ def openvino(path: Path) -> Backend:
 def test_the_largest_codes_give_whole_sums(graph: Path, opened: Callable[[Path], Backend]) -> None:
     ids = np.full((16, TOKENS), 255, dtype=np.int64)
     ones = np.ones_like(ids)
-    found = opened(graph).run(TokenBatch(input_ids=ids, attention_mask=ones, pool_mask=ones)).embeddings
-    wanted = (ids @ WEIGHTS.astype(np.int64)).astype(np.float32)
-    assert np.allclose(found, wanted, rtol=1e-5), f"sums of 8-bit products are cut off: {found[0, :2]}, {wanted[0, :2]}"
+    sums = opened(graph).run(TokenBatch(input_ids=ids, attention_mask=ones, pool_mask=ones)).embeddings
+    expected = (ids @ WEIGHTS.astype(np.int64)).astype(np.float32)
+    assert np.allclose(sums, expected, rtol=1e-5), (
+        f"sums of 8-bit products are cut off: {sums[0, :2]}, {expected[0, :2]}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -78,37 +78,37 @@ def test_the_choice_is_measured_once(
     bundles: dict[str, Path], own_cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    first = Encoder(bundles["fp32"], device="cpu")
-    (kept,) = own_cache.iterdir()
-    choice = json.loads(kept.read_text())
+    encoder = Encoder(bundles["fp32"], device="cpu")
+    (choice_file,) = own_cache.iterdir()
+    choice = json.loads(choice_file.read_text())
     assert choice["backend"] in ("onnxruntime", "openvino")
-    assert choice["backend"] == first.backend.split()[0]
+    assert choice["backend"] == encoder.backend.split()[0]
     assert choice["min_cosine"] >= 0.999999
     assert "one query and a batch of" in caplog.text
     monkeypatch.setattr(select_backend, "measure_cpu_runtimes", None)  # a call would fail
-    assert Encoder(bundles["fp32"], device="cpu").backend == first.backend
-    other = {"onnxruntime": "openvino", "openvino": "onnxruntime"}[choice["backend"]]
-    kept.write_text(json.dumps(choice | {"backend": other}))
-    assert Encoder(bundles["fp32"], device="cpu").backend.startswith(other)
+    assert Encoder(bundles["fp32"], device="cpu").backend == encoder.backend
+    slower = {"onnxruntime": "openvino", "openvino": "onnxruntime"}[choice["backend"]]
+    choice_file.write_text(json.dumps(choice | {"backend": slower}))
+    assert Encoder(bundles["fp32"], device="cpu").backend.startswith(slower)
 
 
 def test_a_damaged_choice_is_measured_again(bundles: dict[str, Path], own_cache: Path) -> None:
     Encoder(bundles["fp32"], device="cpu")
-    (kept,) = own_cache.iterdir()
+    (choice_file,) = own_cache.iterdir()
     for damage in (b"", b"[]", b'{"backend": 3}', b"\xff"):
-        kept.write_bytes(damage)
+        choice_file.write_bytes(damage)
         Encoder(bundles["fp32"], device="cpu")
-        assert json.loads(kept.read_text())["backend"]
+        assert json.loads(choice_file.read_text())["backend"]
 
 
 def test_faster_but_different_is_not_taken(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run = OvBackend.run
 
-    def turned(self: OvBackend, batch: TokenBatch) -> Output:
+    def rolled(self: OvBackend, batch: TokenBatch) -> Output:
         output = run(self, batch)
         return Output(np.roll(output.embeddings, 1, axis=1), output.norms)
 
-    monkeypatch.setattr(OvBackend, "run", turned)
+    monkeypatch.setattr(OvBackend, "run", rolled)
     monkeypatch.setattr(select_backend, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
     assert Encoder(bundles["fp32"], device="cpu").backend.startswith("onnxruntime")
     monkeypatch.setattr(OvBackend, "run", run)
@@ -142,9 +142,9 @@ def test_naming_the_graph_asks_for_onnx_runtime(bundles: dict[str, Path], monkey
 
 def test_threads_change_no_vector(bundles: dict[str, Path]) -> None:
     for backend in ("onnxruntime", "openvino"):
-        one = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=1).encode(TEXTS)
-        two = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=2).encode(TEXTS)
-        assert np.abs(one - two).max() <= 2e-6
+        one_thread = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=1).encode(TEXTS)
+        two_threads = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=2).encode(TEXTS)
+        assert np.abs(one_thread - two_threads).max() <= 2e-6
 
 
 def _in_two_streams(bundle: Path) -> Encoder:
@@ -176,7 +176,7 @@ def test_batches_at_the_same_time_give_the_same_vectors(bundles: dict[str, Path]
     assert backend._streams_compiled is not None
     assert backend._running == 0
     again = [backend.run(batch).embeddings for batch in batches]
-    assert all(np.array_equal(one, wanted) for one, wanted in zip(again, alone, strict=True))
+    assert all(np.array_equal(vectors, expected) for vectors, expected in zip(again, alone, strict=True))
 
 
 def test_many_batches_of_one_call_take_streams(bundles: dict[str, Path]) -> None:

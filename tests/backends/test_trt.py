@@ -47,9 +47,9 @@ def make_batch(rows: int, tokens: int, *, seed: int = 0) -> TokenBatch:
 def check(backend: TrtBackend, rows: int, tokens: int, *, seed: int = 0) -> None:
     batch = make_batch(rows, tokens, seed=seed)
     output = backend.run(batch)
-    for found, expected in zip(output, bag(*batch), strict=True):
-        np.testing.assert_array_equal(found, expected)
-        assert found.dtype == np.float32
+    for values, expected in zip(output, bag(*batch), strict=True):
+        np.testing.assert_array_equal(values, expected)
+        assert values.dtype == np.float32
 
 
 @pytest.fixture
@@ -317,8 +317,8 @@ def test_memory_goes_with_the_backend(opened: Callable, bindings: FakeBindings, 
 
 def test_errors_of_the_past_are_not_told_again(opened: Callable, bindings: FakeBindings) -> None:
     backend = opened()
-    for number in range(1000):
-        backend._logger.log(bindings.ILogger.Severity.ERROR, str(number))
+    for index in range(1000):
+        backend._logger.log(bindings.ILogger.Severity.ERROR, str(index))
     assert len(backend._logger.errors) <= 100
     bindings.fail["execute_async_v3"] = [False]
     with pytest.raises(EngineError, match=r"^TensorRT: running the plan failed: no execute_async_v3 today$"):

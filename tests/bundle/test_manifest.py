@@ -109,7 +109,7 @@ def put(record: dict, path: str, value: object) -> None:
         ("files/~etc~passwd", {"bytes": 1, "sha256": "a" * 64}, "lists '/etc/passwd', which is not a bundle file"),
         ("files/manifest.json", {"bytes": 1, "sha256": "a" * 64}, "lists 'manifest.json', which is not a bundle file"),
     ],
-    ids=lambda item: str(item)[:40],
+    ids=lambda parameter: str(parameter)[:40],
 )
 def test_an_invalid_manifest_is_refused(path: str, value: object, message: str) -> None:
     record = copy.deepcopy(RECORD)

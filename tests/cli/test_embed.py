@@ -104,9 +104,9 @@ def test_files_that_cannot_be_read_leave_nothing(
     if content is not None:
         source.write_text(content)
     assert embed(bundle, str(source), "--out", str(out)) == 1
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.startswith("error: ")
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert stderr.startswith("error: ")
     assert not out.exists()
 
 

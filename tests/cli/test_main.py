@@ -63,8 +63,8 @@ def test_help_is_instant_and_needs_no_packages() -> None:
 )
 def test_what_is_typed_first(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == code
-    said = capsys.readouterr()
-    assert message in said.out + said.err
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
 
 
 def test_what_an_installation_lacks_is_hidden_and_named(

@@ -55,9 +55,9 @@ def test_what_would_be_lost_is_refused_before_any_work(
         (["--precision", "int8", "--calibration", "none.jsonl"], "none.jsonl cannot be read"),
     ):
         assert trt.main(["--model", str(checkpoint), *flags]) == 1
-        said = capsys.readouterr().err
-        assert message in said
-        assert "reading the checkpoint" not in said
+        stderr = capsys.readouterr().err
+        assert message in stderr
+        assert "reading the checkpoint" not in stderr
     out = Path(shutil.copytree(bundles["fp16"], tmp_path / "bundle"))
     if (out / PLAN).is_file():
         for flags in (["--onnx-only"], ["--target", "jetson-orin"]):
@@ -226,8 +226,8 @@ def test_check_judges_a_bundle(
     flags = ["--device", "cpu", "--model"]
     assert check.main([str(bundles["fp16"]), *flags, str(checkpoint)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["failures"] == []
-    other = make_checkpoint(tmp_path / "other", seed=1)
-    assert check.main([str(bundles["fp16"]), *flags, str(other)]) == 1
+    another_checkpoint = make_checkpoint(tmp_path / "another_checkpoint", seed=1)
+    assert check.main([str(bundles["fp16"]), *flags, str(another_checkpoint)]) == 1
     assert "error: onnxruntime" in capsys.readouterr().err
 
 

@@ -76,9 +76,9 @@ class Overload:
 
         with ThreadPoolExecutor(CLIENTS) as pool:
             started = time.perf_counter()
-            for number in range(self.sent):
-                time.sleep(max(0.0, started + number * pause - time.perf_counter()))
-                pool.submit(ask, number)
+            for index in range(self.sent):
+                time.sleep(max(0.0, started + index * pause - time.perf_counter()))
+                pool.submit(ask, index)
         self.grown_mib = _resident_mib(server) - before
 
 
@@ -87,17 +87,18 @@ def test_overload_passes_by(bundles: dict[str, Path], encoder: Encoder) -> None:
     try:
         Overload(server, 1.0)  # what a first burst takes is not a leak
         before = _latencies(server)
-        found = Overload(server, SECONDS)
+        overload = Overload(server, SECONDS)
         after = _latencies(server)
         print(  # noqa: T201 - what `-s` is for
-            f"{found.sent} requests in {SECONDS:.0f} s: {dict(found.statuses)}, refusals {_p(found.refused, 50):.1f} / "
-            f"{_p(found.refused, 99):.1f} ms, memory {found.grown_mib:+.1f} MiB, a query {_p(before, 50):.2f} / "
-            f"{_p(before, 99):.2f} ms before and {_p(after, 50):.2f} / {_p(after, 99):.2f} ms after"
+            f"{overload.sent} requests in {SECONDS:.0f} s: {dict(overload.statuses)}, "
+            f"refusals {_p(overload.refused, 50):.1f} / {_p(overload.refused, 99):.1f} ms, "
+            f"memory {overload.grown_mib:+.1f} MiB, a query {_p(before, 50):.2f} / {_p(before, 99):.2f} ms before "
+            f"and {_p(after, 50):.2f} / {_p(after, 99):.2f} ms after"
         )
-        assert found.statuses.keys() == {200, 429}
-        assert found.statuses.total() == found.sent
-        assert _p(found.refused, 50) <= 100
-        assert found.grown_mib <= MOST_MIB
+        assert overload.statuses.keys() == {200, 429}
+        assert overload.statuses.total() == overload.sent
+        assert _p(overload.refused, 50) <= 100
+        assert overload.grown_mib <= MOST_MIB
         if SECONDS >= WHOLE_SECONDS:
             assert _p(after, 99) <= 1.2 * _p(before, 99)
         status, answer = server.post(HEAVY)

@@ -45,11 +45,11 @@ def test_the_official_client_gets_the_encoders_vectors(server: Server, encoder: 
 
     client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
     for extra, options in (({}, {}), ({"instruction": INSTRUCTION}, {"instruction": INSTRUCTION})):
-        found = client.embeddings.create(model="tiny", input=TEXTS, extra_body=extra)
-        vectors = np.array([item.embedding for item in found.data], dtype=np.float32)
+        response = client.embeddings.create(model="tiny", input=TEXTS, extra_body=extra)
+        vectors = np.array([row.embedding for row in response.data], dtype=np.float32)
         np.testing.assert_allclose(vectors, encoder.encode(TEXTS, **options), atol=2e-6)
         tokens = sum(map(len, encoder.tokenize(TEXTS, **options)))
-        assert found.usage.prompt_tokens == found.usage.total_tokens == tokens
+        assert response.usage.prompt_tokens == response.usage.total_tokens == tokens
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError, match="model 'other' not found; this server's model is 'tiny'"):
         client.embeddings.create(model="other", input="text")
@@ -63,7 +63,7 @@ def test_both_forms_hold_the_same_numbers(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "message"),
+    ("body", "expected_status", "message"),
     [
         (b"{", 400, "the body is not valid JSON"),
         (b"[" * 100_000, 400, "the body is nested too deeply"),
@@ -96,9 +96,9 @@ def test_both_forms_hold_the_same_numbers(server: Server) -> None:
         (b'{"model": "tiny", "input": "' + b"a" * 2**23 + b'"}', 413, "the body is larger than 8388608 bytes"),
     ],
 )
-def test_wrong_requests_are_named(server: Server, body: object, status: int, message: str) -> None:
-    found, answer = server.post(body)
-    assert found == status
+def test_wrong_requests_are_named(server: Server, body: object, expected_status: int, message: str) -> None:
+    status, answer = server.post(body)
+    assert status == expected_status
     assert message in answer["error"]["message"]
     assert str(ROOT) not in json.dumps(answer)
 
@@ -146,8 +146,8 @@ def _metric(server: Server, name: str) -> str:
     return next(line.split()[-1] for line in lines if line.startswith(f"{name} "))
 
 
-class Held:
-    """An encoder's backend whose batches wait until they are let go, or fail."""
+class BlockingBackend:
+    """A backend whose batches wait until `go` is set, or fail with `error`."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.inner = encoder._backend
@@ -164,8 +164,8 @@ class Held:
 
 
 @pytest.fixture
-def held(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    backend = Held(encoder)
+def blocking(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[BlockingBackend]:
+    backend = BlockingBackend(encoder)
     monkeypatch.setattr(encoder, "_backend", backend)
     yield backend
     backend.go.set()
@@ -176,15 +176,15 @@ def client_of(encoder: Encoder, **limits: float) -> TestClient:
     return TestClient(make_app(encoder, name="tiny", limits=Limits(**limits), max_waiting=8))
 
 
-def test_a_full_queue_refuses_at_once_whatever_the_size(encoder: Encoder, held: Held) -> None:
+def test_a_full_queue_refuses_at_once_whatever_the_size(encoder: Encoder, blocking: BlockingBackend) -> None:
     """Requirement 35: within 100 ms, without a look at the texts, health and metrics beside it."""
     with client_of(encoder) as client, ThreadPoolExecutor(4) as pool:
-        held.go.clear()
-        taken = [pool.submit(client.post, "/v1/embeddings", json=body(1))]
-        assert held.entered.wait(20)
-        taken.append(pool.submit(client.post, "/v1/embeddings", json=body(1)))
+        blocking.go.clear()
+        accepted = [pool.submit(client.post, "/v1/embeddings", json=body(1))]
+        assert blocking.entered.wait(20)
+        accepted.append(pool.submit(client.post, "/v1/embeddings", json=body(1)))
         _until(lambda: client.get("/metrics").text, "nvembed_waiting_texts 1.0")  # one runs, one waits
-        taken.append(pool.submit(client.post, "/v1/embeddings", json=body(7)))
+        accepted.append(pool.submit(client.post, "/v1/embeddings", json=body(7)))
         _until(lambda: client.get("/metrics").text, "nvembed_waiting_texts 8.0")
         for content in (body(1), body(8), {"model": "tiny", "input": ["x " * 90_000] * 4}):
             times = []
@@ -195,27 +195,27 @@ def test_a_full_queue_refuses_at_once_whatever_the_size(encoder: Encoder, held: 
             assert min(times) < 0.1
             assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
             assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert client.post("/v1/embeddings", json=body(9)).status_code == 422  # could never be taken
-        held.go.set()
-        assert [future.result().status_code for future in taken] == [200] * 3
+        assert client.post("/v1/embeddings", json=body(9)).status_code == 422  # could never be accepted
+        blocking.go.set()
+        assert [future.result().status_code for future in accepted] == [200] * 3
         counted = client.get("/metrics").text
         assert 'nvembed_requests_total{status="200"} 3.0' in counted
         assert 'nvembed_requests_total{status="429"} 15.0' in counted
 
 
 def body(texts: int) -> dict:
-    return {"model": "tiny", "input": [f"text {number}" for number in range(texts)]}
+    return {"model": "tiny", "input": [f"text {index}" for index in range(texts)]}
 
 
-def _until(read: Callable[[], str], wanted: str) -> None:
+def _until(read: Callable[[], str], expected: str) -> None:
     deadline = time.monotonic() + 20
-    while wanted not in (found := read()):
-        assert time.monotonic() < deadline, found
+    while expected not in (text := read()):
+        assert time.monotonic() < deadline, text
         time.sleep(0.01)
 
 
 def test_an_engine_that_fails_is_told_and_well_again(
-    encoder: Encoder, held: Held, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, blocking: BlockingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requirements 18, 19 and 38: an error is never an answer, and the next good request has its vector."""
     monkeypatch.setattr("nvembed_deploy.serve.api.HEALTH_SECONDS", 0.0)
@@ -223,23 +223,23 @@ def test_an_engine_that_fails_is_told_and_well_again(
         before = client.post("/v1/embeddings", json=body(1)).json()
         assert client.get("/health").status_code == 200
         for error in (EngineError("no memory in /secret/place"), MemoryError("none")):
-            held.error = error
+            blocking.error = error
             answer = client.post("/v1/embeddings", json=body(1))
             assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
             assert "secret" not in answer.text
             assert client.get("/health").status_code == 503
-        held.error = None
+        blocking.error = None
         assert client.get("/health").status_code == 200
         assert client.post("/v1/embeddings", json=body(1)).json() == before
         assert 'nvembed_requests_total{status="500"} 2.0' in client.get("/metrics").text
 
 
-def test_a_deadline_frees_its_place(encoder: Encoder, held: Held) -> None:
+def test_a_deadline_frees_its_place(encoder: Encoder, blocking: BlockingBackend) -> None:
     with client_of(encoder, seconds=0.2) as client:
-        held.go.clear()
+        blocking.go.clear()
         for _ in range(4):  # each would fill the queue for ever
             assert client.post("/v1/embeddings", json=body(8)).status_code == 504
-        held.go.set()
+        blocking.go.set()
         _until(lambda: str(client.post("/v1/embeddings", json=body(8)).status_code), "200")
 
 
@@ -335,8 +335,8 @@ def test_a_null_format_and_a_spelled_out_coding_are_taken(server: Server) -> Non
 
 
 def test_a_port_in_use_is_one_line_before_the_engine_loads(bundles: dict[str, Path]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         started = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "nvembed_deploy", "serve", str(bundles["fp32"] / "none"), "--port", str(port)],
@@ -361,9 +361,9 @@ def test_connections_that_send_no_request_keep_nobody_out(bundles: dict[str, Pat
     host, port = running.url.split("/")[2].split(":")
     connections = []
     try:
-        for number in range(400):
+        for index in range(400):
             connection = socket.create_connection((host, int(port)), timeout=10)
-            if number % 2:
+            if index % 2:
                 connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n")  # and never the rest
             connections.append(connection)
         started = time.perf_counter()

@@ -473,15 +473,15 @@ def test_the_command_and_its_record_reused(
     texts = tmp_path / "texts.jsonl"
     varied = [calibration.text for calibration in built_in_texts()[:40]]  # nine similar ones would not be enough
     texts.write_text("\n".join(json.dumps({"text": query, "instruction": "Find it"}) for query in varied))
-    first, second = tmp_path / "first", tmp_path / "second"
+    searched, reused = tmp_path / "searched", tmp_path / "reused"
     common = ["--model", str(checkpoint), "--precision", "int8", "--max", "4x48"]
-    assert export_graph([*common, "--calibration", str(texts), "--out", str(first)]) == 0
-    assert Bundle.open(first).manifest.plan is None
+    assert export_graph([*common, "--calibration", str(texts), "--out", str(searched)]) == 0
+    assert Bundle.open(searched).manifest.plan is None
     assert "quantizing to int8 on 40 texts" in capsys.readouterr().err
-    reusing = [*common, "--dialect", "portable", "--reuse", str(first), "--out", str(second)]
+    reusing = [*common, "--dialect", "portable", "--reuse", str(searched), "--out", str(reused)]
     assert export_graph(reusing) == 0
     assert "smoothing with the settings of" in capsys.readouterr().err
-    records = [json.loads((folder / QUANTIZATION).read_text()) for folder in (first, second)]
+    records = [json.loads((folder / QUANTIZATION).read_text()) for folder in (searched, reused)]
     assert records[0] == records[1]
     assert export_graph([*reusing, "--calibration-tokens", "10", "--calibration", str(texts)]) == 1
     assert "does not fit this export: its calibration texts' hash is" in capsys.readouterr().err
