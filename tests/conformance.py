@@ -1,4 +1,4 @@
-"""What every encoder must do, whatever backend it has: one run of checks for all of them."""
+"""Checks that every encoder must pass, whatever its backend."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ def check_encoder(encoder: Encoder, *, tolerance: float) -> None:
     """Runs all checks.
 
     Args:
-        encoder: Any.
-        tolerance: Largest difference of a component between two runs of the same text in other company.
+        encoder: Encoder with any backend.
+        tolerance: Largest difference of a component between two runs of the same text in different batches.
     """
     vectors = encoder.encode(TEXTS)
     assert vectors.dtype == np.float32
@@ -52,7 +52,7 @@ def check_encoder(encoder: Encoder, *, tolerance: float) -> None:
 
 
 def check_instruction(encoder: Encoder, tolerance: float) -> None:
-    """The instruction changes a vector, is not pooled, and is the template's prompt."""
+    """Checks that an instruction changes the vector, is not pooled, and equals the template's prompt."""
     plain = encoder.encode("the water")
     instructed = encoder.encode("the water", instruction="find the passage")
     assert np.abs(plain - instructed).max() > 1e-3
@@ -62,7 +62,7 @@ def check_instruction(encoder: Encoder, tolerance: float) -> None:
 
 
 def check_options(encoder: Encoder, vectors: np.ndarray, tolerance: float) -> None:
-    """Truncation, normalization, progress."""
+    """Checks truncation, normalization and the progress bar."""
     cut = encoder.encode(TEXTS[3], max_length=9)
     assert np.abs(cut - vectors[3]).max() > 1e-4
     with pytest.raises(InputError, match="text 1 is longer than max_length=9 tokens"):
@@ -75,7 +75,7 @@ def check_options(encoder: Encoder, vectors: np.ndarray, tolerance: float) -> No
 
 
 def check_blank_texts(encoder: Encoder, vectors: np.ndarray, tolerance: float) -> None:
-    """They are embedded like any other, and leave the others alone."""
+    """Checks that blank texts are embedded and do not change other vectors."""
     blank = encoder.encode(["", TEXTS[3], " \n\t"])
     assert np.abs(np.linalg.norm(blank, axis=1) - 1).max() < 1e-3
     assert np.abs(blank[1] - vectors[3]).max() <= tolerance
@@ -84,7 +84,7 @@ def check_blank_texts(encoder: Encoder, vectors: np.ndarray, tolerance: float) -
 
 
 def check_bad_input(encoder: Encoder, vectors: np.ndarray, tolerance: float) -> None:
-    """Each is refused by its index, and the next good call is as before."""
+    """Checks that each bad input is refused with its index, and that the next valid call is unaffected."""
     for bad, error, message in (
         (["a", None], InputTypeError, "text 1 is a NoneType"),
         (["a", "b", 3], InputTypeError, "text 2 is a int"),

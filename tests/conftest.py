@@ -1,4 +1,4 @@
-"""Fixtures: a tiny checkpoint, its bundles, and where golden data may lie."""
+"""Shared fixtures: a tiny checkpoint, its bundles, and the folder of golden vectors."""
 
 import functools
 import importlib.util
@@ -17,13 +17,13 @@ from tests.tiny import make_checkpoint
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MEASURED_CHOICE = select_backend.fastest_cpu_runtime
-"""The real one, for the tests of it."""
+"""The function that `no_choice` replaces, for the tests of it."""
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx_libs") is not None
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="TensorRT-RTX is not installed (no wheels for this platform)")
 
 
 def pytest_configure() -> None:
-    """A worker of several keeps to its cores: programs with more threads than cores wait for each other."""
+    """Pins each of several workers to its own cores, since more threads than cores slow each other down."""
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
@@ -32,10 +32,10 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What asks for the fixture `browser` is of the browser's tier. Files with long tests come first.
+    """Marks tests that use the fixture `browser`, and puts files with long tests first.
 
-    Workers take a file each, in this order, so that no long one begins when the others have finished. The README's
-    commands are first, and what reads their bundles follows when they are done.
+    Workers take one file each, in this order, so that no long file starts when the others have finished. The README's
+    commands come first; the tests that read their bundles come last among the long ones.
     """
     for test in items:
         if "browser" in getattr(test, "fixturenames", ()):
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_trace_each() -> Iterator[None]:
-    """A worker traces each graph once, and later exports get a copy of it: tracing is 96 % of a tiny export."""
+    """Traces each graph once per worker; later exports get a copy, since tracing takes 96 % of a tiny export."""
     with pytest.MonkeyPatch.context() as patch:
         if importlib.util.find_spec("torch") is not None and importlib.util.find_spec("onnx_ir") is not None:
             _trace_once(patch)
@@ -91,13 +91,13 @@ def _trace_once(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Measurements of tests are kept apart from the user's."""
+    """Keeps measurements made by tests out of the user's cache folder."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_choice() -> Iterator[None]:
-    """The CPU's runtime is ONNX Runtime, for fixtures of every scope: which one is faster would vary."""
+    """Always chooses ONNX Runtime on CPUs, since which runtime is faster varies."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select_backend, "fastest_cpu_runtime", lambda *_, **__: ("onnxruntime", None))
         yield
@@ -105,13 +105,13 @@ def no_choice() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of this run that all its workers see."""
+    """A folder that all workers of this run share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 def made_once(path: Path, make: Callable[[Path], object]) -> Path:
-    """Returns what `make` writes to `path`, which the first worker that asks makes and the others wait for."""
+    """Returns `path` once `make` has written it: the first worker that asks calls `make`, the others wait."""
     with FileLock(path.with_name(f"{path.name}.lock")):
         if not path.exists():
             staging = path.with_name(f"{path.name}.making")
@@ -147,7 +147,7 @@ def bundles(checkpoint: Path, shared: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def readme_folder(shared: Path) -> Path:
-    """The folder in which the README's commands and Python blocks were run in order, as they stand. Read only."""
+    """The folder in which the README's commands and Python blocks were run, unchanged and in order. Read only."""
     return made_once(shared / "readme", run_readme)
 
 
@@ -168,5 +168,5 @@ def golden() -> Path:
     """Vectors made by NVIDIA's own code: the folder in NVEMBED_GOLDEN, or ../shared/golden/public."""
     folder = Path(os.environ.get("NVEMBED_GOLDEN", ROOT.parent / "shared" / "golden" / "public"))
     if not (folder / "golden.jsonl").is_file():
-        pytest.skip(f"no golden data at {folder}; set NVEMBED_GOLDEN to the folder that holds golden.jsonl")
+        pytest.skip(f"no golden data at {folder}; set NVEMBED_GOLDEN to the folder with golden.jsonl")
     return folder

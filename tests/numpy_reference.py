@@ -1,6 +1,6 @@
-"""NV-Embed once more, in double precision and plain numpy, written from the paper: what the PyTorch model must equal.
+"""An independent NV-Embed in float64 and plain numpy, written from the paper, that the PyTorch model must equal.
 
-It shares no line with the library; golden vectors of NVIDIA's own code are used where they are at hand.
+It shares no code with the library; golden vectors made by NVIDIA's own code are tested where they are available.
 """
 
 import json
@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 
 def embed(folder: Path, ids: list[int], prompt_tokens: int) -> np.ndarray:
-    """One text without padding: a unit vector, float64 [D]."""
+    """Embeds one text without padding; returns a unit vector, float64 [D]."""
     config = json.loads((folder / "config.json").read_text())
     weights = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -45,7 +45,7 @@ def embed(folder: Path, ids: list[int], prompt_tokens: int) -> np.ndarray:
 
 
 def latent_attention(x: np.ndarray, weights: dict, latent: dict) -> np.ndarray:
-    """The pooler before the mean."""
+    """Computes the latent attention: the pooler without its mean."""
     block = "latent_attention_model.cross_attend_blocks."
     heads, width = latent["num_cross_heads"], latent["cross_dim_head"]
 
@@ -66,23 +66,23 @@ def latent_attention(x: np.ndarray, weights: dict, latent: dict) -> np.ndarray:
 
 
 def pool(x: np.ndarray, prompt_tokens: int) -> np.ndarray:
-    """Mean of the tokens behind the prompt, at unit length."""
+    """Returns the mean of the tokens after the prompt, at unit length."""
     mean = x[prompt_tokens:].mean(0)
     return mean / np.linalg.norm(mean)
 
 
 def split(x: np.ndarray, heads: int, width: int) -> np.ndarray:
-    """[T, heads * width] to [heads, T, width]."""
+    """Reshapes [T, heads * width] to [heads, T, width]."""
     return x.reshape(len(x), heads, width).transpose(1, 0, 2)
 
 
 def rms(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """Root-mean-square norm."""
+    """Applies a root-mean-square norm."""
     return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
 
 
 def rotary(x: np.ndarray, theta: float) -> np.ndarray:
-    """Rotary positions as complex numbers: entry j pairs with entry j + width/2."""
+    """Applies rotary positions as complex numbers: entry j pairs with entry j + width/2."""
     half = x.shape[-1] // 2
     angles = np.arange(x.shape[1])[:, None] / theta ** (np.arange(half) / half)
     rotated = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
@@ -90,6 +90,6 @@ def rotary(x: np.ndarray, theta: float) -> np.ndarray:
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Along the last axis."""
+    """Applies a softmax along the last axis."""
     exp = np.exp(x - x.max(-1, keepdims=True))
     return exp / exp.sum(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The README's commands and Python blocks, and how they are run."""
+"""The README's commands and Python blocks, and how to run them."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def readme_steps() -> list[list[str]]:
 
 
 def run_readme(folder: Path) -> None:
-    """Runs the README's steps, as they stand, in a new folder.
+    """Runs the README's steps, unchanged, in a new folder.
 
     Raises:
         AssertionError: a step fails; it names the step and what it printed.

@@ -1,4 +1,4 @@
-"""Where things are: one import name, arrows in one direction, few modules at the root."""
+"""The package's structure: one import name per module, dependencies in one direction, few modules at the root."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ DEVELOPERS = ("benchmarks", "recipes", "tools", "tests")
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the library by its name, those behind the links too."""
+    """Returns the path of every module of the library by name, including those behind links."""
     paths = {}
     for folder, _, names in os.walk(LIBRARY, followlinks=True):
         for name in names:
@@ -43,7 +43,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, paths: dict[str, Path], *, at_start: bool) -> set[str]:
-    """The library's modules that a module imports: all of them, or those that it imports when it is imported."""
+    """Returns the library's modules that a module imports: all of them, or only those at import time."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes: list[ast.AST] = list(ast.walk(tree))
     if at_start:
@@ -88,7 +88,7 @@ def test_every_module_has_one_name(door: tuple[str, ...]) -> None:
     assert not {"torch", "onnx", "onnxruntime", "gradio", "ray"} & set(loaded)
 
 
-def test_no_import_leads_back() -> None:
+def test_imports_have_no_cycles() -> None:
     paths = modules()
     graph = {name: imports(path, paths, at_start=True) - {name} for name, path in paths.items()}
     done: set[str] = set()
@@ -104,8 +104,8 @@ def test_no_import_leads_back() -> None:
         visit(name, ())
 
 
-def test_arrows_point_one_way() -> None:
-    """app -> export -> engines -> the rest of the library; the commands' table names its modules by their names."""
+def test_dependencies_point_one_way() -> None:
+    """app -> export -> engines -> the rest of the library; the table of commands refers to modules by name only."""
     paths = modules()
     for name, path in paths.items():
         for dependency in imports(path, paths, at_start=False):
@@ -116,14 +116,14 @@ def test_arrows_point_one_way() -> None:
                     )
 
 
-def test_the_library_imports_nothing_of_the_developers() -> None:
+def test_the_library_does_not_import_developer_packages() -> None:
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = node.module if isinstance(node, ast.ImportFrom) else None
             assert str(module).partition(".")[0] not in DEVELOPERS, name
 
 
-def test_few_modules_stand_at_the_root() -> None:
+def test_the_package_root_has_few_modules() -> None:
     names = sorted(path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__"))
     assert len(names) <= 12, names
 

@@ -32,7 +32,7 @@ FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.", "fcntl.", "ctypes.")
 
 
 class Outcome(NamedTuple):
-    """What a publish left that was stopped at one point of it."""
+    """The outcome of a publish that was stopped at one point."""
 
     event: str
     exit: int
@@ -59,7 +59,7 @@ STOPS: dict[str, Callable[[str], None]] = {"kill": die, "disk full": disk_full, 
 
 
 def stop_at(index: int, action: Callable[[str], None], report: int) -> None:
-    """Runs the action at the n-th event on files of this process: each open, rename, mkdir, unlink, lock and fsync."""
+    """Runs the action at this process's n-th file event: an open, rename, mkdir, unlink, lock or fsync."""
     count, fsync = itertools.count(), os.fsync
 
     def tick(event: str) -> None:
@@ -77,12 +77,12 @@ def stop_at(index: int, action: Callable[[str], None], report: int) -> None:
 
 
 def without_exchange() -> None:
-    """A system without renameat2."""
+    """Simulates a system without renameat2."""
     atomic.ctypes.CDLL = lambda *arguments, **options: object()
 
 
 def stopped_publishes(folder: Path, action: str, exchange: bool) -> Iterator[Outcome]:
-    """Publishes again and again, each time in a fork that is stopped one event later than the last, to the end."""
+    """Publishes repeatedly, each time in a fork that is stopped one event later, until one is not stopped."""
     destination = folder / "out"
     publish(destination, 0)
     standing = 0
@@ -117,7 +117,7 @@ def stopped_publishes(folder: Path, action: str, exchange: bool) -> Iterator[Out
 
 
 def killed_at_random(folder: Path, rounds: int) -> Iterator[Outcome]:
-    """Publishes without pause in a fork that is killed after a random time."""
+    """Publishes continuously in a fork that is killed after a random time."""
     destination, standing = folder / "out", 0
     publish(destination, 0)
     for _ in range(rounds):
@@ -136,7 +136,7 @@ def killed_at_random(folder: Path, rounds: int) -> Iterator[Outcome]:
 
 
 def in_child(call: str, folder: Path, *arguments: object) -> list[Outcome]:
-    """Runs a generator of this module in a process without threads, which may be forked."""
+    """Runs a generator of this module in a process without threads, which can be forked safely."""
     code = (
         "import json, sys, pathlib; from tests import test_crash; "
         "folder, *rest = json.loads(sys.argv[1]); "
@@ -148,7 +148,7 @@ def in_child(call: str, folder: Path, *arguments: object) -> list[Outcome]:
     return [Outcome(*values) for values in json.loads(ran.stdout)]
 
 
-def test_killed_at_any_call_it_is_the_old_bundle_or_the_new(tmp_path: Path) -> None:
+def test_a_publish_killed_at_any_call_leaves_the_old_or_the_new_bundle(tmp_path: Path) -> None:
     *stopped, completed = in_child("stopped_publishes", tmp_path, "kill", True)
     assert {outcome.exit for outcome in stopped} == {-signal.SIGKILL}
     assert {outcome.state for outcome in stopped} == {"old", "new"}
@@ -161,14 +161,14 @@ def test_killed_at_any_call_it_is_the_old_bundle_or_the_new(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["out"], "the last run removed what the killed ones left"
 
 
-def test_killed_at_any_moment_it_is_whole(tmp_path: Path) -> None:
+def test_a_publish_killed_at_any_moment_leaves_a_complete_bundle(tmp_path: Path) -> None:
     outcomes = in_child("killed_at_random", tmp_path, 60)
     assert {(outcome.exit, outcome.state) for outcome in outcomes} == {(-signal.SIGKILL, "new")}
     publish(tmp_path / "out", 0)
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_without_exchange_a_killed_run_leaves_the_old_bundle_beside_and_the_next_brings_it_back(tmp_path: Path) -> None:
+def test_without_exchange_the_next_run_restores_the_old_bundle_of_a_killed_one(tmp_path: Path) -> None:
     *stopped, completed = in_child("stopped_publishes", tmp_path, "kill", False)
     assert {outcome.state for outcome in stopped} == {"old", "new", "absent"}
     assert sum(outcome.state == "absent" for outcome in stopped) == 1, "only between the two renames"
@@ -179,7 +179,7 @@ def test_without_exchange_a_killed_run_leaves_the_old_bundle_beside_and_the_next
 @pytest.mark.parametrize(
     ("action", "message"), [("disk full", "error: the disk is full"), ("terminate", "error: interrupted")]
 )
-def test_stopped_at_any_call_it_says_so_in_one_line(tmp_path: Path, action: str, message: str) -> None:
+def test_a_publish_stopped_at_any_call_reports_it_in_one_line(tmp_path: Path, action: str, message: str) -> None:
     *stopped, completed = in_child("stopped_publishes", tmp_path, action, True)
     assert {outcome.state for outcome in stopped} == {"old", "new"}
     for outcome in stopped:
@@ -199,17 +199,17 @@ def test_stopped_at_any_call_it_says_so_in_one_line(tmp_path: Path, action: str,
 
 
 class Stopped(NamedTuple):
-    """An export that did not come to its end."""
+    """An export that was stopped before its end."""
 
     exit: int
     output: str
     errors: list[str]
     leftovers: list[str]
-    """What lies beside the destination."""
+    """Names of the files beside the destination."""
 
 
 def run_export(largest_file: int, *flags: str) -> None:
-    """`python -m export.to_onnx` with a limit on file sizes, in a child."""
+    """Runs `python -m export.to_onnx` with a limit on file sizes, in a child process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     sys.argv[1:] = flags
@@ -217,7 +217,7 @@ def run_export(largest_file: int, *flags: str) -> None:
 
 
 def stopped_export(checkpoint: Path, out: Path, *, signal_number: int | None = None, largest_file: int = -1) -> Stopped:
-    """Exports, and sends a signal once the tracer is at work."""
+    """Runs an export and sends it a signal once the tracer is running."""
     code = f"from tests.test_crash import run_export; import sys; run_export({largest_file}, *sys.argv[1:])"
     flags = ["--model", str(checkpoint), "--no-parity", "--force", "--out", str(out)]
     with subprocess.Popen(
@@ -238,7 +238,7 @@ def stopped_export(checkpoint: Path, out: Path, *, signal_number: int | None = N
 def stopped_exports(
     checkpoint: Path, bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Stopped, Path]]:
-    """Real exports over a standing bundle, side by side to save time; each is stopped in its own way."""
+    """Real exports over an existing bundle, in parallel to save time, each stopped in a different way."""
     outs = {name: tmp_path_factory.mktemp(name) / "out" for name in ("SIGTERM", "SIGINT", "SIGKILL")}
     for out in outs.values():
         shutil.copytree(bundles["fp32"], out)
@@ -258,7 +258,7 @@ def stopped_exports(
     ("how", "message"),
     [("SIGTERM", "error: interrupted"), ("SIGINT", "error: interrupted"), ("EFBIG", "error: the disk is full")],
 )
-def test_a_stopped_export_is_one_line_and_changes_nothing(
+def test_a_stopped_export_reports_one_line_and_changes_nothing(
     stopped_exports: dict, bundles: dict[str, Path], how: str, message: str
 ) -> None:
     stopped, out = stopped_exports[how]

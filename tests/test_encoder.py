@@ -1,4 +1,4 @@
-"""`Encoder` on ONNX Runtime: the same checks in every precision, its device rules, its start."""
+"""`Encoder` on ONNX Runtime: conformance in every precision, device selection, and imports at start."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_equals_independent_program(encoder: Encoder, checkpoint: Path) -> None:
 
 
 @needs_rtx
-def test_without_a_gpu_it_says_so_once(bundles: dict[str, Path]) -> None:
+def test_without_a_gpu_one_warning_is_given(bundles: dict[str, Path]) -> None:
     with pytest.warns(UserWarning, match=r"engine\.plan is not used: .*runs on onnxruntime") as caught:
         encoder = Encoder(bundles["fp16"] / "engine.plan")
     assert len(caught) == 1
@@ -56,7 +56,7 @@ def test_cuda_is_not_replaced_silently(bundles: dict[str, Path], device: str) ->
 
 
 @pytest.mark.parametrize("name", ["", "model.onnx"])
-def test_what_was_asked_for_needs_no_warning(bundles: dict[str, Path], name: str) -> None:
+def test_an_explicit_choice_gives_no_warning(bundles: dict[str, Path], name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Encoder(bundles["fp16"] / name, device="auto" if name else "cpu")
@@ -103,14 +103,16 @@ def test_truncation_is_reported(encoder: Encoder, caplog: pytest.LogCaptureFixtu
     assert "4 of 6 texts were longer than max_length=8 tokens and were truncated" in caplog.text
 
 
-def test_default_length_is_the_plans(encoder: Encoder) -> None:
+def test_the_default_max_length_is_the_plans(encoder: Encoder) -> None:
     assert encoder.max_length == 128
     long = "over the water " * 200
     np.testing.assert_array_equal(encoder.encode(long), encoder.encode(long, max_length=128))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 0.5])
-def test_no_bad_vector_leaves(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_invalid_vectors_are_never_returned(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     encoder = Encoder(bundles["fp32"], device="cpu")
     before = encoder.encode(TEXTS)
     good = encoder._backend.run
@@ -129,7 +131,7 @@ def test_no_bad_vector_leaves(bundles: dict[str, Path], monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_length_that_is_no_number_is_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_a_non_finite_length_is_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     good = encoder._backend.run
     monkeypatch.setattr(
         encoder._backend, "run", lambda batch: good(batch)._replace(norms=np.full(len(batch.input_ids), value, "f4"))
@@ -139,7 +141,7 @@ def test_a_length_that_is_no_number_is_refused(encoder: Encoder, monkeypatch: py
 
 
 def test_batches_in_flight_keep_their_order(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that takes two batches at a time, as a plan does, gives the same rows; an error stops the rest."""
+    """A backend that runs two batches at a time, as a plan does, returns the same rows; an error stops the rest."""
     expected = encoder.encode(TEXTS, batch_size=1)
     monkeypatch.setattr(encoder._backend, "in_flight", 2, raising=False)
     np.testing.assert_array_equal(encoder.encode(TEXTS, batch_size=1), expected)
@@ -157,7 +159,7 @@ def test_batches_in_flight_keep_their_order(encoder: Encoder, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("calls_each", [200, pytest.param(1000, marks=pytest.mark.slow)])
-def test_threads_give_what_one_gives(encoder: Encoder, calls_each: int) -> None:
+def test_threads_return_the_vectors_of_one_thread(encoder: Encoder, calls_each: int) -> None:
     expected = [encoder.encode(text) for text in TEXTS]
     with ThreadPoolExecutor(16) as pool:
         calls = pool.map(lambda index: encoder.encode(TEXTS[index % len(TEXTS)]), range(16 * calls_each))
@@ -184,7 +186,7 @@ MOST_STREAM_BYTES = 20 * 2**20
 
 
 @pytest.mark.slow
-def test_a_stream_takes_no_memory_for_its_length(bundles: dict[str, Path]) -> None:
+def test_memory_does_not_grow_with_the_length_of_a_stream(bundles: dict[str, Path]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STREAM, str(bundles["fp32"]), "60000"],
         capture_output=True,
@@ -199,7 +201,7 @@ def test_a_stream_takes_no_memory_for_its_length(bundles: dict[str, Path]) -> No
 
 
 def test_a_stream_is_read_one_window_ahead(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts are read in the caller's thread: many sources, such as SQLite's cursors, allow no other."""
+    """Texts are read in the caller's thread, since many sources, such as SQLite's cursors, require it."""
     from nvembed_deploy import encoder as module
 
     monkeypatch.setattr(module, "WINDOW_TEXTS", 8)
@@ -260,8 +262,8 @@ def test_paths(bundles: dict[str, Path], tmp_path: Path) -> None:
     assert "fp16" in repr(Encoder(str(bundles["fp16"]), device="cpu"))
 
 
-def test_start_is_light(bundles: dict[str, Path]) -> None:
-    """Import to first vector without torch, transformers or onnx; the time is measured by hand, it varies too much."""
+def test_opening_a_bundle_imports_no_heavy_packages(bundles: dict[str, Path]) -> None:
+    """No torch, transformers or onnx from import to first vector; the time varies too much to be tested."""
     code = (
         "import sys, warnings; warnings.simplefilter('ignore')\n"
         "from nvembed_deploy import Encoder\n"

@@ -1,4 +1,4 @@
-"""Vectors, ids and masks made by NVIDIA's own code, on every case: the reference, the folded graph, the encoder."""
+"""The PyTorch model, the graph and the encoder compared with ids, masks and vectors made by NVIDIA's own code."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def stored(case: dict) -> TokenBatch:
     )
 
 
-def test_there_are_cases(cases: list[dict]) -> None:
+def test_there_are_enough_cases(cases: list[dict]) -> None:
     assert len(cases) >= 60
     assert sum(map(has_special, cases)) >= 3
 
@@ -79,7 +79,7 @@ def test_ids_and_masks(cases: list[dict], text: TextEncoder) -> None:
 
 
 def test_special_strings_in_a_text_stay_text(cases: list[dict], text: TextEncoder) -> None:
-    """The first wanted difference: no control token comes out of a text."""
+    """The first intended difference from NVIDIA's code: a text never contains control tokens."""
     special = [case for case in cases if has_special(case)]
     for case in special:
         rows = text.tokenize(case["texts"], prompt=case["instruction"], max_length=case["max_length"])
@@ -90,7 +90,7 @@ def test_special_strings_in_a_text_stay_text(cases: list[dict], text: TextEncode
 
 
 def test_prompt_that_leaves_nothing_to_pool(cases: list[dict], bundle: Path) -> None:
-    """The second wanted difference: an error where NVIDIA's code gives NaN."""
+    """The second intended difference from NVIDIA's code: an error where it returns NaN."""
     encoder = Encoder(bundle, device="cpu")
     traps = [case for case in cases if not case["finite"]]
     assert traps
@@ -108,7 +108,9 @@ def test_thousand_token_cases(golden: Path, text: TextEncoder) -> None:
     assert [row.ids for row in token_rows] == [row["input_ids"] for row in plain]
 
 
-def test_reference(golden: Path, cases: list[dict], vectors: dict[str, np.ndarray]) -> None:
+def test_the_pytorch_model_equals_the_golden_vectors(
+    golden: Path, cases: list[dict], vectors: dict[str, np.ndarray]
+) -> None:
     model = load_checkpoint(golden / "checkpoint")
     for case in cases:
         if not case["finite"]:
@@ -126,7 +128,7 @@ def test_reference(golden: Path, cases: list[dict], vectors: dict[str, np.ndarra
                     assert difference.max() <= TOKEN_LEVEL_TOLERANCE, (name, case["name"])
 
 
-def test_graph(bundle: Path, cases: list[dict], vectors: dict[str, np.ndarray]) -> None:
+def test_the_graph_equals_the_golden_vectors(bundle: Path, cases: list[dict], vectors: dict[str, np.ndarray]) -> None:
     _, _, backend = open_parts(bundle / "model.onnx", "cpu")
     for case in cases:
         if case["finite"]:
@@ -134,8 +136,8 @@ def test_graph(bundle: Path, cases: list[dict], vectors: dict[str, np.ndarray]) 
             assert np.abs(embeddings - vectors[f"embeddings/{case['name']}"]).max() <= ONNX_TOLERANCE, case["name"]
 
 
-def test_encoder(bundle: Path, cases: list[dict], vectors: dict[str, np.ndarray]) -> None:
-    """Text in, NVIDIA's vectors out."""
+def test_the_encoder_equals_the_golden_vectors(bundle: Path, cases: list[dict], vectors: dict[str, np.ndarray]) -> None:
+    """The encoder returns NVIDIA's vectors for the texts."""
     encoder = Encoder(bundle, device="cpu")
     seen = 0
     for case in cases:

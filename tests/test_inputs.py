@@ -1,4 +1,4 @@
-"""What users pass to `encode`: tables, columns, arrays; and the machines that they are on."""
+"""Inputs that users pass to `encode` (tables, columns, arrays), and the machines that they use."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ TEXTS = ["a first text", "another", ""]
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
-def test_tables_are_refused_and_their_columns_taken(encoder: Encoder, library: str) -> None:
+def test_tables_are_refused_and_their_columns_accepted(encoder: Encoder, library: str) -> None:
     module = pytest.importorskip(library)
     columns = {"text": TEXTS}
     table = module.table(columns) if library == "pyarrow" else module.DataFrame(columns)
@@ -29,7 +29,7 @@ def test_tables_are_refused_and_their_columns_taken(encoder: Encoder, library: s
         np.testing.assert_array_equal(encoder.encode(module.array(TEXTS)), encoder.encode(TEXTS))
 
 
-def test_a_series_is_checked_whole_before_any_work(encoder: Encoder) -> None:
+def test_a_series_is_checked_completely_before_any_work(encoder: Encoder) -> None:
     pandas = pytest.importorskip("pandas")
     for texts in (pandas.Series(["a"] * 5000 + [None]), dict(enumerate(["a"] * 5000 + [None])).values()):
         with pytest.raises(InputTypeError, match=r"text 5000 is a (NoneType|float)"):
@@ -38,7 +38,7 @@ def test_a_series_is_checked_whole_before_any_work(encoder: Encoder) -> None:
         list(encoder.encode_stream(iter(["a"] * 5000 + [None])))  # a generator: when it is reached
 
 
-def test_arrays_without_dimensions_and_rows_that_are_none(encoder: Encoder) -> None:
+def test_arrays_without_dimensions_and_arrays_of_rows(encoder: Encoder) -> None:
     with pytest.raises(InputTypeError, match=r"an array without dimensions \(ndarray\); pass a list of str"):
         encoder.encode(np.array("abc"))
     for rows in (["abc"], (row for row in encoder.tokenize(["a"])), None):
@@ -47,7 +47,7 @@ def test_arrays_without_dimensions_and_rows_that_are_none(encoder: Encoder) -> N
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025, 10**12, True, 2.0])
-def test_thread_counts_that_no_machine_has(bundles: dict[str, Path], threads: object) -> None:
+def test_impossible_thread_counts_are_refused(bundles: dict[str, Path], threads: object) -> None:
     with pytest.raises(ConfigError, match="pass a whole number from 1 to 1024"):
         Encoder(bundles["fp32"], device="cpu", threads=threads)  # type: ignore[arg-type]
 
@@ -72,7 +72,7 @@ def test_a_terminal_without_utf_8_gets_escapes(bundles: dict[str, Path], encodin
     assert b"\\u65e5" in done.stdout
 
 
-def test_relative_cache_folders_are_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_relative_cache_folders_are_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/cache")
     assert system.cache_folder() == tmp_path / ".cache" / "nvembed-deploy"
@@ -81,7 +81,7 @@ def test_relative_cache_folders_are_passed_over(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_smallest_limit_of_all_control_groups_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Version 2 nested in a group with a smaller limit, and version 1."""
+    """A version 2 group inside one with a smaller limit, and a version 1 group."""
 
     def write(folder: Path, names: tuple[str, str, str], limit: str, used: int, cached: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,9 @@ def test_the_smallest_limit_of_all_control_groups_counts(monkeypatch: pytest.Mon
     assert system.available_memory_bytes() == 2100
 
 
-def test_a_folder_called_like_a_package_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_the_name_of_a_package_is_not_mistaken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "no_such_package").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert not system.is_installed("no_such_package")
@@ -109,7 +111,7 @@ def test_a_folder_called_like_a_package_is_no_package(tmp_path: Path, monkeypatc
     assert system.installed_versions(["no_such_package"]) == {}
 
 
-def test_an_old_onnxruntime_is_told_with_the_cure(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_onnxruntime_is_reported_with_the_fix(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select_backend, "onnxruntime_version", lambda: "1.23.2")
     with pytest.warns(UserWarning, match=r"ONNX Runtime 1\.23\.2 runs FP16 graphs .* --dialect portable"):
         Encoder(bundles["fp16"], device="cpu", backend="onnxruntime")

@@ -1,4 +1,4 @@
-"""What a stranger may hand over: damaged and hostile bundles and checkpoints end in a typed error, and at once."""
+"""Untrusted bundles and checkpoints: damaged and hostile files raise a typed error without delay."""
 
 import importlib.metadata
 import itertools
@@ -36,7 +36,7 @@ TEXT = "are judo throws allowed in wrestling?"
 
 
 def rebuild(source: Path, destination: Path, changed: dict[str, bytes], **manifest) -> Path:
-    """Publishes a bundle's ONNX part with other files in it; all hashes fit."""
+    """Publishes a bundle's ONNX part with replaced files and matching hashes."""
     written = replace(Bundle.open(source).manifest, plan=None, **manifest)
     with new_bundle(destination) as folder:
         for name in written.files.keys() - {PLAN}:
@@ -46,7 +46,7 @@ def rebuild(source: Path, destination: Path, changed: dict[str, bytes], **manife
 
 
 def open_each(*paths: str) -> None:
-    """Opens each path and prints what came of it; a hang ends this process."""
+    """Opens each path and prints the outcome; a hang ends this process."""
     import onnxruntime  # noqa: F401, not part of the time that an opening takes
 
     for path in paths:
@@ -62,7 +62,7 @@ def open_each(*paths: str) -> None:
 
 
 def opened_in_child(*paths: Path) -> list[tuple[str, str]]:
-    """Name and text of the error of each path."""
+    """Returns the name and the message of the error that opening each path raises."""
     code = "import sys; from tests.test_loading import open_each; open_each(*sys.argv[1:])"
     command = [sys.executable, "-c", code, *map(str, paths)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS * len(paths), check=False)
@@ -71,16 +71,16 @@ def opened_in_child(*paths: Path) -> list[tuple[str, str]]:
     return outcomes
 
 
-def cuts(content: bytes) -> dict[str, bytes]:
-    """Damaged versions of a file."""
+def damaged_versions(content: bytes) -> dict[str, bytes]:
+    """Returns damaged versions of a file's content."""
     sizes = {"0 bytes": 0, "1 byte": 1} | {f"{share} %": len(content) * share // 100 for share in (25, 50, 99)}
     noise = random.Random(0).randbytes(4096)
     return {damage: content[:size] for damage, size in sizes.items()} | {"noise": noise, "nul": bytes(4096)}
 
 
-def test_paths_that_are_no_bundles(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_paths_that_are_not_bundles_are_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     plan = (bundles["fp32"] / GRAPH).read_bytes()
-    for damage, content in cuts(plan).items():
+    for damage, content in damaged_versions(plan).items():
         (tmp_path / damage).mkdir()
         for name in (PLAN, GRAPH, MANIFEST, "notes.txt"):
             (tmp_path / damage / name).write_bytes(content)
@@ -110,15 +110,17 @@ def test_a_fifo_in_place_of_any_file_does_not_hang(bundles: dict[str, Path], tmp
 @pytest.mark.parametrize(
     ("name", "errors"), [(GRAPH, {"EngineError"}), (WEIGHTS, {"EngineError"}), (TOKENIZER, {"BundleError"})]
 )
-def test_damage_behind_hashes_that_fit(bundles: dict[str, Path], tmp_path: Path, name: str, errors: set[str]) -> None:
-    damaged = cuts((bundles["fp32"] / name).read_bytes())
+def test_damaged_content_with_matching_hashes_is_refused(
+    bundles: dict[str, Path], tmp_path: Path, name: str, errors: set[str]
+) -> None:
+    damaged = damaged_versions((bundles["fp32"] / name).read_bytes())
     if name == WEIGHTS:
         del damaged["99 %"]  # may end in the padding of the last page
     paths = [rebuild(bundles["fp32"], tmp_path / damage, {name: content}) for damage, content in damaged.items()]
     assert {error for error, _ in opened_in_child(*paths)} == errors
 
 
-def test_another_model_is_no_graph_of_ours(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_a_graph_of_another_tool_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     model = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["": 20]> g (float[1] x) => (float[1] y) { y = Identity(x) }'
     )
@@ -128,7 +130,7 @@ def test_another_model_is_no_graph_of_ours(bundles: dict[str, Path], tmp_path: P
 
 
 def hostile_graph(source: Path, **fields: str) -> bytes:
-    """The graph with other external-data fields at its first weight, which no single checker refuses in full."""
+    """Returns the graph with changed external-data fields in its first weight; no single checker refuses all."""
     model = onnx.load(source / GRAPH, load_external_data=False)
     weight = next(tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
     for entry in [entry for entry in weight.external_data if entry.key in fields]:
@@ -176,8 +178,8 @@ def test_hostile_external_data_is_refused(bundles: dict[str, Path], tmp_path: Pa
         Encoder(tmp_path / "out", device="cpu")
 
 
-def test_links_lead_to_what_was_hashed_and_nowhere_else(bundles: dict[str, Path], tmp_path: Path) -> None:
-    """As in a hub's cache or a volume: a link to the right bytes is as good as the file, one to others is damage."""
+def test_links_to_the_hashed_content_are_accepted_and_others_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """A link to the right bytes is as good as the file, as in a hub's cache or a volume; a link to others is damage."""
     out = rebuild(bundles["fp32"], tmp_path / "out", {})
     expected = Encoder(out, device="cpu").encode("a text")
     weights = (out / WEIGHTS).rename(tmp_path / "weights")
@@ -315,8 +317,8 @@ def test_code_beside_the_weights_never_runs(bundles: dict[str, Path], tmp_path: 
     assert set(os.listdir(out)) == {*data, MANIFEST}
 
 
-def test_floors_of_dependencies_with_known_holes() -> None:
-    """Below onnx 1.22 readers follow links out of the folder; below torch 2.10: CVE-2026-24747."""
+def test_minimum_versions_exclude_known_vulnerabilities() -> None:
+    """Before onnx 1.22, readers follow links out of the folder; before torch 2.10 there is CVE-2026-24747."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name, floor in (("onnx", (1, 22)), ("torch", (2, 10))):
         minimums = re.findall(rf'^ *"{name}>=([\d.]+)"', text, flags=re.MULTILINE)

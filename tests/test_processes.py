@@ -1,4 +1,4 @@
-"""An open Encoder in other processes: forked, spawned, pickled; and what is left when it is closed."""
+"""An open Encoder in other processes (forked, spawned, pickled), and after it is closed."""
 
 import copy
 import multiprocessing
@@ -61,7 +61,7 @@ def open_encoder(folder: Path, backend: str) -> Encoder:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_fork_opens_the_bundle_again(bundles: dict[str, Path], backend: str) -> None:
-    """A runtime's threads do not survive a fork: without this, a batch in the child waits for them for ever."""
+    """A runtime's threads do not survive a fork: without reopening, a batch in the child would wait forever."""
     pytest.importorskip(backend)
     done = subprocess.run(
         [sys.executable, "-c", FORK, str(bundles["fp32"]), backend],
@@ -108,7 +108,7 @@ def test_closed(bundles: dict[str, Path]) -> None:
     assert encoder.backend == name
 
 
-def test_what_is_no_path_is_named() -> None:
+def test_invalid_paths_are_named() -> None:
     with pytest.raises(InputTypeError, match="path is a NoneType; pass a bundle's folder"):
         Encoder(None)  # type: ignore[arg-type]
 
@@ -118,7 +118,7 @@ def test_what_is_no_path_is_named() -> None:
 def test_an_open_bundle_computes_what_was_checked(
     bundles: dict[str, Path], tmp_path: Path, backend: str, precision: str
 ) -> None:
-    """Whatever is written into the folder later, in place as `cp` and `rsync --inplace` do, changes no vector."""
+    """Later changes in the folder, even in place as by `cp` and `rsync --inplace`, do not change vectors."""
     folder = Path(shutil.copytree(bundles[precision], tmp_path / "bundle"))
     encoder = open_encoder(folder, backend)
     expected = encoder.encode(BATCH)
@@ -130,7 +130,7 @@ def test_an_open_bundle_computes_what_was_checked(
     np.testing.assert_allclose(encoder.encode(BATCH * 3)[: len(BATCH)], expected, atol=2e-6)
 
 
-def test_a_coalescer_of_a_closed_encoder_tells_it(bundles: dict[str, Path]) -> None:
+def test_a_coalescer_reports_that_its_encoder_is_closed(bundles: dict[str, Path]) -> None:
     encoder = Encoder(bundles["fp32"], device="cpu")
     rows = encoder.tokenize(["a"])
     encoder.close()

@@ -1,4 +1,4 @@
-"""The runtime under Python 3.10, which JetPack 6 has, in an environment of its own: `make test-python310`."""
+"""The runtime under Python 3.10, as in JetPack 6, in a separate environment: `make test-python310`."""
 
 import json
 import os
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(PYTHON is None, reason="NVEMBED_PYTHON310 names 
 
 @pytest.fixture(scope="module")
 def portable_int8(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ONNX Runtime 1.23, the last for Python 3.10, has no INT8 in the other dialect's opset."""
+    """An INT8 bundle in the portable dialect: ONNX Runtime 1.23, the last for Python 3.10, lacks the other."""
     out = tmp_path_factory.mktemp("portable") / "int8"
     flags = ["--model", str(checkpoint), "--precision", "int8", "--dialect", "portable", "--out", str(out)]
     assert to_onnx.main(flags) == 0
@@ -41,7 +41,7 @@ def portable_int8(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 # It has other kernels than the version here, too: FP16 and INT8 are rounded differently.
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("fp16", 2e-3), ("int8", 2e-2)])
-def test_it_embeds_the_same(
+def test_vectors_equal_those_of_this_python(
     bundles: dict[str, Path], portable_int8: Path, tmp_path: Path, precision: str, tolerance: float
 ) -> None:
     bundle, out = portable_int8 if precision == "int8" else bundles[precision], tmp_path / "vectors.npy"

@@ -1,4 +1,4 @@
-"""The README is a promise: its generated parts are what the commands print, and its commands run."""
+"""The README is correct: its generated parts match what the commands print, and its commands run."""
 
 import re
 import subprocess
@@ -28,7 +28,7 @@ def test_links_point_at_files(path: Path) -> None:
 @pytest.mark.slow
 @needs_rtx
 def test_commands_and_code_run_in_order(readme_folder: Path) -> None:
-    """Every `python -m` line and every Python block; running them is what makes the folder."""
+    """Creating the folder runs every `python -m` line and every Python block."""
     assert len(readme_steps()) >= 3
     assert (readme_folder / "bundles").is_dir()
 
@@ -40,8 +40,8 @@ def test_make_targets_exist() -> None:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_nothing_of_a_machine_is_in_the_repository() -> None:
-    """No file tells where it was written, and none has a size that does not belong there."""
+def test_the_repository_contains_no_traces_of_a_machine() -> None:
+    """No file contains the path where it was written, and none is unexpectedly large."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     names = subprocess.run(

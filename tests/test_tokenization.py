@@ -1,4 +1,4 @@
-"""Ids and masks: the traps of NV-Embed's tokenizer, on a small tokenizer of the same make."""
+"""Ids and masks: the peculiarities of NV-Embed's tokenizer, on a small tokenizer of the same type."""
 
 import json
 import random
@@ -28,7 +28,7 @@ def text() -> TextEncoder:
 
 
 def reference(body: str, prompt: str = "", max_length: int = 4096) -> tuple[list[int], int]:
-    """What NVIDIA's code does: `</s>` goes into the text, the tokenizer adds `<s>`, and then the row is cut."""
+    """Tokenizes as NVIDIA's code does: appends `</s>` to the text, lets the tokenizer add `<s>`, then truncates."""
     ids = TOKENIZER.encode(prompt + body + "</s>").ids[:max_length]
     return ids, len(TOKENIZER.encode(prompt, add_special_tokens=False).ids) if prompt else 0
 
@@ -69,7 +69,7 @@ def test_truncation_cuts_the_end_token(text: TextEncoder) -> None:
     assert cut.truncated
 
 
-def test_padding_is_not_read_off_the_ids(text: TextEncoder) -> None:
+def test_padding_is_not_inferred_from_the_ids(text: TextEncoder) -> None:
     batch = text.pad(text.tokenize(["a", "the water over the passage"], max_length=100))
     assert batch.input_ids[0].tolist()[2:] == [2] * (batch.input_ids.shape[1] - 2)  # </s>, then padding: the same id
     assert batch.attention_mask[0].sum() == 3  # <s> a </s>
@@ -77,7 +77,7 @@ def test_padding_is_not_read_off_the_ids(text: TextEncoder) -> None:
     assert all(array.dtype == np.int64 for array in batch)
 
 
-def test_prompt_attends_and_is_not_pooled(text: TextEncoder) -> None:
+def test_the_prompt_is_attended_to_and_not_pooled(text: TextEncoder) -> None:
     rows = text.tokenize(["water"], prompt=PROMPT, max_length=100)
     batch = text.pad(rows)
     count = len(TOKENIZER.encode(PROMPT, add_special_tokens=False).ids)
@@ -92,7 +92,7 @@ def test_model_that_pools_its_prompt() -> None:
 
 
 @pytest.mark.parametrize("limit", [4, 16, 64])
-def test_cutting_before_tokenizing_changes_nothing(text: TextEncoder, limit: int) -> None:
+def test_pretruncation_does_not_change_the_tokens(text: TextEncoder, limit: int) -> None:
     rng = random.Random(7)
     alphabet = "the water 中é🚲\n" + "x" * 5
     for _ in range(30):
@@ -100,7 +100,7 @@ def test_cutting_before_tokenizing_changes_nothing(text: TextEncoder, limit: int
         assert text.tokenize([body], max_length=limit)[0].ids == reference(body, "", limit)[0]
 
 
-def test_ten_megabytes_cost_little(text: TextEncoder) -> None:
+def test_ten_megabytes_are_truncated_quickly(text: TextEncoder) -> None:
     body = "the water é " * 900_000
     started = time.perf_counter()
     row = text.tokenize([body], max_length=512)[0]
@@ -108,14 +108,14 @@ def test_ten_megabytes_cost_little(text: TextEncoder) -> None:
     assert (len(row), row.truncated) == (512, True)
 
 
-def test_no_cut_where_it_is_not_safe() -> None:
+def test_texts_are_not_pretruncated_where_it_is_unsafe() -> None:
     config = json.loads(TOKENIZER.to_str())
     config["normalizer"] = {"type": "NFC"}
     encoder = TextEncoder(json.dumps(config).encode(), CONTRACT)
     assert encoder._longest_token_chars is None
 
 
-def test_cutting_words_that_are_split_into_given_pieces() -> None:
+def test_pretruncation_with_a_tokenizer_of_fixed_pieces() -> None:
     pieces = ["▁the", "▁water", "wat", "er", "xxxxx", "xx", "▁中"]
     tokenizer = piece_tokenizer(pieces, vocab_size=3 + 256 + 1 + 2 * len(LETTERS) + len(pieces))
     encoder = TextEncoder(tokenizer.to_str().encode(), CONTRACT)
@@ -128,7 +128,7 @@ def test_cutting_words_that_are_split_into_given_pieces() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["ab(?=c)", "a+b", "a.b", "(ab)", "\\p{L}", "a{2}", "^a", "a$"])
-def test_no_cut_behind_expressions_that_may_look_far(pattern: str) -> None:
+def test_texts_are_not_pretruncated_if_a_pattern_may_look_ahead(pattern: str) -> None:
     splits = [
         {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
         for regex in (WORD_PATTERN, pattern)
@@ -178,7 +178,7 @@ def test_bad_texts_are_named(value: object, error: type[Exception], message: str
 
 
 def test_a_text_that_has_no_tokens_is_named() -> None:
-    """A model without a suffix, whose own tokens are not pooled, as GritLM's."""
+    """Applies to a model without a suffix whose control tokens are not pooled, such as GritLM."""
     contract = TextContract(
         prefix_ids=(1,), suffix_ids=(), pad_id=2, mask_prompt=True, exclude_prefix_from_pooling=True, max_tokens=99
     )
@@ -187,8 +187,8 @@ def test_a_text_that_has_no_tokens_is_named() -> None:
         check_pooled(rows, 7, max_length=99)
 
 
-def test_strings_of_other_types_are_texts() -> None:
-    """And what they hold, whatever they print."""
+def test_subclasses_of_str_are_accepted() -> None:
+    """Their content is embedded, not what `str` returns."""
 
     class Label(str, Enum):
         GOOD = "good"
@@ -204,7 +204,7 @@ def test_broken_tokenizer(content: bytes) -> None:
         TextEncoder(content, CONTRACT)
 
 
-def test_tiny_tokenizer_is_saved_and_read_alike(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_reads_back_unchanged(tmp_path: Path) -> None:
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     again = TextEncoder((tmp_path / "tokenizer.json").read_bytes(), CONTRACT)
     assert again.tokenize(["the water"], max_length=50)[0].ids == reference("the water")[0]

@@ -1,4 +1,4 @@
-"""What a wheel installs: one top-level name, all of its modules, commands that run without a checkout."""
+"""A wheel installs one top-level name, all modules, and commands that run without a checkout."""
 
 import os
 import shutil
@@ -18,8 +18,8 @@ ROOTS = ("nvembed_deploy", "export", "engines", "app")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an sdist of a copy of the tree, links as links, and a wheel that was built from the sdist."""
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an sdist of a copy of the tree (links kept as links) and a wheel built from that sdist."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "tree").mkdir()
     for name in os.listdir(ROOT):
@@ -37,12 +37,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(built: Path) -> Path:
-    return next(built.glob("*.whl"))
+def wheel(distributions: Path) -> Path:
+    return next(distributions.glob("*.whl"))
 
 
 def run(wheel: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A Python command that sees the wheel and not the checkout."""
+    """Runs Python with the wheel, not the checkout, on its path."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
@@ -69,8 +69,8 @@ def test_one_name_and_every_module(wheel: Path) -> None:
     assert names == expected
 
 
-def test_an_sdist_is_a_whole_checkout(built: Path) -> None:
-    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+def test_an_sdist_contains_the_whole_checkout(distributions: Path) -> None:
+    with tarfile.open(next(distributions.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for folder in (*ROOTS, "benchmarks", "recipes", "tools", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -85,7 +85,7 @@ def test_an_sdist_is_a_whole_checkout(built: Path) -> None:
 
 
 def test_a_checkout_and_a_wheel_pack_the_same_archive(wheel: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
-    """A checkout has links where a wheel has folders."""
+    """A checkout has links in place of a wheel's folders."""
     flags = [str(bundles["fp16"]), "--target", "h100", "--archive"]
     assert pack([*flags, str(tmp_path / "checkout" / "device.tar")]) == 0
     done = run(wheel, tmp_path / "installed", "-m", "nvembed_deploy", "pack", *flags, str(tmp_path / "device.tar"))

@@ -1,4 +1,4 @@
-"""A small random NV-Embed checkpoint in NVIDIA's layout, with a tokenizer in Mistral's manner; made in milliseconds."""
+"""A tiny random NV-Embed checkpoint in NVIDIA's layout with a tokenizer like Mistral's, created in milliseconds."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ WORDS = ("the", "and", "question", "query", "Instruct", "passage", "water", "ove
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-fallback BPE: <unk> <s> </s>, 256 bytes, single characters, and the merges of a few words."""
+    """Returns a byte-fallback BPE tokenizer: <unk> <s> </s>, 256 bytes, characters, and merges of a few words."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for byte in range(256):
         vocab[f"<0x{byte:02X}>"] = len(vocab)
@@ -40,7 +40,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Every key and shape of a checkpoint, written down apart from the model's code."""
+    """Returns every key and shape of a checkpoint, written down independently of the model's code."""
     text, latent = config["text_config"], config["latent_attention_config"]
     D, F = text["hidden_size"], text["intermediate_size"]
     q = text["num_attention_heads"] * text["head_dim"]

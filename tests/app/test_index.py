@@ -1,4 +1,4 @@
-"""Indexes find the same as an exhaustive search, and reject other collections' data."""
+"""Indexes return the results of an exhaustive search, and reject other collections' data."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs", "ignore:Pa
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written_collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collections") / "mine"
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(ROWS, 32)) + 2 * rng.normal(size=(40, 32))[rng.integers(0, 40, ROWS)]
@@ -37,10 +37,10 @@ def memory_server(content: object) -> ServerIndex:
 
 
 @pytest.mark.parametrize("kind", ["edge", "server"])
-def test_an_index_finds_what_looking_at_all_finds(written: Path, tmp_path: Path, kind: str) -> None:
+def test_an_index_finds_what_an_exhaustive_search_finds(written_collection: Path, tmp_path: Path, kind: str) -> None:
     if kind == "edge":
         pytest.importorskip("qdrant_edge", reason="not installed: pip install nvembed-deploy[qdrant]")
-    folder = Path(shutil.copytree(written, tmp_path / "mine"))
+    folder = Path(shutil.copytree(written_collection, tmp_path / "mine"))
     exact = FolderStore(folder)
     store = FolderStore(folder, opener("qdrant") if kind == "edge" else memory_server)
     rng, recalls = np.random.default_rng(1), []
@@ -61,7 +61,7 @@ def test_an_index_finds_what_looking_at_all_finds(written: Path, tmp_path: Path,
         store.search(Engine(**(vars(ENGINE) | {"precision": "int8"})), query, count=1)
 
 
-def test_the_index_on_this_machine_is_made_once_and_goes_with_the_collection(encoder: Encoder, tmp_path: Path) -> None:
+def test_a_local_index_is_built_once_and_deleted_with_its_collection(encoder: Encoder, tmp_path: Path) -> None:
     pytest.importorskip("qdrant_edge", reason="not installed: pip install nvembed-deploy[qdrant]")
     library = Library(tmp_path / "collections", encoder, index="qdrant")
     list(library.add_steps("mine", few_passages()[:2]))
@@ -78,18 +78,18 @@ def test_the_index_on_this_machine_is_made_once_and_goes_with_the_collection(enc
     assert [path.name for path in library.folder.iterdir()] == [LOCK]
 
 
-def test_a_damaged_index_says_how_to_make_it_again(written: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_error_says_how_to_rebuild_it(written_collection: Path, tmp_path: Path) -> None:
     pytest.importorskip("qdrant_edge", reason="not installed: pip install nvembed-deploy[qdrant]")
-    folder = Path(shutil.copytree(written, tmp_path / "mine"))
+    folder = Path(shutil.copytree(written_collection, tmp_path / "mine"))
     (folder / FOLDER).mkdir()
     (folder / FOLDER / "edge_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"the index in .* failed .* delete the folder to rebuild it"):
         FolderStore(folder, opener("qdrant"))
 
 
-def test_an_index_of_something_else_is_refused(written: Path, tmp_path: Path) -> None:
+def test_an_index_of_another_collection_is_refused(written_collection: Path, tmp_path: Path) -> None:
     pytest.importorskip("qdrant_edge", reason="not installed: pip install nvembed-deploy[qdrant]")
-    folder = Path(shutil.copytree(written, tmp_path / "mine"))
+    folder = Path(shutil.copytree(written_collection, tmp_path / "mine"))
     FolderStore(folder, opener("qdrant"))
     other_folder = tmp_path / "other"
     FolderStore.write(other_folder, ENGINE, few_passages(), np.eye(3, 32, dtype=np.float32))
@@ -98,7 +98,7 @@ def test_an_index_of_something_else_is_refused(written: Path, tmp_path: Path) ->
         FolderStore(other_folder, opener("qdrant"))
 
 
-def test_a_server_is_filled_once_and_after_a_half_filled_start(written: Path) -> None:
+def test_a_server_is_filled_once_and_again_after_an_interrupted_fill(written_collection: Path) -> None:
     client = pytest.importorskip("qdrant_client", reason="not installed: pip install nvembed-deploy[qdrant]")
     memory = client.QdrantClient(":memory:")
     calls: list[str] = []
@@ -111,25 +111,27 @@ def test_a_server_is_filled_once_and_after_a_half_filled_start(written: Path) ->
     def fill(content: object) -> ServerIndex:
         return ServerIndex(content, Recording(), "memory")
 
-    FolderStore(written, fill)
+    FolderStore(written_collection, fill)
     assert calls.count("upsert") == -(-ROWS // 1000)
     calls.clear()
-    store = FolderStore(written, fill)
+    store = FolderStore(written_collection, fill)
     assert "upsert" not in calls
     name = memory.get_collections().collections[0].name
     memory.delete(name, points_selector=[1, 2, 3])
-    FolderStore(written, fill)
+    FolderStore(written_collection, fill)
     assert memory.count(name).count == ROWS
     store.drop_index()
     assert memory.get_collections().collections == []
 
 
-def test_kinds_and_servers_that_are_not_there(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_kinds_and_unreachable_servers_are_reported(
+    written_collection: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"--index must be exact, qdrant, or the URL .*, got 'faiss'"):
         opener("faiss")
     pytest.importorskip("qdrant_client", reason="not installed: pip install nvembed-deploy[qdrant]")
     with pytest.raises(ConfigError, match=r"the Qdrant server at http://127\.0\.0\.1:9 failed .* --index exact"):
-        FolderStore(written, opener("http://127.0.0.1:9"))
+        FolderStore(written_collection, opener("http://127.0.0.1:9"))
 
     def missing(name: str) -> SimpleNamespace:
         raise ImportError(f"no {name}")

@@ -1,4 +1,4 @@
-"""The page in a real browser, and its interface for programs."""
+"""The page in a real browser, and its API."""
 
 import csv
 import errno
@@ -84,7 +84,7 @@ def test_hostile_text_is_shown_as_text(tab: Any) -> None:
     assert tab.locator("img[src=x]").count() == 0
 
 
-def test_sources_filter(tab: Any) -> None:
+def test_results_can_be_filtered_by_source(tab: Any) -> None:
     tab.get_by_role("button", name="Instruction and filters").click()
     tab.get_by_label("Only from these sources").click()
     tab.get_by_role("option", name="gzip").click()
@@ -98,7 +98,7 @@ def test_an_empty_query_is_explained(tab: Any) -> None:
     tab.get_by_text("the query is empty; enter a search query").first.wait_for()
 
 
-def test_examples_fill_the_query(tab: Any) -> None:
+def test_an_example_fills_in_the_query(tab: Any) -> None:
     tab.get_by_text("compress data with gzip").first.click()
     tab.wait_for_function("document.querySelector('#query textarea, #query input').value.includes('gzip')")
 
@@ -164,7 +164,7 @@ def test_adding_can_be_cancelled(
     tab.get_by_text("no documents are being added, so there is nothing to cancel").first.wait_for()
 
 
-def test_what_waits_for_other_uploads_can_be_cancelled(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
+def test_an_upload_that_waits_for_others_can_be_cancelled(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
     from nvembed_deploy.app.page import MAX_UPLOADS
 
     (tmp_path / "short.txt").write_text("a sentence")
@@ -180,8 +180,8 @@ def test_what_waits_for_other_uploads_can_be_cancelled(tab: Any, page: SimpleNam
     assert "waiting" not in page.library.names()
 
 
-def test_names_of_files_are_no_html(tab: Any, tmp_path: Path) -> None:
-    """Covers messages too: Gradio renders them as HTML, and an image would be requested."""
+def test_file_names_are_not_rendered_as_html(tab: Any, tmp_path: Path) -> None:
+    """This includes messages: Gradio renders them as HTML, and would request an image."""
     name = "<img src=&#47;&#47;evil.example&#47;x.png>.txt"
     upload(tab, make_zip(tmp_path / "hostile.zip", {name: b"\xff\xff"}), name[:38], wait=False)
     tab.get_by_text("is not UTF-8 text").first.wait_for()
@@ -213,14 +213,14 @@ def test_the_map_is_drawn(tab: Any) -> None:
     tab.locator("#plane canvas, #plane svg.marks").first.wait_for()
 
 
-def test_the_engine_tells_of_itself(tab: Any) -> None:
+def test_the_engine_tab_shows_the_engines_details(tab: Any) -> None:
     tab.get_by_role("tab", name="Engine").click()
     card = tab.get_by_label("Engine details").input_value()
     assert "onnxruntime" in card
     assert "lowest cosine" in card
 
 
-def test_dark_and_narrow(browser: Any, page: SimpleNamespace) -> None:
+def test_the_page_works_in_dark_mode_and_on_narrow_screens(browser: Any, page: SimpleNamespace) -> None:
     dark = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark")
     tab = open_tab(dark, page)
     search(tab, "rows of a table")
@@ -286,13 +286,13 @@ def test_a_full_disk_is_reported() -> None:
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "..%2f..%2fetc%2fpasswd", "http://169.254.169.254/latest", "/proc/self/environ"]
 )
-def test_no_file_of_the_machine_is_served(page: SimpleNamespace, path: str) -> None:
+def test_no_file_of_this_machine_is_served(page: SimpleNamespace, path: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{page.url}gradio_api/file={path}", timeout=20)
     assert caught.value.code in (400, 403, 404)
 
 
-def test_cells_are_no_formulas() -> None:
+def test_cells_that_look_like_formulas_are_escaped() -> None:
     from nvembed_deploy.app.page import safe_cell
 
     for start in "=+-@\t\r":

@@ -1,4 +1,4 @@
-"""`python -m app` as a user starts it: a process of its own, twice, with and without a password."""
+"""`python -m app` as a user starts it: in a separate process, twice, with and without a password."""
 
 import http.cookiejar
 import socket
@@ -30,7 +30,7 @@ def start(bundle: Path, collections: Path, *flags: str) -> tuple[subprocess.Pope
 
 
 @pytest.mark.slow
-def test_the_second_start_indexes_nothing_and_a_password_is_asked_for(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_the_second_start_indexes_nothing_and_requires_the_password(bundles: dict[str, Path], tmp_path: Path) -> None:
     from gradio_client import Client
 
     process, url, first_start_s = start(bundles["fp32"], tmp_path / "collections")
@@ -65,14 +65,16 @@ def test_the_second_start_indexes_nothing_and_a_password_is_asked_for(bundles: d
         process.wait(20)
 
 
-def test_others_are_let_in_with_a_password_only(bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_listening_beyond_this_machine_requires_a_password(
+    bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     from nvembed_deploy.app.command import main
 
     assert main([str(bundles["fp32"]), "--host", "0.0.0.0"]) == 1
     assert "set a password: --password-file FILE" in capsys.readouterr().err
 
 
-def test_a_port_or_an_address_that_is_taken_is_one_line() -> None:
+def test_a_port_or_address_in_use_is_a_one_line_error() -> None:
     from nvembed_deploy import ConfigError
     from nvembed_deploy.app.command import listen_port
 
@@ -85,7 +87,7 @@ def test_a_port_or_an_address_that_is_taken_is_one_line() -> None:
         listen_port("192.0.2.1", 0)  # an address for documentation, which no machine has
 
 
-def test_addresses_of_both_kinds_stand_in_urls() -> None:
+def test_ipv4_and_ipv6_addresses_in_urls() -> None:
     from nvembed_deploy.console import url_host
 
     assert [url_host(host) for host in ("127.0.0.1", "localhost", "::1")] == ["127.0.0.1", "localhost", "[::1]"]

@@ -1,4 +1,4 @@
-"""Passages, uploads and collections, without the page."""
+"""Passages, uploads and collections, tested without the page."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def library(encoder: Encoder, tmp_path: Path) -> Library:
     return Library(tmp_path / "collections", encoder)
 
 
-def test_the_library_has_pythons_own_documentation() -> None:
+def test_the_library_contains_pythons_documentation() -> None:
     passages = list(library_passages())
     titles = {passage.title for passage in passages}
     assert {"csv.Sniffer", "math.gcd", "shutil.copytree", "with"} <= titles
@@ -35,7 +35,7 @@ def test_the_library_has_pythons_own_documentation() -> None:
     assert not any("._" in passage.title for passage in passages)
 
 
-def test_search_is_exact_and_knows_sources(library: Library, encoder: Encoder) -> None:
+def test_search_is_exact_and_filters_by_source(library: Library, encoder: Encoder) -> None:
     store = library.add_python(few_passages())
     query = encoder.encode("some rows of a file")
     scores = encoder.encode([passage.text for passage in few_passages()]) @ query
@@ -59,7 +59,7 @@ def test_another_engine_is_refused(library: Library, bundles: dict[str, Path], t
     assert fp16_library.names() == ["mine"]  # the other engine's copy of Python's documentation is not shown
 
 
-def test_collections_grow_persist_and_go(library: Library, encoder: Encoder) -> None:
+def test_collections_grow_persist_and_can_be_deleted(library: Library, encoder: Encoder) -> None:
     library.add_python(few_passages())
     assert [done for done, _ in library.add_steps("mine", few_passages()[:1])] == [0, 1]
     list(library.add_steps("mine", few_passages()[1:]))
@@ -80,7 +80,7 @@ def test_collections_grow_persist_and_go(library: Library, encoder: Encoder) -> 
 
 
 @pytest.mark.parametrize("name", [PYTHON, f"{PYTHON}.mine", PYTHON.lower()])
-def test_the_name_of_pythons_documentation_is_taken(library: Library, name: str) -> None:
+def test_the_name_of_pythons_documentation_is_reserved(library: Library, name: str) -> None:
     library.add_python(few_passages())
     with pytest.raises(ConfigError, match="is reserved for Python's documentation"):
         list(library.add_steps(name, few_passages()))
@@ -88,7 +88,7 @@ def test_the_name_of_pythons_documentation_is_taken(library: Library, name: str)
 
 
 @pytest.mark.parametrize("file", [RECORD, PASSAGES, VECTORS])
-def test_a_damaged_collection_can_be_deleted_and_pythons_is_made_again(
+def test_a_damaged_collection_can_be_deleted_and_pythons_is_rebuilt(
     encoder: Encoder, tmp_path: Path, file: str
 ) -> None:
     library = Library(tmp_path, encoder)
@@ -106,8 +106,8 @@ def test_a_damaged_collection_can_be_deleted_and_pythons_is_made_again(
         reopened.delete("mine")
 
 
-def test_what_is_being_written_is_no_collection(library: Library, encoder: Encoder) -> None:
-    """Nor are the leftovers of an interrupted run, which the next start removes."""
+def test_an_unfinished_folder_is_not_a_collection(library: Library, encoder: Encoder) -> None:
+    """Neither are the leftovers of an interrupted run, which the next start removes."""
     list(library.add_steps("mine", few_passages()))
     leftovers = library.folder / ".mine.staging-abc"
     shutil.copytree(library.folder / "mine", leftovers)
@@ -116,7 +116,7 @@ def test_what_is_being_written_is_no_collection(library: Library, encoder: Encod
     assert not leftovers.exists()
 
 
-def test_an_index_that_fails_leaves_what_was_there(encoder: Encoder, tmp_path: Path) -> None:
+def test_a_failed_index_leaves_the_collection_unchanged(encoder: Encoder, tmp_path: Path) -> None:
     """Adding again must not store the same passages twice."""
     library = Library(tmp_path, encoder)
     ends = iter([ConfigError("down"), None, ConfigError("down"), None])
@@ -138,7 +138,7 @@ def test_an_index_that_fails_leaves_what_was_there(encoder: Encoder, tmp_path: P
             assert len(library.open("mine")) == len(few_passages())
 
 
-def test_two_pages_on_one_folder_lose_nothing(encoder: Encoder, tmp_path: Path) -> None:
+def test_two_pages_on_one_folder_lose_no_passages(encoder: Encoder, tmp_path: Path) -> None:
     first_library, second_library = (Library(tmp_path, encoder) for _ in range(2))
     list(first_library.add_steps("mine", few_passages()[:1]))
     assert len(second_library.open("mine")) == 1
@@ -150,7 +150,7 @@ def test_two_pages_on_one_folder_lose_nothing(encoder: Encoder, tmp_path: Path) 
         first_library.open("mine")
 
 
-def test_two_pages_that_start_together_index_python_once(encoder: Encoder, tmp_path: Path) -> None:
+def test_two_pages_started_together_index_pythons_documentation_once(encoder: Encoder, tmp_path: Path) -> None:
     first_library, second_library = (Library(tmp_path, encoder) for _ in range(2))
     steps = second_library._add(PYTHON, few_passages())
     next(steps)
@@ -159,7 +159,7 @@ def test_two_pages_that_start_together_index_python_once(encoder: Encoder, tmp_p
     assert second_library.open(PYTHON).passages == few_passages()
 
 
-def test_an_index_that_cannot_be_removed_is_told(
+def test_an_index_that_cannot_be_removed_is_reported(
     encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     library = Library(tmp_path, encoder)
@@ -174,7 +174,7 @@ def test_an_index_that_cannot_be_removed_is_told(
     assert "its index outside the folder may remain: the server is down" in caplog.text
 
 
-def test_what_is_stopped_leaves_nothing(library: Library) -> None:
+def test_a_stopped_upload_leaves_nothing(library: Library) -> None:
     steps = library.add_steps("mine", few_passages())
     next(steps)
     steps.close()
@@ -182,7 +182,7 @@ def test_what_is_stopped_leaves_nothing(library: Library) -> None:
 
 
 @pytest.mark.parametrize("name", [RECORD, PASSAGES, VECTORS])
-def test_damage_is_named(library: Library, encoder: Encoder, name: str) -> None:
+def test_damaged_files_are_named(library: Library, encoder: Encoder, name: str) -> None:
     list(library.add_steps("mine", few_passages()))
     path = library.folder / "mine" / name
     path.write_bytes(path.read_bytes()[:-9])
@@ -197,13 +197,13 @@ def test_nothing_is_unpickled(library: Library) -> None:
         FolderStore(library.folder / "mine")
 
 
-def test_blank_stretches_are_no_passages(encoder: Encoder) -> None:
+def test_blank_text_is_not_a_passage(encoder: Encoder) -> None:
     text = "intro" + "\n" * 2000 + "end"
     passages = list(chunks("a.txt", text, encoder.token_spans(text)))
     assert [passage.text for passage in passages] == ["intro", "end"]
 
 
-def test_chunks_overlap_and_lose_nothing(encoder: Encoder) -> None:
+def test_chunks_overlap_and_lose_no_text(encoder: Encoder) -> None:
     text = " ".join(f"word{index}" for index in range(900))
     spans = encoder.token_spans(text)
     passages = list(chunks("a.txt", text, spans))
@@ -244,7 +244,7 @@ def make_pdf(text: str) -> bytes:
     )
 
 
-def test_what_a_mac_packs_and_lines_within_strings(tmp_path: Path) -> None:
+def test_mac_archives_and_line_breaks_within_strings(tmp_path: Path) -> None:
     row = json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False).encode()
     path = make_zip(
         tmp_path / "mac.zip",
@@ -253,7 +253,7 @@ def test_what_a_mac_packs_and_lines_within_strings(tmp_path: Path) -> None:
     assert read_files([path], Limits()) == [("a.txt", "text"), ("b.jsonl", "one\u2028two\u0085three")]
 
 
-def test_a_corrupt_stream_is_named(tmp_path: Path) -> None:
+def test_a_zip_with_a_corrupt_stream_is_named(tmp_path: Path) -> None:
     path = make_zip(tmp_path / "bad.zip", {"a.txt": bytes(range(256)) * 400})
     content = bytearray(path.read_bytes())
     content[60:90] = b"\xff" * 30
@@ -287,7 +287,7 @@ def test_two_engines_side_by_side(library: Library, encoder: Encoder, bundles: d
     assert [row[1] for row in comparison.rows] == [f"{score:.4f}" for score in sorted(scores[0], reverse=True)]
 
 
-def test_the_rest_of_a_long_passage_is_not_marked(encoder: Encoder) -> None:
+def test_the_unscored_end_of_a_long_passage_is_not_highlighted(encoder: Encoder) -> None:
     searcher = Searcher(encoder)
     try:
         text = "Another sentence. " * 10 + "The rest of it. " * 20
@@ -336,7 +336,7 @@ def test_no_text_is_lost(tmp_path: Path, name: str, content: bytes, text: str) -
     assert read_files([tmp_path / name], Limits()) == [(name, text)]
 
 
-def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone.txt no longer exists: .* choose it again"):
         read_files([tmp_path / "gone.txt"], Limits())
 
@@ -355,7 +355,7 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
         ("a.txt", b"x" * 2000, "a.txt is larger than 0 MiB; split it"),
     ],
 )
-def test_wrong_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     if name.endswith(".pdf"):
         pytest.importorskip("pypdf", reason="pypdf is not installed: pip install nvembed-deploy[app]")
     (tmp_path / name).write_bytes(content)
@@ -364,7 +364,7 @@ def test_wrong_files_are_named(tmp_path: Path, name: str, content: bytes, messag
         read_files([tmp_path / name], limits)
 
 
-def test_bombs_and_crowds_are_stopped(tmp_path: Path) -> None:
+def test_zip_bombs_and_archives_of_too_many_files_are_refused(tmp_path: Path) -> None:
     limits = Limits(file_bytes=10_000, unpacked_bytes=20_000, files=5, chars=30_000)
     bomb = make_zip(tmp_path / "bomb.zip", {"a.txt": b"0" * 1_000_000})
     crowd = make_zip(tmp_path / "crowd.zip", {f"{index}.txt": b"0" * 9_000 for index in range(4)})
@@ -378,7 +378,7 @@ def test_bombs_and_crowds_are_stopped(tmp_path: Path) -> None:
     assert read_files([make_zip(tmp_path / "outer.zip", {"inner.zip": nested.getvalue()})], limits) == []
 
 
-def test_marking_keeps_the_text(encoder: Encoder) -> None:
+def test_highlighting_keeps_the_text(encoder: Encoder) -> None:
     searcher = Searcher(encoder)
     try:
         texts = [passage.text for passage in few_passages()] + ["", "no end", "a.b c! d?\n\n\n e"]
@@ -390,7 +390,7 @@ def test_marking_keeps_the_text(encoder: Encoder) -> None:
         searcher.close()
 
 
-def test_the_plane_is_the_principal_one(library: Library, encoder: Encoder) -> None:
+def test_the_map_is_the_plane_of_the_principal_components(library: Library, encoder: Encoder) -> None:
     rng = np.random.default_rng(0)
     vectors = (rng.normal(size=(200, 16)) * np.array([9, 5, *[1] * 14])).astype(np.float32)
     plane = Plane.of(vectors)

@@ -1,8 +1,8 @@
-"""A recording stand-in for TensorRT's bindings and for cuda-python, which knows their rules and breaks no silence.
+"""A fake of TensorRT's bindings and of cuda-python that records calls and enforces the rules of both.
 
-Device memory is numpy behind invented addresses. A stream is a queue that runs when it is synchronized, as late as CUDA
-may, so that a result read early, or a buffer used again early, shows as a wrong vector. A broken rule raises, and stays
-in `violations`. `fail` names what shall go wrong: outcomes by call, used up in order.
+Device memory is numpy arrays behind made-up addresses. A stream is a queue that runs when it is synchronized, as late
+as CUDA may run it, so a result that is read too early, or a buffer that is reused too early, shows as a wrong vector. A
+broken rule raises and is recorded in `violations`. `fail` maps a call to its next outcomes, used in order.
 """
 
 import functools
@@ -23,7 +23,7 @@ PASS = object()  # an outcome that lets the call through
 
 
 def bag(ids: np.ndarray, mask: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A model of whole numbers, so that padding changes no bit: a row is its pooled tokens' sum, and its length."""
+    """Computes a row from the sum of its pooled tokens and its length, in integers, so that padding changes no bit."""
     table = np.random.default_rng(0).integers(-99, 99, (512, 8))
     sums = (table[ids % 512] * pooled[:, :, None]).sum(axis=1)
     sums[:, 0] += 1000 * mask.sum(axis=1)
@@ -48,7 +48,7 @@ class Stream:
 
 
 class FakeCuda:
-    """Stands in for the module `cuda.bindings.runtime`: tuples of an error and at most one result."""
+    """Fake of the module `cuda.bindings.runtime`: calls return an error and at most one result."""
 
     cudaError_t = Error
     cudaMemcpyKind = Kind
@@ -93,7 +93,7 @@ class FakeCuda:
         return view
 
     def assert_clean(self) -> None:
-        """Nothing is held, no rule was broken, and nothing was written to memory after it was freed."""
+        """Asserts that all memory was freed, no rule was broken, and freed memory was not written to."""
         assert not self.violations
         assert (self.host, self.device, self.streams) == ({}, {}, {})
         assert all((array == 0xAB).all() for array in self.freed)
@@ -154,7 +154,7 @@ class FakeCuda:
 
 
 def step(method: Callable) -> Callable:
-    """A call of TensorRT: recorded, and made to fail where `fail` says so, with an error in the log."""
+    """Records a call of TensorRT, and makes it fail with an error in the log if `fail` says so."""
 
     @functools.wraps(method)
     def call(self: "FakeRuntime | FakeEngine | FakeContext", *arguments: object) -> object:
@@ -173,7 +173,7 @@ def step(method: Callable) -> Callable:
 
 
 class FakeBindings:
-    """Stands in for the module `tensorrt` or `tensorrt_rtx`."""
+    """Fake of the module `tensorrt` or `tensorrt_rtx`."""
 
     DataType = Enum("DataType", ("INT64", "INT32", "FLOAT", "HALF"))
 
@@ -261,7 +261,7 @@ class FakeRuntimeConfig:
 
 
 class FakeRuntimeCache:
-    """Kernels as bytes: one for each shape that has run, in this process or in those that wrote what was loaded."""
+    """Fake kernel cache: one kernel for each shape that ran, in this process or before the cache was loaded."""
 
     def __init__(self, config: FakeRuntimeConfig) -> None:
         self.owner, self.logger, self._config = config.owner, config.logger, config
@@ -285,7 +285,7 @@ class FakeRuntimeCache:
 
 
 class FakeRefitter:
-    """And its parser, which is given the same object."""
+    """Fake refitter; it also serves as its own parser."""
 
     def __init__(self, engine: FakeEngine, logger: FakeBindings.ILogger) -> None:
         self.owner, self.logger, self._engine = engine.owner, logger, engine
@@ -308,7 +308,7 @@ class FakeContext:
         self.owner.contexts.add(self)
 
     def _enter(self) -> None:
-        """From its first call until its stream is synchronized, a context belongs to one thread."""
+        """Asserts that only one thread uses the context from its first call until its stream is synchronized."""
         self.thread = self.thread or threading.get_ident()
         self.owner.cuda.rule(self.thread == threading.get_ident(), "two threads are in one context")
 
@@ -372,7 +372,7 @@ class FakeContext:
 
 
 def install(patch: pytest.MonkeyPatch, cuda: FakeCuda, bindings: FakeBindings) -> None:
-    """Puts both where the library imports them from, behind a driver that loads."""
+    """Installs both fakes where the library imports them, and lets the driver load."""
     patch.setattr("nvembed_deploy.backends.cuda.ctypes.CDLL", lambda name: None)
     for name, module in (("cuda.bindings.runtime", cuda), ("tensorrt_rtx", bindings)):
         patch.setitem(sys.modules, name, module)

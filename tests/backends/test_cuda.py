@@ -1,4 +1,4 @@
-"""What stands under a plan: the bindings that are found, the CUDA calls, and which device `Encoder` takes."""
+"""The layer below a plan: finding bindings, CUDA calls, and which device `Encoder` chooses."""
 
 import re
 import subprocess
@@ -41,8 +41,8 @@ def cuda() -> Iterator[FakeCuda]:
 
 
 @pytest.fixture
-def planned(bundle: Path) -> Path:
-    """A bundle with a plan for the stand-in."""
+def planned_bundle(bundle: Path) -> Path:
+    """A bundle with a plan for the fake TensorRT."""
     (bundle / PLAN).write_bytes(b"a plan" * 1000)
     manifest = Manifest.from_bytes((bundle / MANIFEST).read_bytes())
     info = PlanInfo(
@@ -58,9 +58,9 @@ def planned(bundle: Path) -> Path:
 
 
 @pytest.fixture
-def bindings(cuda: FakeCuda, planned: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBindings:
+def bindings(cuda: FakeCuda, planned_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBindings:
     """Runs the bundle's graph on ONNX Runtime where TensorRT would run the plan."""
-    graph = OrtBackend(planned / GRAPH)
+    graph = OrtBackend(planned_bundle / GRAPH)
 
     def run(ids: np.ndarray, mask: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, ...]:
         return graph.run(TokenBatch(input_ids=ids, attention_mask=mask, pool_mask=pooled))
@@ -71,24 +71,24 @@ def bindings(cuda: FakeCuda, planned: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return bindings
 
 
-def test_the_plan_runs_where_it_can(planned: Path, bindings: FakeBindings, cuda: FakeCuda) -> None:
-    expected = Encoder(planned, device="cpu").encode(TEXTS)
+def test_the_plan_runs_on_a_matching_device(planned_bundle: Path, bindings: FakeBindings, cuda: FakeCuda) -> None:
+    expected = Encoder(planned_bundle, device="cpu").encode(TEXTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encoder = Encoder(planned / PLAN)
+        encoder = Encoder(planned_bundle / PLAN)
     assert encoder.backend == f"tensorrt_rtx {VERSION} on Fake GPU"
-    assert bindings.plans == [(planned / PLAN).read_bytes()]
+    assert bindings.plans == [(planned_bundle / PLAN).read_bytes()]
     assert np.abs(encoder.encode(TEXTS) - expected).max() <= 2e-3
     check_encoder(encoder, tolerance=2e-3)
     for device in ("cuda", "cuda:0"):
-        assert Encoder(planned, device=device).backend == encoder.backend
+        assert Encoder(planned_bundle, device=device).backend == encoder.backend
     del encoder
     cuda.assert_clean()
 
 
-def test_the_graph_and_the_cpu_ask_for_no_plan(planned: Path, bindings: FakeBindings) -> None:
-    assert "onnxruntime" in Encoder(planned / GRAPH).backend
-    assert "onnxruntime" in Encoder(planned, device="cpu").backend
+def test_a_graph_path_or_the_cpu_loads_no_plan(planned_bundle: Path, bindings: FakeBindings) -> None:
+    assert "onnxruntime" in Encoder(planned_bundle / GRAPH).backend
+    assert "onnxruntime" in Encoder(planned_bundle, device="cpu").backend
     assert not bindings.calls
 
 
@@ -104,8 +104,8 @@ def test_the_graph_and_the_cpu_ask_for_no_plan(planned: Path, bindings: FakeBind
         ("version", DeviceMismatchError, r"version 1\.7\.1\.116; this machine has 1\.8\.0\.1\. Rebuild it here"),
     ],
 )
-def test_what_is_missing(
-    planned: Path,
+def test_missing_requirements_are_reported(
+    planned_bundle: Path,
     bindings: FakeBindings,
     cuda: FakeCuda,
     monkeypatch: pytest.MonkeyPatch,
@@ -113,7 +113,7 @@ def test_what_is_missing(
     error: type[Exception],
     message: str,
 ) -> None:
-    """`cuda` raises and names the cure; `auto` warns once with the same words and runs the graph; TensorRT is idle."""
+    """`cuda` raises and names the fix; `auto` warns once with the same text and runs the graph without TensorRT."""
     if missing == "driver":
         monkeypatch.setattr("nvembed_deploy.backends.cuda.ctypes.CDLL", no_library)
     elif missing == "cuda":
@@ -129,19 +129,19 @@ def test_what_is_missing(
     else:
         bindings.__version__ = "1.8.0.1"
     with pytest.raises(error, match=message):
-        Encoder(planned, device="cuda")
+        Encoder(planned_bundle, device="cuda")
     with pytest.warns(UserWarning, match=rf"engine\.plan is not used: .*{message}.*runs on onnxruntime") as caught:
-        encoder = Encoder(planned)
+        encoder = Encoder(planned_bundle)
     assert len(caught) == 1
     assert encoder.encode(TEXTS).shape == (len(TEXTS), 32)
     assert not bindings.calls
 
 
 @pytest.mark.parametrize("working", [GPU, GPU[1:], ()])
-def test_providers_that_do_not_start(
-    planned: Path, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch, working: tuple[str, ...]
+def test_providers_that_do_not_start_are_skipped(
+    planned_bundle: Path, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch, working: tuple[str, ...]
 ) -> None:
-    """onnxruntime-gpu lists TensorRT without its libraries, and CUDA without cuDNN; what starts is taken."""
+    """onnxruntime-gpu lists TensorRT without its libraries and CUDA without cuDNN; the first that starts is used."""
     attempts: list[tuple[object, ...]] = []
 
     class Providers(OrtBackend):
@@ -155,47 +155,49 @@ def test_providers_that_do_not_start(
     monkeypatch.setattr("nvembed_deploy.select_backend.available_providers", lambda: [*GPU, CPU])
     monkeypatch.setattr("nvembed_deploy.select_backend.OrtBackend", Providers)
     if working:
-        Encoder(planned, device="cuda:0", backend="onnxruntime")
+        Encoder(planned_bundle, device="cuda:0", backend="onnxruntime")
         assert attempts[-1] == (*((name, {"device_id": 0}) for name in working), CPU)
         return
     with pytest.raises(DeviceMismatchError, match=f"could not start {GPU[-1]}"):
-        Encoder(planned, device="cuda:0", backend="onnxruntime")
-    assert Encoder(planned, backend="onnxruntime").encode("a").shape == (32,)
+        Encoder(planned_bundle, device="cuda:0", backend="onnxruntime")
+    assert Encoder(planned_bundle, backend="onnxruntime").encode("a").shape == (32,)
 
 
-def test_a_device_that_is_not_there(planned: Path, bindings: FakeBindings) -> None:
+def test_unknown_devices_are_refused(planned_bundle: Path, bindings: FakeBindings) -> None:
     with pytest.raises(DeviceMismatchError, match="CUDA device 1 was requested, but the number of devices is 1"):
-        Encoder(planned, device="cuda:1")
+        Encoder(planned_bundle, device="cuda:1")
     for device in ("gpu", "cuda:", "cuda:-1", "cuda:0x0", " cuda", "", None, 0):
         with pytest.raises(ConfigError, match="pass 'auto', 'cpu', 'cuda' or 'cuda:N'"):
-            Encoder(planned, device=device)
+            Encoder(planned_bundle, device=device)
     assert not bindings.calls
 
 
-def test_the_second_device(planned: Path, bindings: FakeBindings, cuda: FakeCuda) -> None:
+def test_the_second_device_can_be_selected(planned_bundle: Path, bindings: FakeBindings, cuda: FakeCuda) -> None:
     cuda.capabilities = ((12, 0), (8, 9))
-    assert Encoder(planned, device="cuda:1").encode(TEXTS).shape == (len(TEXTS), 32)
+    assert Encoder(planned_bundle, device="cuda:1").encode(TEXTS).shape == (len(TEXTS), 32)
     with pytest.raises(DeviceMismatchError, match=r"this machine has 12\.0"):
-        Encoder(planned, device="cuda")
+        Encoder(planned_bundle, device="cuda")
 
 
-def test_a_broken_engine_is_no_reason_to_fall_back(planned: Path, bindings: FakeBindings) -> None:
+def test_a_broken_engine_raises_instead_of_falling_back(planned_bundle: Path, bindings: FakeBindings) -> None:
     for device in ("auto", "cuda"):
         bindings.fail["deserialize_cuda_engine"] = [None]
         with pytest.raises(EngineError, match=r"loading engine\.plan failed"):
-            Encoder(planned, device=device)
-    assert Encoder(planned).backend.startswith("tensorrt_rtx")
+            Encoder(planned_bundle, device=device)
+    assert Encoder(planned_bundle).backend.startswith("tensorrt_rtx")
 
 
-def test_a_plan_changed_after_it_was_checked_never_reaches_tensorrt(planned: Path, bindings: FakeBindings) -> None:
-    bundle = Bundle.open(planned)
-    content = bytearray((planned / PLAN).read_bytes())
+def test_a_plan_changed_after_it_was_checked_never_reaches_tensorrt(
+    planned_bundle: Path, bindings: FakeBindings
+) -> None:
+    bundle = Bundle.open(planned_bundle)
+    content = bytearray((planned_bundle / PLAN).read_bytes())
     content[1234] ^= 1
-    (planned / PLAN).write_bytes(content)
+    (planned_bundle / PLAN).write_bytes(content)
     with pytest.raises(BundleError, match=r"engine\.plan is damaged \(its SHA-256 does not match"):
         open_plan(bundle, 0)
     with pytest.raises(BundleError, match=r"engine\.plan is damaged"):
-        Encoder(planned)
+        Encoder(planned_bundle)
     assert not bindings.calls
     with pytest.raises(EngineError, match=r"has no engine\.plan; build one: .*build"):
         open_plan(replace(bundle, manifest=replace(bundle.manifest, plan=None)), 0)
@@ -210,7 +212,7 @@ def test_device_names(cuda: FakeCuda) -> None:
         assert device.bus == "00000000:a1:00.0"
 
 
-def test_buffers_grow_and_give_back(cuda: FakeCuda) -> None:
+def test_buffers_grow_and_are_freed(cuda: FakeCuda) -> None:
     buffer = Buffer(CudaRuntime(cuda))
     buffer.reserve(24)
     addresses = (buffer.host, buffer.device)
@@ -241,7 +243,7 @@ def test_every_cuda_error_is_named(cuda: FakeCuda) -> None:
     assert cuda.calls == ["cudaSetDevice"] * 3
 
 
-def test_bindings_are_found_or_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bindings_are_reported_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtra, match=r"tensorrt is not installed here .*pip install -e '.*\[trt\]'.*Jetson"):
@@ -257,15 +259,15 @@ def test_bindings_are_found_or_the_cure_is_named(monkeypatch: pytest.MonkeyPatch
             load_bindings(name)
 
 
-def test_no_code_for_the_host_and_no_polygraphy() -> None:
-    """The stand-in's runtime refuses every attribute that is set; the source sets none and loads no other way."""
+def test_host_code_and_polygraphy_are_not_used() -> None:
+    """The fake runtime refuses to have attributes set; the source sets none and does not load plans in another way."""
     sources = [path.read_text() for folder in ("nvembed_deploy", "export") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 20
     for source in sources:
         assert not re.search(r"host_code_allowed\W*=|host_code_allowed['\"]|(import|from) polygraphy", source)
 
 
-def test_the_stand_in_answers_as_cuda_python_does() -> None:
+def test_the_fake_behaves_like_cuda_python() -> None:
     real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
     for name in (name.lstrip("_") for name in dir(FakeCuda) if name.startswith("_cuda")):
         results = re.search(r"\nReturns\n-+\ncudaError_t\n(.*?)(\n\n|$)", getattr(real, name).__doc__, re.DOTALL)[1]
@@ -280,8 +282,8 @@ def test_the_stand_in_answers_as_cuda_python_does() -> None:
 
 
 @needs_rtx
-def test_no_plan_can_crash_the_real_runtime(bundles: dict[str, Path]) -> None:
-    """In a process of its own: each is an error with TensorRT's words, none a signal."""
+def test_damaged_plans_do_not_crash_the_real_runtime(bundles: dict[str, Path]) -> None:
+    """Runs in a separate process: each damaged plan raises an error with TensorRT's message, none ends in a signal."""
     code = (
         "import sys; from pathlib import Path\n"
         "from nvembed_deploy import EngineError\n"
@@ -306,7 +308,7 @@ def test_no_plan_can_crash_the_real_runtime(bundles: dict[str, Path]) -> None:
 
 
 @needs_rtx
-def test_the_stand_in_offers_what_the_real_bindings_have() -> None:
+def test_the_fake_has_the_signatures_of_the_real_bindings() -> None:
     real = load_bindings("tensorrt_rtx")
     for name, kind in (
         ("set_optimization_profile_async", "bool"),

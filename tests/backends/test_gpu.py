@@ -1,4 +1,4 @@
-"""The plan on a real device. NVEMBED_BUNDLE names a bundle to test; without it, the tiny checkpoint's are used."""
+"""The plan on a real device: the bundle that NVEMBED_BUNDLE names, or those of the tiny checkpoint."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def run(encoder: Encoder, rows: list[TokenRow]) -> np.ndarray:
     return encoder._backend.run(encoder._text.pad(rows)).embeddings
 
 
-def test_it_is_the_plan_that_runs(encoder: Encoder) -> None:
+def test_the_plan_is_the_backend(encoder: Encoder) -> None:
     assert encoder.manifest.plan is not None
     assert encoder.backend.startswith(encoder.manifest.plan.runtime)
     tolerance = TOLERANCES[encoder.manifest.precision]
@@ -64,8 +64,8 @@ def test_plan_against_onnx_runtime(encoder: Encoder) -> None:
     require_passed(report)
 
 
-def test_padding_and_company_change_nothing(encoder: Encoder) -> None:
-    """Lengths at every bucket's edge and one beside it: alone, together, shuffled, with a longer row, in every size."""
+def test_padding_and_other_rows_change_nothing(encoder: Encoder) -> None:
+    """Lengths at and next to every bucket's edge: alone, together, shuffled, beside longer rows, in every size."""
     largest = encoder.manifest.profile.max
     lengths = sorted({edge + step for edge in EDGES for step in (-1, 0, 1)} & set(range(1, encoder.max_length + 1)))
     rows = rows_of(encoder, lengths)
@@ -99,8 +99,8 @@ def test_every_token_of_the_vocabulary(encoder: Encoder) -> None:
 
 
 @pytest.mark.slow
-def test_threads_give_what_one_gives(encoder: Encoder) -> None:
-    """16 threads, 1,000 calls each; a mixed-up buffer would give another text's vector, far outside the bound."""
+def test_threads_return_the_vectors_of_one_thread(encoder: Encoder) -> None:
+    """16 threads make 1,000 calls each; a mixed-up buffer would return another text's vector, far outside the bound."""
     texts = [text for _, text in PROBES]
     serial = np.stack([encoder.encode(text) for text in texts])
     bound = TOLERANCES[encoder.manifest.precision].min_batch_cosine
@@ -113,8 +113,8 @@ def test_threads_give_what_one_gives(encoder: Encoder) -> None:
         assert min(pool.map(work, range(THREADS))) >= bound
 
 
-def test_a_process_ends_in_silence(encoder: Encoder) -> None:
-    """Contexts, streams and pinned memory of several threads are given back while CUDA is still there."""
+def test_a_process_exits_without_errors(encoder: Encoder) -> None:
+    """Contexts, streams and pinned memory of several threads are freed before CUDA shuts down."""
     code = (
         "import sys, threading; from nvembed_deploy import Encoder\n"
         "encoder = Encoder(sys.argv[1], device='cuda')\n"

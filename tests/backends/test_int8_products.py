@@ -1,4 +1,4 @@
-"""Products of 8 bits on CPUs: their sums must not be cut off, whatever the CPU."""
+"""8-bit matrix products on CPUs: their sums must not saturate on any CPU."""
 
 import platform
 from collections.abc import Callable
@@ -25,7 +25,7 @@ WEIGHTS[:, ::2] = -127
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    """One quantized product as in `model.cpu.onnx`: a row of ids times codes, the largest that there are."""
+    """A graph with one quantized product as in `model.cpu.onnx`, with the largest possible inputs and weights."""
     constants = {
         "scale": np.array(SCALE),
         "zero_unsigned": np.array(0, dtype=np.uint8),
@@ -65,7 +65,7 @@ def openvino(path: Path) -> Backend:
 
 
 @pytest.mark.parametrize("opened", [OrtBackend, openvino])
-def test_the_largest_codes_give_whole_sums(graph: Path, opened: Callable[[Path], Backend]) -> None:
+def test_sums_of_the_largest_quantized_values_are_exact(graph: Path, opened: Callable[[Path], Backend]) -> None:
     ids = np.full((16, TOKENS), 255, dtype=np.int64)
     ones = np.ones_like(ids)
     sums = opened(graph).run(TokenBatch(input_ids=ids, attention_mask=ones, pool_mask=ones)).embeddings
@@ -85,7 +85,7 @@ def test_the_largest_codes_give_whole_sums(graph: Path, opened: Callable[[Path],
         ("x86_64", None, True),
     ],
 )
-def test_cpus_whose_sums_are_cut_off(
+def test_cpus_whose_sums_saturate_are_recognized(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str, flags: str | None, overflows: bool
 ) -> None:
     information = tmp_path / "cpuinfo"

@@ -1,4 +1,4 @@
-"""Nothing leaves the machine: both CPU runtimes in a fresh home, their connections traced where strace is installed."""
+"""Nothing leaves the machine: both CPU runtimes run in an empty home, and strace, if installed, traces connections."""
 
 import importlib.util
 import os
@@ -23,7 +23,9 @@ time.sleep(2)  # what reports does so from a thread of its own
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_no_connection_and_nothing_in_the_home(backend: str, bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_no_connection_is_opened_and_the_home_stays_empty(
+    backend: str, bundles: dict[str, Path], tmp_path: Path
+) -> None:
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     home, trace = tmp_path / "home", tmp_path / "trace"
@@ -54,7 +56,7 @@ def test_no_connection_and_nothing_in_the_home(backend: str, bundles: dict[str, 
         assert [line for line in lines if "AF_INET" in line or "sin_port" in line] == []
 
 
-def test_a_user_who_turned_it_on_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_telemetry_that_the_user_enabled_stays_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(no_telemetry.ORT_SWITCH, "0")
     no_telemetry.switch_off_onnxruntime_telemetry()
     assert os.environ[no_telemetry.ORT_SWITCH] == "0"

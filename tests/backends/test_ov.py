@@ -42,8 +42,8 @@ def test_fp32_equals_onnx_runtime(bundles: dict[str, Path]) -> None:
     assert np.abs(vectors - expected).max() <= 5e-6
 
 
-def test_bf16_is_rounded_by_openvino_alone(bundles: dict[str, Path]) -> None:
-    """A BF16 bundle's graph for CPUs rounds every result for ONNX Runtime's sake; here that only costs."""
+def test_bf16_is_rounded_by_openvino_only(bundles: dict[str, Path]) -> None:
+    """A BF16 bundle's CPU graph rounds every result for ONNX Runtime; with OpenVINO the rounding is removed."""
     core = ov._openvino().Core()
     graph = core.read_model(str(bundles["bf16"] / "model.cpu.onnx"))
     before = _bf16_results(graph)
@@ -58,13 +58,13 @@ def test_bf16_is_rounded_by_openvino_alone(bundles: dict[str, Path]) -> None:
 
 
 def _bf16_results(graph: Any) -> set[str]:
-    """Kinds of the operators that lead to a result and give BF16."""
+    """Returns the types of the operators whose output is BF16."""
     return {
         op.get_type_name() for op in graph.get_ordered_ops() if op.get_output_element_type(0).get_type_name() == "bf16"
     }
 
 
-def test_a_graph_of_another_kind_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_unsuitable_graphs_are_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(EngineError, match="cannot be loaded by OpenVINO"):
         OvBackend(tmp_path / "model.onnx", dimension=8, exact=True)
@@ -101,7 +101,9 @@ def test_a_damaged_choice_is_measured_again(bundles: dict[str, Path], own_cache:
         assert json.loads(choice_file.read_text())["backend"]
 
 
-def test_faster_but_different_is_not_taken(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faster_runtime_with_different_vectors_is_not_chosen(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = OvBackend.run
 
     def rolled(self: OvBackend, batch: TokenBatch) -> Output:
@@ -114,7 +116,7 @@ def test_faster_but_different_is_not_taken(bundles: dict[str, Path], monkeypatch
     monkeypatch.setattr(OvBackend, "run", run)
 
 
-def test_the_faster_one_is_taken(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_runtime_is_chosen(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select_backend, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
     assert Encoder(bundles["fp32"], device="cpu").backend.startswith("openvino")
 
@@ -128,19 +130,19 @@ def test_the_faster_one_is_taken(bundles: dict[str, Path], monkeypatch: pytest.M
         ({"threads": 0}, "threads is 0; pass a whole number from 1 to 1024"),
     ],
 )
-def test_wishes_that_do_not_go_together(bundles: dict[str, Path], options: dict, message: str) -> None:
+def test_incompatible_options_are_refused(bundles: dict[str, Path], options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Encoder(bundles["fp32"], **options)
 
 
-def test_naming_the_graph_asks_for_onnx_runtime(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_to_the_graph_selects_onnx_runtime(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nvembed_deploy.select_backend.fastest_cpu_runtime", lambda *_, **__: ("openvino", None))
     assert Encoder(bundles["fp32"], device="cpu").backend.startswith("openvino")
     assert Encoder(bundles["fp32"] / "model.onnx", device="cpu").backend.startswith("onnxruntime")
     assert Encoder(bundles["fp32"] / "model.onnx", device="cpu", backend="openvino").backend.startswith("openvino")
 
 
-def test_threads_change_no_vector(bundles: dict[str, Path]) -> None:
+def test_the_number_of_threads_does_not_change_vectors(bundles: dict[str, Path]) -> None:
     for backend in ("onnxruntime", "openvino"):
         one_thread = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=1).encode(TEXTS)
         two_threads = Encoder(bundles["fp32"], device="cpu", backend=backend, threads=2).encode(TEXTS)
@@ -159,7 +161,7 @@ def _token_batches(encoder: Encoder) -> list[TokenBatch]:
     return [encoder._text.pad([row]) for row in rows]
 
 
-def test_batches_at_the_same_time_give_the_same_vectors(bundles: dict[str, Path]) -> None:
+def test_concurrent_batches_return_the_same_vectors(bundles: dict[str, Path]) -> None:
     encoder = _in_two_streams(bundles["fp32"])
     backend = encoder._backend
     assert isinstance(backend, OvBackend)
@@ -179,14 +181,14 @@ def test_batches_at_the_same_time_give_the_same_vectors(bundles: dict[str, Path]
     assert all(np.array_equal(vectors, expected) for vectors, expected in zip(again, alone, strict=True))
 
 
-def test_many_batches_of_one_call_take_streams(bundles: dict[str, Path]) -> None:
+def test_many_batches_of_one_call_use_streams(bundles: dict[str, Path]) -> None:
     encoder = _in_two_streams(bundles["fp32"])
     vectors = encoder.encode(TEXTS * 20, batch_size=2)
     assert encoder._backend._streams_compiled is not None  # type: ignore[attr-defined]
     assert np.abs(vectors - np.tile(encoder.encode(TEXTS), (20, 1))).max() <= 2e-6
 
 
-def test_without_a_second_copy_batches_go_one_by_one(
+def test_without_a_second_compiled_model_batches_run_one_at_a_time(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ov, "MAX_STREAMED_BYTES", 1000)

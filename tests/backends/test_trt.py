@@ -1,4 +1,4 @@
-"""The plan's backend on a recording stand-in for TensorRT and CUDA: its results, its rules, its failures."""
+"""The plan's backend on a fake TensorRT and CUDA: results, rules and failures."""
 
 import gc
 import re
@@ -67,7 +67,7 @@ def bindings(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeBindings:
 
 
 @pytest.fixture
-def opened(cuda: FakeCuda, bindings: FakeBindings) -> Callable[..., TrtBackend]:
+def open_fake(cuda: FakeCuda, bindings: FakeBindings) -> Callable[..., TrtBackend]:
     def open_backend(info: PlanInfo = INFO, device: int = 0) -> TrtBackend:
         runtime = CudaRuntime.load()
         return TrtBackend(
@@ -83,8 +83,8 @@ def opened(cuda: FakeCuda, bindings: FakeBindings) -> Callable[..., TrtBackend]:
     return open_backend
 
 
-def test_vectors_of_growing_and_shrinking_batches(opened: Callable, bindings: FakeBindings, cuda: FakeCuda) -> None:
-    backend = opened()
+def test_vectors_of_growing_and_shrinking_batches(open_fake: Callable, bindings: FakeBindings, cuda: FakeCuda) -> None:
+    backend = open_fake()
     assert backend.name == f"tensorrt_rtx {VERSION} on Fake GPU"
     assert bindings.plans == [b"plan"]
     for seed, (rows, tokens) in enumerate(SIZES):
@@ -97,17 +97,17 @@ def test_vectors_of_growing_and_shrinking_batches(opened: Callable, bindings: Fa
     np.testing.assert_array_equal(results[0].embeddings, bag(*make_batch(2, 3))[0])  # and results are not
 
 
-def test_small_batches_are_padded_and_cut_again(opened: Callable, bindings: FakeBindings) -> None:
+def test_small_batches_are_padded_and_their_outputs_trimmed(open_fake: Callable, bindings: FakeBindings) -> None:
     bindings.profiles = [((4, 16), (8, 64), (32, 128))]
-    backend = opened()
+    backend = open_fake()
     assert backend.profile.min == Shape(batch=4, tokens=16)
     for rows, tokens in ((1, 1), (4, 2), (2, 100), (3, 16), (5, 17), (4, 16)):
         check(backend, rows, tokens)
 
 
-def test_the_smallest_profile_that_fits_is_used(opened: Callable, bindings: FakeBindings) -> None:
+def test_the_smallest_profile_that_fits_is_used(open_fake: Callable, bindings: FakeBindings) -> None:
     bindings.profiles = [((1, 1), (8, 64), (32, 128)), ((1, 1), (1, 16), (2, 32)), ((1, 1), (1, 256), (1, 512))]
-    backend = opened()
+    backend = open_fake()
     assert (backend.profile.max, backend.profile.opt) == (Shape(batch=32, tokens=512), Shape(batch=8, tokens=64))
     for shape, switches in (((2, 32), 1), ((1, 4), 1), ((3, 4), 2), ((32, 128), 2), ((1, 512), 3), ((2, 2), 4)):
         check(backend, *shape)
@@ -116,8 +116,8 @@ def test_the_smallest_profile_that_fits_is_used(opened: Callable, bindings: Fake
         backend.run(make_batch(2, 512))
 
 
-def test_too_large_a_batch(opened: Callable, bindings: FakeBindings) -> None:
-    backend = opened()
+def test_a_batch_that_is_too_large_is_refused(open_fake: Callable, bindings: FakeBindings) -> None:
+    backend = open_fake()
     for shape in ((33, 1), (1, 129)):
         with pytest.raises(
             ConfigError, match=r"than the plan accepts \(32x128\); pass a smaller batch_size or max_length"
@@ -137,13 +137,13 @@ def test_too_large_a_batch(opened: Callable, bindings: FakeBindings) -> None:
         ("deserialize_cuda_engine", None, r"loading engine\.plan failed: no deserialize_cuda_engine today"),
     ],
 )
-def test_a_plan_that_does_not_load(
-    opened: Callable, bindings: FakeBindings, call: str, outcome: object, message: str
+def test_a_plan_that_does_not_load_is_reported(
+    open_fake: Callable, bindings: FakeBindings, call: str, outcome: object, message: str
 ) -> None:
     bindings.fail[call] = [outcome]
     with pytest.raises(EngineError, match=f"TensorRT: {message}"):
-        opened()
-    check(opened(), 3, 7)
+        open_fake()
+    check(open_fake(), 3, 7)
 
 
 @pytest.mark.parametrize(
@@ -160,11 +160,11 @@ def test_a_plan_that_does_not_load(
         ("execute_async_v3", [False], "running the plan failed: no execute_async_v3 today"),
     ],
 )
-def test_each_no_of_tensorrt_is_named(
-    opened: Callable, bindings: FakeBindings, call: str, outcome: list, message: str
+def test_each_failure_of_tensorrt_is_named(
+    open_fake: Callable, bindings: FakeBindings, call: str, outcome: list, message: str
 ) -> None:
     bindings.profiles = [((1, 1), (8, 64), (32, 128)), ((1, 1), (2, 8), (4, 16))]
-    backend = opened()
+    backend = open_fake()
     check(backend, 32, 100)
     if call == "create_execution_context":
         backend._idle.clear()
@@ -194,9 +194,9 @@ def test_each_no_of_tensorrt_is_named(
     ],
 )
 def test_each_cuda_error_is_named(
-    opened: Callable, bindings: FakeBindings, cuda: FakeCuda, call: str, outcome: list, message: str
+    open_fake: Callable, bindings: FakeBindings, cuda: FakeCuda, call: str, outcome: list, message: str
 ) -> None:
-    backend = opened()
+    backend = open_fake()
     cuda.fail[call] = outcome
     with pytest.raises(EngineError, match=message) as caught:
         backend.run(make_batch(3, 7))
@@ -207,8 +207,8 @@ def test_each_cuda_error_is_named(
     assert len(bindings.contexts) == 1
 
 
-def test_an_interrupt_leaves_nothing_queued(opened: Callable, bindings: FakeBindings, cuda: FakeCuda) -> None:
-    backend = opened()
+def test_an_interrupt_leaves_nothing_queued(open_fake: Callable, bindings: FakeBindings, cuda: FakeCuda) -> None:
+    backend = open_fake()
     bindings.fail["execute_async_v3"] = [KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
         backend.run(make_batch(3, 7))
@@ -216,8 +216,8 @@ def test_an_interrupt_leaves_nothing_queued(opened: Callable, bindings: FakeBind
     check(backend, 3, 7)
 
 
-def test_a_lost_device_does_not_hide_the_first_error(opened: Callable, cuda: FakeCuda) -> None:
-    backend = opened()
+def test_a_lost_device_does_not_hide_the_first_error(open_fake: Callable, cuda: FakeCuda) -> None:
+    backend = open_fake()
     check(backend, 3, 7)
     for name in ("cudaStreamSynchronize", "cudaFree", "cudaFreeHost", "cudaStreamDestroy"):
         cuda.fail[name] = [OOM] * 9
@@ -236,17 +236,17 @@ def test_a_lost_device_does_not_hide_the_first_error(opened: Callable, cuda: Fak
         ({"compute_capabilities": ("9.0", "12.0")}, r"capability 9\.0 or 12\.0; this machine has 8\.9"),
     ],
 )
-def test_a_plan_for_something_else_never_reaches_tensorrt(
-    opened: Callable, bindings: FakeBindings, change: dict, message: str
+def test_a_plan_for_another_machine_never_reaches_tensorrt(
+    open_fake: Callable, bindings: FakeBindings, change: dict, message: str
 ) -> None:
     fields = {name: getattr(INFO, name) for name in INFO.__dataclass_fields__} | change
     with pytest.raises(DeviceMismatchError, match=rf"{message}\. Rebuild it here: .*build"):
-        opened(PlanInfo(**fields))
+        open_fake(PlanInfo(**fields))
     assert not bindings.calls
 
 
-def test_where_tensorrt_rtx_makes_no_plans_tensorrt_is_named() -> None:
-    """To build again on an H100 ends at the same plan: TensorRT-RTX does not know the GPU."""
+def test_tensorrt_is_suggested_for_gpus_that_rtx_does_not_support() -> None:
+    """Rebuilding on an H100 would give the same plan, since TensorRT-RTX does not support that GPU."""
     h100 = CudaDevice(index=0, name="H100", compute_capability="9.0", bus="")
     with pytest.raises(
         DeviceMismatchError,
@@ -257,22 +257,22 @@ def test_where_tensorrt_rtx_makes_no_plans_tensorrt_is_named() -> None:
         check_fit(replace(INFO, runtime="tensorrt"), version=INFO.version, device=h100)
 
 
-def test_a_foreign_plan_is_refused(opened: Callable, bindings: FakeBindings) -> None:
+def test_a_foreign_plan_is_refused(open_fake: Callable, bindings: FakeBindings) -> None:
     tensors = dict(bindings.tensors)
     for name, kind in (("extra", "FLOAT"), ("input_ids", "INT32"), ("sentence_embedding", "HALF")):
         bindings.tensors = tensors | {name: bindings.DataType[kind]}
         with pytest.raises(EngineError, match=f"has tensors .*{name}.*{kind}.*not a plan made by this toolkit"):
-            opened()
+            open_fake()
     bindings.tensors, bindings.dimension = tensors, 9
     with pytest.raises(EngineError, match=r"returns sentence_embedding with shape \(3, 9\), expected \(3, 8\)"):
-        opened().run(make_batch(3, 7))
+        open_fake().run(make_batch(3, 7))
     assert "execute_async_v3" not in bindings.calls
 
 
-def test_threads(opened: Callable, bindings: FakeBindings) -> None:
-    """Results as in one thread, never two threads in a context, and memory for two contexts only."""
+def test_threads_use_separate_contexts(open_fake: Callable, bindings: FakeBindings) -> None:
+    """Results equal those of one thread, no context is shared by two threads, and only two contexts are created."""
     bindings.profiles = [((1, 1), (8, 64), (32, 128)), ((2, 4), (2, 8), (4, 16))]
-    backend = opened()
+    backend = open_fake()
     start = threading.Barrier(8)
 
     def work(thread: int) -> None:
@@ -291,19 +291,19 @@ def test_threads(opened: Callable, bindings: FakeBindings) -> None:
     assert bindings.calls.count("execute_async_v3") == 8 * 50
 
 
-def test_two_devices_in_one_thread(opened: Callable, cuda: FakeCuda) -> None:
+def test_two_devices_in_one_thread(open_fake: Callable, cuda: FakeCuda) -> None:
     cuda.capabilities = ((8, 9), (8, 6))
-    backends = [opened(device=index) for index in (0, 1)]
+    backends = [open_fake(device=index) for index in (0, 1)]
     for _ in range(3):
         for backend in backends:
             check(backend, 3, 7)
 
 
-def test_memory_goes_with_the_backend(opened: Callable, bindings: FakeBindings, cuda: FakeCuda) -> None:
-    """At once, in whichever thread it was used, not when the garbage collector comes round."""
+def test_memory_is_freed_with_the_backend(open_fake: Callable, bindings: FakeBindings, cuda: FakeCuda) -> None:
+    """Memory is freed at once, in whichever thread it was used, not at the next garbage collection."""
     gc.disable()
     try:
-        backend = opened()
+        backend = open_fake()
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda run: run(make_batch(8, 8)), [backend.run] * 40))
         assert cuda.device
@@ -315,8 +315,8 @@ def test_memory_goes_with_the_backend(opened: Callable, bindings: FakeBindings, 
         gc.enable()
 
 
-def test_errors_of_the_past_are_not_told_again(opened: Callable, bindings: FakeBindings) -> None:
-    backend = opened()
+def test_past_errors_are_not_reported_again(open_fake: Callable, bindings: FakeBindings) -> None:
+    backend = open_fake()
     for index in range(1000):
         backend._logger.log(bindings.ILogger.Severity.ERROR, str(index))
     assert len(backend._logger.errors) <= 100
@@ -326,9 +326,9 @@ def test_errors_of_the_past_are_not_told_again(opened: Callable, bindings: FakeB
 
 
 def test_a_stripped_plan_gets_its_weights_before_its_first_context(
-    opened: Callable, bindings: FakeBindings, cuda: FakeCuda
+    open_fake: Callable, bindings: FakeBindings, cuda: FakeCuda
 ) -> None:
-    check(opened(replace(INFO, stripped=True, weight_streaming=True)), 3, 7)
+    check(open_fake(replace(INFO, stripped=True, weight_streaming=True)), 3, 7)
     assert bindings.refits == [str(Path("model.onnx"))]
     assert bindings.calls.index("refit_from_file") < bindings.calls.index("refit_cuda_engine")
     assert bindings.calls.index("refit_cuda_engine") < bindings.calls.index("create_execution_context")
@@ -342,17 +342,17 @@ def test_a_stripped_plan_gets_its_weights_before_its_first_context(
         ("refit_cuda_engine", "putting the weights into the plan failed"),
     ],
 )
-def test_a_failed_refit_is_named(opened: Callable, bindings: FakeBindings, call: str, message: str) -> None:
+def test_a_failed_refit_is_named(open_fake: Callable, bindings: FakeBindings, call: str, message: str) -> None:
     bindings.fail[call] = [False]
     with pytest.raises(EngineError, match=message):
-        opened(replace(INFO, stripped=True))
+        open_fake(replace(INFO, stripped=True))
 
 
-def test_compiled_kernels_are_kept_for_the_next_start(
-    opened: Callable, bindings: FakeBindings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_compiled_kernels_are_stored_for_the_next_start(
+    open_fake: Callable, bindings: FakeBindings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    backend = opened()
+    backend = open_fake()
     for shape in SIZES:
         check(backend, *shape)
     file = next((tmp_path / "nvembed-deploy").iterdir())
@@ -362,7 +362,7 @@ def test_compiled_kernels_are_kept_for_the_next_start(
     del backend  # as the program's end does: what was compiled since is kept
     assert len(file.read_text().split()) == 1 + len(set(SIZES))
     written, compiled = file.stat().st_mtime_ns, bindings.calls.count("compile")
-    backend = opened()
+    backend = open_fake()
     for shape in SIZES:
         check(backend, *shape)
     del backend
@@ -370,18 +370,20 @@ def test_compiled_kernels_are_kept_for_the_next_start(
     assert bindings.calls.count("compile") == compiled  # the second start compiles nothing
     assert file.stat().st_mtime_ns == written
     file.write_bytes(b"of another driver")
-    check(opened(), 3, 7)
+    check(open_fake(), 3, 7)
     assert file.read_bytes().startswith(b"kernels")
     bindings.fail["serialize"] = [None] * 9
-    check(opened(), 3, 8)  # vectors all the same
+    check(open_fake(), 3, 8)  # vectors all the same
     bindings.fail.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # a file where a folder should be
-    check(opened(), 3, 7)
+    check(open_fake(), 3, 7)
 
 
-def test_no_memory_for_a_second_context(opened: Callable, bindings: FakeBindings) -> None:
-    """A device with room for one context runs batch after batch, whatever the threads ask for."""
-    backend = opened()
+def test_without_memory_for_a_second_context_batches_run_one_at_a_time(
+    open_fake: Callable, bindings: FakeBindings
+) -> None:
+    """A device with memory for one context runs one batch at a time, however many threads call it."""
+    backend = open_fake()
     assert backend.in_flight == CONTEXTS
     check(backend, 3, 7)
     bindings.fail["create_execution_context"] = [None]
@@ -399,11 +401,11 @@ def test_no_memory_for_a_second_context(opened: Callable, bindings: FakeBindings
     assert len(bindings.contexts) == 1
 
 
-def test_tensorrt_proper_has_no_such_cache(
-    opened: Callable, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch
+def test_tensorrt_has_no_runtime_cache(
+    open_fake: Callable, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nvembed_deploy.backends.kernel_cache.TENSORRT_RTX", "another")
     with pytest.raises(AssertionError, match="an RTX context has no runtime cache"):  # the stand-in is RTX
-        check(opened(), 3, 7)
+        check(open_fake(), 3, 7)
     assert "create_runtime_config" not in bindings.calls
     bindings.cuda.violations.clear()

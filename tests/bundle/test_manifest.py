@@ -1,4 +1,4 @@
-"""The manifest: it is read back as written, and invalid content is refused even if its hash matches."""
+"""The manifest reads back as written, and invalid content is refused even if its hash matches."""
 
 import copy
 import hashlib
@@ -31,12 +31,12 @@ from tests.bundle.test_reader import FILES, make_manifest
 fuzz = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-def zeroed(record: dict) -> bytes:
+def to_bytes_with_zero_hash(record: dict) -> bytes:
     return json.dumps(record | {"manifest_sha256": "0" * 64}, indent=1).encode()
 
 
 def rehash(content: bytes) -> bytes:
-    """Replaces the 64 zeros by the matching hash, so that the checks after the hash are reached."""
+    """Replaces the 64 zeros with the matching hash, so that the checks after the hash are reached."""
     return content.replace(b"0" * 64, hashlib.sha256(content).hexdigest().encode(), 1)
 
 
@@ -119,7 +119,7 @@ def test_an_invalid_manifest_is_refused(path: str, value: object, message: str) 
             path.removeprefix("files/")
         )
     with pytest.raises(BundleError, match=message):
-        Manifest.from_bytes(rehash(zeroed(record)))
+        Manifest.from_bytes(rehash(to_bytes_with_zero_hash(record)))
 
 
 @pytest.mark.parametrize("name", sorted(RECORD.keys() - {"manifest_sha256", "format_version"}))
@@ -127,7 +127,7 @@ def test_a_missing_field_is_named(name: str) -> None:
     record = copy.deepcopy(RECORD)
     del record[name]
     with pytest.raises(BundleError, match=f"field '{name}' is missing"):
-        Manifest.from_bytes(rehash(zeroed(record)))
+        Manifest.from_bytes(rehash(to_bytes_with_zero_hash(record)))
 
 
 @pytest.mark.parametrize("name", sorted(REQUIRED))
@@ -135,7 +135,7 @@ def test_a_manifest_without_graph_weights_or_tokenizer_is_refused(name: str) -> 
     record = copy.deepcopy(RECORD)
     del record["files"][name]
     with pytest.raises(BundleError, match=f"does not list {name}; export"):
-        Manifest.from_bytes(rehash(zeroed(record)))
+        Manifest.from_bytes(rehash(to_bytes_with_zero_hash(record)))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_manifest_without_graph_weights_or_tokenizer_is_refused(name: str) -> 
         (rehash(b'{"manifest_sha256": "' + b"0" * 64 + b'", "format_version": ' + b"9" * 10**4), "is invalid"),
     ],
 )
-def test_other_content_is_refused(content: bytes, message: str) -> None:
+def test_content_that_is_not_a_manifest_is_refused(content: bytes, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         Manifest.from_bytes(content)
 
@@ -160,13 +160,13 @@ def test_other_content_is_refused(content: bytes, message: str) -> None:
 # Fuzzing: 10,000 examples over the three
 
 
-def edited(content: bytes, edits: list[tuple[int, bytes, int]]) -> bytes:
+def with_edits(content: bytes, edits: list[tuple[int, bytes, int]]) -> bytes:
     for offset, new, removed in edits:
         content = content[:offset] + new + content[offset + removed :]
     return content
 
 
-def check_refused_or_sound(content: bytes) -> None:
+def check_refused_or_valid(content: bytes) -> None:
     try:
         manifest = Manifest.from_bytes(content)
     except BundleError:  # any other exception is a fault
@@ -199,7 +199,7 @@ changes = st.lists(st.tuples(st.sampled_from(list(paths(RECORD))), st.none() | s
 @given(byte_edits)
 @settings(fuzz, max_examples=3000)
 def test_any_change_of_bytes_is_refused(edits: list) -> None:
-    content = edited(VALID, edits)
+    content = with_edits(VALID, edits)
     if content != VALID:
         with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
             Manifest.from_bytes(content)
@@ -207,13 +207,13 @@ def test_any_change_of_bytes_is_refused(edits: list) -> None:
 
 @given(byte_edits)
 @settings(fuzz, max_examples=4000)
-def test_changed_bytes_with_a_matching_hash_are_refused_or_sound(edits: list) -> None:
-    check_refused_or_sound(rehash(edited(zeroed(RECORD), edits)))
+def test_changed_bytes_with_a_matching_hash_are_refused_or_valid(edits: list) -> None:
+    check_refused_or_valid(rehash(with_edits(to_bytes_with_zero_hash(RECORD), edits)))
 
 
 @given(changes, st.dictionaries(st.text(max_size=8), json_values, max_size=1))
 @settings(fuzz, max_examples=3000)
-def test_changed_fields_with_a_matching_hash_are_refused_or_sound(changes: list, more: dict) -> None:
+def test_changed_fields_with_a_matching_hash_are_refused_or_valid(changes: list, more: dict) -> None:
     record = copy.deepcopy(RECORD) | more
     for (*parents, leaf), change in changes:
         try:
@@ -224,7 +224,7 @@ def test_changed_fields_with_a_matching_hash_are_refused_or_sound(changes: list,
                 parent[leaf] = change[0]
         except (LookupError, TypeError):
             continue  # removed by an earlier change
-    check_refused_or_sound(rehash(zeroed(record)))
+    check_refused_or_valid(rehash(to_bytes_with_zero_hash(record)))
 
 
 @given(

@@ -150,19 +150,19 @@ def folder_instead(path: Path) -> None:
     path.mkdir()
 
 
-def another_generations(path: Path) -> None:
+def swap_with_another_generation(path: Path) -> None:
     path.write_bytes(contents(2)[path.name])
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize(
     "damage",
-    [truncate, lengthen, empty, Path.unlink, folder_instead, another_generations],
+    [truncate, lengthen, empty, Path.unlink, folder_instead, swap_with_another_generation],
     ids=lambda damage: damage.__name__,
 )
 def test_every_damage_of_every_file_is_refused_by_name(folder: Path, name: str, damage) -> None:
     damage(folder / name)
-    refused = name if (name, damage) != (MANIFEST, another_generations) else FILES[0]
+    refused = name if (name, damage) != (MANIFEST, swap_with_another_generation) else FILES[0]
     with pytest.raises(BundleError, match=rf"{refused}\b") as caught:
         Bundle.open(folder)
     assert "\n" not in str(caught.value)
@@ -172,7 +172,7 @@ def test_every_damage_of_every_file_is_refused_by_name(folder: Path, name: str, 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("link", [symlink, hard_link])
-def test_a_link_is_what_it_leads_to(folder: Path, name: str, link) -> None:
+def test_a_link_is_judged_by_its_target(folder: Path, name: str, link) -> None:
     link(folder / name)
     bundle = Bundle.open(folder)
     assert bundle.is_current()

@@ -1,4 +1,4 @@
-"""`nvembed embed`: every kind of file in and out, streams, and files that are not what they seem."""
+"""`nvembed embed`: every input and output format, streams, and files with unexpected content."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def embed(bundle: str, *arguments: str) -> int:
 
 
 def write(path: Path, texts: list[str]) -> Path:
-    """Texts in the format that the file's name asks for."""
+    """Writes texts in the format of the file's suffix."""
     if path.suffix == ".txt":
         path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     elif path.suffix == ".jsonl":
@@ -81,7 +81,7 @@ def test_standard_input_to_standard_output(
     )
 
 
-def test_no_texts_are_no_vectors(bundle: str, encoder: Encoder, tmp_path: Path) -> None:
+def test_no_texts_give_no_vectors(bundle: str, encoder: Encoder, tmp_path: Path) -> None:
     assert embed(bundle, str(write(tmp_path / "none.txt", [])), "--out", str(tmp_path / "none.npy")) == 0
     assert np.load(tmp_path / "none.npy").shape == (0, encoder.dimension)
 
@@ -97,7 +97,7 @@ def test_no_texts_are_no_vectors(bundle: str, encoder: Encoder, tmp_path: Path) 
         ("broken.parquet", "no parquet", "cannot be read as Parquet"),
     ],
 )
-def test_files_that_cannot_be_read_leave_nothing(
+def test_unreadable_files_leave_no_output(
     bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, message: str
 ) -> None:
     source, out = tmp_path / name, tmp_path / "vectors.npy"
@@ -110,7 +110,7 @@ def test_files_that_cannot_be_read_leave_nothing(
     assert not out.exists()
 
 
-def test_an_unknown_ending_is_refused_before_anything_is_read(
+def test_an_unsupported_suffix_is_refused_before_anything_is_read(
     bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert embed(bundle, str(tmp_path / "none.txt"), "--out", str(tmp_path / "vectors.bin")) == 1
@@ -118,7 +118,7 @@ def test_an_unknown_ending_is_refused_before_anything_is_read(
 
 
 def test_without_an_instruction_the_model_chooses_its_prompt() -> None:
-    """A model whose passages have a prompt of their own gets it: an empty prompt would take it away."""
+    """A model with a prompt for passages uses it: an empty prompt would replace it."""
     prompts: list[object] = []
 
     def encode(texts: list[str], *, prompt: str | None, batch_size: int | None) -> np.ndarray:

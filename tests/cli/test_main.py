@@ -1,4 +1,4 @@
-"""`nvembed`: its table, its help, and what a newcomer types wrong."""
+"""`nvembed`: its commands, its help, and common mistakes."""
 
 import subprocess
 import sys
@@ -21,14 +21,14 @@ def run(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_table_is_the_documented_one() -> None:
+def test_the_commands_are_the_documented_ones() -> None:
     assert sorted(NAMES) == sorted(
         "export pack build check show bench embed similarity serve app eval train triton bulk".split()
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_command_has_its_help(name: str) -> None:
+def test_every_command_has_help(name: str) -> None:
     done = run(name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: python -m nvembed_deploy {name}")
@@ -61,13 +61,15 @@ def test_help_is_instant_and_needs_no_packages() -> None:
         (["help"], 0, "usage: "),
     ],
 )
-def test_what_is_typed_first(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_calls_and_typos(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(arguments) == code
     captured = capsys.readouterr()
     assert message in captured.out + captured.err
 
 
-def test_what_an_installation_lacks_is_hidden_and_named(
+def test_commands_missing_from_the_installation_are_hidden_and_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "is_installed", lambda command: not command.module.startswith("training."))
@@ -76,7 +78,7 @@ def test_what_an_installation_lacks_is_hidden_and_named(
     assert "is not part of this installation" in capsys.readouterr().err
 
 
-def test_a_missing_base_package_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_base_package_is_a_one_line_error(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['numpy'] = None\n"
         "from nvembed_deploy.cli.main import main\n"
@@ -88,8 +90,8 @@ def test_a_missing_base_package_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_cures_install_from_where_the_code_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No name that is on no index: a checkout's path, or the packages themselves."""
+def test_install_commands_match_how_the_code_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command names a checkout's path or the required packages, since the project is on no package index."""
     from nvembed_deploy import console
 
     assert console.install_command("serve", "cpu") == f"pip install -e '{ROOT}[serve,cpu]'"

@@ -16,7 +16,7 @@ from nvembed_deploy.engines.power import PowerMeter, Reading, read_line
 from nvembed_deploy.engines.targets import TARGETS
 
 
-def test_percentiles_are_numpys() -> None:
+def test_percentiles_equal_numpys() -> None:
     times = list(range(1, 101))
     latency = percentiles(times, texts=3, tokens=7)
     assert (latency.p50, latency.p95, latency.p99) == (50.5, 95.05, 99.01)
@@ -30,7 +30,7 @@ def test_actions_are_interleaved() -> None:
     assert [len(action_times) for action_times in times] == [3, 3]
 
 
-def test_flops_are_two_for_each_weight_and_attention(bundles: dict[str, Path]) -> None:
+def test_flops_count_two_for_each_weight_and_attention(bundles: dict[str, Path]) -> None:
     config = Bundle.open(bundles["fp32"]).manifest.source.architecture
     parameters = config.parameters(fold=True)
     weights = sum(parameters.values()) - config.vocab_size * config.hidden_size
@@ -50,7 +50,7 @@ def test_flops_are_two_for_each_weight_and_attention(bundles: dict[str, Path]) -
         ("Orin", "unknown"),
     ],
 )
-def test_a_peak_is_that_of_the_card(
+def test_the_peak_is_that_of_the_gpu(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, source: str
 ) -> None:
     device = CudaDevice(index=1, name=name, compute_capability="8.9", bus="00000000:66:00.0")
@@ -81,7 +81,7 @@ def test_backends_on_a_gpu_are_recognized_by_name(backend: str, is_gpu: bool) ->
     assert on_gpu(SimpleNamespace(backend=backend)) is is_gpu
 
 
-def test_every_peak_names_its_card() -> None:
+def test_every_peak_names_its_gpu() -> None:
     assert all(bool(target.tflops) == bool(target.card) for target in TARGETS.values())
 
 
@@ -147,7 +147,7 @@ def test_power_is_read_from_the_vendors_tool(
     assert meter.peak_memory_mib == mib
 
 
-def test_devices_that_report_one_of_the_two_figures() -> None:
+def test_devices_that_report_only_power_or_only_energy() -> None:
     assert read_line("35.20, [N/A]") == Reading(35.2, None)  # DGX Spark
     assert read_line("[N/A], 1024") == Reading(None, 1024.0)
     assert read_line("[N/A], [N/A]") is None
@@ -172,12 +172,12 @@ def test_without_a_tool_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert (meter.joules, meter.peak_memory_mib) == (None, None)
 
 
-def test_the_reference_needs_a_bundle_before_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reference_must_follow_a_bundle(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"reference@{checkpoint}"]) == 1
     assert "the reference needs a bundle before it" in capsys.readouterr().err
 
 
-def test_large_batches_end_before_padding_grows() -> None:
+def test_large_batches_are_split_where_padding_would_grow() -> None:
     lengths = [100] * 11 + [60] * 3 + [5] * 4
     batches = list(plan_batches(lengths, max_rows=32, max_tokens=4096))
     assert [len(batch) for batch in batches] == [12, 6]  # 60 beside eleven of 100 is little; a small batch goes on

@@ -1,4 +1,4 @@
-"""Building the plan of a bundle on the device; TensorRT-RTX stands in for the device's TensorRT."""
+"""Building the plan of a bundle on the device; TensorRT-RTX takes the place of the device's TensorRT."""
 
 import json
 import os
@@ -29,7 +29,7 @@ JETSON = ["--target", "jetson-orin", "--max", "8x128"]
 
 @pytest.fixture(scope="module")
 def portable(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle for a Jetson, without a plan, since only the Jetson can build one."""
+    """A bundle for a Jetson, without a plan: only the Jetson itself can build one."""
     from nvembed_deploy.export.trt import main
 
     out = tmp_path_factory.mktemp("portable") / "bundle"

@@ -1,4 +1,4 @@
-"""Evaluation: mteb's own smoke test, who is instructed, local data, and parity on the built-in tasks."""
+"""Evaluation: mteb's own smoke test, instructions, local data, and parity on the built-in tasks."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ from nvembed_deploy.spec import Precision
         ("NQ", "Retrieval", False, QUESTION),
     ],
 )
-def test_who_is_instructed(name: str, kind: str, is_document: bool, expected: str) -> None:
+def test_which_texts_get_an_instruction(name: str, kind: str, is_document: bool, expected: str) -> None:
     assert instruction_for(name, kind, is_document=is_document, default="own") == expected
 
 
@@ -46,7 +46,7 @@ def test_mteb_accepts_the_model(encoder: Encoder) -> None:
     assert run.all_passed, dict(run.items())
 
 
-def test_revisions_tell_what_computes(checkpoint: Path, bundles: dict[str, Path]) -> None:
+def test_revisions_identify_the_engine(checkpoint: Path, bundles: dict[str, Path]) -> None:
     encoders = [Encoder(bundles[name], device="cpu") for name in ("fp32", "fp16")]
     models = [
         MtebModel(model_encoder) for model_encoder in (*encoders, Encoder.from_checkpoint(checkpoint, like=encoders[0]))
@@ -74,7 +74,7 @@ def test_another_checkpoint_is_refused(bundles: dict[str, Path], tmp_path: Path)
         Encoder.from_checkpoint(wrong_checkpoint, like=Encoder(bundles["fp32"], device="cpu"))
 
 
-def test_the_makers_scores_stand_beside_the_reference() -> None:
+def test_published_scores_are_shown_beside_the_reference() -> None:
     published = published_scores("nvidia/NV-Embed-v2")
     assert len(published) == 56
     assert set(published_scores("NV-Embed-v1")) < set(published)
@@ -108,7 +108,7 @@ def test_candidates_of_several_queries_are_embedded_once() -> None:
     assert [[texts[name] for name in split["relevant_docs"][query]] for query in ("q0", "q1")] == [["one"], ["two"]]
 
 
-def test_small_tasks_get_room_for_their_noise() -> None:
+def test_small_tasks_have_a_larger_tolerance() -> None:
     assert tolerance_of(Precision.FP16, 500) == tolerance_of(Precision.FP16, None) == TOLERANCES[Precision.FP16]
     assert tolerance_of(Precision.FP16, 125) == pytest.approx(2 * TOLERANCES[Precision.FP16])
 
@@ -167,14 +167,14 @@ def test_a_local_folder(
     assert "has no task 'nothing'" in capsys.readouterr().err
 
 
-def test_a_wrong_engine_is_found(
+def test_a_wrong_engine_is_detected(
     checkpoint: Path,
     bundles: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Detects an engine that returns wrong vectors, here with their numbers rolled by one."""
+    """Detects an engine that returns wrong vectors, here with their components shifted by one."""
     encode = Encoder.encode
 
     def rolled(self: Encoder, texts: list[str], **options: object) -> np.ndarray:
@@ -205,7 +205,7 @@ def test_wrong_flags(
     assert message in capsys.readouterr().err
 
 
-def test_a_cut_corpus_keeps_what_is_judged(tmp_path: Path) -> None:
+def test_a_reduced_corpus_keeps_the_judged_documents(tmp_path: Path) -> None:
     task = folder_tasks(write_folder(tmp_path), names=["my_retrieval"], max_documents=2)[0].task
     task.load_data()
     split = task.dataset["default"]["test"]

@@ -1,7 +1,7 @@
-"""Scores of the embedded model's bundles beside PyTorch's, on six kinds of tasks.
+"""Scores of the embedded model's bundles compared with PyTorch's, on six kinds of tasks.
 
-The other precisions are scored by `python -m benchmarks.precisions`, whose record is in `benchmarks/results`. FP32 is
-held to 2e-6 in every element of its vectors by the export's own gate.
+The other precisions are scored by `python -m benchmarks.precisions`, whose record is in `benchmarks/results`. The
+export's own gate limits FP32 to a difference of 2e-6 in every element.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, needs_rtx]
 
 @pytest.fixture(scope="module")
 def mini_bundles(readme_folder: Path) -> dict[str, Path]:
-    """The bundles that the README's commands make."""
+    """The bundles that the README's commands create."""
     made = readme_folder / "bundles"
     return {"fp16": made / "nv-embed-mini-fp16", "int8": made / "int8"}
 

@@ -44,7 +44,7 @@ def test_a_graph_for_another_machine_does_not_depend_on_this_ones_gpu(monkeypatc
     assert "9.0" in options.from_flags(flags).target.compute_capabilities
 
 
-def test_what_would_be_lost_is_refused_before_any_work(
+def test_losing_files_is_refused_before_any_work(
     checkpoint: Path, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -131,7 +131,7 @@ def test_skipped_gate_is_reported(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert not manifest.folded
 
 
-def test_without_the_targets_tensorrt(
+def test_without_the_targets_tensorrt_only_the_graph_is_written(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a platform without wheels the ONNX bundle is written, and a message says what a plan needs."""
@@ -152,7 +152,9 @@ def test_without_the_targets_tensorrt(
         Encoder(tmp_path / "b")
 
 
-def test_target_of_another_machine(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_target_for_another_machine_writes_only_the_graph(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert trt.main(arguments(checkpoint, tmp_path / "b", "--target", "jetson-orin", "--no-parity")) == 0
     assert "--target jetson-orin is built on the device itself" in capsys.readouterr().err
     manifest = Bundle.open(tmp_path / "b").manifest
@@ -237,7 +239,9 @@ def test_profile_follows_max() -> None:
     )
 
 
-def test_tokenizer_that_lost_its_bos(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_without_bos_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "c"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["post_processor"] = None
@@ -246,7 +250,7 @@ def test_tokenizer_that_lost_its_bos(checkpoint: Path, tmp_path: Path, capsys: p
     assert "NV-Embed needs [1] before" in capsys.readouterr().err
 
 
-def test_tokenizer_beyond_the_embedding_table(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding_table_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "c"))
     config = read_checkpoint_architecture(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

@@ -165,6 +165,6 @@ def test_without_fp32_modules_the_same_model_fails(checkpoint: Path, text: TextE
     assert worst_cosine(model, text, tmp_path, Dialect.FUSED, frozenset()) < 0.99
 
 
-def test_values_that_are_not_finite_count_as_near() -> None:
+def test_non_finite_values_count_as_near_the_limit() -> None:
     max_abs = {"a": float("nan"), "b": float("inf"), "c": FP16_MAX / HEADROOM, "d": FP16_MAX / HEADROOM * 1.01}
     assert Ranges(max_abs=max_abs).near_limit.keys() == {"a", "b", "d"}

@@ -1,4 +1,4 @@
-"""Weights that are never all in memory, or not written again: streamed, referenced, sliced."""
+"""Exports that never have all weights in memory, or do not write them again: streamed, referenced, sliced."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def checkpoint_copy(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "unfolded"])
-def test_checkpoint_weights_are_the_models(checkpoint: Path, fold: bool) -> None:
+def test_checkpoint_weights_equal_the_models(checkpoint: Path, fold: bool) -> None:
     weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
     model = load_checkpoint(checkpoint)
     if fold:
@@ -244,7 +244,7 @@ def test_known_hashes_are_compared(checkpoint_copy: Path, tmp_path: Path, capsys
 def test_a_fine_tuned_models_shards_are_not_called_damaged(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its shards have the published sizes and none of the hashes; only beside a published shard is that damage."""
+    """Its shards have the published sizes but other hashes; that is damage only if another shard is a published one."""
     config = read_checkpoint_architecture(checkpoint)
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
@@ -260,7 +260,7 @@ def test_a_fine_tuned_models_shards_are_not_called_damaged(
         source.describe(tmp_path, "mine", None, config)
 
 
-def test_hashing_stays_near_the_writer(tmp_path: Path) -> None:
+def test_hashing_keeps_pace_with_the_writer(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a", "b")]
     for path in paths:
         path.write_bytes(bytes(100))

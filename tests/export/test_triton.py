@@ -54,7 +54,7 @@ def parsed(repository: Path, names: tuple[str, ...]) -> dict:
     return {name: text_format.Parse((repository / name / "config.pbtxt").read_text(), message()) for name in names}
 
 
-def test_configurations_are_tritons(configs: dict, repository: Path) -> None:
+def test_configurations_parse_as_tritons_messages(configs: dict, repository: Path) -> None:
     assert {config.name for config in configs.values()} == set(NAMES)
     for name in NAMES:
         assert (repository / name / "1").is_dir()  # a version, without which Triton loads nothing
@@ -139,7 +139,7 @@ def model(repository: Path, monkeypatch: pytest.MonkeyPatch):
     return loaded
 
 
-def test_embeddings_are_the_encoders(model, bundle: Bundle) -> None:
+def test_embeddings_equal_the_encoders(model, bundle: Bundle) -> None:
     encoder = Encoder(bundle.folder, device="cpu")
     _, _, backend = open_parts(bundle.folder, "cpu")
     queries = [(["the water"], "Find it"), (["a", "passage over the water " * 9], ""), (["question"], "")]
@@ -161,7 +161,7 @@ def test_a_bad_request_does_not_affect_others(model) -> None:
     assert "no token of text 0 is left to pool" in responses[1].error.message
 
 
-def test_buckets_reach_the_longest_input() -> None:
+def test_buckets_cover_the_longest_input() -> None:
     def buckets_between(shortest: int, longest: int) -> tuple[int, ...]:
         low, high = Shape(batch=1, tokens=shortest), Shape(batch=1, tokens=longest)
         return buckets(ShapeProfile(min=low, opt=low, max=high))
@@ -172,7 +172,9 @@ def test_buckets_reach_the_longest_input() -> None:
     assert buckets_between(33, 512) == (64, 128, 256, 512)
 
 
-def test_a_plan_of_tensorrt(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensorrt_plan_is_served_by_the_tensorrt_backend(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plan is fake; the files and the configuration around it are checked."""
     onnx_bundle = Bundle.open(bundles["fp32"])
     plan = PlanInfo(

@@ -26,7 +26,7 @@ def publish_often(destination: Path, generation: int, times: int, barrier) -> No
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
-    """Records the system calls in order, with each path and its size at that moment; the calls are still made."""
+    """Records the system calls in order, with each path and its size at that moment, and still makes them."""
     made: list[tuple[str, str, int]] = []
     fsync, rename, exchange = os.fsync, os.rename, atomic.exchange
 
@@ -60,7 +60,7 @@ def test_a_file_and_its_folder_reach_the_disk_in_that_order(tmp_path: Path, call
     assert (tmp_path / "a").read_bytes() == b"abc"
 
 
-def test_leftovers_of_a_killed_writer_are_removed_and_running_ones_stay(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_and_those_of_a_running_one_stay(tmp_path: Path) -> None:
     (tmp_path / ".a.part-killed").write_bytes(b"half")
     (tmp_path / ".ab.part-other").write_bytes(b"half")
     with atomic.staged_file(tmp_path / "a") as slow:
@@ -113,7 +113,7 @@ def test_a_destination_is_never_missing_while_it_is_replaced(tmp_path: Path) -> 
     assert (missing, looks > 25) == (0, True)
 
 
-def test_two_writers_at_once_leave_the_whole_of_one(tmp_path: Path) -> None:
+def test_two_concurrent_writers_leave_one_complete_bundle(tmp_path: Path) -> None:
     destination = tmp_path / "out"
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2)
@@ -129,7 +129,7 @@ def test_two_writers_at_once_leave_the_whole_of_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_many_writers_do_not_take_each_others_new_folders_for_leftovers(tmp_path: Path) -> None:
+def test_many_writers_do_not_remove_each_others_new_folders(tmp_path: Path) -> None:
     failures: list[OSError] = []
 
     def stage() -> None:
@@ -243,7 +243,7 @@ def everything(path: Path) -> list[tuple[str, bytes]]:
         (users_own_export, r"is not empty and has no manifest\.json"),
     ],
 )
-def test_foreign_files_are_refused_and_kept(tmp_path: Path, make, message: str) -> None:
+def test_foreign_files_are_refused_and_not_touched(tmp_path: Path, make, message: str) -> None:
     make(tmp_path / "out")
     before = everything(tmp_path)
     with pytest.raises(ConfigError, match=message):
@@ -251,7 +251,7 @@ def test_foreign_files_are_refused_and_kept(tmp_path: Path, make, message: str) 
     assert everything(tmp_path) == before
 
 
-def test_a_foreign_file_that_appears_during_an_export_is_kept(tmp_path: Path) -> None:
+def test_a_foreign_file_that_appears_during_an_export_is_not_removed(tmp_path: Path) -> None:
     publish(tmp_path / "out", 1)
     with pytest.raises(ConfigError, match=r"notes\.txt"), new_bundle(tmp_path / "out") as folder:  # noqa: PT012
         for name in FILES:
@@ -313,7 +313,7 @@ def test_a_file_system_that_flushes_no_folder_loses_no_work(
     assert (tmp_path / "out" / "file").read_text() == "content"
 
 
-def test_a_file_system_without_locks_is_told(
+def test_a_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(*_: object) -> None:

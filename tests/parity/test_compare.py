@@ -32,7 +32,7 @@ def judge(
 
 
 class Faulty:
-    """A correct backend whose outputs or inputs are spoilt by one fault."""
+    """A correct backend whose inputs or outputs are altered by one fault."""
 
     name = "faulty"
     profile: ShapeProfile | None = None
@@ -46,7 +46,7 @@ class Faulty:
 
 
 @pytest.fixture(scope="module")
-def sound(bundles: dict[str, Path]) -> tuple[TextEncoder, Backend]:
+def correct_backend(bundles: dict[str, Path]) -> tuple[TextEncoder, Backend]:
     _, text, backend = open_parts(bundles["fp32"], "cpu")
     return text, backend
 
@@ -100,8 +100,8 @@ def batch_one_is_another_path(backend: Backend, batch: TokenBatch) -> Output:
     "fault", [pools_the_prompt, attends_to_padding, one_row_nan, one_row_inf, zeros, batch_one_is_another_path]
 )
 @pytest.mark.parametrize("precision", list(Precision))
-def test_faults_are_found(sound: tuple[TextEncoder, Backend], fault: object, precision: Precision) -> None:
-    text, backend = sound
+def test_faults_are_detected(correct_backend: tuple[TextEncoder, Backend], fault: object, precision: Precision) -> None:
+    text, backend = correct_backend
     report = judge(backend, Faulty(backend, fault), text, precision=precision)
     assert not report.passed
     with pytest.raises(ParityError, match="faulty differs from onnxruntime"):
@@ -109,9 +109,9 @@ def test_faults_are_found(sound: tuple[TextEncoder, Backend], fault: object, pre
 
 
 @pytest.mark.parametrize("precision", list(Precision))
-def test_table(sound: tuple[TextEncoder, Backend], precision: Precision) -> None:
+def test_the_cosine_bound_is_sharp(correct_backend: tuple[TextEncoder, Backend], precision: Precision) -> None:
     """A difference just inside the cosine bound passes, one just outside fails."""
-    text, backend = sound
+    text, backend = correct_backend
     limit = np.arccos(TOLERANCES[precision].min_cosine)
 
     def fault(angle: float) -> object:
@@ -130,24 +130,26 @@ def test_table(sound: tuple[TextEncoder, Backend], precision: Precision) -> None
         assert not any(failure.startswith("cosine") for failure in passed.failures)
 
 
-def test_same_backend_passes(sound: tuple[TextEncoder, Backend]) -> None:
-    text, backend = sound
+def test_same_backend_passes(correct_backend: tuple[TextEncoder, Backend]) -> None:
+    text, backend = correct_backend
     report = require_passed(judge(backend, backend, text))
     assert report.longest_tokens == 512
     assert report.texts > 20
     assert "passed" in report.summary()
 
 
-def test_longest_probe_fills_the_profile(sound: tuple[TextEncoder, Backend]) -> None:
-    text, backend = sound
+def test_longest_probe_fills_the_profile(correct_backend: tuple[TextEncoder, Backend]) -> None:
+    text, backend = correct_backend
     for max_shape, tokens in ((Shape(batch=1, tokens=40), 40), (Shape(batch=2, tokens=900), 900)):
         report = judge(backend, backend, text, max_shape=max_shape)
         assert (report.longest_tokens, report.passed) == (tokens, True)
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.0])
-def test_an_overflow_is_not_reported_as_a_wrong_mask(sound: tuple[TextEncoder, Backend], value: float) -> None:
-    text, backend = sound
+def test_an_overflow_is_not_reported_as_a_wrong_mask(
+    correct_backend: tuple[TextEncoder, Backend], value: float
+) -> None:
+    text, backend = correct_backend
 
     def spoilt(inner: Backend, batch: TokenBatch) -> Output:
         output = inner.run(batch)
@@ -157,8 +159,8 @@ def test_an_overflow_is_not_reported_as_a_wrong_mask(sound: tuple[TextEncoder, B
     require_mask(Faulty(backend, spoilt), text, Mask.BIDIRECTIONAL)
 
 
-def test_another_dimension_is_named(sound: tuple[TextEncoder, Backend]) -> None:
-    text, backend = sound
+def test_another_dimension_is_named(correct_backend: tuple[TextEncoder, Backend]) -> None:
+    text, backend = correct_backend
 
     def narrow(inner: Backend, batch: TokenBatch) -> Output:
         output = inner.run(batch)
@@ -168,8 +170,8 @@ def test_another_dimension_is_named(sound: tuple[TextEncoder, Backend]) -> None:
         judge(backend, Faulty(backend, narrow), text)
 
 
-def test_probes_cover_prompts_short_and_long_texts(sound: tuple[TextEncoder, Backend]) -> None:
-    text, _ = sound
+def test_probes_cover_prompts_short_and_long_texts(correct_backend: tuple[TextEncoder, Backend]) -> None:
+    text, _ = correct_backend
     names, rows = probe_rows(text, 128)
     assert any(row.prompt_tokens for row in rows)
     assert min(len(row) for row in rows) == 3  # <s>, one token, </s>
@@ -179,8 +181,10 @@ def test_probes_cover_prompts_short_and_long_texts(sound: tuple[TextEncoder, Bac
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
-def test_reference_outputs_are_read_as_written(sound: tuple[TextEncoder, Backend], precision: Precision) -> None:
-    text, backend = sound
+def test_reference_outputs_are_read_as_written(
+    correct_backend: tuple[TextEncoder, Backend], precision: Precision
+) -> None:
+    text, backend = correct_backend
     reference = compute_reference_outputs(backend, text, precision=precision, max_shape=MAX_SHAPE)
     read = ReferenceOutputs.from_bytes(reference.to_bytes())
     assert (read.reference, read.names) == (reference.reference, reference.names)
@@ -196,8 +200,10 @@ def test_reference_outputs_are_read_as_written(sound: tuple[TextEncoder, Backend
     assert reports[0].overlap == (None if precision is Precision.FP32 else 1.0)
 
 
-def test_an_engine_for_short_inputs_is_checked_with_the_probes_that_fit(sound: tuple[TextEncoder, Backend]) -> None:
-    text, backend = sound
+def test_an_engine_for_short_inputs_is_checked_with_the_probes_that_fit(
+    correct_backend: tuple[TextEncoder, Backend],
+) -> None:
+    text, backend = correct_backend
     reference = compute_reference_outputs(backend, text, precision=Precision.INT8, max_shape=MAX_SHAPE)
     report = compare(reference, backend, text, precision=Precision.INT8, max_shape=Shape(batch=2, tokens=90))
     assert report.passed
@@ -208,8 +214,8 @@ def test_an_engine_for_short_inputs_is_checked_with_the_probes_that_fit(sound: t
         compare(reference, backend, text, precision=Precision.INT8, max_shape=Shape(batch=2, tokens=2))
 
 
-def test_damaged_reference_outputs_are_refused(sound: tuple[TextEncoder, Backend]) -> None:
-    text, backend = sound
+def test_damaged_reference_outputs_are_refused(correct_backend: tuple[TextEncoder, Backend]) -> None:
+    text, backend = correct_backend
     content = compute_reference_outputs(
         backend, text, precision=Precision.FP32, max_shape=Shape(batch=1, tokens=16)
     ).to_bytes()

@@ -1,4 +1,4 @@
-"""Neurons that cancel each other, on the tiny checkpoint with such a pair put in."""
+"""Neurons that cancel each other, on the tiny checkpoint with such a pair added."""
 
 import copy
 import random
@@ -26,7 +26,7 @@ def encoder(checkpoint):
 
 @pytest.fixture(scope="module")
 def cancelling(checkpoint):
-    """Returns a model with two neurons in each layer that nearly agree and write 300 times their sum."""
+    """Returns a model with two neurons in each layer that nearly cancel: each writes 300 times their sum."""
     model = load_checkpoint(checkpoint)
     with torch.no_grad():
         for layer in model.embedding_model.layers:
@@ -44,7 +44,7 @@ def embed(model, encoder, texts):
         return model(*(torch.from_numpy(array) for array in batch))[0].float()
 
 
-def test_what_cancels_is_solved_for_again_and_bf16_loses_less(cancelling, encoder):
+def test_cancelling_neurons_are_refitted_and_bf16_loses_less(cancelling, encoder):
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(400)]
     model = copy.deepcopy(cancelling)
@@ -64,7 +64,7 @@ def test_what_cancels_is_solved_for_again_and_bf16_loses_less(cancelling, encode
     assert losses[1] < losses[0] / 10
 
 
-def test_a_block_without_such_neurons_stays_what_it_is(checkpoint, encoder):
+def test_a_block_without_cancelling_neurons_is_unchanged(checkpoint, encoder):
     model = load_checkpoint(checkpoint)
     start = copy.deepcopy(model)
     rng = random.Random(1)

@@ -1,4 +1,4 @@
-"""Nothing of the evaluation sets enters training, measured in another way than the exclusion itself works."""
+"""No text of the evaluation sets enters training, measured differently from how the exclusion itself works."""
 
 import random
 

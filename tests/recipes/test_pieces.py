@@ -1,4 +1,4 @@
-"""Tokenizers of given pieces: the components are Mistral's, words are split as WordPiece splits them."""
+"""Tokenizers with a fixed set of pieces: Mistral's components, words split as WordPiece splits them."""
 
 import json
 import random
@@ -21,13 +21,13 @@ def tokenizer():
     return piece_tokenizer([*(SPACE + word for word in BEGINNINGS), *CONTINUATIONS], vocab_size=SIZE)
 
 
-def test_low_ids_are_mistrals(tokenizer):
+def test_low_ids_equal_mistrals(tokenizer):
     assert [tokenizer.id_to_token(token_id) for token_id in range(3)] == ["<unk>", "<s>", "</s>"]
     assert [tokenizer.id_to_token(token_id) for token_id in range(3, 259)] == list(BYTE_TOKENS)
     assert tokenizer.get_vocab_size() == SIZE
 
 
-def test_components_are_mistrals(tokenizer):
+def test_components_equal_mistrals(tokenizer):
     components = json.loads(tokenizer.to_str())
     steps = [step["type"] for step in components["normalizer"]["normalizers"]]
     assert steps == ["Lowercase", "Prepend", "Replace", "Replace"]
@@ -37,7 +37,7 @@ def test_components_are_mistrals(tokenizer):
     assert components["post_processor"]["single"][0]["SpecialToken"]["id"] == "<s>"
 
 
-def test_words_are_cut_into_their_longest_pieces(tokenizer):
+def test_words_are_split_into_their_longest_pieces(tokenizer):
     tokens = tokenizer.encode("Embedding un-retrieves (unbreakable), 1984! quests").tokens
     assert tokens == "<s> ▁embed ding ▁un - ▁retrieve s ▁( ▁un break able ) , ▁1984 ! ▁quest s".split()
 
@@ -59,7 +59,7 @@ def test_pieces_are_those_of_wordpiece(tokenizer):
 @pytest.mark.parametrize(
     "text", ["the question", "panic \n\t at", "  two  spaces ", "日本 naïve € 🙂", "x", "^.^ [a-z] \\ d"]
 )
-def test_every_text_comes_back(tokenizer, text: str):
+def test_every_text_round_trips(tokenizer, text: str):
     ids = tokenizer.encode(text).ids
     assert ids[0] == 1
     assert ids[-1] != 2
@@ -75,7 +75,7 @@ def test_token_strings_are_plain(tokenizer):
     assert not any("▁" in string for string in strings)
 
 
-def test_the_expression_finds_the_longest_word():
+def test_the_pattern_matches_the_longest_word():
     rng = random.Random(2)
     words = {"".join(rng.choices("ab.|]^-(", k=rng.randint(1, 5))) for _ in range(200)}
     pattern = re.compile(longest_of(words))

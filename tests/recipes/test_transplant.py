@@ -98,7 +98,7 @@ def cosines(weights, mistral_config, teacher, probe_texts):
     return torch.nn.functional.cosine_similarity(hidden.sum(dim=1), targets, dim=-1)
 
 
-def test_a_decoder_starts_near_its_teacher_on_texts_it_was_not_solved_on(teacher):
+def test_a_new_decoder_is_close_to_its_teacher_on_held_out_texts(teacher):
     mistral_config = config()
     transplanted = tested.transplant(
         teacher, texts(600, 1), config=mistral_config, tokenizer_json=tokenizer_json(), max_length=64
@@ -113,7 +113,7 @@ def test_a_decoder_starts_near_its_teacher_on_texts_it_was_not_solved_on(teacher
     assert cosines(silenced, mistral_config, teacher, texts(100, 2)).mean() < unseen.mean() - 0.1, "layers matter here"
 
 
-def test_tokens_stand_for_the_teachers_own_pieces(teacher):
+def test_tokens_map_to_the_teachers_pieces(teacher):
     rows = token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
     vocabulary = Tokenizer.from_str(tokenizer_json()).get_vocab()
     table = next(teacher.model.children()).auto_model.embeddings.word_embeddings.weight
@@ -122,7 +122,7 @@ def test_tokens_stand_for_the_teachers_own_pieces(teacher):
         assert torch.equal(rows[vocabulary[token]], table[teacher_vocabulary[theirs]]), token
 
 
-def test_waves_sum_to_the_scores_they_are_fitted_to():
+def test_fitted_waves_sum_to_the_scores():
     speeds = torch.tensor([1.0, 0.2])
     distances = torch.arange(-tested.MAX_DISTANCE, tested.MAX_DISTANCE + 1)
     scores = 2.0 * torch.cos(distances * 1.0) - 0.5 * torch.sin(distances * 0.2) + 7.0
@@ -131,7 +131,7 @@ def test_waves_sum_to_the_scores_they_are_fitted_to():
     assert torch.allclose(amplitudes[0], torch.tensor([[2.0, 0.0], [0.0, -0.5]]), atol=0.02)
 
 
-def test_teachers_that_layers_cannot_start_from_are_refused(teacher):
+def test_unsupported_teachers_are_refused(teacher):
     def started(mistral_config, model=teacher):
         return tested.transplant(
             model, texts(8, 1), config=mistral_config, tokenizer_json=tokenizer_json(), max_length=64
@@ -155,7 +155,7 @@ def test_activations_other_than_gelu_are_refused(teacher, monkeypatch):
         token_rows(Tokenizer.from_str(tokenizer_json()), teacher)
 
 
-def test_no_more_tokens_are_held_than_allowed(teacher, monkeypatch):
+def test_no_more_tokens_are_stored_than_allowed(teacher, monkeypatch):
     seen = []
     solver = tested._Solver
     monkeypatch.setattr(tested, "CALIBRATION_TOKENS", 1000)
@@ -172,7 +172,7 @@ def test_a_teachers_pieces_by_their_number_and_their_rank(teacher):
     assert not any("[" in piece or "#" in piece for piece in pieces)
 
 
-def test_a_base_is_made_and_trained_on(teacher, tmp_path, capsys, monkeypatch):
+def test_a_base_model_is_made_and_can_be_trained(teacher, tmp_path, capsys, monkeypatch):
     from nvembed_deploy.model.checkpoint import load_checkpoint
     from nvembed_deploy.training import teacher as teachers
     from nvembed_deploy.training.command import main as train

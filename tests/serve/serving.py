@@ -1,4 +1,4 @@
-"""The HTTP server as a process of its own, and raw requests to it."""
+"""The HTTP server as a separate process, and raw requests to it."""
 
 import json
 import signal

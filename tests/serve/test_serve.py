@@ -1,4 +1,4 @@
-"""The HTTP server as a process of its own, asked by OpenAI's client and by raw requests."""
+"""The HTTP server as a separate process, called by OpenAI's client and by raw requests."""
 
 import base64
 import json
@@ -55,7 +55,7 @@ def test_the_official_client_gets_the_encoders_vectors(server: Server, encoder: 
         client.embeddings.create(model="other", input="text")
 
 
-def test_both_forms_hold_the_same_numbers(server: Server) -> None:
+def test_float_and_base64_contain_the_same_numbers(server: Server) -> None:
     _, plain = server.post({"model": "tiny", "input": "text", "encoding_format": "float"})
     _, packed = server.post({"model": "tiny", "input": "text", "encoding_format": "base64"})
     unpacked = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), "<f4")
@@ -118,7 +118,7 @@ def test_unknown_routes_answer_in_the_same_form(server: Server) -> None:
         assert path in json.load(caught.value)["error"]["message"]
 
 
-def test_a_text_that_was_cut_is_counted(server: Server) -> None:
+def test_a_truncated_text_is_counted(server: Server) -> None:
     before = float(_metric(server, "nvembed_cut_texts_total"))
     assert server.post({"model": "tiny", "input": ["many words " * 900, "few"]})[0] == 200
     assert float(_metric(server, "nvembed_cut_texts_total")) == before + 1
@@ -172,12 +172,12 @@ def blocking(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bloc
 
 
 def client_of(encoder: Encoder, **limits: float) -> TestClient:
-    """The application in this process."""
+    """Returns a client of the application in this process."""
     return TestClient(make_app(encoder, name="tiny", limits=Limits(**limits), max_waiting=8))
 
 
-def test_a_full_queue_refuses_at_once_whatever_the_size(encoder: Encoder, blocking: BlockingBackend) -> None:
-    """Requirement 35: within 100 ms, without a look at the texts, health and metrics beside it."""
+def test_a_full_queue_refuses_requests_of_any_size_at_once(encoder: Encoder, blocking: BlockingBackend) -> None:
+    """Requirement 35: refused within 100 ms, without reading the texts; health and metrics still answer."""
     with client_of(encoder) as client, ThreadPoolExecutor(4) as pool:
         blocking.go.clear()
         accepted = [pool.submit(client.post, "/v1/embeddings", json=body(1))]
@@ -214,10 +214,10 @@ def _until(read: Callable[[], str], expected: str) -> None:
         time.sleep(0.01)
 
 
-def test_an_engine_that_fails_is_told_and_well_again(
+def test_a_failed_engine_is_reported_and_recovers(
     encoder: Encoder, blocking: BlockingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requirements 18, 19 and 38: an error is never an answer, and the next good request has its vector."""
+    """Requirements 18, 19 and 38: a failure never returns a vector, and the next valid request gets its own."""
     monkeypatch.setattr("nvembed_deploy.serve.api.HEALTH_SECONDS", 0.0)
     with client_of(encoder) as client:
         before = client.post("/v1/embeddings", json=body(1)).json()
@@ -234,7 +234,7 @@ def test_an_engine_that_fails_is_told_and_well_again(
         assert 'nvembed_requests_total{status="500"} 2.0' in client.get("/metrics").text
 
 
-def test_a_deadline_frees_its_place(encoder: Encoder, blocking: BlockingBackend) -> None:
+def test_a_request_past_its_deadline_frees_its_place(encoder: Encoder, blocking: BlockingBackend) -> None:
     with client_of(encoder, seconds=0.2) as client:
         blocking.go.clear()
         for _ in range(4):  # each would fill the queue for ever
@@ -243,15 +243,15 @@ def test_a_deadline_frees_its_place(encoder: Encoder, blocking: BlockingBackend)
         _until(lambda: str(client.post("/v1/embeddings", json=body(8)).status_code), "200")
 
 
-def test_many_wrong_elements_cost_no_more_than_one(server: Server) -> None:
+def test_many_invalid_elements_are_refused_quickly(server: Server) -> None:
     started = time.perf_counter()
     status, answer = server.post({"model": "tiny", "input": [{}] * 1_000_000})
     assert (status, "neither a string" in answer["error"]["message"]) == (400, True)
     assert time.perf_counter() - started < 5
 
 
-def test_a_client_that_goes_away_frees_its_place(bundles: dict[str, Path]) -> None:
-    """Each of these requests alone fills the queue: without their places the last one would be refused."""
+def test_a_disconnected_client_frees_its_place(bundles: dict[str, Path]) -> None:
+    """Each of these requests fills the queue: if their places were not freed, the last one would be refused."""
     running = start(bundles["fp32"], "--max-waiting", "500")
     try:
         host, port = running.url.split("/")[2].split(":")
@@ -269,7 +269,7 @@ def test_a_client_that_goes_away_frees_its_place(bundles: dict[str, Path]) -> No
         stop(running)
 
 
-def test_sigterm_lets_a_running_request_end(bundles: dict[str, Path]) -> None:
+def test_sigterm_lets_a_running_request_finish(bundles: dict[str, Path]) -> None:
     running = start(bundles["fp32"])
     body = {"model": "tiny", "input": ["a text that takes its time, " * 20] * 300}
     with ThreadPoolExecutor(1) as pool:
@@ -289,7 +289,7 @@ def test_a_deadline_ends_a_request(bundles: dict[str, Path]) -> None:
         stop(running)
 
 
-def test_a_missing_bundle_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_bundle_is_a_one_line_error(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "nvembed_deploy", "serve", str(tmp_path / "none")],
         cwd=ROOT,
@@ -311,7 +311,7 @@ def test_a_timeout_is_a_number_above_zero(seconds: str, capsys: pytest.CaptureFi
     assert "must be numbers above 0" in capsys.readouterr().err
 
 
-def test_limits_hold_for_any_size() -> None:
+def test_limits_apply_to_requests_of_any_size() -> None:
     limits = Limits(texts=2, text_chars=3)
     assert parse(b'{"model": "m", "input": ["abc", "d"]}', limits)[1] == ["abc", "d"]
     for content in (b'{"model": "m", "input": ["a", "b", "c"]}', b'{"model": "m", "input": "abcd"}'):
@@ -330,11 +330,11 @@ def test_a_model_is_described_and_the_health_check_takes_head(server: Server) ->
         assert (answer.status, answer.read()) == (200, b"")
 
 
-def test_a_null_format_and_a_spelled_out_coding_are_taken(server: Server) -> None:
+def test_a_null_encoding_format_is_accepted(server: Server) -> None:
     assert server.post({"model": "tiny", "input": "a", "encoding_format": None})[0] == 200
 
 
-def test_a_port_in_use_is_one_line_before_the_engine_loads(bundles: dict[str, Path]) -> None:
+def test_a_port_in_use_is_reported_before_the_engine_loads(bundles: dict[str, Path]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         started = time.perf_counter()
@@ -348,8 +348,8 @@ def test_a_port_in_use_is_one_line_before_the_engine_loads(bundles: dict[str, Pa
 
 
 @pytest.mark.slow
-def test_connections_that_send_no_request_keep_nobody_out(bundles: dict[str, Path]) -> None:
-    """More idle and half-sent connections than there is room for: the health check and requests are answered."""
+def test_idle_connections_do_not_block_others(bundles: dict[str, Path]) -> None:
+    """The health check and requests are answered while more idle and half-sent connections are open than allowed."""
     code = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"

@@ -1,4 +1,4 @@
-"""A teacher's tokens laid over the student's, and length buckets."""
+"""Alignment of a teacher's tokens with the student's, and length buckets."""
 
 import random
 
@@ -25,7 +25,7 @@ def encoder() -> TextEncoder:
     return TextEncoder(make_tokenizer().to_str().encode(), contract)
 
 
-def test_weights_are_shares_of_characters():
+def test_weights_are_fractions_of_characters():
     spans = [[BEFORE, (0, 3), (3, 9), (20, 22), AFTER], [(0, 2)]]
     teacher_spans = [[BEFORE, (0, 1), (1, 3), (4, 6), (6, 10), AFTER], [(0, 1), (1, 2)]]
     weights, has_target = overlaps(spans, teacher_spans, tokens=5, teacher_tokens=6)
@@ -36,7 +36,7 @@ def test_weights_are_shares_of_characters():
     assert weights[1, 0].tolist() == [0.5, 0.5, 0, 0, 0, 0]
 
 
-def test_spans_cover_the_text_and_nothing_of_the_prompt(encoder):
+def test_spans_cover_the_text_and_not_the_prompt(encoder):
     text = "the water over the question"
     for prompt in ("", PROMPT):
         plain = encoder.tokenize([text], prompt=prompt, max_length=64)[0]
@@ -51,7 +51,7 @@ def test_spans_cover_the_text_and_nothing_of_the_prompt(encoder):
         assert all(end <= start for start, end in spans[1 : row.prompt_tokens])
 
 
-def test_a_row_that_was_cut_has_no_end(encoder):
+def test_a_truncated_row_has_no_end(encoder):
     row = encoder.tokenize(["the water over"], max_length=3, with_spans=True)[0]
     spans = student_spans(row, encoder.contract)
     assert len(spans) == 3

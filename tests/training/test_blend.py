@@ -1,4 +1,4 @@
-"""Selection, instructions, negatives and batches: all from the seed, nothing lost."""
+"""Selection, instructions, negatives and batches are determined by the seed and lose no example."""
 
 import random
 
@@ -32,7 +32,7 @@ def some_examples(count: int = 400) -> list[Example]:
     return examples
 
 
-def test_select_keeps_the_mix_and_the_seed():
+def test_select_keeps_the_mixture_and_depends_on_the_seed():
     examples = some_examples()
     selected = select([*examples, *examples], mix={"set0": 10, "set1": 9999}, seed=1)
     assert sum(example.source == "set0" for example in selected) == 10
@@ -67,7 +67,7 @@ def test_an_example_with_its_own_instruction_keeps_it():
     assert prompts == {"", TEMPLATE.format(instruction="Only this")}
 
 
-def test_the_usual_wording_is_as_frequent_as_asked_for():
+def test_the_usual_wording_has_the_requested_frequency():
     examples = some_examples(4000)
     prompts: dict[Kind, list[str]] = {kind: [] for kind in Kind}
     example_groups = groups(examples, template=TEMPLATE, negatives=2, seed=3, main_wording=0.7)
@@ -80,7 +80,7 @@ def test_the_usual_wording_is_as_frequent_as_asked_for():
         assert seen.count(usual) / len(seen) == pytest.approx(expected_share, abs=0.08)
 
 
-def test_negatives_are_drawn_from_the_mined_ones_anew_each_epoch():
+def test_negatives_are_drawn_from_the_mined_ones_again_each_epoch():
     examples = [example for example in some_examples() if example.kind is Kind.RETRIEVAL]
     epochs = [list(groups(examples, template=TEMPLATE, negatives=3, seed=seed)) for seed in (1, 2)]
     for example, group in zip(examples, epochs[0], strict=True):
@@ -90,7 +90,7 @@ def test_negatives_are_drawn_from_the_mined_ones_anew_each_epoch():
     assert epochs[0] != epochs[1]
 
 
-def test_a_class_gives_positives_of_its_own_and_negatives_of_others():
+def test_positives_come_from_the_same_class_and_negatives_from_others():
     examples = some_examples()
     labels = {example.query: (example.source, example.label) for example in examples if example.kind is Kind.LABEL}
     for example, group in zip(examples, groups(examples, template=TEMPLATE, negatives=7, seed=1), strict=True):
@@ -105,7 +105,7 @@ def test_a_class_gives_positives_of_its_own_and_negatives_of_others():
             assert label != example.label
 
 
-def test_a_class_of_one_text_stays_alone():
+def test_a_class_of_one_text_has_no_positive():
     examples = [Example(query=text, kind=Kind.LABEL, source="s", label=text) for text in ("a", "b")]
     assert [len(group) for group in groups(examples, template=TEMPLATE, negatives=2, seed=1)] == [1, 1]
 

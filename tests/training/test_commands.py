@@ -1,4 +1,4 @@
-"""The command line: help without torch, what a wrong call says, and the whole way on a few examples."""
+"""The command line: help without torch, error messages, and a complete run on a few examples."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def test_help_needs_no_torch():
     assert not re.search(r"default:\s+(None|False)", done.stdout)
 
 
-def test_the_documentations_commands_are_understood():
+def test_the_documented_commands_parse():
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -73,7 +73,7 @@ def last_error(capsys) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_missing_folder_or_file_is_one_line(tmp_path, capsys):
+def test_a_missing_folder_or_file_is_a_one_line_error(tmp_path, capsys):
     pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
     for library in ("transformers", "accelerate", "datasets", "matplotlib", "sentence_transformers"):
         pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")

@@ -78,7 +78,7 @@ def test_data_layouts_are_read(tmp_path, monkeypatch, wordnet):
     assert by_source["wordnet_entries"][0].query.startswith("entity: that which")
 
 
-def test_a_missing_folder_and_a_damaged_line_name_themselves(tmp_path):
+def test_a_missing_folder_and_a_damaged_line_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"--data .* is not a folder"):
         list(read_data(tmp_path / "none"))
     (tmp_path / "set").mkdir()

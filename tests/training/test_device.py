@@ -1,4 +1,4 @@
-"""Number formats that training takes on a CPU."""
+"""Number formats that training uses on a CPU."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from nvembed_deploy.training.device import bf16_is_fast  # noqa: E402
     ("capability", "gpu", "fast"),
     [("AVX2", False, False), ("DEFAULT", False, False), ("AVX512", False, True), ("AVX2", True, True)],
 )
-def test_bf16_is_for_machines_that_multiply_it(
+def test_bf16_is_used_only_on_cpus_that_multiply_it(
     monkeypatch: pytest.MonkeyPatch, capability: str, gpu: bool, fast: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)

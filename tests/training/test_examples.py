@@ -1,4 +1,4 @@
-"""The examples file, and what may not stand in it."""
+"""The examples file, and what it must not contain."""
 
 import json
 
@@ -9,7 +9,7 @@ from nvembed_deploy.training.examples import Example, Exclusion, read_examples, 
 from nvembed_deploy.training.instructions import Kind
 
 
-def test_examples_come_back_as_they_were_written(tmp_path):
+def test_examples_round_trip(tmp_path):
     path = tmp_path / "new" / "examples.jsonl"
     examples = [
         Example(query="q", positive="p", negatives=("n", "m"), kind=Kind.RETRIEVAL, source="s", instruction="Find it"),
@@ -41,14 +41,14 @@ def test_examples_come_back_as_they_were_written(tmp_path):
         ("", "holds no examples"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path, line, message):
+def test_an_invalid_line_is_named(tmp_path, line, message):
     path = tmp_path / "examples.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(ConfigError, match=message):
         read_examples(path)
 
 
-def test_a_missing_file_says_what_makes_it(tmp_path):
+def test_a_missing_file_error_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(ConfigError, match=r"does not exist; .* train data"):
         read_examples(tmp_path / "none.jsonl")
 
@@ -64,7 +64,7 @@ def test_exclusion_finds_equal_texts_shared_runs_and_near_duplicates():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_near_duplicates_are_those_of_the_definition(seed):
+def test_near_duplicates_match_the_definition(seed):
     import random
 
     rng = random.Random(seed)

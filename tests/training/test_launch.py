@@ -1,4 +1,4 @@
-"""Two processes behind `accelerate launch`: the same command, one checkpoint."""
+"""Two processes started by `accelerate launch` train one checkpoint."""
 
 import json
 import os

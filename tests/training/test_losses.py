@@ -49,7 +49,7 @@ def test_match_targets_equals_its_definition():
     assert loss.item() == pytest.approx(expected / 4, rel=1e-5)
 
 
-def test_the_same_text_twice_is_no_wrong_answer():
+def test_a_duplicate_text_is_not_a_wrong_answer():
     vectors, targets = unit_rows(3, seed=1), unit_rows(3, seed=2)
     vectors, targets = torch.cat((vectors, vectors[:1])), torch.cat((targets, targets[:1]))
     scores = vectors @ targets.T / TEMPERATURE
@@ -101,7 +101,7 @@ def test_stage_one_lets_the_whole_batch_compete():
     assert blocked.nonzero().tolist() == [[0, 0], [1, 3]]
 
 
-def test_the_same_text_in_another_group_is_left_out():
+def test_the_same_text_in_another_group_is_ignored():
     text_ids = torch.tensor([0, 1, 2, 3, 4, 1, 0])  # the first query's text and its positive stand elsewhere too
     blocked = in_batch_blocked(GROUP_IDS, text_ids, queries=QUERIES, positives=POSITIVES)
     assert blocked.nonzero().tolist() == [[0, 0], [0, 5], [0, 6], [1, 3]]
@@ -128,7 +128,7 @@ def test_false_negatives_of_a_positive_with_a_negative_score():
     assert blocked.tolist() == [[True, False, True, True, False]]
 
 
-def test_centering_takes_off_what_all_texts_have_in_common():
+def test_centering_subtracts_the_mean_of_all_texts():
     texts = torch.nn.functional.normalize(unit_rows(50) + torch.tensor([2.0, 0, 0, 0, 0, 0]), dim=-1)
     rows, centre = texts[:10], texts.mean(dim=0)
     assert torch.equal(centered(rows, centre), rows - centre)

@@ -1,4 +1,4 @@
-"""Hard negatives against the rule, written down a second time."""
+"""Hard negatives compared with an independent implementation of the rule."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_hardest_takes_the_highest_below_the_limit():
     assert scores[2] == torch.tensor(0.76)
 
 
-def test_the_limit_lies_below_a_negative_score_too():
+def test_the_limit_is_below_a_negative_score_too():
     assert negative_limit(0.8, 0.95) == pytest.approx(0.76)
     assert negative_limit(-0.2, 0.95) == pytest.approx(-0.21)
 
@@ -69,7 +69,7 @@ def test_no_answer_of_the_query_and_not_the_query_itself_becomes_a_negative():
     assert mined[1].negatives == ("c",)
 
 
-def test_labelled_negatives_come_first_and_texts_alone_stay():
+def test_labelled_negatives_come_first_and_single_texts_remain():
     examples = [
         Example(query="q", positive="a", negatives=("own",), kind=Kind.SIMILARITY, source="s"),
         Example(query="r", positive="b", kind=Kind.SIMILARITY, source="s"),

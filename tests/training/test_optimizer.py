@@ -1,4 +1,4 @@
-"""Steps in units of what they change."""
+"""Optimizer steps that are proportional to the weights they change."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def optimizer_of(model):
     return RelativeAdamW(model, learning_rate=1e-3, weight_decay=0.0, absolute="pooler")
 
 
-def test_scales_are_powers_of_two_near_the_rows_size():
+def test_scales_are_powers_of_two_near_the_rows_norm():
     scales = step_scale(ROWS)[:, 0]
     assert torch.equal(scales.log2(), scales.log2().round())
     size = ROWS.square().mean(dim=1).sqrt()

@@ -1,4 +1,4 @@
-"""The ablation's measures against numbers worked out by hand."""
+"""The ablation's metrics compared with values computed by hand."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.training.scores import ndcg, score_folder, spearman
 
 
-def test_ndcg_is_the_definition():
+def test_ndcg_equals_its_definition():
     assert ndcg([1.0, 0.0, 2.0], {"a": 1.0, "b": 2.0}) == pytest.approx((1 + 2 / 2) / (2 + 1 / math.log2(3)))
     assert ndcg([0.0], {"a": 1.0}) == 0.0
 
 
-def test_spearman_counts_ranks_only():
+def test_spearman_depends_only_on_ranks():
     assert spearman(np.array([0.1, 0.2, 0.9]), np.array([1.0, 5.0, 50.0])) == pytest.approx(1.0)
     assert spearman(np.array([3.0, 2.0, 1.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(-1.0)
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5

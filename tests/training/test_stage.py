@@ -1,4 +1,4 @@
-"""Masks, batches, whole stages, and runs that are cut and taken up again, on a model of a few thousand weights."""
+"""Masks, batches, whole stages, and interrupted and resumed runs, on a model of a few thousand weights."""
 
 import json
 from dataclasses import replace
@@ -67,7 +67,7 @@ def test_every_epoch_holds_every_row_once(encoder):
     assert sorted(rows[len(once) :]) == sorted(row.text for group in epochs[1] for row in group)
 
 
-def test_instructions_attend_and_are_not_pooled(encoder):
+def test_instructions_are_attended_to_and_not_pooled(encoder):
     collator = Collator(encoder, max_length=64)
     batch_row = {
         "text": ["the water", "over", "in"],
@@ -94,7 +94,7 @@ def test_a_prompt_that_fills_the_row_is_dropped(encoder):
     assert torch.equal(batch["pool_mask"], batch["attention_mask"])
 
 
-def test_pairs_are_found_also_over_joined_batches(encoder):
+def test_pairs_are_found_across_joined_batches(encoder):
     queries, positives = pair_rows([0, 1, 1, 2, 2, 2, 3])
     assert (queries.tolist(), positives.tolist()) == ([1, 3], [2, 4])
     collator = Collator(encoder, max_length=64)
@@ -120,7 +120,7 @@ def test_length_buckets_change_nothing(base_folder, encoder):
     assert torch.allclose(states[real], hidden[real], atol=1e-5)
 
 
-def test_noise_is_in_each_channels_size_and_in_training_alone():
+def test_noise_scales_with_each_channel_and_only_in_training():
     torch.manual_seed(1)
     layer = torch.nn.Linear(8, 3)
     layer.weight.data[1] *= 100
@@ -152,7 +152,7 @@ FOLLOWING = LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)
     ],
     ids=["AdamW", "Muon", "relative", "consistent", "consistency alone"],
 )
-def test_a_cut_run_ends_at_the_same_weights_and_learns(tmp_path, base_folder, weights_, changes):
+def test_a_resumed_run_reaches_the_same_weights_and_learns(tmp_path, base_folder, weights_, changes):
     options = replace(TINY, weights=weights_, held_out=6, epochs=2, **changes)
     teacher = TinyTeacher() if weights_.need_teacher else None
 
@@ -177,7 +177,7 @@ def test_a_cut_run_ends_at_the_same_weights_and_learns(tmp_path, base_folder, we
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
-def test_consistency_holds_an_instructed_text_to_its_vector_without_the_instruction(base_folder, encoder):
+def test_consistency_pulls_an_instructed_text_to_its_uninstructed_vector(base_folder, encoder):
     rows = [blend.Row(text="a cat", prompt=PROMPT, question=True), blend.Row(text="a dog", prompt=PROMPT)]
     rows.append(blend.Row(text="a bird"))
     names = ("text", "prompt", "question")
@@ -244,7 +244,7 @@ def test_adapters_leave_the_embeddings_and_are_merged(tmp_path, base_folder):
     assert "latent_attention_model.latents" in changed
 
 
-def test_shapes_of_the_ablation_compute_what_they_say(base_folder, encoder):
+def test_the_ablations_variants_compute_what_they_name(base_folder, encoder):
     collator = Collator(encoder, max_length=64)
     batch = collator([{"text": ["the water over", "in"], "prompt": ["", ""], "question": [False] * 2, "group": [0, 1]}])
     inputs = [batch[name] for name in ("input_ids", "attention_mask", "pool_mask")]
@@ -267,7 +267,7 @@ def test_shapes_of_the_ablation_compute_what_they_say(base_folder, encoder):
     assert torch.allclose(before[0], hidden[0], atol=1e-6)
 
 
-def test_wrong_stages_say_what_is_wrong(tmp_path, base_folder):
+def test_invalid_stage_options_are_explained(tmp_path, base_folder):
     examples = some_examples()
     needing = replace(TINY, weights=LossWeights(distillation=1.0))
     with pytest.raises(ConfigError, match="pass --teacher"):
@@ -292,8 +292,8 @@ def test_wrong_stages_say_what_is_wrong(tmp_path, base_folder):
     assert not (tmp_path / "o").exists()
 
 
-def test_what_the_weights_depend_on_is_not_changed_under_a_run(tmp_path, base_folder):
-    """Its training state would be loaded over another base, and written with that one's tokenizer."""
+def test_options_that_change_the_weights_cannot_change_during_a_run(tmp_path, base_folder):
+    """The training state would be loaded into another base and written with that base's tokenizer."""
     import shutil
 
     shutil.copytree(base_folder, tmp_path / "base")
@@ -340,8 +340,8 @@ def test_stage_two_needs_negatives(tmp_path, base_folder):
         )
 
 
-def test_a_base_that_leaves_its_width_out(tmp_path, base_folder):
-    """As NV-Embed-v1's config.json does."""
+def test_a_base_without_a_hidden_size_is_read(tmp_path, base_folder):
+    """NV-Embed-v1's config.json is such a case."""
     stage.run_stage(base_folder, some_examples(), tmp_path / "one", work=tmp_path / "w1", stage=TINY, latent=LATENT)
     path = tmp_path / "one" / "config.json"
     config = json.loads(path.read_text())
@@ -367,7 +367,7 @@ def test_a_base_that_leaves_its_width_out(tmp_path, base_folder):
         ),
     ],
 )
-def test_a_damaged_base_says_what_is_wrong(tmp_path, base_folder, change, message):
+def test_a_damaged_base_is_explained(tmp_path, base_folder, change, message):
     import shutil
 
     folder = tmp_path / "base"
@@ -377,7 +377,7 @@ def test_a_damaged_base_says_what_is_wrong(tmp_path, base_folder, change, messag
         read_base(folder, latent=LATENT)
 
 
-def test_a_checkpoint_cut_in_writing_is_passed_over(tmp_path):
+def test_an_incomplete_checkpoint_is_skipped(tmp_path):
     assert loop.last_checkpoint(tmp_path) is None
     for step, content in ((5, "{}"), (20, "{}"), (100, '{"global_st'), (110, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()

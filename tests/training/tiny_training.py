@@ -1,4 +1,4 @@
-"""A model of a few thousand weights, examples of a few words, and a teacher without weights."""
+"""A model of a few thousand weights, short examples, and a teacher without weights."""
 
 import random
 from pathlib import Path
@@ -38,7 +38,7 @@ def sizes() -> dict:
 
 
 def make_base(folder: Path) -> Path:
-    """Writes a Mistral with random weights, as `nvembed train stage --base` takes it."""
+    """Writes a Mistral model with random weights in the layout that `nvembed train stage --base` reads."""
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(1)
@@ -52,7 +52,7 @@ def some_text(rng: random.Random) -> str:
 
 
 def some_examples(count: int = 60, *, seed: int = 0) -> list[Example]:
-    """Examples of every kind in turn; each query begins with its own number."""
+    """Returns examples of each kind in turn; each query starts with its index."""
     rng = random.Random(seed)
     examples = []
     for index in range(count):
@@ -72,7 +72,7 @@ def some_examples(count: int = 60, *, seed: int = 0) -> list[Example]:
 
 
 class TinyTeacher:
-    """Replaces `Teacher`: a word is a token, and its vector is determined by its letters."""
+    """Replacement for `Teacher`: each word is a token whose vector is determined by its letters."""
 
     dim = DIM
     name = "tiny"

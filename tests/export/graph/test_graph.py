@@ -40,12 +40,12 @@ def graph_of(model: NVEmbed, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     @functools.cache
     def make(dialect: Dialect, precision: Precision = Precision.FP32, fold: bool = True) -> Path:
-        return written(model, tmp_path_factory.mktemp("graph"), dialect, precision=precision, fold=fold)
+        return make_graph(model, tmp_path_factory.mktemp("graph"), dialect, precision=precision, fold=fold)
 
     return make
 
 
-def written(
+def make_graph(
     model: NVEmbed, folder: Path, dialect: Dialect, *, precision: Precision = Precision.FP32, fold: bool = True
 ) -> Path:
     folder.mkdir(exist_ok=True)
@@ -128,7 +128,7 @@ def test_file_holds_no_trace_of_this_machine(graph_of: Callable[..., Path]) -> N
 
 
 def test_same_input_same_bytes(model: NVEmbed, graph_of: Callable[..., Path], tmp_path: Path) -> None:
-    path1, path2 = graph_of(Dialect.FUSED, fold=True), written(model, tmp_path, Dialect.FUSED)
+    path1, path2 = graph_of(Dialect.FUSED, fold=True), make_graph(model, tmp_path, Dialect.FUSED)
     assert path1.read_bytes() == path2.read_bytes()
     assert (path1.parent / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
 
@@ -151,13 +151,13 @@ def test_weight_beyond_fp16_is_refused(checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(
         ExportError, match=r"layers\.1\.mlp\.down_proj\.weight reaches 7e\+04, which float16 cannot hold"
     ):
-        written(model, tmp_path, Dialect.FUSED, precision=Precision.FP16)
+        make_graph(model, tmp_path, Dialect.FUSED, precision=Precision.FP16)
 
 
 def test_weights_are_not_appended_to(model: NVEmbed, tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(b"older")
     with pytest.raises(FileExistsError):
-        written(model, tmp_path, Dialect.FUSED)
+        make_graph(model, tmp_path, Dialect.FUSED)
     assert (tmp_path / WEIGHTS).read_bytes() == b"older"
 
 

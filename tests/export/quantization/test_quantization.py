@@ -145,13 +145,13 @@ def test_smoothing_changes_nothing(checkpoint: Path, text: TextEncoder, fold: bo
     assert (LayerwiseModel(model).embed(text, rows) - before).abs().max() < 2e-6
 
 
-def test_rows_in_batches_are_rows_alone(plain: NVEmbed, text: TextEncoder) -> None:
+def test_rows_in_batches_equal_rows_alone(plain: NVEmbed, text: TextEncoder) -> None:
     rows = probe_rows(text, LONGEST)[1]
     alone, together = LayerwiseModel(plain).embed(text, rows), quantization._embed(LayerwiseModel(plain), text, rows)
     assert (alone - together).abs().max() < 2e-6
 
 
-def test_the_search_computes_some_of_many_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_samples_the_outputs_of_large_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.arange(10.0)[:, None].expand(10, 4)
     assert quantization._sampled_outputs(weight) is weight
     monkeypatch.setattr(quantization, "MAX_SEARCHED_OUTPUTS", 4)
@@ -190,7 +190,7 @@ def test_sensitivity_is_the_loss_with_one_group_quantized(
         assert all(parameter.is_meta for parameter in layerwise.model.parameters())
 
 
-def test_the_least_sensitive_setting_is_taken(
+def test_the_least_sensitive_setting_is_chosen(
     plain: NVEmbed, text: TextEncoder, quantized: Callable[[Precision], Quantized], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its error may be larger: for the more sensitive half of the groups, and in a large model for none."""
@@ -320,7 +320,7 @@ def test_zero_points_are_zero(quantized: Callable[[Precision], Quantized]) -> No
 def test_no_group_is_excluded_without_need(
     plain: NVEmbed, text: TextEncoder, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
-    """With a damaged layer: whichever groups are excluded, quantizing any one of them fails the gate."""
+    """In a model with a damaged layer, quantizing any of the excluded groups fails the gate."""
     original = TOLERANCES[Precision.INT8]
     loose = replace(original, min_cosine=0.0, min_mean_cosine=0.0, max_difference=100.0)
     tolerance = replace(loose, **{bound: 0.3 if bound == "max_difference" else getattr(original, bound)})
@@ -488,14 +488,14 @@ def test_the_command_and_its_record_reused(
 
 
 def test_a_vector_does_not_depend_on_its_neighbours(bundles: dict[str, Path]) -> None:
-    """Scales are fixed: unlike dynamic quantization, a batch of other texts does not move a vector."""
+    """Scales are fixed, so unlike in dynamic quantization the other texts of a batch do not change a vector."""
     encoder = Encoder(bundles["int8"], device="cpu")
     alone = encoder.encode("rain on the roof")
     in_batch = encoder.encode(["rain on the roof", "!!!! ???? " * 20, "def f(x): return x"])[0]
     assert np.abs(alone - in_batch).max() < 1e-5
 
 
-def test_excluded_groups_have_a_reason(quantized: Callable[[Precision], Quantized]) -> None:
+def test_excluded_groups_are_explained(quantized: Callable[[Precision], Quantized]) -> None:
     for group in quantized(Precision.INT8)[1].groups:
         assert bool(group.reason) == group.excluded
         assert group.error >= 0
