@@ -107,7 +107,7 @@ class Library:
     def _add(self, name: str, passages: Sequence[Passage]) -> Iterator[tuple[int, int]]:
         path = self._path(name)
         if not passages:
-            raise InputError("no text found in these files")
+            raise InputError("no text was found in these files; choose other files")
         self._existing_collection(name)  # fails early if it was made by another engine
         blocks = []
         for start in range(0, len(passages), BLOCK):

@@ -112,7 +112,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """Builds the components and their event handlers."""
         with gr.Blocks(title="Semantic search", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
-            gr.Markdown("# Semantic search\nAsk in your own words: passages are found by meaning, not by common words.")
+            gr.Markdown("# Semantic search\nAsk in your own words: passages are found by meaning, not by shared words.")
             with gr.Row():
                 collection = gr.Dropdown(
                     self.library.names(), value=PYTHON, label="Collection", elem_id="collection", scale=2

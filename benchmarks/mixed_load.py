@@ -191,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mixed_load", description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", type=Path, help="a bundle's folder")
     parser.add_argument("--minutes", type=float, default=60, help="length of the run (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=60, help="of a request, in seconds (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=60, help="time limit of a request in seconds (default: %(default)s)"
+    )
     flags = parser.parse_args(argv)
 
     def command() -> None:

@@ -129,7 +129,7 @@ def open_engine(name: str, device: str, bundle_encoder: Encoder | None) -> tuple
     bundle, _, suffix = name.partition("@")
     if bundle == REFERENCE:
         if bundle_encoder is None or not suffix:
-            raise ConfigError("the reference needs a bundle before it and a checkpoint: BUNDLE reference@CHECKPOINT")
+            raise ConfigError("reference needs a checkpoint and must follow a bundle: BUNDLE reference@CHECKPOINT")
         # On a GPU in FP16 with PyTorch's fused attention, as one would deploy it, not in FP32.
         torch_device = f"cuda:{_index(device)}" if on_gpu(bundle_encoder) else "cpu"
         return Encoder.from_checkpoint(Path(suffix), like=bundle_encoder, device=torch_device), REFERENCE

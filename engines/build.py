@@ -207,7 +207,8 @@ def _require_space(bundle: Bundle, destination: Path, *, force: bool) -> None:
     ):
         if available is not None and required > available:
             shortage = (
-                f"building needs about {required / GIB:.1f} GiB of {resource} and {available / GIB:.1f} GiB are free"
+                f"building needs about {required / GIB:.1f} GiB of {resource}, but only {available / GIB:.1f} GiB "
+                "are free"
             )
             if not force:
                 raise ConfigError(f"{shortage}; free some, or build anyway with --force")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from nvembed_deploy.backends.bindings import TENSORRT_RTX, checked_call, make_logger, this_platform
 from nvembed_deploy.backends.ort import INPUTS
 from nvembed_deploy.bundle.manifest import PlanInfo
+from nvembed_deploy.console import program
 from nvembed_deploy.engines.targets import TARGETS, BuildOption, Target, require_option
 from nvembed_deploy.engines.timing_cache import TimingCache
 from nvembed_deploy.errors import EngineError
@@ -183,13 +184,19 @@ def _set_capabilities(config: Any, target: Target, *, bindings: Any, capability:
     """Sets the GPUs of an ahead-of-time plan; TensorRT itself builds for the GPU that it runs on."""
     if target.runtime != TENSORRT_RTX:
         if capability is None:
-            raise EngineError(f"--target {target.name} builds on the GPU itself, and this machine has none")
+            raise EngineError(
+                f"--target {target.name} builds on the GPU itself, and this machine has none; build the plan there: "
+                f"{program('build')} BUNDLE"
+            )
         return (capability,)
     config.num_compute_capabilities = len(target.compute_capabilities)
     for index, gpu in enumerate(target.compute_capabilities):
         member = getattr(bindings.ComputeCapability, f"SM{gpu.replace('.', '')}", None)
         if member is None or not config.set_compute_capability(member, index):
-            raise EngineError(f"{bindings.__name__} {bindings.__version__} cannot build for compute capability {gpu}")
+            raise EngineError(
+                f"{bindings.__name__} {bindings.__version__} cannot build for compute capability {gpu}; install "
+                "a newer version"
+            )
     return target.compute_capabilities
 
 

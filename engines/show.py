@@ -130,7 +130,8 @@ def lines(manifest: Manifest) -> Iterator[str]:
     memory = available_memory_bytes()
     weight_bytes = sum(component_bytes(manifest).values())
     if memory is not None and weight_bytes > memory:
-        yield f"           the weights need {weight_bytes / GIB:.1f} GiB and {memory / GIB:.1f} GiB of memory are free"
+        free_memory = f"{memory / GIB:.1f} GiB of memory are free"
+        yield f"           the weights need {weight_bytes / GIB:.1f} GiB, but only {free_memory}"
 
 
 def checkpoint_lines(folder: Path) -> Iterator[str]:

@@ -200,6 +200,6 @@ def require_room(needs: Forecast, out: Path, *, force: bool) -> None:
     ):
         if available is not None and required > available and not force:
             raise ExportError(
-                f"this export needs about {required / GIB:.1f} GiB of {resource} and {available / GIB:.1f} GiB are "
-                "free; free some, use a larger machine, or pass --force to try"
+                f"this export needs about {required / GIB:.1f} GiB of {resource}, but only {available / GIB:.1f} GiB "
+                "are free; free some, use a larger machine, or pass --force to try"
             )

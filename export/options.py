@@ -88,7 +88,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="start even if the forecast says that it will not fit, or if a plan is lost",
+        help="start even if the forecast says that it will not fit, or if the plan of an existing bundle would be lost",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the log of TensorRT and of the exporter")
 
@@ -179,9 +179,9 @@ def _add_bundle_flags(group: argparse._ArgumentGroup) -> None:
         type=Path,
         default=None,
         metavar="DIR",
-        help="bundle to write (default: bundles/MODEL-PRECISION, and -TARGET where one is given)",
+        help="bundle to write (default: bundles/MODEL-PRECISION, with -TARGET appended if one is given)",
     )
-    for name, adjective in (("min", "smallest"), ("opt", "most usual"), ("max", "largest")):
+    for name, adjective in (("min", "smallest"), ("opt", "typical"), ("max", "largest")):
         group.add_argument(
             f"--{name}",
             type=_shape,
@@ -194,7 +194,7 @@ def _add_bundle_flags(group: argparse._ArgumentGroup) -> None:
         "--weights",
         choices=(COPY, REFERENCE),
         default=COPY,
-        help="copy: write the weights into the bundle, transposed the way runtimes take them; reference: link the "
+        help="copy: write the weights into the bundle, transposed as runtimes expect them; reference: link the "
         "checkpoint's own files into the bundle, and write only weights whose type changes (default: %(default)s)",
     )
     group.add_argument(
@@ -213,7 +213,7 @@ def _add_gate_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--probe-ranges",
         action="store_true",
-        help="with --no-parity: search for values near FP16's limit nevertheless, with one layer in memory at a time",
+        help="with --no-parity: still search for values near FP16's limit, with one layer in memory at a time",
     )
 
 

@@ -158,7 +158,7 @@ def _open_checkpoint(options: ExportOptions) -> Checkpoint:
     contract = text_contract(folder, config, options.stated)
     if options.profile.max.tokens > contract.max_tokens:
         raise ConfigError(
-            f"--max {options.profile.max} has more tokens than the model takes; pass at most {contract.max_tokens}"
+            f"--max {options.profile.max} has more tokens than the model supports; pass at most {contract.max_tokens}"
         )
     name = options.model if revision else Path(options.model).resolve().name
     weights = StoredWeights(folder, config)
@@ -172,8 +172,8 @@ def _bindings(options: ExportOptions) -> tuple[Any, str]:
         local_gpu = f", and this machine's GPU has compute capability {capability}" if capability else ""
         return (
             None,
-            f"--target {target.name} is built on the device itself{local_gpu}: {program('pack')} BUNDLE packs what it "
-            "needs there",
+            f"--target {target.name} is built on the device itself{local_gpu}; pack the bundle for it with: "
+            f"{program('pack')} BUNDLE",
         )
     try:
         return load_runtime(target), ""
@@ -200,7 +200,7 @@ def _require_own_folder(out: Path) -> None:
     """
     here = Path.cwd()
     if out.resolve() in (here, *here.parents):
-        raise ConfigError(f"--out {out} is the working directory or a folder above it; name a folder in it")
+        raise ConfigError(f"--out {out} is the working directory or a folder above it; choose a folder inside it")
 
 
 def _require_no_plan_lost(options: ExportOptions) -> None:
@@ -215,7 +215,8 @@ def _require_no_plan_lost(options: ExportOptions) -> None:
         "--onnx-only builds none" if options.onnx_only else f"none is built here for --target {options.target.name}"
     )
     raise ConfigError(
-        f"--out {options.out} holds a bundle with a plan, which would be lost: {reason}; pass another --out, or --force"
+        f"--out {options.out} contains a bundle with a plan, which would be lost: {reason}; pass another --out, or "
+        "--force to replace it"
     )
 
 

@@ -161,8 +161,8 @@ def _require_same_job(out: Path, job: dict[str, Any]) -> None:
     if path.exists():
         if path.read_bytes() != content:
             raise ConfigError(
-                f"--out {out} has the output of another bundle, input or setting (see its {RECORD}); choose another "
-                "folder"
+                f"--out {out} contains the output of another bundle, input or setting (see its {RECORD}); choose "
+                "another folder"
             )
         return
     if out.is_dir() and any(

@@ -421,7 +421,7 @@ class Encoder:
                 start += len(vectors)
                 yield vectors
         if blank:
-            _log.warning("%d of %d texts were empty or only white space; their vectors mean nothing", blank, start)
+            _log.warning("%d of %d texts were empty or only white space; their vectors carry no meaning", blank, start)
         if truncated:
             message = "%d of %d texts were longer than max_length=%d tokens and were truncated"
             _log.warning(message, truncated, start, rules.max_tokens)

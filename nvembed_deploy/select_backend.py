@@ -94,9 +94,9 @@ class BackendRequest:
         request = cls(device=device, runtime=Runtime(backend), threads=threads)
         index = request.index
         if request.runtime is Runtime.OPENVINO and index is not None and device != "auto":
-            raise ConfigError(f"backend='openvino' runs on CPUs and device is {device!r}; pass device='cpu'")
+            raise ConfigError(f"backend='openvino' runs on CPUs, but device is {device!r}; pass device='cpu'")
         if request.runtime is Runtime.TENSORRT and index is None:
-            raise ConfigError("backend='tensorrt' runs on GPUs and device is 'cpu'; pass device='cuda'")
+            raise ConfigError("backend='tensorrt' runs on GPUs, but device is 'cpu'; pass device='cuda'")
         return request
 
     def for_file(self, name: str) -> BackendRequest:

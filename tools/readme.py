@@ -59,7 +59,7 @@ def precision_table() -> str:
         "",
         f"Made by `{record['command']}` on {record['date']}: {record['machine']}; "
         + ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "tensorrt_rtx") if name in versions)
-        + ". Every plan is a real TensorRT-RTX build; cosines and overlap are those of the gate's texts against "
+        + ". Every plan is a real TensorRT-RTX build; cosines and overlap are for the gate's texts against "
         "PyTorch FP32, of the plan's graph on ONNX Runtime; the first vector is the median of seven fresh processes. "
         f"Without the token embeddings, which stay FP16, int8's weights are {_matrix_share(record):.2f} of fp16's.",
     ]
@@ -76,7 +76,10 @@ def mteb_table() -> str:
     record = json.loads((RESULTS / "precisions.json").read_text(encoding="utf-8"))
     scores = record["scores"]
     kinds = list(dict.fromkeys(task["type"] for task in scores["fp32"]))
-    lines = [f"| precision | {' | '.join(kinds)} | largest of a task |", "| --- |" + " --- |" * (len(kinds) + 1)]
+    lines = [
+        f"| precision | {' | '.join(kinds)} | largest difference of a task |",
+        "| --- |" + " --- |" * (len(kinds) + 1),
+    ]
     reference = [_mean(task["reference"] for task in scores["fp32"] if task["type"] == kind) for kind in kinds]
     lines.append(f"| PyTorch fp32, points | {' | '.join(f'{points:.2f}' for points in reference)} | |")
     for precision, tasks in scores.items():
@@ -94,7 +97,7 @@ def mteb_table() -> str:
 def family_table() -> str:
     """Formats the rows of `family.MODEL_FAMILIES`."""
     lines = [
-        "| checkpoints | mask | pooling | prompts | vectors may be cut to | tested against |",
+        "| checkpoints | mask | pooling | prompts | dimensions that vectors may be truncated to | tested against |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     poolings = {Pooling.LATENT: "latent attention, mean", Pooling.MEAN: "mean", Pooling.LAST: "last token"}
@@ -117,11 +120,11 @@ def full_size_table() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     names = {
-        "read": "reading it, `cat`",
+        "read": "reading the checkpoint, `cat`",
         "cp": "`cp`",
         "copy": "`export.to_onnx --weights copy`",
         "reference": "`... --weights reference`",
-        "reference_warm": "the same, its input in the system's memory already",
+        "reference_warm": "the same, with the checkpoint already in the page cache",
     }
     for name, row in record["runs"].items():
         memory = f"{row['peak_gib']:.2f} GiB | {row['forecast_gib']:.2f} GiB" if "forecast_gib" in row else "- | -"
@@ -131,7 +134,7 @@ def full_size_table() -> str:
         precision, _, streamed = name.partition("_")
         description = f"{row['layers']} layers, {precision}, "
         if streamed:
-            description += "calibrated part by part with `--no-parity`"
+            description += "calibrated layer by layer with `--no-parity`"
         else:
             description += (
                 f"compared and built for TensorRT-RTX: lowest cosine {row['min_cosine']:.5f}, plan "
@@ -264,7 +267,7 @@ def peers_table() -> str:
 def profile_table() -> str:
     """Formats the record of `benchmarks.stages`."""
     record = _record("profile")
-    lines = ["| | tokenizing | padding | engine | the rest | in all |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| | tokenizing | padding | engine | other | total |", "| --- | --- | --- | --- | --- | --- |"]
     for key, run in (("bulk_ms", "bulk"), ("query_ms", "one query")):
         for name, row in record[key].items():
             steps = [row[step] for step in ("tokenizing", "padding", "engine")]
@@ -293,13 +296,13 @@ def operators_table() -> str:
 def search_table() -> str:
     """Formats the record of `benchmarks.search_speed`."""
     record = _record("search_speed")
-    lines = ["| index | p50 | p99 | of the ten best |", "| --- | --- | --- | --- |"]
+    lines = ["| index | p50 | p99 | of the exact top ten |", "| --- | --- | --- | --- |"]
     for kind, recall in (("exact", 1.0), ("qdrant", record["recall_at_10"])):
         lines.append(f"| `{kind}` | {record['p50_ms'][kind]:.1f} ms | {record['p99_ms'][kind]:.1f} ms | {recall:.1%} |")
     lines += [
         "",
         f"Made by `{record['command']}` on {record['date']}: {record['machine']}; {record['rows']:,} passages of width "
-        f"{record['width']}, {record['queries']} queries; making the index took {record['index_made_s']:.0f} s.",
+        f"{record['width']}, {record['queries']} queries; building the index took {record['index_made_s']:.0f} s.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -310,7 +313,7 @@ def ablation_table() -> str:
     settings = record["settings"]
     return (
         as_table(record)
-        + f"\nMade on {record['date']}: {record['machine']}, {record['minutes']:.0f} minutes in all; "
+        + f"\nMade on {record['date']}: {record['machine']}, {record['minutes']:.0f} minutes in total; "
         + f"{settings['steps']} steps of {settings['batch_tokens']} tokens a run, learning rate "
         + f"{settings['learning_rate']:g}, {settings['examples']['first']} examples a stage.\n"
     )

@@ -261,10 +261,10 @@ def _refuse_infinite(converted: Tensor, name: str, weight_source: WeightSource) 
     # NaN is both the minimum and the maximum where there is one; abs() would copy the whole tensor.
     if not all(math.isfinite(float(extreme)) for extreme in converted.aminmax()):
         if weight_source.read(name).isnan().any():
-            raise ExportError(f"weight {name} holds NaN: the checkpoint is damaged, or its training diverged")
+            raise ExportError(f"weight {name} contains NaN: the checkpoint is damaged, or its training diverged")
         raise ExportError(
             f"weight {name} reaches {float(weight_source.read(name).abs().max()):.3g}, which "
-            f"{str(converted.dtype).removeprefix('torch.')} cannot hold; export with --precision bf16 or fp32"
+            f"{str(converted.dtype).removeprefix('torch.')} cannot represent; export with --precision bf16 or fp32"
         )
 
 

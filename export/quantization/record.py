@@ -121,7 +121,7 @@ def read_record(path: Path, *, precision: Precision, model_sha256: str, texts_sh
     ):
         if recorded != required:
             raise ConfigError(
-                f"--reuse {path} does not fit this export: its {field} is {recorded[:12]}, not {required[:12]}; "
+                f"--reuse {path} does not match this export: its {field} is {recorded[:12]}, not {required[:12]}; "
                 "quantize without --reuse"
             )
     return record
@@ -136,6 +136,6 @@ def _require_version(fields: Any) -> None:
 def nothing_to_quantize(precision: Precision) -> ParityError:
     """Returns the error for a model whose groups would all have to stay in the base precision."""
     return ParityError(
-        f"no group of this model's layers can be {precision.value} within the parity gate's tolerance; calibrate on "
-        f"more and more varied text, or export with --precision {precision.base.value}"
+        f"no group of this model's layers can be quantized to {precision.value} within the parity gate's tolerance; "
+        f"calibrate on more and more varied text, or export with --precision {precision.base.value}"
     )

@@ -11,7 +11,7 @@ from nvembed_deploy.backends.base import Output
 from nvembed_deploy.backends.no_telemetry import switch_off_onnxruntime_telemetry
 from nvembed_deploy.bundle.manifest import WEIGHTS
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import install_command
+from nvembed_deploy.console import install_command, program
 from nvembed_deploy.errors import DeployError, DeviceMismatchError, EngineError, MissingExtra
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import available_memory_bytes
@@ -177,7 +177,8 @@ def check_tensor_names(graph: Path, names: set[str]) -> None:
     """
     if names != {*INPUTS, *OUTPUTS}:
         raise EngineError(
-            f"{graph} has tensors {sorted(names)}, not {INPUTS + OUTPUTS}; it was not made by this toolkit"
+            f"{graph} has tensors {sorted(names)}, not {INPUTS + OUTPUTS}; it was not made by this toolkit. "
+            f"Export a bundle: {program('export')} --out FOLDER"
         )
 
 

@@ -152,7 +152,8 @@ class OvBackend:
                 except RuntimeError as err:
                     self._max_concurrent = 1  # not tried again
                     _log.warning(
-                        "OpenVINO runs one batch at a time, a second copy cannot be compiled (%s)", _last_line(err)
+                        "OpenVINO runs one batch at a time, because a second copy of the model cannot be compiled (%s)",
+                        _last_line(err),
                     )
             return self._streams_compiled or self._single_model
 

@@ -217,7 +217,10 @@ class TrtBackend:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         dtypes = {name: self._engine.get_tensor_dtype(name) for name in names}
         if dtypes != expected:
-            raise EngineError(f"{PLAN} has tensors {dtypes}, not {expected}; it is not a plan made by this toolkit")
+            raise EngineError(
+                f"{PLAN} has tensors {dtypes}, not {expected}; it is not a plan made by this toolkit. Rebuild it: "
+                f"{program('build')} BUNDLE"
+            )
 
     def _read_profiles(self) -> list[ShapeProfile]:
         profiles = []
@@ -276,7 +279,10 @@ class _Worker:
     def _bind_output(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         plan_shape = tuple(self._context.get_tensor_shape(name))
         if plan_shape != shape:
-            raise EngineError(f"{PLAN} returns {name} with shape {plan_shape}, expected {shape}; rebuild it")
+            raise EngineError(
+                f"{PLAN} returns {name} with shape {plan_shape}, expected {shape}; rebuild it: "
+                f"{program('build')} BUNDLE"
+            )
         buffer = self._buffers[name]
         buffer.reserve(int(np.prod(shape)) * np.dtype(np.float32).itemsize)
         self._call(f"binding {name}", "set_tensor_address", name, buffer.device)

@@ -22,17 +22,17 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, dict[str, Command]] = {
-    "Make a bundle": {
+    "Create a bundle": {
         "export": Command("export.trt", "export a checkpoint to ONNX and a TensorRT plan, compared with PyTorch"),
         "pack": Command("engines.pack", "pack a bundle into one archive for a device that builds its own plan"),
         "build": Command("engines.build", "build a bundle's plan with this machine's TensorRT"),
     },
-    "Look at it": {
+    "Inspect a bundle": {
         "show": Command("engines.show", "describe a bundle, and whether its plan runs here"),
         "check": Command("engines.check", "compare a bundle with PyTorch again, on this machine"),
         "bench": Command("engines.bench", "measure latency and throughput of bundles side by side"),
     },
-    "Use it": {
+    "Use a bundle": {
         "embed": Command("cli.embed", "embed texts from a file or standard input into .npy, JSON lines or Parquet"),
         "similarity": Command("cli.similarity", "compare questions with passages, as a table of cosines"),
         "serve": Command("serve.command", "run an HTTP server with OpenAI's embeddings interface"),

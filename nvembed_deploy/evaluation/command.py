@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         if comparison.failures:
             worst = max(comparison.failures, key=lambda task: abs(task.difference) / task.tolerance)
             raise ParityError(
-                f"{len(comparison.failures)} of {len(comparison.results)} tasks are beyond the tolerance; the worst is "
+                f"{len(comparison.failures)} of {len(comparison.results)} tasks exceed the tolerance; the worst is "
                 f"{worst.task} with {worst.difference:+.3f} points. Do not ship this engine"
             )
         echo(f"done: {len(comparison.results)} tasks within the tolerance of {comparison.precision.value}")

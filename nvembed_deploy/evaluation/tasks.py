@@ -132,7 +132,9 @@ def folder_tasks(folder: Path, *, names: Sequence[str] = (), max_documents: int 
         available = ", ".join(path.parent.name for path in meta_paths)
         raise ConfigError(f"--data {folder} has no task {missing_names[0]!r}; available: {available or 'none'}")
     if not tasks:
-        raise ConfigError(f"--data {folder} holds no data set with a meta.json of a known type ({', '.join(KINDS)})")
+        raise ConfigError(
+            f"--data {folder} contains no data set whose meta.json has a supported type ({', '.join(KINDS)})"
+        )
     return list(tasks.values())
 
 

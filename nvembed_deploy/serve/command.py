@@ -48,9 +48,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     flags = parser.parse_args(argv)
     if not 0 <= flags.port < 65536:
-        parser.error(f"--port is {flags.port}; pass 0 to 65535")
+        parser.error(f"--port must be from 0 to 65535, got {flags.port}")
     if flags.max_waiting < 1 or not 0 < flags.timeout < math.inf:
-        parser.error("--max-waiting and --timeout must be numbers above 0")
+        parser.error(
+            f"--max-waiting and --timeout must be numbers greater than 0, got {flags.max_waiting} and {flags.timeout:g}"
+        )
 
     def command() -> None:
         try:

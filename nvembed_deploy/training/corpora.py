@@ -62,7 +62,7 @@ def read_data(folder: Path, *, wordnet: Path | None = None, packages: Path | Non
                 yield from _trimmed(example)
     if is_empty:
         raise ConfigError(
-            f"--data {folder} holds no data set in a known layout; see nvembed_deploy/training/corpora.py"
+            f"--data {folder} contains no data set in a supported layout; see nvembed_deploy/training/corpora.py"
         )
     yield from _system_examples(wordnet, packages)
 

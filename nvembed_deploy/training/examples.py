@@ -68,7 +68,7 @@ def read_examples(path: Path) -> list[Example]:
         raise ConfigError(f"{path} does not exist; create an examples file with: {program('train')} data")
     examples = [_example(row, f"{path}, line {line}") for line, row in enumerate(read_rows(path), 1)]
     if not examples:
-        raise ConfigError(f"{path} holds no examples")
+        raise ConfigError(f"{path} contains no examples; create an examples file with: {program('train')} data")
     return examples
 
 
@@ -84,7 +84,7 @@ def _example(row: dict[str, Any], location: str) -> Example:
     if not isinstance(negatives, list) or not all(isinstance(text, str) for text in [*negatives, *texts]):
         raise ConfigError(f"{location}: positive, label and instruction must be strings, negatives a list of strings")
     if negatives and not texts[0]:
-        raise ConfigError(f"{location}: negatives without a positive teach nothing; add 'positive'")
+        raise ConfigError(f"{location}: negatives without a positive cannot be trained on; add 'positive'")
     try:
         kind = Kind(row["kind"])
     except ValueError as err:
@@ -177,7 +177,7 @@ def read_exclusion(folder: Path) -> Exclusion:
     for path in sorted([*folder.rglob("*.txt"), *folder.rglob("*.tokens")]):
         strings += path.read_text(encoding="utf-8").splitlines()
     if not strings:
-        raise ConfigError(f"--exclude {folder} holds no texts; pass the folder of the evaluation sets")
+        raise ConfigError(f"--exclude {folder} contains no texts; pass the folder of the evaluation sets")
     return Exclusion(strings)
 
 

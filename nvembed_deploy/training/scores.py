@@ -49,7 +49,10 @@ def score_folder(folder: Path, embed: Embed) -> dict[str, float]:
                 cosines = (vectors[0] * vectors[1]).sum(axis=1)
                 scores[path.name] = spearman(cosines, np.array([row["score"] for row in rows], dtype=np.float64))
     if not scores:
-        raise ConfigError(f"{folder} holds no data set of scored pairs and no corpus with judgements")
+        raise ConfigError(
+            f"{folder} contains no data set of scored pairs and no corpus with judgements; pass the folder of the "
+            "evaluation sets"
+        )
     return scores
 
 

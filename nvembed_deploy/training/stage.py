@@ -238,6 +238,6 @@ def claim_work_folder(work: Path, settings: dict[str, Any]) -> None:
     path = work / SETTINGS_NAME
     text = json.dumps(settings, indent=1, sort_keys=True)
     if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ConfigError(f"{work} holds a run with other settings or examples; delete it or pass another --work")
+        raise ConfigError(f"{work} contains a run with other settings or examples; delete it or pass another --work")
     work.mkdir(parents=True, exist_ok=True)
     write_file(path, text.encode())

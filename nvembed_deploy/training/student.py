@@ -150,7 +150,7 @@ def _with_pooler(folder: Path, config: ModelConfig, seed: int) -> NVEmbed:
         tensors[name] = tensor.float()
     missing_keys = [name for name in shapes if name not in tensors and not name.startswith(POOLER)]
     if missing_keys:
-        raise CheckpointError(f"{folder} lacks {missing_keys[0]}; the weights do not match config.json")
+        raise CheckpointError(f"{folder} has no {missing_keys[0]}; the weights do not match config.json")
     generator = torch.Generator().manual_seed(seed)
     for name, shape in shapes.items():
         if name.startswith(POOLER):

@@ -23,7 +23,7 @@ def definitions(folder: Path) -> Iterator[tuple[str, str]]:
         path = folder / f"data.{part_of_speech}"
         if not path.is_file():
             raise ConfigError(
-                f"--wordnet {folder} lacks {path.name}; install Debian's wordnet-base or leave out --wordnet"
+                f"--wordnet {folder} has no {path.name}; install Debian's wordnet-base or leave out --wordnet"
             )
         with path.open(encoding="utf-8") as lines:
             for line in lines:

@@ -58,9 +58,9 @@ def bert_of(teacher: Teacher) -> Any:
     bert = getattr(next(teacher.model.children()), "auto_model", None)
     if bert is None or bert.config.model_type != "bert":
         kind = "none" if bert is None else bert.config.model_type
-        raise ConfigError(f"the teacher's model type is {kind}, but layers can only start from a BERT's")
+        raise ConfigError(f"the teacher's model type is {kind}, but only a BERT can be the teacher")
     if bert.config.hidden_act != "gelu":
-        raise ConfigError(f"the teacher's activation is {bert.config.hidden_act}, but layers can only start from GELU")
+        raise ConfigError(f"the teacher's activation is {bert.config.hidden_act}, but only GELU is supported")
     return copy.deepcopy(bert).float().cpu()
 
 

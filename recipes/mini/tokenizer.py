@@ -49,7 +49,9 @@ def piece_tokenizer(pieces: Iterable[str], *, vocab_size: int) -> Tokenizer:
             break
         tokens[piece] = None
     if len(tokens) != vocab_size:
-        raise ConfigError(f"--vocab-size must be at most {len(tokens)}, all pieces that there are; got {vocab_size}")
+        raise ConfigError(
+            f"--vocab-size must be at most {len(tokens)}, the number of available pieces; got {vocab_size}"
+        )
     tokenizer = assemble({token: token_id for token_id, token in enumerate(tokens)}, [])
     longest = longest_of(token for token in tokens if token not in (*CONTROL_TOKENS, *BYTE_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -125,8 +125,8 @@ def test_the_faster_runtime_is_chosen(bundles: dict[str, Path], monkeypatch: pyt
     ("options", "message"),
     [
         ({"backend": "tensorflow"}, "backend is 'tensorflow'; pass 'auto', 'tensorrt', 'onnxruntime', 'openvino'"),
-        ({"backend": "openvino", "device": "cuda"}, "runs on CPUs and device is 'cuda'"),
-        ({"backend": "tensorrt", "device": "cpu"}, "runs on GPUs and device is 'cpu'"),
+        ({"backend": "openvino", "device": "cuda"}, "runs on CPUs, but device is 'cuda'"),
+        ({"backend": "tensorrt", "device": "cpu"}, "runs on GPUs, but device is 'cpu'"),
         ({"threads": 0}, "threads is 0; pass a whole number from 1 to 1024"),
     ],
 )

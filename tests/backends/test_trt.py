@@ -270,10 +270,15 @@ def test_a_foreign_plan_is_refused(open_fake: Callable, bindings: FakeBindings) 
     tensors = dict(bindings.tensors)
     for name, kind in (("extra", "FLOAT"), ("input_ids", "INT32"), ("sentence_embedding", "HALF")):
         bindings.tensors = tensors | {name: bindings.DataType[kind]}
-        with pytest.raises(EngineError, match=f"has tensors .*{name}.*{kind}.*not a plan made by this toolkit"):
+        with pytest.raises(
+            EngineError,
+            match=rf"has tensors .*{name}.*{kind}.*not a plan made by this toolkit\. Rebuild it: {BUILD}",
+        ):
             open_fake()
     bindings.tensors, bindings.dimension = tensors, 9
-    with pytest.raises(EngineError, match=r"returns sentence_embedding with shape \(3, 9\), expected \(3, 8\)"):
+    with pytest.raises(
+        EngineError, match=r"returns sentence_embedding with shape \(3, 9\), expected \(3, 8\); rebuild it: "
+    ):
         open_fake().run(make_batch(3, 7))
     assert "execute_async_v3" not in bindings.calls
 

@@ -174,7 +174,7 @@ def test_without_a_tool_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_reference_must_follow_a_bundle(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"reference@{checkpoint}"]) == 1
-    assert "the reference needs a bundle before it" in capsys.readouterr().err
+    assert "reference needs a checkpoint and must follow a bundle" in capsys.readouterr().err
 
 
 def test_large_batches_are_split_where_padding_would_grow() -> None:

@@ -146,7 +146,7 @@ def test_too_little_memory_is_reported_first(
 ) -> None:
     monkeypatch.setattr(build, "available_memory_bytes", lambda: 2**20)
     assert build.main([str(copy), "--target", "rtx"]) == 1
-    assert "needs about 0.4 GiB of memory and 0.0 GiB are free" in capsys.readouterr().err
+    assert "needs about 0.4 GiB of memory, but only 0.0 GiB are free" in capsys.readouterr().err
     assert not (copy / PLAN).exists()
     assert build.main([str(copy), "--target", "rtx", "--force"]) == 0
     assert "building anyway because of --force" in capsys.readouterr().err

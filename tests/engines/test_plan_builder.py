@@ -117,7 +117,9 @@ def test_invalid_profiles(bundles: dict[str, Path], tmp_path: Path, handlers: li
 def test_gpus_that_rtx_does_not_build_for(bundles: dict[str, Path]) -> None:
     for capability in ("9.0", "5.0"):
         target = replace(TARGETS["rtx"], compute_capabilities=("8.9", capability))
-        with pytest.raises(EngineError, match=rf"cannot build for compute capability {capability}"):
+        with pytest.raises(
+            EngineError, match=rf"cannot build for compute capability {capability}; install a newer version"
+        ):
             build(bundles["fp16"] / GRAPH, target=target)
 
 
@@ -271,7 +273,11 @@ def test_each_failure_of_tensorrt_is_named(
 
 
 def test_tensorrt_builds_on_the_gpu_only(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="--target jetson-orin builds on the GPU itself, and this machine has none"):
+    with pytest.raises(
+        EngineError,
+        match=r"--target jetson-orin builds on the GPU itself, and this machine has none; build the plan there: "
+        r"(nvembed|python -m nvembed_deploy) build BUNDLE$",
+    ):
         build(tmp_path / GRAPH, target=TARGETS["jetson-orin"], bindings=FakeTensorRT())
 
 

@@ -62,7 +62,7 @@ def test_losing_files_is_refused_before_any_work(
     if (out / PLAN).is_file():
         for flags in (["--onnx-only"], ["--target", "jetson-orin"]):
             assert trt.main(["--model", str(checkpoint), "--out", str(out), *flags]) == 1
-            assert "holds a bundle with a plan, which would be lost" in capsys.readouterr().err
+            assert "contains a bundle with a plan, which would be lost" in capsys.readouterr().err
     assert (out / MANIFEST).read_bytes() == (bundles["fp16"] / MANIFEST).read_bytes()
 
 
@@ -156,7 +156,9 @@ def test_a_target_for_another_machine_writes_only_the_graph(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert trt.main(arguments(checkpoint, tmp_path / "b", "--target", "jetson-orin", "--no-parity")) == 0
-    assert "--target jetson-orin is built on the device itself" in capsys.readouterr().err
+    assert (
+        "--target jetson-orin is built on the device itself; pack the bundle for it with: " in capsys.readouterr().err
+    )
     manifest = Bundle.open(tmp_path / "b").manifest
     assert (manifest.dialect, manifest.opset, manifest.plan) == ("portable", 20, None)
 
@@ -272,7 +274,7 @@ def test_forecast_refuses_what_cannot_fit(checkpoint: Path, tmp_path: Path) -> N
     assert compared.memory > streamed.memory >= linked.memory
     assert compared.disk == streamed.disk > linked.disk
     huge = replace(needs, disk=2**60)
-    with pytest.raises(ExportError, match=r"needs about 1073741824\.0 GiB of disk and .* GiB are free"):
+    with pytest.raises(ExportError, match=r"needs about 1073741824\.0 GiB of disk, but only .* GiB are free"):
         require_room(huge, tmp_path / "b", force=False)
     require_room(huge, tmp_path / "b", force=True)
 

@@ -89,5 +89,5 @@ def test_the_pattern_matches_the_longest_word():
 def test_too_small_a_vocabulary_and_too_few_pieces_are_refused():
     with pytest.raises(ConfigError, match="for bytes and letters, got 200"):
         piece_tokenizer([], vocab_size=200)
-    with pytest.raises(ConfigError, match="all pieces that there are; got"):
+    with pytest.raises(ConfigError, match="the number of available pieces; got"):
         piece_tokenizer(["▁ab"], vocab_size=ALWAYS + 2)

@@ -141,7 +141,7 @@ def test_unsupported_teachers_are_refused(teacher):
         started(config(num_hidden_layers=3))
     not_a_bert = object.__new__(Teacher)
     not_a_bert.__dict__ |= {**teacher.__dict__, "model": torch.nn.Sequential(torch.nn.Identity())}
-    with pytest.raises(ConfigError, match="layers can only start from a BERT's"):
+    with pytest.raises(ConfigError, match="only a BERT can be the teacher"):
         started(config(), not_a_bert)
     with pytest.raises(
         ConfigError, match=r"the texts have \d+ tokens, but layers of this size need 640; pass more text"
@@ -196,7 +196,7 @@ def test_a_base_model_is_made_and_can_be_trained(teacher, tmp_path, capsys, monk
     assert load_checkpoint(out).config.layers == 2
     for extra_flags, message in (
         (["--vocab-size", "200"], "for bytes and letters, got 200"),
-        (["--vocab-size", "99999"], "all pieces that there are; got 99999"),
+        (["--vocab-size", "99999"], "the number of available pieces; got 99999"),
         (["--vocab-size", size, "--neurons", "33"], "--neurons must be from 1 to 32, the teacher's number; got 33"),
     ):
         assert main([*start, *extra_flags]) == 1

@@ -308,7 +308,7 @@ def test_a_timeout_is_a_number_above_zero(seconds: str, capsys: pytest.CaptureFi
 
     with pytest.raises(SystemExit):
         main(["bundle", f"--timeout={seconds}"])
-    assert "must be numbers above 0" in capsys.readouterr().err
+    assert "must be numbers greater than 0, got " in capsys.readouterr().err
 
 
 def test_limits_apply_to_requests_of_any_size() -> None:

@@ -30,7 +30,7 @@ def test_definitions_are_read_from_the_database(wordnet):
         ("object, physical object", 'a tangible and visible entity; "it was full"'),
     ]
     (wordnet / "data.adv").unlink()
-    with pytest.raises(ConfigError, match=r"lacks data.adv; install Debian's wordnet-base"):
+    with pytest.raises(ConfigError, match=r"has no data.adv; install Debian's wordnet-base"):
         list(definitions(wordnet))
 
 
@@ -82,7 +82,7 @@ def test_a_missing_folder_and_a_damaged_line_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"--data .* is not a folder"):
         list(read_data(tmp_path / "none"))
     (tmp_path / "set").mkdir()
-    with pytest.raises(ConfigError, match="holds no data set in a known layout"):
+    with pytest.raises(ConfigError, match="contains no data set in a supported layout"):
         list(read_data(tmp_path))
     (tmp_path / "set" / "pairs.jsonl").write_text('{"a": "x"\n')
     with pytest.raises(ConfigError, match="line 1: not JSON"):

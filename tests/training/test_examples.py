@@ -38,7 +38,7 @@ def test_examples_round_trip(tmp_path):
         ('{"query": "q", "kind": "text", "source": "s", "negatives": ["n"]}', "negatives without a positive"),
         ("[]", "line 1: not a JSON object"),
         ("{", "line 1: not JSON"),
-        ("", "holds no examples"),
+        ("", "contains no examples; create an examples file with: "),
     ],
 )
 def test_an_invalid_line_is_named(tmp_path, line, message):
@@ -93,5 +93,5 @@ def test_every_text_of_an_example_counts(tmp_path):
         query="q", positive="p", negatives=("What is the capital of France?",), kind=Kind.RETRIEVAL, source="s"
     )
     assert list(excluded.filter([clean, dropped])) == [clean]
-    with pytest.raises(ConfigError, match="holds no texts"):
+    with pytest.raises(ConfigError, match="contains no texts"):
         read_exclusion(tmp_path / "empty")

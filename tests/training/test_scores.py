@@ -43,5 +43,5 @@ def test_a_folder_of_sets(tmp_path):
     assert scores["search"] == pytest.approx((1 + 1 / math.log2(3)) / 2)
     assert scores["sts"] == pytest.approx(1.0)
     assert instructions.count("") == 1
-    with pytest.raises(ConfigError, match="holds no data set of scored pairs"):
+    with pytest.raises(ConfigError, match="contains no data set of scored pairs"):
         score_folder(retrieval_folder, embed)

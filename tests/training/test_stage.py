@@ -359,7 +359,7 @@ def test_a_base_without_a_hidden_size_is_read(tmp_path, base_folder):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "is damaged"),
         (
             lambda folder: (folder / "config.json").write_text(json.dumps({**sizes(), "num_hidden_layers": 3})),
-            "lacks embedding_model.layers.2",
+            "has no embedding_model.layers.2",
         ),
         (
             lambda folder: (folder / "config.json").write_text(json.dumps({**sizes(), "intermediate_size": 25})),

@@ -232,7 +232,8 @@ def test_a_model_without_a_quantizable_group_is_refused(
     monkeypatch.setattr(quantization, "MARGIN", 1.0)  # only a cosine of 1 is enough
     rows = tokenize(built_in_texts(), text, tokens=300)
     with pytest.raises(
-        ParityError, match=r"no group of this model's layers can be int8 .* or export with --precision fp16"
+        ParityError,
+        match=r"no group of this model's layers can be quantized to int8 .* or export with --precision fp16",
     ):
         quantize(LayerwiseModel(copy.deepcopy(plain)), text, rows, Precision.INT8, model_sha256="", longest=LONGEST)
 
@@ -394,9 +395,9 @@ def test_a_record_reproduces_the_model(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"precision": Precision.FP8}, "does not fit this export: its precision is int8, not fp8"),
-        ({"model_sha256": "1" * 64}, "does not fit this export: its checkpoint's hash is 0000"),
-        ({"texts_sha256": "f" * 64}, "does not fit this export: its calibration texts' hash is"),
+        ({"precision": Precision.FP8}, "does not match this export: its precision is int8, not fp8"),
+        ({"model_sha256": "1" * 64}, "does not match this export: its checkpoint's hash is 0000"),
+        ({"texts_sha256": "f" * 64}, "does not match this export: its calibration texts' hash is"),
     ],
 )
 def test_a_record_of_another_export_is_refused(
@@ -484,7 +485,7 @@ def test_the_command_and_its_record_reused(
     records = [json.loads((folder / QUANTIZATION).read_text()) for folder in (searched, reused)]
     assert records[0] == records[1]
     assert export_graph([*reusing, "--calibration-tokens", "10", "--calibration", str(texts)]) == 1
-    assert "does not fit this export: its calibration texts' hash is" in capsys.readouterr().err
+    assert "does not match this export: its calibration texts' hash is" in capsys.readouterr().err
 
 
 def test_a_vector_does_not_depend_on_its_neighbours(bundles: dict[str, Path]) -> None:
