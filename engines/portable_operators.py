@@ -12,11 +12,9 @@ from pathlib import Path
 import onnx
 
 from nvembed_deploy.errors import ExportError
-from nvembed_deploy.spec import Dialect
+from nvembed_deploy.spec import INT4_OPSET, Dialect
 
 OPSET = Dialect.PORTABLE.opset
-INT4_OPSET = 21
-"""First opset with 4-bit tensors."""
 
 _FLOATS = frozenset(("FLOAT", "FLOAT16", "BFLOAT16"))
 _NUMBERS = _FLOATS | {"INT32", "INT64"}

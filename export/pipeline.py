@@ -20,6 +20,7 @@ from nvembed_deploy.bundle.manifest import (
     FORMAT_VERSION,
     GRAPH,
     PLAN,
+    POOLING,
     QUANTIZATION,
     QUANTIZATION_PICTURE,
     REFERENCE_OUTPUTS,
@@ -70,11 +71,6 @@ from nvembed_deploy.system import installed_versions, peak_memory_bytes, return_
 from nvembed_deploy.tokenization import TextContract, TextEncoder, TokenRow
 from nvembed_deploy.version import __version__
 
-POOLING = {
-    Pooling.LATENT: "latent attention, masked mean, L2",
-    Pooling.MEAN: "masked mean, L2",
-    Pooling.LAST: "last token, L2",
-}
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
 
 

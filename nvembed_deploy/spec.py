@@ -13,6 +13,8 @@ from nvembed_deploy.errors import CheckpointError, ConfigError
 
 INT4_BLOCK = 64
 """Weights of a column that share a 16-bit scale. TensorRT supports 64 and 128."""
+INT4_OPSET = 21
+"""The first ONNX opset version with block scales."""
 
 
 class Precision(str, Enum):
@@ -65,6 +67,10 @@ class Dialect(str, Enum):
     def opset(self) -> int:
         """ONNX opset version of the dialect. TensorRT 10 supports up to 20, TensorRT 11 up to 25."""
         return 23 if self is Dialect.FUSED else 20
+
+    def opset_for(self, precision: Precision) -> int:
+        """ONNX opset version of a graph in this dialect and a precision."""
+        return max(self.opset, INT4_OPSET) if precision is Precision.INT4 else self.opset
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -134,6 +140,15 @@ class ShapeProfile:
                 raise ConfigError(
                     f"{flag} {high} is smaller than {low}; --min <= --opt <= --max must hold for batch and for tokens"
                 )
+
+    def contains(self, other: ShapeProfile) -> bool:
+        """Returns True if every shape of another profile is one of this profile's."""
+        return (
+            self.min.batch <= other.min.batch
+            and self.min.tokens <= other.min.tokens
+            and other.max.batch <= self.max.batch
+            and other.max.tokens <= self.max.tokens
+        )
 
     def __str__(self) -> str:
         return f"{self.min} .. {self.opt} .. {self.max}"

@@ -101,6 +101,11 @@ def _trace(
             f"the exporter of torch {torch.__version__} dropped the weight {missing_weights[0]}; install a torch "
             "version that this package was tested with (constraints.txt)"
         )
+    if program.model.opset_imports.get("") != dialect.opset:
+        raise ExportError(
+            f"the exporter of torch {torch.__version__} wrote opset {program.model.opset_imports.get('')} instead of "
+            f"{dialect.opset}; install a torch version that this package was tested with (constraints.txt)"
+        )
     program.model.producer_name = "nvembed-deploy"
     program.model.producer_version = None
     return program.model

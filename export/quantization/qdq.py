@@ -13,9 +13,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nvembed_deploy.engines.portable_operators import INT4_OPSET
 from nvembed_deploy.errors import ExportError
 from nvembed_deploy.export.quantization.formats import NumberFormat
+from nvembed_deploy.spec import INT4_OPSET
 
 QUANTIZED_SUFFIX = "_quantized"
 SCALE_SUFFIX = "_scale"

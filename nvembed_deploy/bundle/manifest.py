@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nvembed_deploy.backends.bindings import RUNTIMES
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.console import program
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.files.hashing import FileEntry
-from nvembed_deploy.files.records import from_json, to_json
-from nvembed_deploy.model.config import ModelConfig
-from nvembed_deploy.spec import Dialect, Precision, ShapeProfile
+from nvembed_deploy.files.records import from_json, parse_json, to_json
+from nvembed_deploy.model.config import ModelConfig, Pooling
+from nvembed_deploy.spec import MAX_ELEMENTS, Dialect, Precision, ShapeProfile
 from nvembed_deploy.tokenization import TextContract
 
 FORMAT_VERSION = 5
@@ -40,6 +42,17 @@ REQUIRED = frozenset((GRAPH, WEIGHTS, TOKENIZER))
 FORMER_PAYLOAD = frozenset(("truth.npz",))
 """Files of earlier format versions: they are not read, but an export may replace a bundle that has them."""
 
+POOLING = {
+    Pooling.LATENT: "latent attention, masked mean, L2",
+    Pooling.MEAN: "masked mean, L2",
+    Pooling.LAST: "last token, L2",
+}
+"""Description of each pooling, for readers of `manifest.json`."""
+MAX_COSINE = 1 + 1e-6
+"""Cosines are rounded, and may be above 1 by that."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMPUTE_CAPABILITY = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}")
 _SELF_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _ZEROS = b"0" * 64
 _CHECKPOINT_FILE = re.compile(r"(\d+_[A-Za-z]+/)?[a-z][a-z_]*\.json")
@@ -135,18 +148,19 @@ class Manifest:
         if hashlib.sha256(content.replace(self_hashes[0], _ZEROS, 1)).hexdigest().encode() != self_hashes[0]:
             raise BundleError(f"{MANIFEST} is damaged (its own hash does not match); {cure}")
         try:
-            record = json.loads(content)
+            record = parse_json(content)
             version = record.get("format_version") if isinstance(record, dict) else None
             if version != FORMAT_VERSION:
                 raise BundleError(
-                    f"{MANIFEST} has format version {version!r}, and this version of nvembed-deploy reads format "
-                    f"version {FORMAT_VERSION}; export the bundle again: {program('export')} --out FOLDER"
+                    f"{MANIFEST} has format version {version!r:.60}, and this version of nvembed-deploy reads "
+                    f"format version {FORMAT_VERSION}; export the bundle again: {program('export')} --out FOLDER"
                 )
             manifest = from_json(cls, record)
         except (ValueError, RecursionError) as err:  # ConfigError is a ValueError
             raise BundleError(f"{MANIFEST} is invalid ({err}); {cure}") from err
         manifest._check_files()
-        manifest._check_model()
+        for problem in manifest._contradictions():
+            raise BundleError(f"{MANIFEST} is inconsistent: {problem}; export the bundle again")
         return manifest
 
     def _check_files(self) -> None:
@@ -175,21 +189,99 @@ class Manifest:
                 mismatch = f"is not listed but has a {cause}" if expected else f"is listed but has no {cause}"
                 raise BundleError(f"{MANIFEST} is inconsistent: {name} {mismatch}; export the bundle again")
 
-    def _check_model(self) -> None:
+    def _contradictions(self) -> Iterator[str]:
+        """Yields what cannot be: values that no bundle has, and fields that contradict each other."""
+        yield from _bad_entries("files", self.files)
+        yield from _bad_entries("source.files", self.source.files)
+        for name in self.referenced:
+            if self.source.files.get(name) != self.files[name]:
+                yield f"{name} is linked from the checkpoint, whose files do not include it"
+        yield from self._text_contradictions()
+        yield from _impossible_sizes(self.source.architecture)
+        yield from self._graph_contradictions()
+        if self.plan is not None:
+            yield from self._plan_contradictions(self.plan)
+        for report in self.parity:
+            yield from self._report_contradictions(report)
+
+    def _text_contradictions(self) -> Iterator[str]:
+        model, text = self.source.architecture, self.text
+        for token in (*text.prefix_ids, *text.suffix_ids, text.pad_id):
+            if not 0 <= token < model.vocab_size:
+                yield f"it has token id {token}, and the embedding table has {model.vocab_size} rows"
+        if not 1 <= text.max_tokens <= model.max_positions:
+            yield f"texts have up to {text.max_tokens} tokens, and the model {model.max_positions} positions"
+        if self.profile.max.tokens > text.max_tokens:
+            yield f"the shapes go up to {self.profile.max}, and texts have up to {text.max_tokens} tokens"
+        if text.mask_prompt != model.mask_instruction:
+            yield "text and model do not agree whether the prompt is pooled"
+        if text.pool_last != (model.pooling is Pooling.LAST):
+            yield "text and model do not agree whether the last token is pooled"
+
+    def _graph_contradictions(self) -> Iterator[str]:
         model = self.source.architecture
         if self.dimension != model.hidden_size:
-            raise BundleError(
-                f"{MANIFEST} is inconsistent: the vectors have {self.dimension} dimensions and the model has "
-                f"{model.hidden_size}; export the bundle again"
-            )
-        for token in (*self.text.prefix_ids, *self.text.suffix_ids, self.text.pad_id):
-            if not 0 <= token < model.vocab_size:
-                raise BundleError(
-                    f"{MANIFEST} is inconsistent: it has token id {token}, and the embedding table has "
-                    f"{model.vocab_size} rows; export the bundle again"
-                )
+            yield f"the vectors have {self.dimension} dimensions and the model has {model.hidden_size}"
+        if self.opset != (opset := self.dialect.opset_for(self.precision)):
+            yield f"the graph has opset {self.opset}, and the {self.dialect.value} dialect has {opset}"
+        if self.pooling != POOLING[model.pooling]:
+            yield f"the pooling is {self.pooling[:60]!r}, and the model's is {POOLING[model.pooling]!r}"
+        if self.folded and model.latent is None:
+            yield "the latent attention is folded, and the model has none"
+        if self.fp32_modules and self.precision.base is not Precision.FP16:
+            yield f"{self.fp32_modules[0]!r} is in FP32 for FP16's limit, and the precision is {self.precision.value}"
+
+    def _plan_contradictions(self, plan: PlanInfo) -> Iterator[str]:
+        if plan.runtime not in RUNTIMES:
+            yield f"the plan is for {plan.runtime[:60]!r}, and runtimes are {' and '.join(RUNTIMES)}"
+        if not plan.compute_capabilities or not all(map(_COMPUTE_CAPABILITY.fullmatch, plan.compute_capabilities)):
+            yield f"the plan's compute capabilities are {str(list(plan.compute_capabilities))[:60]}"
+        if plan.profiles[:1] != (self.profile,):
+            yield f"the plan's first profile is not that of the bundle, {self.profile}"
+        for profile in plan.profiles[1:]:
+            if not self.profile.contains(profile):
+                yield f"the plan's profile {profile} is not within {self.profile}"
+
+    def _report_contradictions(self, report: ParityReport) -> Iterator[str]:
+        if report.precision is not self.precision:
+            yield f"{report.candidate!r} was compared as {report.precision.value}, and is {self.precision.value}"
+        if report.failures:
+            yield f"{report.candidate!r} did not pass the comparison, and no bundle is written then"
+        if report.texts < 1 or report.longest_tokens < 1 or report.non_finite_rows:
+            yield f"{report.candidate!r} was compared on {report.texts} texts, {report.non_finite_rows} not finite"
+        cosines = (report.min_cosine, report.mean_cosine, report.min_batch_cosine)
+        if max(map(abs, cosines)) > MAX_COSINE or not 0 <= (report.overlap or 0.0) <= 1:
+            yield f"the cosines or the overlap of {report.candidate!r} are out of range"
+        if min(report.max_difference, report.max_scaled_difference) < 0:
+            yield f"the difference of {report.candidate!r} is below 0"
+
+
+def _bad_entries(field: str, files: Mapping[str, FileEntry]) -> Iterator[str]:
+    for name, entry in files.items():
+        if entry.bytes < 0 or not _SHA256.fullmatch(entry.sha256):
+            yield f"{field} has {name[:60]!r} with {entry.bytes} bytes and SHA-256 {entry.sha256[:64]!r}"
+
+
+def _impossible_sizes(model: ModelConfig) -> Iterator[str]:
+    """Yields the sizes of an architecture that no tensor has, and constants that give no finite numbers."""
+    sizes = {
+        name: getattr(model, name)
+        for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size")
+    } | {"max_positions": model.max_positions}
+    if model.latent is not None:
+        sizes |= {f"latent.{name}": size for name, size in vars(model.latent).items()}
+    if model.matryoshka is not None:
+        dims = (model.matryoshka.min_dim, *model.matryoshka.dims)
+        sizes |= {f"matryoshka {dim}": dim if dim <= model.hidden_size else 0 for dim in dims}
+    if model.rope_scaling is not None:
+        sizes["rope_scaling.original_max_positions"] = model.rope_scaling.original_max_positions
+    for name, size in sizes.items():
+        if not 1 <= size <= MAX_ELEMENTS:
+            yield f"the model's {name} is {size}"
+    if model.rope_theta <= 0 or model.rms_norm_eps < 0:
+        yield f"the model's rope_theta is {model.rope_theta} and its rms_norm_eps {model.rms_norm_eps}"
 
 
 def is_shard_name(name: str) -> bool:
     """Returns True for the name of a safetensors file that has no folder in it."""
-    return Path(name).name == name and name.endswith(".safetensors")
+    return Path(name).name == name and name.endswith(".safetensors") and name.isprintable()

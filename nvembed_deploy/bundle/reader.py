@@ -144,7 +144,8 @@ def _require_these_files(folder: Path, expected: set[str]) -> None:
     if missing := sorted(expected - present):
         raise BundleError(f"{folder / missing[0]} is missing; {_CURE}")
     if extra := sorted(name for name in present - expected if not _is_ignored(name)):
-        raise BundleError(f"{folder / extra[0]} is not part of the bundle; move it to another folder")
+        name = extra[0] if extra[0].isprintable() else repr(extra[0])
+        raise BundleError(f"{folder / name} is not part of the bundle; move it to another folder")
 
 
 def _is_ignored(name: str) -> bool:

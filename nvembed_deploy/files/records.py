@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import sys
 import types
 import typing
@@ -11,6 +12,33 @@ from enum import Enum
 from typing import Any, TypeVar
 
 Record = TypeVar("Record")
+MAX_INTEGER = 2**63 - 1
+"""Largest integer that a field may have: what sizes, counts and token ids are computed with."""
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parses JSON; unlike `json.loads` it refuses a field that stands twice, and text that no output can take.
+
+    Raises:
+        ValueError: The content is not such JSON.
+        RecursionError: It is nested too deep.
+    """
+    value = json.loads(content, object_pairs_hook=_unique_fields)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as err:
+        character = f"\\u{ord(err.object[err.start]):04x}"
+        raise ValueError(f"a text in it has {character}, half of a surrogate pair") from err
+    return value
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"field {name[:60]!r} stands twice")
+        fields[name] = value
+    return fields
 
 
 def to_json(value: Any) -> Any:
@@ -69,6 +97,8 @@ def _decode(declared_type: Any, value: Any, path: str) -> Any:
         declared_type.__name__,
         value,
     )
+    if declared_type is int:
+        _expect(abs(value) <= MAX_INTEGER, path, "an integer of at most 64 bits", value)
     return value
 
 

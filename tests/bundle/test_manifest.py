@@ -45,7 +45,7 @@ def full_manifest() -> Manifest:
     report = ParityReport(
         reference="PyTorch",
         candidate="ONNX Runtime",
-        precision=Precision.FP16,
+        precision=Precision.FP32,
         texts=26,
         longest_tokens=128,
         min_cosine=0.99999,
@@ -56,8 +56,8 @@ def full_manifest() -> Manifest:
         max_scaled_difference=6e-4,
         min_batch_cosine=1.0,
         non_finite_rows=0,
-        tolerance=TOLERANCES[Precision.FP16],
-        failures=("one",),
+        tolerance=TOLERANCES[Precision.FP32],
+        failures=(),
     )
     files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, REFERENCE_OUTPUTS)}
     return make_manifest(parity=(report,), versions={"torch": "2.13"}, files=files)
@@ -69,7 +69,7 @@ RECORD = json.loads(VALID)
 
 def put(record: dict, path: str, value: object) -> None:
     *parents, key = path.split("/")
-    reduce(dict.__getitem__, parents, record)[key] = value
+    reduce(lambda node, name: node[int(name) if name.isdigit() else name], parents, record)[key] = value
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,8 @@ def put(record: dict, path: str, value: object) -> None:
         ("precision", "int2", "precision: expected one of fp32, fp16, bf16, int8, fp8, int4, found 'int2'"),
         ("dimension", "32", "dimension: expected int, found '32'"),
         ("dimension", 31, "the vectors have 31 dimensions and the model has 32"),
-        ("text/pad_id", 10**30, "has token id 10+, and the embedding table has 415 rows"),
+        ("text/pad_id", 10**9, "has token id 10+, and the embedding table has 415 rows"),
+        ("text/pad_id", 10**400, "text.pad_id: expected an integer of at most 64 bits, found '10{59}'"),
         ("text/prefix_ids", [1, -1], "has token id -1"),
         ("dimension", 32.0, "dimension: expected int"),
         ("folded", 1, "folded: expected bool"),
@@ -105,6 +106,44 @@ def put(record: dict, path: str, value: object) -> None:
         ("source/architecture/rope_theta", 10**400, "rope_theta: expected a finite number"),
         ("source/architecture/rope_theta", float("nan"), "rope_theta: expected a finite number"),
         ("files/model.onnx/bytes", None, r"files\.model\.onnx\.bytes: expected int"),
+        ("files/model.onnx/bytes", -1, "files has 'model.onnx' with -1 bytes"),
+        ("files/model.onnx/sha256", "x", "files has 'model.onnx' with 3 bytes and SHA-256 'x'"),
+        (
+            "source/files",
+            {"config.json": {"bytes": 1, "sha256": "A" * 64}},
+            "source.files has 'config.json' with 1 byte",
+        ),
+        ("text/max_tokens", 0, "texts have up to 0 tokens, and the model 2048 positions"),
+        ("text/max_tokens", -1, "texts have up to -1 tokens"),
+        ("text/max_tokens", 8, "the shapes go up to 4x16, and texts have up to 8 tokens"),
+        ("source/architecture/max_positions", 100, "texts have up to 2048 tokens, and the model 100 positions"),
+        ("source/architecture/layers", 2**31, "the model's layers is 2147483648"),
+        ("source/architecture/layers", 10**300, "layers: expected an integer of at most 64 bits"),
+        ("source/architecture/latent/heads", -1, "the model's latent.heads is -1"),
+        ("source/architecture/latent/latents", 0, "the model's latent.latents is 0"),
+        ("source/architecture/rope_theta", -1.0, "the model's rope_theta is -1.0"),
+        ("source/architecture/rms_norm_eps", -1.0, "its rms_norm_eps -1.0"),
+        ("source/architecture/matryoshka", {"min_dim": 0, "dims": []}, "the model's matryoshka 0 is 0"),
+        ("source/architecture/matryoshka", {"min_dim": 8, "dims": [64]}, "the model's matryoshka 64 is 0"),
+        ("source/architecture/mask_instruction", False, "do not agree whether the prompt is pooled"),
+        ("text/pool_last", True, "do not agree whether the last token is pooled"),
+        ("opset", -1, "the graph has opset -1, and the fused dialect has 23"),
+        ("dialect", "portable", "the graph has opset 23, and the portable dialect has 20"),
+        ("pooling", "x", "the pooling is 'x', and the model's is 'latent attention, masked mean, L2'"),
+        ("fp32_modules", ["embedding_model.norm"], "'embedding_model.norm' is in FP32 for FP16's limit, and .* fp32"),
+        ("plan/runtime", "os", "the plan is for 'os', and runtimes are tensorrt and tensorrt_rtx"),
+        ("plan/compute_capabilities", [], r"the plan's compute capabilities are \[\]"),
+        ("plan/compute_capabilities", ["sm_90"], r"the plan's compute capabilities are \['sm_90'\]"),
+        ("plan/profiles", [], "the plan's first profile is not that of the bundle, 1x1 .. 2x8 .. 4x16"),
+        ("profile/max", {"batch": 4, "tokens": 17}, "the plan's first profile is not that of the bundle"),
+        ("parity/0/precision", "fp16", "'ONNX Runtime' was compared as fp16, and is fp32"),
+        ("parity/0/failures", ["one"], "'ONNX Runtime' did not pass the comparison"),
+        ("parity/0/texts", 0, "was compared on 0 texts"),
+        ("parity/0/non_finite_rows", 1, "was compared on 26 texts, 1 not finite"),
+        ("parity/0/min_cosine", 1.5, "the cosines or the overlap of 'ONNX Runtime' are out of range"),
+        ("parity/0/overlap", -0.1, "the cosines or the overlap of 'ONNX Runtime' are out of range"),
+        ("parity/0/max_difference", -1e-3, "the difference of 'ONNX Runtime' is below 0"),
+        ("target", "\ud800", r"a text in it has \\ud800, half of a surrogate pair"),
         ("files/..~passwd", {"bytes": 1, "sha256": "a" * 64}, "lists '../passwd', which is not a bundle file"),
         ("files/~etc~passwd", {"bytes": 1, "sha256": "a" * 64}, "lists '/etc/passwd', which is not a bundle file"),
         ("files/manifest.json", {"bytes": 1, "sha256": "a" * 64}, "lists 'manifest.json', which is not a bundle file"),
@@ -119,6 +158,37 @@ def test_an_invalid_manifest_is_refused(path: str, value: object, message: str) 
             path.removeprefix("files/")
         )
     with pytest.raises(BundleError, match=message):
+        Manifest.from_bytes(rehash(to_bytes_with_zero_hash(record)))
+
+
+def test_a_second_profile_beyond_the_first_is_refused() -> None:
+    record = copy.deepcopy(RECORD)
+    record["plan"]["profiles"].append(copy.deepcopy(record["profile"]) | {"max": {"batch": 8, "tokens": 8}})
+    with pytest.raises(BundleError, match=r"the plan's profile 1x1 \.\. 2x8 \.\. 8x8 is not within 1x1 "):
+        Manifest.from_bytes(rehash(to_bytes_with_zero_hash(record)))
+
+
+def test_a_field_that_stands_twice_is_refused() -> None:
+    content = to_bytes_with_zero_hash(RECORD).replace(b'"opset": 23', b'"opset": 22, "opset": 23')
+    with pytest.raises(BundleError, match="field 'opset' stands twice"):
+        Manifest.from_bytes(rehash(content))
+
+
+def test_a_linked_file_that_is_not_the_checkpoints_is_refused() -> None:
+    record = copy.deepcopy(RECORD)
+    record["referenced"] = ["model.safetensors"]
+    record["files"]["model.safetensors"] = {"bytes": 3, "sha256": "b" * 64}
+    with pytest.raises(BundleError, match=r"model\.safetensors is linked from the checkpoint, whose files do not"):
+        Manifest.from_bytes(rehash(to_bytes_with_zero_hash(record)))
+    record["source"]["files"]["model.safetensors"] = record["files"]["model.safetensors"]
+    Manifest.from_bytes(rehash(to_bytes_with_zero_hash(record)))
+
+
+def test_a_folded_pooler_that_the_model_does_not_have_is_refused() -> None:
+    record = copy.deepcopy(RECORD)
+    record["source"]["architecture"] |= {"pooling": "mean", "latent": None}
+    record["pooling"] = "masked mean, L2"
+    with pytest.raises(BundleError, match="the latent attention is folded, and the model has none"):
         Manifest.from_bytes(rehash(to_bytes_with_zero_hash(record)))
 
 
@@ -169,8 +239,20 @@ def with_edits(content: bytes, edits: list[tuple[int, bytes, int]]) -> bytes:
 def check_refused_or_valid(content: bytes) -> None:
     try:
         manifest = Manifest.from_bytes(content)
-    except BundleError:  # any other exception is a fault
+    except BundleError as err:  # any other exception is a fault
+        message = str(err)
+    else:
+        message = ""
+    assert len(message) < 1000
+    if message:
         return
+    assert 1 <= manifest.text.max_tokens <= manifest.source.architecture.max_positions
+    assert manifest.profile.max.tokens <= manifest.text.max_tokens
+    assert all(entry.bytes >= 0 and len(entry.sha256) == 64 for entry in manifest.files.values())
+    assert min(vars(manifest.source.architecture.latent).values()) >= 1
+    assert manifest.plan is None or manifest.plan.profiles[0] == manifest.profile
+    assert all(report.passed for report in manifest.parity)
+    json.dumps(to_json(manifest), ensure_ascii=False).encode()
     assert replace(Manifest.from_bytes(manifest.to_bytes()), manifest_sha256="") == replace(
         manifest, manifest_sha256=""
     )
@@ -228,12 +310,11 @@ def test_changed_fields_with_a_matching_hash_are_refused_or_valid(changes: list,
 
 
 @given(
-    created=st.text(),
-    opset=st.integers(),
+    created=st.text(st.characters(codec="utf-8")),
     folded=st.booleans(),
     precision=st.sampled_from(Precision),
     dialect=st.sampled_from(Dialect),
-    versions=st.dictionaries(st.text(), st.text()),
+    versions=st.dictionaries(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8"))),
     profile=st.builds(
         lambda low, *more: ShapeProfile(
             min=low,
@@ -248,20 +329,26 @@ def test_changed_fields_with_a_matching_hash_are_refused_or_valid(changes: list,
         prefix_ids=st.lists(st.integers(0, 414)).map(tuple),
         suffix_ids=st.just(()),
         pad_id=st.integers(0, 414),
-        mask_prompt=st.booleans(),
-        max_tokens=st.integers(),
-        instruction_template=st.text().map(lambda text: text + "{instruction}"),
+        mask_prompt=st.just(True),
+        max_tokens=st.integers(3 * 10**4, 10**5),
+        instruction_template=st.text(st.characters(codec="utf-8")).map(lambda text: text + "{instruction}"),
     ),
     epsilon=st.floats(min_value=1e-30, allow_nan=False, allow_infinity=False),
 )
 @settings(fuzz, max_examples=300)
 def test_round_trip(epsilon: float, **changes) -> None:
-    source = full_manifest().source
-    source = replace(source, architecture=replace(source.architecture, rms_norm_eps=epsilon))
-    precision = changes["precision"]
+    valid = full_manifest()
+    architecture = replace(valid.source.architecture, rms_norm_eps=epsilon, max_positions=10**5)
+    precision, profile = changes["precision"], changes["profile"]
     extra_files = [CPU_GRAPH] * precision.has_cpu_graph + [QUANTIZATION] * precision.quantized
-    files = {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, REFERENCE_OUTPUTS, *extra_files)}
-    manifest = replace(full_manifest(), source=source, files=files, **changes)
+    consistent = {
+        "source": replace(valid.source, architecture=architecture),
+        "opset": changes["dialect"].opset_for(precision),
+        "plan": replace(valid.plan, profiles=(profile,)),
+        "parity": tuple(replace(report, precision=precision) for report in valid.parity),
+        "files": {name: FileEntry(bytes=3, sha256="a" * 64) for name in (*FILES, REFERENCE_OUTPUTS, *extra_files)},
+    }
+    manifest = replace(valid, **consistent, **changes)
     assert from_json(Manifest, json.loads(json.dumps(to_json(manifest)))) == manifest
     content = manifest.to_bytes()
     read = Manifest.from_bytes(content)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nvembed_deploy.bundle.manifest import FORMAT_VERSION, MANIFEST, Manifest, PlanInfo, Source
+from nvembed_deploy.bundle.manifest import FORMAT_VERSION, MANIFEST, POOLING, Manifest, PlanInfo, Source
 from nvembed_deploy.bundle.reader import MANIFEST_MAX_BYTES, Bundle
 from nvembed_deploy.bundle.writer import commit, new_bundle
 from nvembed_deploy.errors import BundleError
@@ -52,7 +52,7 @@ def make_manifest(**changes) -> Manifest:
         precision=Precision.FP32,
         dialect=Dialect.FUSED,
         opset=23,
-        pooling="mean",
+        pooling=POOLING[Pooling.LATENT],
         folded=True,
         fp32_modules=(),
         dimension=32,
@@ -187,6 +187,13 @@ def test_extra_files_are_refused_by_name(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"")
     with pytest.raises(BundleError, match=rf"{name} is not part of the bundle"):
         Bundle.open(folder)
+
+
+def test_the_name_of_an_extra_file_does_not_break_the_line(folder: Path) -> None:
+    (folder / "é\n").write_bytes(b"")
+    with pytest.raises(BundleError, match=re.escape(r"'é\n' is not part of the bundle")) as caught:
+        Bundle.open(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_files_are_hashed_again_when_read(folder: Path) -> None:
