@@ -25,6 +25,7 @@ from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.export.layerwise import LayerwiseModel
 from nvembed_deploy.export.quantization.linear_groups import LinearGroup
+from nvembed_deploy.export.quantization.record import decode_ranges
 from nvembed_deploy.files.json_lines import read_rows
 from nvembed_deploy.parity.probes import INSTRUCTION, PROBES
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order, library_files, topic_pairs
@@ -292,4 +293,4 @@ def pack(array: Tensor) -> str:
 
 def unpack(text: str) -> Tensor:
     """Decodes the text that `pack` returned."""
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32))
+    return torch.from_numpy(decode_ranges(text))

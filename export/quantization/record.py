@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Set
+from collections import Counter
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.bundle.manifest import QUANTIZATION
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed_deploy.bundle.manifest import MANIFEST, QUANTIZATION
 from nvembed_deploy.errors import ConfigError, ParityError
-from nvembed_deploy.files.records import from_json, to_json
+from nvembed_deploy.export.quantization.formats import FORMATS, MIN_SCALE
+from nvembed_deploy.files.records import from_json, parse_json, to_json
 from nvembed_deploy.spec import Precision
 
 RECORD_VERSION = 4
+FP16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +113,19 @@ def read_record(path: Path, *, precision: Precision, model_sha256: str, texts_sh
         texts_sha256: Hash of the export's calibration texts; None if the user gives none.
 
     Raises:
-        ConfigError: The record cannot be read, or belongs to another model, precision or set of calibration texts.
+        ConfigError: The record cannot be read, has values that no search results in, is not the file that its bundle
+            lists, or belongs to another model, precision or set of calibration texts.
     """
     path = path / QUANTIZATION if path.is_dir() else path
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        fields = parse_json(content)
         _require_version(fields)
         record = from_json(QuantizationRecord, fields)
-    except (OSError, ValueError) as err:
+        for problem in _impossible_values(record):
+            raise ValueError(problem)
+        _require_listed(path, content)
+    except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(f"--reuse {path} cannot be used ({err}); quantize without --reuse") from err
     for field, recorded, required in (
         ("precision", record.precision.value, precision.value),
@@ -131,6 +144,68 @@ def _require_version(fields: Any) -> None:
     version = fields.get("version") if isinstance(fields, dict) else None
     if isinstance(version, int) and version != RECORD_VERSION:
         raise ValueError(f"it has format version {version}, and this release reads version {RECORD_VERSION}")
+
+
+def _require_listed(path: Path, content: bytes) -> None:
+    """Refuses a record in a bundle's folder that is not the one that the bundle was made with."""
+    try:
+        entry = json.loads(path.with_name(MANIFEST).read_bytes())["files"][path.name]["sha256"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return  # a record outside a bundle: only its values can be checked
+    if entry != hashlib.sha256(content).hexdigest():
+        raise ValueError(f"it was changed: its SHA-256 does not match {MANIFEST}")
+
+
+def _impossible_values(record: QuantizationRecord) -> Iterator[str]:
+    """Yields what no search results in."""
+    if not 1 <= record.texts <= record.tokens:
+        yield f"it has {record.texts} texts of {record.tokens} tokens"
+    if all(group.excluded for group in record.groups):
+        yield "it quantizes no group of layers"
+    names = [group.name for group in record.groups]
+    linears = [linear for group in record.groups for linear in group.linears]
+    for kind, members in (("group", names), ("layer", linears)):
+        if repeated := [member for member, count in Counter(members).items() if count > 1]:
+            yield f"{kind} {repeated[0][:60]!r} stands twice"
+    for group in record.groups:
+        for problem in _impossible_group_values(group, record.precision):
+            yield f"group {group.name[:60]!r}: {problem}"
+
+
+def _impossible_group_values(group: GroupRecord, precision: Precision) -> Iterator[str]:
+    if not group.linears:
+        yield "it has no layers"
+    if not 0 <= group.alpha <= 1:
+        yield f"alpha is {group.alpha}, and must be from 0 to 1"
+    if not 0 < group.clip_ratio <= 1:
+        yield f"clip_ratio is {group.clip_ratio}, and must be above 0 and at most 1"
+    if group.error < 0 or group.weight_count < 1:
+        yield f"its error is {group.error} and its weight_count {group.weight_count}"
+    if bool(group.reason) != group.excluded:
+        yield "an excluded group needs a reason, and no other has one"
+    is_unscaled = group.input_scale == 0 and (group.excluded or not FORMATS[precision].quantizes_inputs)
+    is_scaled = MIN_SCALE <= group.input_scale <= FP16_MAX and FORMATS[precision].quantizes_inputs
+    if not (is_unscaled or is_scaled):
+        yield f"input_scale is {group.input_scale}, which is no scale of {precision.value} inputs"
+    try:
+        ranges = decode_ranges(group.channel_ranges)
+    except ValueError as err:
+        yield f"channel_ranges is not base64 of 32-bit numbers ({err})"
+    else:
+        if not (len(ranges) and np.isfinite(ranges).all() and (ranges >= 0).all()):
+            yield "channel_ranges is empty, or has a range that is negative or not finite"
+
+
+def decode_ranges(text: str) -> NDArray[np.float32]:
+    """Decodes `GroupRecord.channel_ranges`.
+
+    Returns:
+        float32 [K].
+
+    Raises:
+        ValueError: The text is not base64 of 32-bit numbers.
+    """
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)
 
 
 def nothing_to_quantize(precision: Precision) -> ParityError:

@@ -1,8 +1,10 @@
 """Quantization: number formats, smoothing, the choice of groups, the graph, and records that do not fit."""
 
+import base64
 import copy
 import functools
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +19,7 @@ import torch
 
 from nvembed_deploy import Encoder
 from nvembed_deploy.backends.ort import X64_QUANT_PRECISION
-from nvembed_deploy.bundle.manifest import QUANTIZATION, QUANTIZATION_PICTURE
+from nvembed_deploy.bundle.manifest import MANIFEST, QUANTIZATION, QUANTIZATION_PICTURE
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.engines.targets import TARGETS, capable_gpus
 from nvembed_deploy.errors import ConfigError, ParityError
@@ -428,6 +430,114 @@ def test_a_record_of_other_layers_is_refused(plain: NVEmbed, quantized: Callable
     record = quantized(Precision.INT8)[1]
     with pytest.raises(ConfigError, match="belongs to a model with other layers"):
         apply_record(LayerwiseModel(copy.deepcopy(plain)), replace(record, groups=record.groups[1:]))
+
+
+def packed(*ranges: float) -> str:
+    return base64.b64encode(np.array(ranges, dtype="<f4").tobytes()).decode()
+
+
+DAMAGED_GROUPS = {
+    "no base64": ({"channel_ranges": "???"}, "channel_ranges is not base64 of 32-bit numbers"),
+    "not ASCII": ({"channel_ranges": "é"}, "channel_ranges is not base64 of 32-bit numbers"),
+    "half a number": ({"channel_ranges": "AAAA"}, "channel_ranges is not base64 of 32-bit numbers"),
+    "no ranges": ({"channel_ranges": ""}, "channel_ranges is empty, or"),
+    "a negative range": ({"channel_ranges": packed(*[-1.0] * 32)}, "channel_ranges is .* negative or not finite"),
+    "a NaN range": ({"channel_ranges": packed(*[np.nan] * 32)}, "channel_ranges is .* negative or not finite"),
+    "an infinite range": ({"channel_ranges": packed(*[np.inf] * 32)}, "channel_ranges is .* negative or not finite"),
+    "one range": ({"channel_ranges": packed(1.0)}, "qkv has the ranges of 1 channels, and the model 32"),
+    "too many ranges": ({"channel_ranges": packed(*[1.0] * 33)}, "qkv has the ranges of 33 channels, and the model 32"),
+    "scale 0": ({"input_scale": 0.0}, "input_scale is 0.0, which is no scale of int8 inputs"),
+    "scale -1": ({"input_scale": -1.0}, "input_scale is -1.0, which is no scale"),
+    "a subnormal scale": ({"input_scale": 1e-9}, "input_scale is 1e-09, which is no scale"),
+    "a scale beyond FP16": ({"input_scale": 1e5}, "input_scale is 100000.0, which is no scale"),
+    "scale NaN": ({"input_scale": float("nan")}, "input_scale: expected a finite number"),
+    "another scale": ({"input_scale": 0.5}, "qkv has input_scale 0.5, and its ranges give 0.0"),
+    "alpha 50": ({"alpha": 50.0}, "alpha is 50.0, and must be from 0 to 1"),
+    "alpha -1": ({"alpha": -1.0}, "alpha is -1.0, and must be"),
+    "another alpha": ({"alpha": 0.123}, "qkv has input_scale .*, and its ranges give"),
+    "clip ratio 0": ({"clip_ratio": 0.0}, "clip_ratio is 0.0, and must be above 0"),
+    "clip ratio 2": ({"clip_ratio": 2.0}, "clip_ratio is 2.0, and must be above 0"),
+    "another clip ratio": ({"clip_ratio": 0.11}, "qkv has input_scale .*, and its ranges give"),
+    "error -1": ({"error": -1.0}, "its error is -1.0"),
+    "no weights": ({"weight_count": 0}, "its weight_count 0"),
+    "other weights": ({"weight_count": 5}, "qkv has 5 weights, and the model's"),
+    "no layers": ({"linears": []}, "it has no layers"),
+    "foreign layers": ({"linears": ["nowhere"]}, "qkv has the layers nowhere"),
+    "a layer twice": ({"linears": ["x", "x"]}, "layer 'x' stands twice"),
+    "fewer layers": ({"linears": ["embedding_model.layers.0.self_attn.q_proj"]}, "qkv has the layers embedding_model"),
+    "excluded without a reason": ({"excluded": True}, "an excluded group needs a reason"),
+    "a reason without exclusion": ({"reason": "because"}, "an excluded group needs a reason"),
+}
+
+
+def reuse(fields: dict, folder: Path, model: NVEmbed) -> None:
+    """Reads and applies a record as an export with --reuse does."""
+    (folder / QUANTIZATION).write_text(json.dumps(fields))
+    record = read_record(folder, precision=Precision.INT8, model_sha256="0" * 64, texts_sha256=None)
+    apply_record(LayerwiseModel(copy.deepcopy(model)), record)
+
+
+@pytest.mark.parametrize("damage", DAMAGED_GROUPS)
+def test_a_record_of_impossible_settings_is_refused(
+    plain: NVEmbed, quantized: Callable[[Precision], Quantized], tmp_path: Path, damage: str
+) -> None:
+    change, message = DAMAGED_GROUPS[damage]
+    record = to_json(replace(quantized(Precision.INT8)[1]))
+    record["groups"][0] |= {"excluded": False, "reason": ""}
+    reuse(record, tmp_path, plain)
+    record["groups"][0] |= change
+    with pytest.raises(ConfigError, match=message) as caught:
+        reuse(record, tmp_path, plain)
+    assert "without --reuse" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda groups: groups.append(groups[0]), r"group '.*layers\.0\.self_attn\.qkv' stands twice"),
+        (lambda groups: groups.clear(), "it quantizes no group of layers"),
+        (
+            lambda groups: [group.update(excluded=True, reason="because") for group in groups],
+            "it quantizes no group of layers",
+        ),
+        (lambda groups: groups.pop(), "belongs to a model with other layers"),
+        (lambda groups: groups[0].update(name="x"), "belongs to a model with other layers"),
+    ],
+    ids=["a group twice", "no groups", "all excluded", "a group less", "a foreign group"],
+)
+def test_a_record_of_impossible_groups_is_refused(
+    plain: NVEmbed,
+    quantized: Callable[[Precision], Quantized],
+    tmp_path: Path,
+    change: Callable[[list], object],
+    message: str,
+) -> None:
+    record = to_json(quantized(Precision.INT8)[1])
+    change(record["groups"])
+    with pytest.raises(ConfigError, match=message):
+        reuse(record, tmp_path, plain)
+
+
+def test_the_order_of_a_records_groups_changes_nothing(
+    plain: NVEmbed, quantized: Callable[[Precision], Quantized]
+) -> None:
+    model, record = quantized(Precision.INT8)
+    smoothed = copy.deepcopy(plain)
+    apply_record(LayerwiseModel(smoothed), replace(record, groups=record.groups[::-1]))
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in smoothed.state_dict().items())
+
+
+def test_a_record_that_its_bundle_does_not_list_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    for name in (MANIFEST, QUANTIZATION):
+        shutil.copy(bundles["int8"] / name, tmp_path)
+    fields = json.loads((tmp_path / QUANTIZATION).read_text())
+    arguments = {"precision": Precision.INT8, "model_sha256": fields["model_sha256"], "texts_sha256": None}
+    read_record(tmp_path, **arguments)
+    fields["groups"][0]["sensitivity"] += 1e-9
+    (tmp_path / QUANTIZATION).write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=r"it was changed: its SHA-256 does not match manifest\.json"):
+        read_record(tmp_path, **arguments)
 
 
 @pytest.mark.parametrize(
