@@ -113,7 +113,7 @@ def build(
         ConfigError: The target does not support this graph or precision, or there is not enough memory or disk space.
         MissingExtra: The target's TensorRT is not installed.
         EngineError: TensorRT is too old, or cannot build the plan.
-        ParityError: The vectors of the engine are outside the tolerance.
+        ParityError: The vectors of the engine are outside the tolerance, or its inputs are too short to compare them.
         BundleError: The bundle is damaged.
     """
     started = time.monotonic()
@@ -122,6 +122,9 @@ def build(
     target = replace(target, compute_capabilities=capable_gpus(target, manifest.precision))
     bindings = _bindings(target, manifest)
     profile = _profile(target, manifest, max_shape)
+    reference = None
+    if REFERENCE_OUTPUTS in manifest.files:
+        reference = ReferenceOutputs.from_bytes(bundle.read(REFERENCE_OUTPUTS)).up_to(profile.max.tokens)
     destination = Path(out or bundle.folder)
     _require_space(bundle, destination, force=force)
     echo(f"building {bundle.folder} for {target.summary}")
@@ -139,9 +142,9 @@ def build(
             )
             (staging / PLAN).write_bytes(content)
         reports: list[ParityReport] = []
-        if REFERENCE_OUTPUTS in manifest.files:
+        if reference is not None:
             gate = Gate(
-                reference=ReferenceOutputs.from_bytes(bundle.read(REFERENCE_OUTPUTS)),
+                reference=reference,
                 text=TextEncoder(bundle.read(TOKENIZER), manifest.text),
                 model=manifest.source.architecture,
                 precision=manifest.precision,

@@ -46,8 +46,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         bundle, text, backend = open_parts(flags.bundle, flags.device)
         manifest = bundle.manifest
         reference = _reference_outputs(bundle, text, flags.model, flags.revision)
-        require_mask(backend, text, manifest.source.architecture.mask)
-        report = compare(reference, backend, text, precision=manifest.precision, max_shape=manifest.profile.max)
+        max_shape = manifest.profile.max
+        require_mask(backend, text, manifest.source.architecture.mask, max_shape=max_shape)
+        report = compare(reference, backend, text, precision=manifest.precision, max_shape=max_shape)
         echo(report.summary())
         sys.stdout.write(json.dumps(to_json(report)) + "\n")
         require_passed(report)

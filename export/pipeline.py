@@ -65,7 +65,7 @@ from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.model.weights import StoredWeights, weight_files
 from nvembed_deploy.parity.compare import compute_reference_outputs
 from nvembed_deploy.parity.gate import Gate, step, verdict
-from nvembed_deploy.parity.probes import longest_probe
+from nvembed_deploy.parity.probes import longest_probe, probe_rows
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import installed_versions, peak_memory_bytes, return_large_blocks
 from nvembed_deploy.tokenization import TextContract, TextEncoder, TokenRow
@@ -233,6 +233,8 @@ def _start(options: ExportOptions, checkpoint: Checkpoint, staging: Path, read_a
 def _load_model(state: ExportState) -> None:
     """Sets the gate and the model: in memory if it is compared, block by block if it only runs, none otherwise."""
     options, weights = state.options, state.checkpoint.weights
+    if options.runs_model:
+        probe_rows(state.text, longest_probe(state.text, options.profile.max))  # refuses a --max that is too short
     if options.parity:
         with step("reading the checkpoint"):
             reference = PyTorchBackend(state.checkpoint.folder, config=state.checkpoint.weights.config)

@@ -21,6 +21,7 @@ from nvembed_deploy.parity.probes import (
     QUERIES,
     Ranking,
     ReferenceOutputs,
+    can_rank,
     longest_probe,
     probe_rows,
     retrieval_rows,
@@ -98,14 +99,18 @@ def compute_reference_outputs(
         text: The model's text encoder.
         precision: Precision of the candidates; a ranking is computed if its row of `TOLERANCES` bounds the overlap.
         max_shape: Largest batch of the engine; the longest probes fill it, up to `MAX_PROBE_TOKENS`.
+
+    Raises:
+        ConfigError: The largest batch is so short that too few texts differ in it.
     """
     names, rows = probe_rows(text, longest_probe(text, max_shape))
     vectors = _embed(reference, text, rows, [[index] for index in range(len(rows))])
     ranking = None
     if TOLERANCES[precision].min_overlap is not None:
         ranked_rows = retrieval_rows(text, max_shape)
-        top_passages = _top_passages(reference, text, ranked_rows, max_shape=max_shape)
-        ranking = Ranking(rows=ranked_rows, top_passages=top_passages)
+        if can_rank(ranked_rows):
+            top_passages = _top_passages(reference, text, ranked_rows, max_shape=max_shape)
+            ranking = Ranking(rows=ranked_rows, top_passages=top_passages)
     return ReferenceOutputs(
         reference=reference.name,
         names=tuple(names),
@@ -128,7 +133,7 @@ def compare(
         max_shape: Largest batch of the engine.
 
     Raises:
-        ParityError: The vectors have another dimension than the reference's, or every probe is too long.
+        ParityError: The vectors have another dimension than the reference's, or too few probes are short enough.
     """
     differences = measure_differences(reference, candidate, text, max_shape=max_shape)
     tolerance = TOLERANCES[precision]
@@ -160,11 +165,6 @@ def measure_differences(
         ParityError: See `compare`.
     """
     reference = reference.up_to(max_shape.tokens)
-    if not reference.rows:
-        raise ParityError(
-            f"every probe is longer than {max_shape.tokens} tokens, the longest input of {candidate.name}; build it "
-            "for longer texts with --max"
-        )
     names, rows, expected = reference.names, reference.rows, reference.vectors.astype(np.float64)
     batched = _embed(candidate, text, rows, _mixed_batches(len(rows), min(PROBE_BATCH_SIZE, max_shape.batch)))
     alone = _embed(candidate, text, rows, [[index] for index in range(len(rows))])
@@ -241,7 +241,7 @@ def _top_passages(backend: Backend, text: TextEncoder, rows: list[TokenRow], *, 
     return order[:, :TOP_K].astype(np.int32)
 
 
-def require_mask(candidate: Backend, text: TextEncoder, mask: Mask) -> None:
+def require_mask(candidate: Backend, text: TextEncoder, mask: Mask, *, max_shape: Shape | None = None) -> None:
     """Checks that the candidate's attention mask is the model's, which a comparison of vectors may not reveal.
 
     The last token of a text is changed while only the first token is pooled. The vector must change if the model is
@@ -251,11 +251,16 @@ def require_mask(candidate: Backend, text: TextEncoder, mask: Mask) -> None:
         candidate: The backend to check.
         text: The model's text encoder.
         mask: The model's attention mask.
+        max_shape: Largest batch of the engine, to which the text is truncated; None if the engine takes any. A batch of
+            one token has no mask.
 
     Raises:
         MaskError: The candidate is causal and the model is not, or the reverse.
     """
-    batch = text.pad(text.tokenize([PROBES[0][1]], max_length=min(MASK_PROBE_TOKENS, text.contract.max_tokens)))
+    max_length = min(
+        MASK_PROBE_TOKENS, text.contract.max_tokens, MASK_PROBE_TOKENS if max_shape is None else max_shape.tokens
+    )
+    batch = text.pad(text.tokenize([PROBES[0][1]], max_length=max_length))
     if batch.input_ids.shape[1] < 2:
         return
     pool_first = np.zeros_like(batch.pool_mask)

@@ -76,7 +76,8 @@ class Gate:
             return [self._check(candidate)]
 
     def _check(self, candidate: Backend) -> ParityReport:
-        require_mask(candidate, self.text, self.model.mask)  # first, because the vectors may not reveal a wrong mask
+        # First, because the vectors may not reveal a wrong mask.
+        require_mask(candidate, self.text, self.model.mask, max_shape=self.max_shape)
         report = compare(self.reference, candidate, self.text, precision=self.precision, max_shape=self.max_shape)
         echo(f"  {report.summary()}")
         return require_passed(report)

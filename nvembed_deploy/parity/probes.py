@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed_deploy.bundle.parity_report import TOP_K
-from nvembed_deploy.errors import BundleError
+from nvembed_deploy.errors import BundleError, ConfigError, ParityError
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order
 from nvembed_deploy.spec import Shape
 from nvembed_deploy.tokenization import TextEncoder, TokenRow
@@ -56,7 +56,11 @@ LONG_TEXT = (
 """Repeated until it fills the longest input."""
 MAX_PROBE_TOKENS = 4096
 """Maximum length of a probe, since the cost of attention is quadratic. A report gives the length of its longest."""
+MIN_PROBES = 10
+"""Fewer different texts are no comparison: a plan of 12 tokens would pass on two of them."""
 QUERIES, PASSAGES = 40, 200
+MIN_DISTINCT_PASSAGES = 180
+"""Truncated to a few tokens, passages become alike, and rounding decides which of them is the best."""
 RETRIEVAL_TOKENS = 96
 """Passages are truncated to this length: enough to rank them, and affordable for a large model on a CPU."""
 RETRIEVAL_PACKAGES = ("asyncio", "email", "multiprocessing", "pathlib", "shutil", "socket", "unittest", "urllib", "xml")
@@ -89,8 +93,18 @@ class ReferenceOutputs:
     """None for precisions whose rounding is too fine to change it."""
 
     def up_to(self, tokens: int) -> ReferenceOutputs:
-        """Returns the outputs without probes of more than `tokens` tokens, and without a ranking that has such rows."""
+        """Returns the outputs without probes of more than `tokens` tokens, and without a ranking that has such rows.
+
+        Raises:
+            ParityError: Fewer than `MIN_PROBES` probes remain.
+        """
         fitting = [index for index, row in enumerate(self.rows) if len(row) <= tokens]
+        if len(fitting) < MIN_PROBES:
+            raise ParityError(
+                f"only {len(fitting)} of the {len(self.rows)} reference texts have at most {tokens} tokens, the "
+                f"longest input of this engine, and a comparison needs {MIN_PROBES}; build it for longer texts with "
+                f"--max, or export the bundle again with --max BATCHx{tokens}"
+            )
         ranking = self.ranking
         if ranking is not None and max(map(len, ranking.rows)) > tokens:
             ranking = None
@@ -173,18 +187,27 @@ def probe_rows(text: TextEncoder, max_tokens: int) -> tuple[list[str], list[Toke
         max_tokens: Length of the longest probe, to which the others are truncated.
 
     Returns:
-        A description of each row, and the rows.
+        A description of each row, and the rows. Probes that are equal when they are truncated stand once.
+
+    Raises:
+        ConfigError: Fewer than `MIN_PROBES` probes remain.
     """
     query_prompt, default_prompt = text.query_prompt(INSTRUCTION), text.prompt(None, None)
     long_text = LONG_TEXT * (1 + max_tokens // 40)
-    names, rows = [], []
+    probes: dict[tuple[int, ...], tuple[str, TokenRow]] = {}
     for instructed, body in ((False, long_text), (True, long_text), *PROBES):
         prompt = query_prompt if instructed else default_prompt
         row = text.tokenize([body], prompt=prompt, max_length=max_tokens)[0]
         if len(row) > row.prompt_tokens:  # a very small --max leaves no room after the instruction
-            rows.append(row)
-            names.append(f"{'instructed ' if instructed else ''}{body[:40]!r} ({len(row)} tokens)")
-    return names, rows
+            name = f"{'instructed ' if instructed else ''}{body[:40]!r} ({len(row)} tokens)"
+            probes.setdefault((row.prompt_tokens, *row.ids), (name, row))
+    if len(probes) < MIN_PROBES:
+        raise ConfigError(
+            f"--max BATCHx{max_tokens} leaves only {len(probes)} of the {len(PROBES) + 2} texts that engines are "
+            f"compared on different from each other, and a comparison needs {MIN_PROBES}; pass a longer --max, or --no-parity"
+        )
+    names, rows = zip(*probes.values(), strict=True)
+    return list(names), list(rows)
 
 
 def longest_probe(text: TextEncoder, max_shape: Shape) -> int:
@@ -201,3 +224,8 @@ def retrieval_rows(text: TextEncoder, max_shape: Shape) -> list[TokenRow]:
         query_prompt, default_prompt = text.query_prompt(INSTRUCTION), text.prompt(None, None)
     rows = text.tokenize(summaries[:QUERIES], prompt=query_prompt, max_length=max_tokens)
     return rows + text.tokenize(bodies, prompt=default_prompt, max_length=max_tokens)
+
+
+def can_rank(rows: list[TokenRow]) -> bool:
+    """Returns True if the passages among rows from `retrieval_rows` differ enough to be ranked."""
+    return len({tuple(row.ids) for row in rows[QUERIES:]}) >= MIN_DISTINCT_PASSAGES

@@ -153,6 +153,20 @@ def test_too_little_memory_is_reported_first(
 
 
 @needs_rtx
+def test_a_plan_too_short_to_compare_is_refused_before_it_is_built(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build.main([str(copy), "--target", "rtx", "--max", "4x12"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert (
+        "reference texts have at most 12 tokens, the longest input of this engine, and a comparison needs" in lines[0]
+    )
+    assert "export the bundle again with --max BATCHx12" in lines[0]
+    assert not (copy / PLAN).exists()
+
+
+@needs_rtx
 def test_a_device_needs_no_torch(copy: Path) -> None:
     code = (
         "import sys, nvembed_deploy.engines.build as build; build.main([sys.argv[1], '--target', 'rtx']); import json\n"

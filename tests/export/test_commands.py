@@ -106,6 +106,16 @@ def test_last_line_is_the_bundle(checkpoint: Path, tmp_path: Path, capsys: pytes
     Encoder(out / "model.onnx", device="cpu").encode("water")
 
 
+def test_a_short_profile_is_compared_on_truncated_texts(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    assert trt.main(arguments(checkpoint, out, "--precision", "fp32", "--max", "4x6")) == 0
+    assert "17 texts up to 6 tokens: passed" in capsys.readouterr().err
+    assert check.main([str(out), "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["texts"] == 17
+
+
 def test_failed_gate_leaves_the_old_bundle(
     checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +179,7 @@ def test_a_target_for_another_machine_writes_only_the_graph(
         (["--model", "/nowhere/at/all"], "error: --model /nowhere/at/all is not a folder"),
         (["--max", "1x1", "--min", "2x2"], "error: --opt"),
         (["--min", "4x4", "--opt", "2x8"], "error: --opt 2x8 is smaller than 4x4"),
+        (["--max", "8x1"], "error: --max BATCHx1 leaves only 1 of the 26 texts"),
     ],
 )
 def test_mistakes_end_in_one_line(

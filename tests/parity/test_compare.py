@@ -9,7 +9,7 @@ import pytest
 from nvembed_deploy.backends.base import Backend, Output
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.encoder import open_parts
-from nvembed_deploy.errors import BundleError, ParityError
+from nvembed_deploy.errors import BundleError, ConfigError, MaskError, ParityError
 from nvembed_deploy.model.config import Mask
 from nvembed_deploy.parity.compare import TOLERANCES, compare, compute_reference_outputs, require_mask, require_passed
 from nvembed_deploy.parity.probes import ReferenceOutputs, probe_rows
@@ -210,8 +210,58 @@ def test_an_engine_for_short_inputs_is_checked_with_the_probes_that_fit(
     assert report.overlap is None  # the passages are longer
     assert "overlap not measured (the passages are longer" in report.summary()
     assert (report.longest_tokens <= 90, report.texts >= 10) == (True, True)
-    with pytest.raises(ParityError, match="every probe is longer than 2 tokens"):
-        compare(reference, backend, text, precision=Precision.INT8, max_shape=Shape(batch=2, tokens=2))
+
+
+class Short(Faulty):
+    """A plan that takes texts of at most some tokens."""
+
+    def __init__(self, backend: Backend, max_tokens: int) -> None:
+        super().__init__(backend, self.run_short)
+        self.max_tokens = max_tokens
+
+    def run_short(self, backend: Backend, batch: TokenBatch) -> Output:
+        if batch.input_ids.shape[1] > self.max_tokens:
+            raise ConfigError(f"a batch of {batch.input_ids.shape} tokens is larger than the plan takes")
+        return backend.run(batch)
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 13), 16])
+def test_the_mask_of_a_short_plan_is_checked(sound: tuple[TextEncoder, Backend], tokens: int) -> None:
+    text, backend = sound
+    short, max_shape = Short(backend, tokens), Shape(batch=4, tokens=tokens)
+    require_mask(short, text, Mask.BIDIRECTIONAL, max_shape=max_shape)
+    if tokens > 1:
+        with pytest.raises(MaskError, match="attends to the tokens after it, but the model is causal"):
+            require_mask(short, text, Mask.CAUSAL, max_shape=max_shape)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 8, 12])
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])
+def test_a_short_plan_is_compared_on_enough_texts_or_refused(
+    sound: tuple[TextEncoder, Backend], tokens: int, precision: Precision
+) -> None:
+    text, backend = sound
+    max_shape = Shape(batch=4, tokens=tokens)
+    if tokens < 3:
+        message = f"--max BATCHx{tokens} leaves only . of the 26 texts .* a comparison needs 10; pass a longer --max"
+        with pytest.raises(ConfigError, match=message):
+            compute_reference_outputs(backend, text, precision=precision, max_shape=max_shape)
+    else:
+        report = judge(backend, Short(backend, tokens), text, precision=precision, max_shape=max_shape)
+        assert (report.passed, report.longest_tokens) == (True, tokens)
+        assert report.texts >= 10
+        assert len({tuple(row.ids) for row in probe_rows(text, tokens)[1]}) == report.texts
+    long_reference = compute_reference_outputs(backend, text, precision=precision, max_shape=Shape(batch=2, tokens=128))
+    message = rf"only . of the 26 reference texts have at most {tokens} tokens.* with --max BATCHx{tokens}$"
+    with pytest.raises(ParityError, match=message):
+        compare(long_reference, Short(backend, tokens), text, precision=precision, max_shape=max_shape)
+
+
+def test_passages_that_became_alike_are_not_ranked(sound: tuple[TextEncoder, Backend]) -> None:
+    text, backend = sound
+    report = judge(backend, backend, text, precision=Precision.INT8, max_shape=Shape(batch=4, tokens=4))
+    assert report.overlap is None
+    assert "overlap not measured" in report.summary()
 
 
 def test_damaged_reference_outputs_are_refused(correct_backend: tuple[TextEncoder, Backend]) -> None:
