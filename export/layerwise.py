@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource
+from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource, one_thread, require_finite
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.latent_attention import LatentAttentionModel
 from nvembed_deploy.model.nvembed import NVEmbed
@@ -80,6 +80,9 @@ class LayerwiseModel:
             yield module
             return
         tensors = {key: self.weight_source.read(f"{name}.{key}").float() for key, _ in module.named_parameters()}
+        with one_thread():
+            for key, tensor in tensors.items():
+                require_finite(f"{name}.{key}", tensor)
         module.load_state_dict(tensors, strict=True, assign=True)
         module.requires_grad_(False)
         del tensors

@@ -41,7 +41,7 @@ from nvembed_deploy.export.forecast import GIB, Forecast, forecast, require_room
 from nvembed_deploy.export.fp16_ranges import FP16_MAX, find_fp32_modules, measure_ranges
 from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
 from nvembed_deploy.export.graph.trace import trace
-from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource
+from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource, require_finite_parameters
 from nvembed_deploy.export.graph.write import check, write
 from nvembed_deploy.export.layerwise import LayerwiseModel, folded_form
 from nvembed_deploy.export.options import ExportOptions
@@ -59,7 +59,6 @@ from nvembed_deploy.export.quantization.search import QuantizedWeights, apply_re
 from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.files.read_ahead import ReadAhead
 from nvembed_deploy.model import source
-from nvembed_deploy.model.config import Pooling
 from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.model.weights import StoredWeights, weight_files
@@ -238,6 +237,7 @@ def _load_model(state: ExportState) -> None:
     if options.parity:
         with step("reading the checkpoint"):
             reference = PyTorchBackend(state.checkpoint.folder, config=state.checkpoint.weights.config)
+            require_finite_parameters(reference.model)
         state.gate = _gate(reference, state.text, options)
         (state.staging / REFERENCE_OUTPUTS).write_bytes(state.gate.reference.to_bytes())
         # In place: the reference itself is not needed any more.

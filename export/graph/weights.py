@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from nvembed_deploy.errors import ExportError
 from nvembed_deploy.model.fold import fold_stored
 from nvembed_deploy.model.weights import StoredTensor, StoredWeights
 
@@ -92,3 +96,41 @@ class CheckpointWeights:
         if name in self.folded:
             return MemoryWeights(self.folded).read(name, rows=rows)
         return self.weights.read(self._stored_name(name), rows=rows)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Returns True if a tensor has neither NaN nor infinite values; nothing of its size is allocated."""
+    # NaN is both the minimum and the maximum where there is one; abs() would copy the whole tensor.
+    return all(math.isfinite(float(extreme)) for extreme in tensor.aminmax())
+
+
+def require_finite(name: str, stored: Tensor) -> None:
+    """Refuses a weight of a checkpoint that has NaN or infinite values.
+
+    Raises:
+        ExportError: It has; no precision helps.
+    """
+    if not is_finite(stored):
+        kind = "NaN" if stored.isnan().any() else "an infinite value"
+        raise ExportError(
+            f"weight {name} holds {kind}: the checkpoint is damaged, or its training diverged; download it again, or "
+            "export an earlier one"
+        )
+
+
+def require_finite_parameters(model: nn.Module) -> None:
+    """Applies `require_finite` to the parameters of a model in memory."""
+    with one_thread():
+        for name, parameter in model.named_parameters():
+            require_finite(name, parameter)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Makes torch compute on the calling thread alone: where other threads have work, its own wait for each other."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)

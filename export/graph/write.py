@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from nvembed_deploy.bundle.manifest import WEIGHTS
 from nvembed_deploy.errors import ConfigError, ExportError
-from nvembed_deploy.export.graph.weights import WeightSource
+from nvembed_deploy.export.graph.weights import WeightSource, is_finite, one_thread, require_finite
 from nvembed_deploy.files.hashed_file import HashedFile
 from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.model.weights import StoredTensor
@@ -68,13 +67,14 @@ def write(
         name: File name of the graph.
         reference: Do not copy weights whose stored bytes are what the graph takes. The checkpoint's files are linked
             into the folder, the graph refers to them, and it transposes matrices itself.
-        reached: Called after each tensor with the file that it was read from and the offset of its end.
+        reached: Called after each tensor, written or linked, with the file that it was read from and the offset of its
+            end.
 
     Returns:
         Size and hash of the weights' file.
 
     Raises:
-        ExportError: A weight is missing, has another shape, or does not fit into FP16.
+        ExportError: A weight is missing, has another shape or values that are not finite, or does not fit into FP16.
         ConfigError: The checkpoint's files cannot be linked because they are on another disk.
     """
     graph = model.graph
@@ -95,25 +95,29 @@ def write(
         if not (folder / location.path.name).exists():
             link_into(location.path, folder)
         _refer(initializer, location.path.name, location.offset, location.bytes, folder)
-    copied = [initializer for initializer in initializers if initializer not in references]
     # In the order of the checkpoint, so that its files are read from beginning to end.
-    copied.sort(key=lambda initializer: _read_order(weight_source.location(str(initializer.name))))
-    total_bytes = sum(_stored_bytes(initializer, weight_source) for initializer in copied)
+    initializers.sort(key=lambda initializer: _read_order(weight_source.location(str(initializer.name))))
+    total_bytes = sum(_stored_bytes(initializer, weight_source) for initializer in initializers)
+    copied_bytes = total_bytes - sum(location.bytes for location in references.values())
     with (
-        HashedFile(folder / WEIGHTS, direct=total_bytes > UNCACHED_BYTES) as file,
+        HashedFile(folder / WEIGHTS, direct=copied_bytes > UNCACHED_BYTES) as file,
         tqdm(total=total_bytes, desc="writing weights", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         transposer = Transposer(file.drain)
-        for initializer in copied:
-            file.write(b"\0" * (-file.size % PAGE_BYTES))
-            offset = file.size
-            for chunk in _chunks(initializer, weight_source, transposer):
-                file.write(chunk)
-                bar.update(len(chunk))
+        for initializer in initializers:
+            if initializer in references:
+                for size in _checked_chunks(initializer, weight_source):
+                    bar.update(size)
+            else:
+                file.write(b"\0" * (-file.size % PAGE_BYTES))
+                offset = file.size
+                for chunk in _chunks(initializer, weight_source, transposer):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                _refer(initializer, WEIGHTS, offset, file.size - offset, folder)
             source_location = weight_source.location(str(initializer.name))
             if reached is not None and source_location is not None:
                 reached(source_location.path, source_location.offset + source_location.bytes)
-            _refer(initializer, WEIGHTS, offset, file.size - offset, folder)
     ir.save(model, folder / name)
     return {WEIGHTS: file.entry()}
 
@@ -221,7 +225,7 @@ class Transposer:
             panel, transposed = self._panel[:size].view(dtype).view(N, -1), self._transposed[:size]
             weight_source.read(name, rows=(0, 1))  # whatever has to be computed is computed here, on all cores
             # One thread: hashing and writing occupy the other cores, and torch's threads would wait for each other.
-            with _one_thread():
+            with one_thread():
                 for row in range(0, N, rows_per_read):
                     rows = (row, min(row + rows_per_read, N))
                     panel[slice(*rows)] = weight_source.read(name, rows=rows)[:, start:end]
@@ -243,12 +247,30 @@ def _chunks(initializer: ir.Value, weight_source: WeightSource, transposer: Tran
     if _absorb_transposes(initializer):
         yield from transposer.panels(weight_source, name, dtype)
         return
-    rows_per_chunk = max(1, BLOCK_BYTES * shape[0] // max(1, math.prod(shape) * dtype.itemsize)) if shape else 1
-    for row in range(0, shape[0] if shape else 1, rows_per_chunk):
-        rows = (row, min(row + rows_per_chunk, shape[0])) if shape else None
+    for rows in _row_ranges(shape, dtype):
         chunk = weight_source.read(name, rows=rows).to(dtype).contiguous()
         _refuse_infinite(chunk, name, weight_source)
         yield _bytes(chunk)
+
+
+def _checked_chunks(initializer: ir.Value, weight_source: WeightSource) -> Iterator[int]:
+    """Looks at a weight that is linked for NaN and infinite values, and yields the sizes of its chunks."""
+    name, dtype = str(initializer.name), _torch_dtype(initializer)
+    for rows in _row_ranges(weight_source.shape(name) or (), dtype):
+        chunk = weight_source.read(name, rows=rows)
+        with one_thread():
+            require_finite(name, chunk)
+        yield chunk.nbytes
+
+
+def _row_ranges(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, int] | None]:
+    """Yields ranges of rows of about `BLOCK_BYTES`; None for a tensor without rows."""
+    if not shape:
+        yield None
+        return
+    rows_per_chunk = max(1, BLOCK_BYTES * shape[0] // max(1, math.prod(shape) * dtype.itemsize))
+    for row in range(0, shape[0], rows_per_chunk):
+        yield row, min(row + rows_per_chunk, shape[0])
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -256,16 +278,15 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _refuse_infinite(converted: Tensor, name: str, weight_source: WeightSource) -> None:
-    if converted.dtype in QUANTIZED_DTYPES:
+    if converted.dtype in QUANTIZED_DTYPES or is_finite(converted):
         return
-    # NaN is both the minimum and the maximum where there is one; abs() would copy the whole tensor.
-    if not all(math.isfinite(float(extreme)) for extreme in converted.aminmax()):
-        if weight_source.read(name).isnan().any():
-            raise ExportError(f"weight {name} contains NaN: the checkpoint is damaged, or its training diverged")
-        raise ExportError(
-            f"weight {name} reaches {float(weight_source.read(name).abs().max()):.3g}, which "
-            f"{str(converted.dtype).removeprefix('torch.')} cannot represent; export with --precision bf16 or fp32"
-        )
+    stored = weight_source.read(name)
+    require_finite(name, stored)
+    cure = "; export with --precision bf16 or fp32" if converted.dtype == torch.float16 else ", and no precision can"
+    raise ExportError(
+        f"weight {name} reaches {float(stored.abs().max()):.3g}, which "
+        f"{str(converted.dtype).removeprefix('torch.')} cannot represent{cure}"
+    )
 
 
 def _absorb_transposes(initializer: ir.Value) -> bool:
@@ -291,13 +312,3 @@ def _packed(quantized: Tensor) -> Tensor:
 def _is_transpose(node: ir.Node) -> bool:
     permutation = node.attributes.get("perm")
     return node.op_type == "Transpose" and permutation is not None and list(permutation.as_ints()) == [1, 0]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    previous = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)

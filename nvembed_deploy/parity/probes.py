@@ -204,7 +204,8 @@ def probe_rows(text: TextEncoder, max_tokens: int) -> tuple[list[str], list[Toke
     if len(probes) < MIN_PROBES:
         raise ConfigError(
             f"--max BATCHx{max_tokens} leaves only {len(probes)} of the {len(PROBES) + 2} texts that engines are "
-            f"compared on different from each other, and a comparison needs {MIN_PROBES}; pass a longer --max, or --no-parity"
+            f"compared on different from each other, and a comparison needs {MIN_PROBES}; pass a longer --max, or "
+            "--no-parity"
         )
     names, rows = zip(*probes.values(), strict=True)
     return list(names), list(rows)

@@ -182,6 +182,42 @@ def test_weights_beyond_fp16_are_refused_without_the_model(tmp_path: Path, capsy
     assert "up_proj.weight reaches 7e+04, which float16 cannot represent" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "fp32", "--no-parity"],
+        ["--precision", "fp32"],
+        ["--precision", "fp16", "--no-parity", "--weights", "reference"],
+        ["--precision", "fp16", "--no-parity", "--probe-ranges"],
+        ["--precision", "int8", "--no-parity"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+@pytest.mark.parametrize(("value", "kind"), [(np.nan, "NaN"), (np.inf, "an infinite value"), (-np.inf, "an infinite")])
+def test_weights_that_are_not_finite_are_told_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], value: float, kind: str
+) -> None:
+    folder = make_checkpoint(tmp_path / "c", shards=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embedding_model.embed_tokens.weight"][300] = value  # of a token that no probe has
+    save_file(tensors, folder / "model.safetensors")
+    assert to_onnx.main(["--model", str(folder), "--out", str(tmp_path / "b"), *flags]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"weight embedding_model.embed_tokens.weight holds {kind}" in message
+    assert "--precision" not in message
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_weight_beyond_fp32_is_not_told_to_use_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_checkpoint(tmp_path / "c", shards=1)
+    tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["embedding_model.layers.1.mlp.up_proj.weight"][3, 5] = 1e300
+    save_file(tensors, folder / "model.safetensors")
+    flags = ["--model", str(folder), "--out", str(tmp_path / "b"), "--precision", "fp32", "--no-parity"]
+    assert to_onnx.main(flags) == 1
+    assert "reaches 1e+300, which float32 cannot hold, and no precision can" in capsys.readouterr().err
+
+
 def test_quantized_tensors_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_checkpoint(tmp_path / "c", shards=1)
     tensors = load_file(folder / "model.safetensors")
