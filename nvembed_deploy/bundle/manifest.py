@@ -263,7 +263,7 @@ def _bad_entries(field: str, files: Mapping[str, FileEntry]) -> Iterator[str]:
 
 
 def _impossible_sizes(model: ModelConfig) -> Iterator[str]:
-    """Yields the sizes of an architecture that no tensor has, and constants that give no finite numbers."""
+    """Yields the sizes of an architecture that no tensor has; `ModelConfig` itself refuses most."""
     sizes = {
         name: getattr(model, name)
         for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "vocab_size")
@@ -273,13 +273,9 @@ def _impossible_sizes(model: ModelConfig) -> Iterator[str]:
     if model.matryoshka is not None:
         dims = (model.matryoshka.min_dim, *model.matryoshka.dims)
         sizes |= {f"matryoshka {dim}": dim if dim <= model.hidden_size else 0 for dim in dims}
-    if model.rope_scaling is not None:
-        sizes["rope_scaling.original_max_positions"] = model.rope_scaling.original_max_positions
     for name, size in sizes.items():
         if not 1 <= size <= MAX_ELEMENTS:
             yield f"the model's {name} is {size}"
-    if model.rope_theta <= 0 or model.rms_norm_eps < 0:
-        yield f"the model's rope_theta is {model.rope_theta} and its rms_norm_eps {model.rms_norm_eps}"
 
 
 def is_shard_name(name: str) -> bool:

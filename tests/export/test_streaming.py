@@ -215,7 +215,7 @@ def test_a_weight_beyond_fp32_is_not_told_to_use_it(tmp_path: Path, capsys: pyte
     save_file(tensors, folder / "model.safetensors")
     flags = ["--model", str(folder), "--out", str(tmp_path / "b"), "--precision", "fp32", "--no-parity"]
     assert to_onnx.main(flags) == 1
-    assert "reaches 1e+300, which float32 cannot hold, and no precision can" in capsys.readouterr().err
+    assert "reaches 1e+300, which float32 cannot represent, and no precision can" in capsys.readouterr().err
 
 
 def test_quantized_tensors_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

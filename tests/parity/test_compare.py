@@ -226,8 +226,8 @@ class Short(Faulty):
 
 
 @pytest.mark.parametrize("tokens", [*range(1, 13), 16])
-def test_the_mask_of_a_short_plan_is_checked(sound: tuple[TextEncoder, Backend], tokens: int) -> None:
-    text, backend = sound
+def test_the_mask_of_a_short_plan_is_checked(correct_backend: tuple[TextEncoder, Backend], tokens: int) -> None:
+    text, backend = correct_backend
     short, max_shape = Short(backend, tokens), Shape(batch=4, tokens=tokens)
     require_mask(short, text, Mask.BIDIRECTIONAL, max_shape=max_shape)
     if tokens > 1:
@@ -238,9 +238,9 @@ def test_the_mask_of_a_short_plan_is_checked(sound: tuple[TextEncoder, Backend],
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 8, 12])
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])
 def test_a_short_plan_is_compared_on_enough_texts_or_refused(
-    sound: tuple[TextEncoder, Backend], tokens: int, precision: Precision
+    correct_backend: tuple[TextEncoder, Backend], tokens: int, precision: Precision
 ) -> None:
-    text, backend = sound
+    text, backend = correct_backend
     max_shape = Shape(batch=4, tokens=tokens)
     if tokens < 3:
         message = f"--max BATCHx{tokens} leaves only . of the 26 texts .* a comparison needs 10; pass a longer --max"
@@ -257,8 +257,8 @@ def test_a_short_plan_is_compared_on_enough_texts_or_refused(
         compare(long_reference, Short(backend, tokens), text, precision=precision, max_shape=max_shape)
 
 
-def test_passages_that_became_alike_are_not_ranked(sound: tuple[TextEncoder, Backend]) -> None:
-    text, backend = sound
+def test_passages_that_became_alike_are_not_ranked(correct_backend: tuple[TextEncoder, Backend]) -> None:
+    text, backend = correct_backend
     report = judge(backend, backend, text, precision=Precision.INT8, max_shape=Shape(batch=4, tokens=4))
     assert report.overlap is None
     assert "overlap not measured" in report.summary()
