@@ -89,7 +89,7 @@ def drop_from_page_cache(folder: Path) -> None:
 def measure_slice(work: Path, name: str) -> dict[str, Any]:
     """Measures the export of two layers of full size: with a gate and a plan, or calibrated block by block without."""
     bundle = work / "slice"
-    command = [sys.executable, "-m", *SLICES[name], "--model", str(work / "checkpoint"), "--out", str(bundle)]
+    command = [sys.executable, "-m", *SLICES[name], "--model", str(work / "checkpoint"), "--out", str(bundle), "-v"]
     try:
         measured = measure(command)
         manifest = Bundle.open(bundle).manifest
@@ -119,7 +119,7 @@ def measure_all(work: Path) -> Iterator[dict[str, Any]]:
     rows: dict[str, Any] = {}
     os.sync()
     try:
-        export = [sys.executable, "-m", "export.to_onnx", "--model", str(checkpoint), "--no-parity"]
+        export = [sys.executable, "-m", "export.to_onnx", "--model", str(checkpoint), "--no-parity", "-v"]
         export += ["--precision", "fp16", "--out", str(bundle)]
         steps = {
             "read": ["sh", "-c", f"cat {shlex.quote(str(checkpoint))}/*.safetensors > /dev/null"],

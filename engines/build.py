@@ -19,7 +19,7 @@ from nvembed_deploy.bundle.manifest import GRAPH, PLAN, REFERENCE_OUTPUTS, TOKEN
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.writer import commit, new_bundle
-from nvembed_deploy.console import echo, program, run
+from nvembed_deploy.console import detail, echo, program, run, step
 from nvembed_deploy.engines.plan_builder import (
     add_option_flags,
     build_memory_bytes,
@@ -37,7 +37,7 @@ from nvembed_deploy.engines.targets import (
 )
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import free_bytes
-from nvembed_deploy.parity.gate import Gate, step, verdict
+from nvembed_deploy.parity.gate import Gate, closeness, verdict
 from nvembed_deploy.parity.probes import ReferenceOutputs
 from nvembed_deploy.spec import Dialect, Shape, ShapeProfile
 from nvembed_deploy.system import available_memory_bytes
@@ -130,7 +130,8 @@ def build(
     echo(f"building {bundle.folder} for {target.summary}")
     with new_bundle(destination) as staging:
         _copy_files(bundle, staging)
-        with step(f"building the plan with {bindings.__name__} {bindings.__version__}, shapes {profile}"):
+        detail(f"  shapes {profile}")
+        with step(f"building the plan with {bindings.__name__} {bindings.__version__}"):
             capability = local_compute_capability()
             content, plan_info = build_plan(
                 staging / GRAPH,
@@ -162,7 +163,9 @@ def build(
         )
         commit(staging, destination, built, hashed=manifest.graph_files)
     size, seconds = (destination / PLAN).stat().st_size / 1e6, time.monotonic() - started
-    echo(f"done: {PLAN} {size:.1f} MB for {target.name}, {verdict(reports, plan_info)}, {seconds:.0f} s")
+    echo(f"done: {destination}, {PLAN} {size:.1f} MB for {target.name}, in {seconds:.0f} s")
+    echo(f"{verdict(reports, plan_info)}{closeness(reports)}")
+    echo(f"next: {program('similarity')} {destination}")
     return destination
 
 

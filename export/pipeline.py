@@ -32,7 +32,7 @@ from nvembed_deploy.bundle.manifest import (
 )
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.writer import commit, new_bundle
-from nvembed_deploy.console import echo, program
+from nvembed_deploy.console import detail, echo, program, step
 from nvembed_deploy.engines.plan_builder import build_plan
 from nvembed_deploy.engines.targets import BuildOption, load_runtime, local_compute_capability
 from nvembed_deploy.errors import ConfigError, MaskError, MissingExtra, ParityError
@@ -63,7 +63,7 @@ from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.model.weights import StoredWeights, weight_files
 from nvembed_deploy.parity.compare import compute_reference_outputs
-from nvembed_deploy.parity.gate import Gate, step, verdict
+from nvembed_deploy.parity.gate import Gate, closeness, verdict
 from nvembed_deploy.parity.probes import longest_probe, probe_rows
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import installed_versions, peak_memory_bytes, return_large_blocks
@@ -127,7 +127,8 @@ def export(options: ExportOptions) -> Manifest:
     if bindings is None and not options.force:
         _require_no_plan_lost(options)
     needs = forecast(checkpoint.weights, options, plan=bindings is not None)
-    echo(f"exporting {options.model} as {options.precision.value} to {options.out}; forecast: {needs}")
+    echo(f"exporting {options.model} as {options.precision.value} to {options.out}")
+    detail(f"  forecast: {needs}")
     reads_all_weights = not (options.runs_model or options.reference_weights)
     streamed = tuple(weight_files(checkpoint.folder)) if reads_all_weights else ()
     with new_bundle(options.out) as staging, ReadAhead(streamed) as read_ahead:
@@ -281,7 +282,7 @@ def _quantize(state: ExportState) -> None:
         longest = longest_probe(text, options.profile.max)
         record = quantize(layerwise, text, rows, options.precision, model_sha256=model_sha256, longest=longest)
     excluded = [group.name for group in record.groups if group.excluded]
-    echo(
+    detail(
         f"  {len(record.groups) - len(excluded)} of {len(record.groups)} groups of layers quantized; excluded: "
         f"{', '.join(excluded) or 'none'}"
     )
@@ -305,7 +306,7 @@ def _search_fp16_limit(state: ExportState) -> None:
         ranges = measure_ranges(state.layerwise, state.text, longest=longest)
         state.fp32_modules = find_fp32_modules(state.layerwise.model, ranges)
         peak_name = max(ranges.max_abs, key=lambda name: ranges.max_abs[name])
-        echo(f"  largest value {ranges.max_abs[peak_name]:.4g} at {peak_name}; FP16's maximum is {FP16_MAX:.0f}")
+        detail(f"  largest value {ranges.max_abs[peak_name]:.4g} at {peak_name}; FP16's maximum is {FP16_MAX:.0f}")
         if state.fp32_modules:
             near_limit = ", ".join(f"{name} {peak:.3g}" for name, peak in sorted(ranges.near_limit.items()))
             echo(f"  near the limit: {near_limit}; computed in FP32: {', '.join(sorted(state.fp32_modules))}")
@@ -399,8 +400,8 @@ def _hash_checkpoint(state: ExportState) -> None:
 def _build_plan(state: ExportState, bindings: Any) -> None:
     """Builds the plan and compares it; sets the plan and adds its reports."""
     options, graph = state.options, state.staging / GRAPH
-    echo(f"  building for {options.target.summary}")
-    with step(f"building the plan with {bindings.__name__} {bindings.__version__}, shapes {options.profile}"):
+    detail(f"  building for {options.target.summary}, shapes {options.profile}")
+    with step(f"building the plan with {options.target.runtime} {bindings.__version__}"):
         content, state.plan = build_plan(
             graph,
             options.target,
@@ -450,10 +451,15 @@ def _versions(plan: PlanInfo | None) -> dict[str, str]:
 
 
 def _report(manifest: Manifest, out: Path, *, no_plan_reason: str, seconds: float) -> None:
-    sizes = ", ".join(f"{name} {entry.bytes / 1e6:.1f} MB" for name, entry in manifest.files.items())
-    echo(f"  {sizes}")
+    """Says where the bundle is, how close it is to PyTorch, and what to type next."""
+    detail(f"  {', '.join(f'{name} {entry.bytes / 1e6:.1f} MB' for name, entry in manifest.files.items())}")
     if no_plan_reason:
         echo(f"no {PLAN} was built: {no_plan_reason}. The ONNX bundle is complete and runs on ONNX Runtime.")
-    summary = f"{manifest.precision.value} bundle" + (" with a plan" if manifest.plan else " without a plan")
-    checked = verdict(manifest.parity, manifest.plan)
-    echo(f"done: {summary}, {checked}, {seconds:.0f} s, peak memory {peak_memory_bytes() / GIB:.2f} GiB")
+    size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    plan = f"with {PLAN}" if manifest.plan else "without a plan"
+    echo(
+        f"done: {out}, {manifest.precision.value} {plan}, {size:.0f} MB, in {seconds:.0f} s, peak memory "
+        f"{peak_memory_bytes() / GIB:.2f} GiB"
+    )
+    echo(f"{verdict(manifest.parity, manifest.plan)}{closeness(manifest.parity)}")
+    echo(f"next: {program('similarity')} {out}")

@@ -9,15 +9,17 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from nvembed_deploy.errors import DeployError
 
 DESTINATION_INTACT = "the output is either unchanged or complete"
+CLEAR_LINE = "\x1b[K"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,6 +29,7 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
     Returns:
         The exit code: 0, or 1 for a `DeployError`, a full disk, Ctrl-C or SIGTERM.
     """
+    _progress.is_verbose = verbose
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     _escape_unencodable_output()
     in_main = threading.current_thread() is threading.main_thread()  # signal handlers can be set nowhere else
@@ -95,10 +98,84 @@ def install_command(*extras: str) -> str:
     return f"pip install {' '.join(dict.fromkeys(packages))}" if packages else f"install its extra {','.join(extras)}"
 
 
+class _Progress:
+    """The line of the step that is running, which other lines must not continue."""
+
+    def __init__(self) -> None:
+        self.is_verbose = False
+        self.unfinished = ""
+        """Text of the step whose line has no end yet."""
+        self.lock = threading.RLock()
+
+    def write(self, text: str) -> None:
+        """Writes to stderr, behind the end of an unfinished line."""
+        with self.lock:
+            if self.unfinished:
+                text, self.unfinished = f"\n{text}", ""
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def begin(self, text: str) -> None:
+        """Begins the line of a step."""
+        with self.lock:
+            self.write(text)
+            self.unfinished = text
+
+    def finish(self, text: str, result: str) -> None:
+        """Ends the line of a step: in place on a terminal, and on a line of its own if others came between."""
+        with self.lock:
+            if sys.stderr.isatty():
+                sys.stderr.write(f"\r{CLEAR_LINE}")
+                sys.stderr.write(f"{text} {result}\n")
+            else:
+                sys.stderr.write(f" {result}\n" if self.unfinished == text else f"{text} {result}\n")
+            self.unfinished = ""
+            sys.stderr.flush()
+
+    def tick(self, text: str, seconds: float) -> None:
+        """Shows the seconds of a running step, unless a progress bar or another line has taken its place."""
+        with self.lock:
+            bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+            if self.unfinished == text and not getattr(bars, "_instances", ()):
+                sys.stderr.write(f"\r{CLEAR_LINE}{text} {seconds:.0f} s")
+                sys.stderr.flush()
+
+
+_progress = _Progress()
+
+
 def echo(message: str) -> None:
     """Writes a line about progress to stderr; stdout is reserved for results."""
-    sys.stderr.write(f"{message}\n")
-    sys.stderr.flush()
+    _progress.write(f"{message}\n")
+
+
+def detail(message: str) -> None:
+    """Writes a line that only `--verbose` shows."""
+    if _progress.is_verbose:
+        echo(message)
+
+
+@contextmanager
+def step(description: str) -> Iterator[None]:
+    """Writes one line about a step: its description, and its duration when it is done.
+
+    On a terminal the line shows the seconds while the step runs.
+    """
+    text, started = f"  {description} ...", time.monotonic()
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(1):
+            _progress.tick(text, time.monotonic() - started)
+
+    _progress.begin(text)
+    if sys.stderr.isatty():
+        threading.Thread(target=tick, name="nvembed-step", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+    _progress.finish(text, f"{time.monotonic() - started:.1f} s")
 
 
 def _escape_unencodable_output() -> None:

@@ -39,6 +39,7 @@ def run_readme(folder: Path) -> None:
         AssertionError: a step fails; it names the step and what it printed.
     """
     folder.mkdir()
+    (folder / "models").symlink_to(ROOT / "models")  # the README's paths are those of a checkout
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     for arguments in readme_steps():
         done = subprocess.run(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from nvembed_deploy.backends.ort import CPU_NOTES, OrtBackend
 from nvembed_deploy.backends.trt import TrtBackend
 from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PlanInfo
 from nvembed_deploy.bundle.parity_report import ParityReport
-from nvembed_deploy.console import echo, program
+from nvembed_deploy.console import detail, echo, program, step
 from nvembed_deploy.errors import DeviceMismatchError, MissingExtra
 from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.parity.compare import compare, require_mask, require_passed
@@ -69,8 +67,7 @@ class Gate:
             dim = self.model.hidden_size
             candidate = TrtBackend(content, plan_info, dimension=dim, device=device, cuda=cuda, graph=graph)
         except (DeviceMismatchError, MissingExtra) as err:
-            cure = f"To check it on its GPU: {program('check')} BUNDLE --device cuda"
-            echo(f"  the plan was not run ({err}); its graph is compared instead. {cure}")
+            echo(f"  the plan was not run: {err}; to check it on its GPU: {program('check')} BUNDLE --device cuda")
             return []
         with step("comparing the plan with PyTorch"):
             return [self._check(candidate)]
@@ -79,7 +76,7 @@ class Gate:
         # First, because the vectors may not reveal a wrong mask.
         require_mask(candidate, self.text, self.model.mask, max_shape=self.max_shape)
         report = compare(self.reference, candidate, self.text, precision=self.precision, max_shape=self.max_shape)
-        echo(f"  {report.summary()}")
+        detail(f"  {report.summary()}")
         return require_passed(report)
 
 
@@ -92,10 +89,12 @@ def verdict(reports: Sequence[ParityReport], plan_info: PlanInfo | None) -> str:
     return "parity of the graph passed, the plan was not run"
 
 
-@contextmanager
-def step(description: str) -> Iterator[None]:
-    """Prints the description of a step, and its duration when the step is done."""
-    started = time.monotonic()
-    echo(f"  {description} ...")
-    yield
-    echo(f"  {description}: {time.monotonic() - started:.1f} s")
+def closeness(reports: Sequence[ParityReport]) -> str:
+    """Says how close the furthest of the compared graphs and plans is to the reference; empty without reports."""
+    if not reports:
+        return ""
+    furthest = min(reports, key=lambda report: report.min_cosine)
+    return (
+        f" (lowest cosine to PyTorch {furthest.min_cosine:.7f}, at least {furthest.tolerance.min_cosine} required; "
+        f"{furthest.texts} texts up to {furthest.longest_tokens} tokens)"
+    )

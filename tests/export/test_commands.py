@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -101,8 +102,10 @@ def test_last_line_is_the_bundle(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert to_onnx.main(arguments(checkpoint, out, "--precision", "fp32")) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{out}\n"
-    assert captured.err.splitlines()[-1].startswith("done: fp32 bundle without a plan, parity passed")
-    assert "peak memory" in captured.err
+    done, parity, next_command = captured.err.splitlines()[-3:]
+    assert re.fullmatch(rf"done: {out}, fp32 without a plan, \d+ MB, in \d+ s, peak memory [\d.]+ GiB", done)
+    assert re.fullmatch(r"parity passed \(lowest cosine to PyTorch 1\.0\d+, at least 0\.\d+ required; .*\)", parity)
+    assert re.fullmatch(rf"next: .*similarity {out}", next_command)
     Encoder(out / "model.onnx", device="cpu").encode("water")
 
 
@@ -111,7 +114,7 @@ def test_a_short_profile_is_compared_on_truncated_texts(
 ) -> None:
     out = tmp_path / "bundle"
     assert trt.main(arguments(checkpoint, out, "--precision", "fp32", "--max", "4x6")) == 0
-    assert "17 texts up to 6 tokens: passed" in capsys.readouterr().err
+    assert "17 texts up to 6 tokens)" in capsys.readouterr().err
     assert check.main([str(out), "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["texts"] == 17
 
