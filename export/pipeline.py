@@ -280,13 +280,31 @@ def _quantize(state: ExportState) -> None:
     assert rows is not None
     with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
         longest = longest_probe(text, options.profile.max)
-        record = quantize(layerwise, text, rows, options.precision, model_sha256=model_sha256, longest=longest)
+        record = quantize(
+            layerwise,
+            text,
+            rows,
+            options.precision,
+            model_sha256=model_sha256,
+            longest=longest,
+            on_forecast=lambda seconds: echo(f"  {_calibration_note(seconds, options.out)}"),
+        )
     excluded = [group.name for group in record.groups if group.excluded]
     detail(
         f"  {len(record.groups) - len(excluded)} of {len(record.groups)} groups of layers quantized; excluded: "
         f"{', '.join(excluded) or 'none'}"
     )
     state.record = record
+
+
+def _calibration_note(seconds: float, out: Path) -> str:
+    """Returns how long a calibration takes, and what is left of it when it is interrupted."""
+    minutes = max(1, round(seconds / 60))
+    duration = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} h"
+    return (
+        f"this takes roughly {duration}, and starts over if it is interrupted: its result is stored with the finished "
+        f"bundle, from where --reuse {out} takes it for another target or dialect"
+    )
 
 
 def _calibration_rows(options: ExportOptions, text: TextEncoder) -> list[TokenRow] | None:

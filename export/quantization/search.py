@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -26,6 +27,8 @@ from tqdm import tqdm
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.export.layerwise import BlockHook, LayerwiseModel, block_of, no_hook
 from nvembed_deploy.export.quantization.calibration import (
+    EXTREME_ROWS,
+    SAMPLED_ROWS,
     GroupInputs,
     InputCollector,
     pack,
@@ -83,6 +86,7 @@ def quantize(
     *,
     model_sha256: str,
     longest: int,
+    on_forecast: Callable[[float], None] | None = None,
 ) -> QuantizationRecord:
     """Calibrates, smooths the model in place, ranks its groups and chooses which to quantize.
 
@@ -93,6 +97,7 @@ def quantize(
         precision: A quantized precision.
         model_sha256: Hash of the checkpoint.
         longest: Tokens of the gate's longest text.
+        on_forecast: Called with roughly the seconds that the rest takes, once the model has run for the first time.
 
     Raises:
         ParityError: The gate's tolerance does not hold with any group quantized, or no group fits the number format.
@@ -100,7 +105,11 @@ def quantize(
     fmt = FORMATS[precision]
     groups = linear_groups(layerwise.model)
     ranking_rows, gate_rows = _ranking_rows(layerwise, text, rows, longest), probe_rows(text, longest)[1]
+    started = time.monotonic()
     reference = _embed(layerwise, text, gate_rows)
+    if on_forecast is not None:
+        seconds_per_token = (time.monotonic() - started) / _tokens(gate_rows)
+        on_forecast(seconds_per_token * _forecast_tokens(layerwise, len(groups), rows, ranking_rows, gate_rows))
     settings = _search_settings(layerwise, groups, InputCollector(layerwise, text, rows), fmt)
     records = _rank_settings(layerwise, text, ranking_rows, groups, settings, fmt)
     for group, record in zip(groups, records, strict=True):
@@ -115,6 +124,26 @@ def quantize(
         tokens=sum(map(len, rows)),
         groups=tuple(records),
     )
+
+
+def _tokens(rows: Sequence[TokenRow]) -> int:
+    return sum(map(len, rows))
+
+
+def _forecast_tokens(
+    layerwise: LayerwiseModel,
+    groups: int,
+    rows: Sequence[TokenRow],
+    ranking_rows: Sequence[TokenRow],
+    gate_rows: Sequence[TokenRow],
+) -> float:
+    """Returns roughly how many tokens pass through the model in a search, each step counted as such tokens."""
+    is_large = layerwise.parameter_count > LARGE_MODEL_PARAMETERS
+    searching = len(ALPHAS) * len(CLIP_RATIOS) * (SAMPLED_ROWS + EXTREME_ROWS)
+    # Half of the model on average, because the blocks before a group are shared; then half of the groups once more.
+    ranking = _tokens(ranking_rows) * groups / 2 * (1 if is_large else 1 + (RANKED_SETTINGS - 1) / 2)
+    excluding = _tokens(gate_rows) * min(groups, LARGE_MODEL_TRIES)
+    return _tokens(rows) + searching + ranking + excluding
 
 
 def apply_record(layerwise: LayerwiseModel, record: QuantizationRecord) -> None:

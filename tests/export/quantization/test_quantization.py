@@ -588,7 +588,10 @@ def test_the_command_and_its_record_reused(
     common = ["--model", str(checkpoint), "--precision", "int8", "--max", "4x48"]
     assert export_graph([*common, "--calibration", str(texts), "--out", str(searched)]) == 0
     assert Bundle.open(searched).manifest.plan is None
-    assert "quantizing to int8 on 40 texts" in capsys.readouterr().err
+    progress = capsys.readouterr().err
+    assert "quantizing to int8 on 40 texts" in progress
+    assert "this takes roughly 1 min, and starts over if it is interrupted: its result is stored with " in progress
+    assert f"from where --reuse {searched} takes it" in progress
     reusing = [*common, "--dialect", "portable", "--reuse", str(searched), "--out", str(reused)]
     assert export_graph(reusing) == 0
     assert "smoothing with the settings of" in capsys.readouterr().err
