@@ -42,7 +42,7 @@ from nvembed_deploy.export.fp16_ranges import FP16_MAX, find_fp32_modules, measu
 from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
 from nvembed_deploy.export.graph.trace import trace
 from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource, require_finite_parameters
-from nvembed_deploy.export.graph.write import check, write
+from nvembed_deploy.export.graph.write import check, describe_graph, write
 from nvembed_deploy.export.layerwise import LayerwiseModel, folded_form
 from nvembed_deploy.export.options import ExportOptions
 from nvembed_deploy.export.quantization.calibration import built_in_texts, read_texts, texts_sha256, tokenize
@@ -373,6 +373,7 @@ def _write_graphs(state: ExportState) -> None:
         )
     if quantized is not None:
         insert_qdq(traced, quantized.input_scales, FORMATS[options.precision])
+    describe_graph(traced, _graph_properties(state))
     for path in (staging / name for name in (GRAPH, CPU_GRAPH, WEIGHTS)):  # from an attempt that did not pass
         path.unlink(missing_ok=True)
     with step("writing the weights"):
@@ -393,6 +394,18 @@ def _write_graphs(state: ExportState) -> None:
             write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)
             check(staging / CPU_GRAPH, linked=options.reference_weights)
     state.opset = traced.opset_imports[""]
+
+
+def _graph_properties(state: ExportState) -> dict[str, str]:
+    """Returns what the graph's file says of itself, for a reader who has no manifest."""
+    config, precision = state.checkpoint.weights.config, state.options.precision
+    return {
+        "model": state.checkpoint.name,
+        "family": config.family,
+        "precision": precision.value,
+        "mask": config.mask.value,
+        "pooling": POOLING[config.pooling],
+    }
 
 
 def _write_record(record: QuantizationRecord, staging: Path) -> None:

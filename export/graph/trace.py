@@ -107,7 +107,7 @@ def _trace(
             f"{dialect.opset}; install a torch version that this package was tested with (constraints.txt)"
         )
     program.model.producer_name = "nvembed-deploy"
-    program.model.producer_version = None
+    program.model.producer_version = None  # torch's; `describe_graph` sets this project's
     return program.model
 
 

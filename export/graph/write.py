@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from nvembed_deploy.export.graph.weights import WeightSource, is_finite, one_thr
 from nvembed_deploy.files.hashed_file import HashedFile
 from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.model.weights import StoredTensor
+from nvembed_deploy.version import __version__
 
 TORCH_DTYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -120,6 +121,19 @@ def write(
                 reached(source_location.path, source_location.offset + source_location.bytes)
     ir.save(model, folder / name)
     return {WEIGHTS: file.entry()}
+
+
+def describe_graph(model: ir.Model, properties: Mapping[str, str]) -> None:
+    """Makes a graph say what it is, and declare the ONNX file format that its opset needs, in place.
+
+    Args:
+        model: A finished graph, whose opset does not change any more.
+        properties: What a reader of the file alone cannot see, such as the model's name.
+    """
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    model.ir_version = onnx.helper.find_min_ir_version_for(opsets)
+    model.producer_version = __version__
+    model.metadata_props.update(properties)
 
 
 def link_into(path: Path, folder: Path) -> None:

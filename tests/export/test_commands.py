@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from nvembed_deploy import ConfigError, Encoder, ExportError, MissingExtra
-from nvembed_deploy.bundle.manifest import MANIFEST, PLAN
+from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, MANIFEST, PLAN
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.engines import check
 from nvembed_deploy.export import options, to_onnx, trt
@@ -24,6 +25,7 @@ from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.model.weights import StoredWeights
 from nvembed_deploy.spec import Shape, ShapeProfile
+from nvembed_deploy.version import __version__
 from tests.conftest import ROOT, needs_rtx
 from tests.tiny import make_checkpoint
 
@@ -95,6 +97,28 @@ def test_bundle(bundles: dict[str, Path], precision: str) -> None:
     assert [report.passed for report in manifest.parity] == [True]
     assert manifest.source.files.keys() >= {"config.json", "tokenizer.json", "model-00001-of-00002.safetensors"}
     assert str(ROOT) not in (bundles[precision] / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_a_graph_away_from_its_manifest_says_what_it_is(bundles: dict[str, Path], precision: str) -> None:
+    for path in bundles[precision].glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        assert {entry.key: entry.value for entry in model.metadata_props} == {
+            "model": "nv-embed-tiny",
+            "family": "NV-Embed",
+            "precision": precision,
+            "mask": "bidirectional",
+            "pooling": "latent attention, masked mean, L2",
+        }
+        assert model.ir_version == onnx.helper.find_min_ir_version_for(model.opset_import)
+        assert (model.producer_name, model.producer_version) == ("nvembed-deploy", __version__)
+
+
+def test_the_same_export_writes_the_same_graph(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        assert to_onnx.main(arguments(checkpoint, tmp_path / name, "--no-parity", "--precision", "bf16")) == 0
+    for name in (GRAPH, CPU_GRAPH):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
 def test_last_line_is_the_bundle(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -17,11 +18,12 @@ from nvembed_deploy.errors import ExportError
 from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
 from nvembed_deploy.export.graph.trace import trace
 from nvembed_deploy.export.graph.weights import MemoryWeights
-from nvembed_deploy.export.graph.write import PAGE_BYTES, check, write
+from nvembed_deploy.export.graph.write import PAGE_BYTES, check, describe_graph, write
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.spec import Dialect, Precision
+from nvembed_deploy.version import __version__
 
 FUSED = {"Attention": 2, "RMSNormalization": 5, "RotaryEmbedding": 4}
 # TensorRT 10's parser supports none of these.
@@ -57,6 +59,16 @@ def make_graph(
     write(graph, MemoryWeights(tensors), folder, name="model.onnx")
     check(folder / "model.onnx")
     return folder / "model.onnx"
+
+
+@pytest.mark.parametrize(("dialect", "ir_version"), [(Dialect.FUSED, 11), (Dialect.PORTABLE, 9)])
+def test_a_graph_says_what_it_is(model: NVEmbed, dialect: Dialect, ir_version: int) -> None:
+    graph = trace(model.config, precision=Precision.FP32, dialect=dialect, fold=True)
+    describe_graph(graph, {"model": "tiny"})
+    proto = onnx_ir.to_proto(graph)
+    assert proto.ir_version == ir_version == onnx.helper.find_min_ir_version_for(proto.opset_import)
+    assert (proto.producer_name, proto.producer_version) == ("nvembed-deploy", __version__)
+    assert {entry.key: entry.value for entry in proto.metadata_props} == {"model": "tiny"}
 
 
 def inputs(batch: int, tokens: int) -> dict[str, np.ndarray]:
