@@ -129,8 +129,8 @@ def export(options: ExportOptions) -> Manifest:
     needs = forecast(checkpoint.weights, options, plan=bindings is not None)
     echo(f"exporting {options.model} as {options.precision.value} to {options.out}")
     detail(f"  forecast: {needs}")
-    reads_all_weights = not (options.runs_model or options.reference_weights)
-    streamed = tuple(weight_files(checkpoint.folder)) if reads_all_weights else ()
+    # Where the model does not run, the weights are read once: to be written, or to be checked if they are linked.
+    streamed = () if options.runs_model else tuple(weight_files(checkpoint.folder))
     with new_bundle(options.out) as staging, ReadAhead(streamed) as read_ahead:
         require_room(needs, options.out, force=options.force)
         _note_small_gpus(needs, options)
