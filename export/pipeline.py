@@ -44,7 +44,7 @@ from nvembed_deploy.export.graph.trace import trace
 from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource, require_finite_parameters
 from nvembed_deploy.export.graph.write import check, describe_graph, write
 from nvembed_deploy.export.layerwise import LayerwiseModel, folded_form
-from nvembed_deploy.export.options import ExportOptions
+from nvembed_deploy.export.options import CALIBRATION_TOKENS, ExportOptions
 from nvembed_deploy.export.quantization.calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from nvembed_deploy.export.quantization.formats import FORMATS
 from nvembed_deploy.export.quantization.qdq import insert_qdq
@@ -119,6 +119,7 @@ def export(options: ExportOptions) -> Manifest:
         DeployError: A step failed; the destination is unchanged.
     """
     started = time.monotonic()
+    _refuse_unused_tokens(options)
     if options.calibration is not None:
         read_texts(options.calibration)  # a wrong path or line is told now, and not behind hours of work
     _require_own_folder(options.out)
@@ -150,6 +151,11 @@ def export(options: ExportOptions) -> Manifest:
 def _open_checkpoint(options: ExportOptions) -> Checkpoint:
     """Finds or downloads the checkpoint, and checks its architecture, tensors and tokenizer."""
     folder, revision = source.resolve(options.model, options.revision)
+    if options.revision is not None and revision is None:
+        raise ConfigError(
+            f"--revision {options.revision} is a commit of a hub repository, but --model {options.model} is a folder; "
+            "leave it out, or pass the repository's name"
+        )
     config = read_checkpoint_architecture(folder, options.stated).slice(options.layers)
     contract = text_contract(folder, config, options.stated)
     if options.profile.max.tokens > contract.max_tokens:
@@ -159,6 +165,25 @@ def _open_checkpoint(options: ExportOptions) -> Checkpoint:
     name = options.model if revision else Path(options.model).resolve().name
     weights = StoredWeights(folder, config)
     return Checkpoint(folder=folder, name=name, revision=revision, weights=weights, contract=contract)
+
+
+def _refuse_unused_tokens(options: ExportOptions) -> None:
+    """Refuses a number of calibration tokens for an export that does not calibrate.
+
+    Raises:
+        ConfigError: The precision is not quantized, or a record is reused and no texts are given.
+    """
+    if options.calibration_tokens == CALIBRATION_TOKENS:
+        return
+    flag = f"--calibration-tokens {options.calibration_tokens}"
+    if not options.precision.quantized:
+        raise ConfigError(
+            f"{flag} is for quantized precisions, but --precision is {options.precision.value}; pass --precision int8"
+        )
+    if options.reuse is not None and options.calibration is None:
+        raise ConfigError(
+            f"{flag} has no effect, because --reuse {options.reuse} calibrates nothing; leave one of them out"
+        )
 
 
 def _bindings(options: ExportOptions) -> tuple[Any, str]:

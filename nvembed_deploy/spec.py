@@ -135,6 +135,12 @@ class ShapeProfile:
     max: Shape
 
     def __post_init__(self) -> None:
+        # First, because whoever gives only one of these two has not given --opt.
+        if self.max.batch < self.min.batch or self.max.tokens < self.min.tokens:
+            raise ConfigError(
+                f"--min {self.min} is larger than --max {self.max}, which is the target's unless it is given; pass a "
+                "smaller --min or a larger --max"
+            )
         for flag, low, high in (("--opt", self.min, self.opt), ("--max", self.opt, self.max)):
             if high.batch < low.batch or high.tokens < low.tokens:
                 raise ConfigError(

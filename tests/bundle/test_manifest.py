@@ -99,7 +99,7 @@ def put(record: dict, path: str, value: object) -> None:
         ("folded", 1, "folded: expected bool"),
         ("text/prefix_ids", [1, "2"], r"text\.prefix_ids\[1\]: expected int"),
         ("text/instruction_template", "Query: ", "does not contain {instruction}"),
-        ("profile/min", {"batch": 64, "tokens": 1}, "--opt 2x8 is smaller than 64x1"),
+        ("profile/min", {"batch": 64, "tokens": 1}, "--min 64x1 is larger than --max 4x16"),
         ("profile/max", {"batch": 0, "tokens": 1}, "batch and tokens must be at least 1"),
         ("source/architecture/kv_heads", 3, "4 attention heads are not a multiple of 3 key/value heads"),
         ("source/architecture/rope_theta", float("inf"), "rope_theta: expected a finite number"),

@@ -204,7 +204,14 @@ def test_a_target_for_another_machine_writes_only_the_graph(
     ("flags", "message"),
     [
         (["--model", "/nowhere/at/all"], "error: --model /nowhere/at/all is not a folder"),
-        (["--max", "1x1", "--min", "2x2"], "error: --opt"),
+        (["--max", "1x1", "--min", "2x2"], "error: --min 2x2 is larger than --max 1x1"),
+        (["--min", "64x16"], "error: --min 64x16 is larger than --max 32x512, which is the target's unless"),
+        (["--calibration-tokens", "100"], "error: --calibration-tokens 100 is for quantized precisions, but --precis"),
+        (
+            ["--calibration-tokens", "100", "--precision", "int8", "--reuse", "x"],
+            "error: --calibration-tokens 100 has no effect, because --reuse x calibrates nothing",
+        ),
+        (["--revision", "abc"], "error: --revision abc is a commit of a hub repository, but --model"),
         (["--min", "4x4", "--opt", "2x8"], "error: --opt 2x8 is smaller than 4x4"),
         (["--max", "8x1"], "error: --max BATCHx1 leaves only 1 of the 26 texts"),
     ],
