@@ -297,7 +297,7 @@ def test_pickles_are_refused_by_name_and_never_opened(
 def test_code_beside_the_weights_never_runs(bundles: dict[str, Path], tmp_path: Path) -> None:
     from nvembed_deploy.export.to_onnx import main
 
-    folder, canary = make_checkpoint(tmp_path / "model"), tmp_path / "sang"
+    folder, canary = make_checkpoint(tmp_path / "nv-embed-tiny"), tmp_path / "sang"
     for name in ("modeling_nvembed", "configuration_nvembed", "tokenization_nvembed", "sitecustomize", "__init__"):
         (folder / f"{name}.py").write_text(f"import os; os.mkdir({str(canary)!r})\n")
     np.save(folder / "arrays.npy", np.array([Canary(canary)]), allow_pickle=True)
