@@ -268,7 +268,9 @@ def from_flags(flags: argparse.Namespace) -> ExportOptions:
     built_on = replace(target, on_device=False) if flags.onnx_only else target
     target = replace(target, compute_capabilities=capable_gpus(built_on, precision))
     model = flags.model or str(default_model())
-    name = (Path(model).name or "model") + (f"-{flags.layers}-layers" if flags.layers else "")
+    name = (Path(model).resolve().name if Path(model).is_dir() else Path(model).name) + (
+        f"-{flags.layers}-layers" if flags.layers else ""
+    )
     target_suffix = "" if flags.target == "auto" else f"-{flags.target}"  # or one target would replace the other's
     completed: dict[str, Any] = {
         "model": model,

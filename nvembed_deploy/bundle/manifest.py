@@ -271,8 +271,9 @@ def _impossible_sizes(model: ModelConfig) -> Iterator[str]:
     if model.latent is not None:
         sizes |= {f"latent.{name}": size for name, size in vars(model.latent).items()}
     if model.matryoshka is not None:
-        dims = (model.matryoshka.min_dim, *model.matryoshka.dims)
-        sizes |= {f"matryoshka {dim}": dim if dim <= model.hidden_size else 0 for dim in dims}
+        # Dimensions of a family; a small model of it may have fewer.
+        sizes["matryoshka.min_dim"] = model.matryoshka.min_dim
+        sizes |= {f"matryoshka.dims[{index}]": dim for index, dim in enumerate(model.matryoshka.dims)}
     for name, size in sizes.items():
         if not 1 <= size <= MAX_ELEMENTS:
             yield f"the model's {name} is {size}"
