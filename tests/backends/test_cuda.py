@@ -51,7 +51,7 @@ def planned_bundle(bundle: Path) -> Path:
         version=VERSION,
         platform=this_platform(),
         compute_capabilities=("8.6", "8.9"),
-        profiles=(),
+        profiles=(manifest.profile,),
     )
     files = manifest.files | {PLAN: hash_file(bundle / PLAN)}
     (bundle / MANIFEST).write_bytes(replace(manifest, plan=info, files=files).to_bytes())
