@@ -224,14 +224,15 @@ def stopped_export(checkpoint: Path, out: Path, *, signal_number: int | None = N
         [sys.executable, "-c", code, *flags], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as run:
         assert run.stderr is not None
-        lines = []
+        progress = ""
         if signal_number is not None:
-            lines = list(itertools.takewhile(lambda line: "tracing to ONNX" not in line, run.stderr))
+            while "tracing to ONNX" not in progress:  # the line of a step has no end before the step has
+                progress += run.stderr.read(1)
             time.sleep(0.3)
             run.send_signal(signal_number)
         output, errors = run.communicate(timeout=90)
     leftovers = sorted(set(os.listdir(out.parent)) - {out.name})
-    return Stopped(run.returncode, output, [*lines, *errors.splitlines()], leftovers)
+    return Stopped(run.returncode, output, f"{progress}{errors}".splitlines(), leftovers)
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def stopped_exports(
         shutil.copytree(bundles["fp32"], out)
     with ThreadPoolExecutor() as pool:
         runs = {
-            name: pool.submit(stopped_export, checkpoint, out, number=signal.Signals[name])
+            name: pool.submit(stopped_export, checkpoint, out, signal_number=signal.Signals[name])
             for name, out in outs.items()
         }
         stopped = {name: (run.result(), outs[name]) for name, run in runs.items()}

@@ -20,6 +20,10 @@ def read_window(text: Fields, stock: StockClass, layers: int) -> tuple[int | Non
     Raises:
         CheckpointError: Fields contradict each other, or what the class computes.
     """
+    if stock.name == "Mistral" and "layer_types" in text.values:
+        raise CheckpointError(
+            f"{text.path}: a mistral with layer_types is another class, Ministral, for transformers; it is not supported"
+        )
     layer_types = _layer_types(text, layers)
     if text.values.get("sliding_window") == 0:
         raise CheckpointError(f"{text.path}: sliding_window is 0; it must be at least 1, or null for none")
