@@ -22,7 +22,8 @@ def read_window(text: Fields, stock: StockClass, layers: int) -> tuple[int | Non
     """
     if stock.name == "Mistral" and "layer_types" in text.values:
         raise CheckpointError(
-            f"{text.path}: a mistral with layer_types is another class, Ministral, for transformers; it is not supported"
+            f"{text.path}: with layer_types a mistral is another class for transformers, Ministral, which is not "
+            "supported"
         )
     layer_types = _layer_types(text, layers)
     if text.values.get("sliding_window") == 0:
