@@ -71,7 +71,7 @@ class Library:
         return ([PYTHON] if self._path(PYTHON).is_dir() else []) + user_names
 
     def open(self, name: str) -> FolderStore:
-        """Opens a collection.
+        """Opens an existing collection, or returns the open one if it has not changed since.
 
         Raises:
             ConfigError: There is no collection with this name.

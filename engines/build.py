@@ -222,7 +222,7 @@ def _require_space(bundle: Bundle, destination: Path, *, force: bool) -> None:
 
 
 def _copy_files(bundle: Bundle, staging: Path) -> None:
-    """Copies the files of a bundle except its plan; files of the checkpoint are linked instead."""
+    """Copies a bundle's graph and what belongs to it, not its plan; the checkpoint's shards become hard links."""
     for name in bundle.manifest.graph_files:
         if name in bundle.manifest.referenced:
             os.link(bundle.folder / name, staging / name)

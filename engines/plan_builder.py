@@ -74,7 +74,7 @@ def build_plan(
     capability: str | None,
     build_options: Set[BuildOption] = frozenset(),
 ) -> tuple[memoryview, PlanInfo]:
-    """Builds a plan from a graph.
+    """Builds a plan for a target device from an ONNX graph.
 
     Args:
         graph: `model.onnx`, its weights beside it.

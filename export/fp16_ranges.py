@@ -45,12 +45,12 @@ class Ranges:
 
 
 def measure_ranges(layerwise: LayerwiseModel, text: TextEncoder, *, longest: int) -> Ranges:
-    """Runs the gate's texts through the FP32 model and records the largest absolute value of every tensor.
+    """Records the largest absolute value of every tensor while the FP32 model runs the gate's texts.
 
     Args:
         layerwise: The FP32 model.
         text: The model's text encoder.
-        longest: Tokens of the longest text.
+        longest: Tokens of the longest text, to which the others are cut.
 
     Returns:
         Values by name. A module's name stands for its output; with the suffix `.product`, for the gated product in

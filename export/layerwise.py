@@ -152,18 +152,20 @@ class LayerwiseModel:
         for name in tqdm(self.block_names, desc=description, unit="block", disable=None, leave=False):
             with self.block(name) as module:
 
-                def forward(hidden: list[Tensor], name: str = name, module: nn.Module = module) -> list[Tensor]:
+                def run_block(
+                    hidden_by_batch: list[Tensor], name: str = name, module: nn.Module = module
+                ) -> list[Tensor]:
                     return [
                         self._step(name, module, x, attention_mask)
-                        for x, (_, attention_mask, _) in zip(hidden, inputs, strict=True)
+                        for x, (_, attention_mask, _) in zip(hidden_by_batch, inputs, strict=True)
                     ]
 
-                changed = {key: forward(hidden) for key, hidden in changed.items()}
+                changed = {key: run_block(hidden) for key, hidden in changed.items()}
                 for key, change in changes.items():
                     if block_of(key) == name:
                         with change():
-                            changed[key] = forward(unchanged)
-                unchanged = forward(unchanged)
+                            changed[key] = run_block(unchanged)
+                unchanged = run_block(unchanged)
         return self._pooled(unchanged, inputs), {key: self._pooled(hidden, inputs) for key, hidden in changed.items()}
 
     def _pooled(self, hidden: Sequence[Tensor], inputs: Sequence[tuple[Tensor, ...]]) -> Tensor:

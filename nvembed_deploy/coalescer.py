@@ -156,7 +156,7 @@ class Coalescer:
             return self._waiting_texts(small=True) + self._waiting_texts(small=False)
 
     def reserve(self, texts: int, *, max_seconds: float = math.inf) -> Reservation:
-        """Reserves places for texts before they are tokenized, so that an overload is rejected before any work is done.
+        """Reserves places for texts, or rejects them for an overload or a time limit, before they cost any work.
 
         Args:
             texts: Number of texts.

@@ -128,7 +128,7 @@ def test_pretruncation_with_a_tokenizer_of_fixed_pieces() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["ab(?=c)", "a+b", "a.b", "(ab)", "\\p{L}", "a{2}", "^a", "a$"])
-def test_texts_are_not_pretruncated_if_a_pattern_may_look_ahead(pattern: str) -> None:
+def test_texts_are_not_pretruncated_if_a_pattern_is_not_of_fixed_words(pattern: str) -> None:
     splits = [
         {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
         for regex in (WORD_PATTERN, pattern)
@@ -137,7 +137,7 @@ def test_texts_are_not_pretruncated_if_a_pattern_may_look_ahead(pattern: str) ->
     assert TextEncoder(json.dumps(config).encode(), CONTRACT)._longest_token_chars is None
 
 
-def test_prompt_and_instruction(text: TextEncoder) -> None:
+def test_a_prompt_is_verbatim_or_the_filled_template_but_not_both(text: TextEncoder) -> None:
     assert text.prompt("find it", None) == "Instruct: find it\nQuery: "
     assert text.prompt(None, "query: ") == "query: "
     assert text.prompt(None, None) == text.prompt("", "") == ""

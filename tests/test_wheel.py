@@ -42,7 +42,7 @@ def wheel(distributions: Path) -> Path:
 
 
 def run(wheel: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with the wheel, not the checkout, on its path."""
+    """Unpacks the wheel into a folder and runs Python there, so that the wheel is imported and not the checkout."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}

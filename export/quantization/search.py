@@ -169,10 +169,10 @@ def apply_record(layerwise: LayerwiseModel, record: QuantizationRecord) -> None:
 
 
 def _require_fit(model: NVEmbed, group: LinearGroup, record: GroupRecord, fmt: NumberFormat) -> None:
-    """Refuses the record of a group that has other layers or other sizes.
+    """Refuses the record of a group whose layers, sizes or number format do not fit the model.
 
     Raises:
-        ConfigError: They differ.
+        ConfigError: One of them does not fit.
     """
     if record.linears != group.linears:
         raise _does_not_fit(record, f"has the layers {', '.join(record.linears)[:200]}")

@@ -62,7 +62,7 @@ def mine(
 def _source_negatives(
     pairs: Sequence[Example], vectors: Tensor, table: dict[str, int], *, negatives: int, margin: float
 ) -> Iterator[list[str]]:
-    """Yields the mined negatives of each pair of one source, without the labelled ones."""
+    """Yields the mined negatives of each pair of one source: as many as its labelled ones leave of `negatives`."""
     candidates = list(dict.fromkeys(example.positive for example in pairs))
     columns = {text: column for column, text in enumerate(candidates)}
     answers: dict[str, set[int]] = {}

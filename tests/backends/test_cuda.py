@@ -264,8 +264,8 @@ def test_missing_bindings_are_reported_with_the_fix(monkeypatch: pytest.MonkeyPa
             load_bindings(name)
 
 
-def test_host_code_and_polygraphy_are_not_used() -> None:
-    """The fake runtime refuses to have attributes set; the source sets none and does not load plans in another way."""
+def test_the_source_does_not_allow_host_code_or_import_polygraphy() -> None:
+    """Searches the files; in the other tests, the fake runtime refuses to have any attribute set."""
     sources = [path.read_text() for folder in ("nvembed_deploy", "export") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 20
     for source in sources:
