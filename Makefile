@@ -49,7 +49,8 @@ test: $(READY_TEST)
 	$(PYTEST) -m "not slow and not browser and not whole_machine" $(ARGS)
 
 test-all: $(READY_TEST)
-	$(PYTEST) -m "not whole_machine" $(ARGS)
+	@shared=$$(mktemp -d); trap 'rm -rf "$$shared"' EXIT; export NVEMBED_TEST_SHARED="$$shared"; set -ex; \
+	$(PYTEST) -m "not whole_machine" $(ARGS); \
 	$(BIN)/python -m pytest -m whole_machine --durations=10 $(ARGS) || test $$? = 5  # none of these in ARGS
 
 test-python310: $(READY_TEST) $(READY_310)

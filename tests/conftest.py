@@ -105,7 +105,9 @@ def no_choice() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of this run share."""
+    """A folder that all workers of this run see, and both runs of `make test-all`."""
+    if "NVEMBED_TEST_SHARED" in os.environ:
+        return Path(os.environ["NVEMBED_TEST_SHARED"])
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
