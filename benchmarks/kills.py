@@ -91,7 +91,14 @@ def cases(work: Path) -> dict[str, Case]:
         folder.mkdir(parents=True)
     nvembed = [sys.executable, "-m", "nvembed_deploy"]
     export = [*nvembed, "export", "--model", str(DEFAULT_MODEL), "--layers", "1", "--target", "rtx", "--no-parity"]
-    pack = [*nvembed, "pack", str(DEFAULT_MODEL), "--target", "rtx", "--archive", str(archive)]
+    packed = archive.parent / "source"
+    done = subprocess.run(
+        [*export[: export.index("--target")], "--dialect", "portable", "--onnx-only", "--out", str(packed)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise ExportError(f"the bundle to pack could not be exported: {done.stderr.strip().splitlines()[-1]}")
+    pack = [*nvembed, "pack", str(packed), "--target", "jetson-orin", "--archive", str(archive)]
     return {
         "export": Case(command=[*export, "--out", str(bundle)], out=bundle, state=lambda: bundle_state(bundle)),
         "build": Case(
