@@ -8,6 +8,7 @@ file that contradicts itself, or requests what is not computed here, is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ def read_architecture(
     """
     top = Fields(config, source, {} if origins is None else origins)
     family = recognize(top, pooling=pooling, prompts=prompts, stated=stated)
-    top.require("quantization_config", (None,), family.name)
     text = top.section("text_config") if family is NV_EMBED else top
+    for section in (top, text):
+        section.require("quantization_config", (None,), family.name)
     stock = _class_of(family, top)
     _refuse_unknown_variants(family, text, top)
     mask = _mask(family, top, stated)
@@ -115,7 +117,8 @@ def read_architecture(
     layers = text.number("num_hidden_layers")
     theta, scaling = read_rope(text, stock.rope)
     # NVIDIA's, GritLM's and gte's own code bypasses the window.
-    window, windowed_layers = (None, None) if family.own_code else read_window(text, stock, layers)
+    windowed = replace(stock, has_window=False, has_layer_windows=False) if family.own_code else stock
+    window, windowed_layers = read_window(text, windowed, layers)
     return ModelConfig(
         family=family.name,
         hidden_size=hidden_size,

@@ -20,7 +20,7 @@ def read_window(text: Fields, stock: StockClass, layers: int) -> tuple[int | Non
     Raises:
         CheckpointError: Fields contradict each other, or what the class computes.
     """
-    if stock.name == "Mistral" and "layer_types" in text.values:
+    if stock.name in ("Mistral", "NVEmbed") and "layer_types" in text.values:
         raise CheckpointError(
             f"{text.path}: with layer_types a mistral is another class for transformers, Ministral, which is not "
             "supported"

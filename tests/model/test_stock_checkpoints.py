@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as torch_save_file
 
 from nvembed_deploy import Encoder
 from nvembed_deploy.engines import show
@@ -19,6 +21,7 @@ from nvembed_deploy.export.to_onnx import main as to_onnx
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.config import Mask, Pooling, UserStatement
 from nvembed_deploy.model.config_json import read_architecture, read_checkpoint_architecture
+from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.sentence_transformers_files import StatedPooling, StatedPrompts
 from nvembed_deploy.model.text_contract import text_contract
 from tests.conftest import ROOT
@@ -272,6 +275,60 @@ def test_every_changed_config_of_a_published_family_too(name: str, tmp_path: Pat
     if not golden.is_dir():
         pytest.skip(f"no golden data at {golden}")
     check_mutants(shutil.copytree(golden, tmp_path / "mutant"))
+
+
+def as_stock(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config of transformers' own class that computes the decoder of one of NVIDIA's."""
+    if config["model_type"] == "llama_bidirec":
+        return {**config, "model_type": "llama", "architectures": ["LlamaModel"], "is_causal": False}
+    own = {"model_type": "mistral", "architectures": ["MistralModel"], "is_causal": False, "sliding_window": None}
+    return {**config["text_config"], **own}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["public", "family/llama-bidirectional-tiny"])
+def test_every_changed_config_of_nvidias_families_too(name: str, tmp_path: Path) -> None:
+    """The token states, beside transformers' class without the causal mask."""
+    golden = ROOT.parent / "shared" / "golden" / name / "checkpoint"
+    if not golden.is_dir():
+        pytest.skip(f"no golden data at {golden}")
+    folder, stock = shutil.copytree(golden, tmp_path / "mutant"), tmp_path / "stock"
+    stock.mkdir()
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    prefix = "embedding_model."
+    backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if "latent" not in key}
+    torch_save_file(backbone, stock / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    section = config.get("text_config", config)
+    verdicts = {}
+    for description, mutant in mutants(section):
+        whole = {**config, "text_config": mutant} if "text_config" in config else mutant
+        (folder / "config.json").write_text(json.dumps(whole))
+        try:
+            model = load_checkpoint(folder)
+        except DeployError:
+            verdicts[description] = "refused"
+            continue
+        (stock / "config.json").write_text(json.dumps(as_stock(whole)))
+        verdicts[description] = compare_states(model, folder, stock)
+    assert {text: outcome for text, outcome in verdicts.items() if outcome not in ("equal", "refused")} == {}
+    assert sum(outcome == "equal" for outcome in verdicts.values()) >= 15
+
+
+@torch.no_grad()
+def compare_states(model: NVEmbed, folder: Path, stock: Path) -> str:
+    """Compares the token states of the reference with those of transformers' class."""
+    ids, attended = batch_of(folder)
+    try:
+        theirs = transformers.AutoModel.from_pretrained(stock, attn_implementation="eager", dtype=torch.float32)
+        expected = theirs(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+    except Exception as err:  # whatever transformers raises: it computes nothing
+        return f"served, but transformers fails with {type(err).__name__}: {str(err)[:80]}"
+    states = model.embedding_model(ids, attended)
+    difference = float((states - expected)[attended.bool()].abs().max())
+    return "equal" if difference <= 2e-5 else f"served with a difference of {difference:.1e}"
 
 
 def check_mutants(folder: Path) -> None:
