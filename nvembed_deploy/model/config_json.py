@@ -49,7 +49,7 @@ EMBEDQA_HIDDEN, LLAMA_EMBED_HIDDEN = 2048, 4096
 E5_VOCABULARY = 32000
 """Checkpoints with more tokens, such as bge-en-icl, have prompts of their own."""
 NOTHING_STATED = UserStatement()
-LLAMA_REMOTE = StockClass(name="LlamaBidirectional", max_positions=2048, reads_bias=True)
+LLAMA_REMOTE = StockClass(name="LlamaBidirectional", max_positions=2048)
 NVEMBED_TEXT = StockClass(name="NVEmbed", max_positions=32768)
 
 
@@ -206,7 +206,7 @@ def _stock_family(
         and top.values.get("is_causal", True) is True
         and pooling is not None
         and pooling.pooling is Pooling.LAST
-        and stated == NOTHING_STATED
+        and stated.mask in (None, Mask.CAUSAL)
         and template in (None, family.template)
         and top.values.get("use_sliding_window") in (None, False)
     )

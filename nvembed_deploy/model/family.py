@@ -42,8 +42,6 @@ class StockClass:
     """True if `use_sliding_window` and `layer_types` apply `sliding_window` to some layers."""
     qkv_bias: bool = False
     qk_norm: bool = False
-    reads_bias: bool = False
-    """True if `attention_bias` adds biases, which are not supported."""
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -52,7 +50,7 @@ class StockClass:
 
 
 STOCK_CLASSES = {
-    "llama": StockClass(name="Llama", max_positions=2048, reads_bias=True),
+    "llama": StockClass(name="Llama", max_positions=2048),
     "mistral": StockClass(name="Mistral", max_positions=131072, kv_heads=8, sliding_window=4096, has_window=True),
     "ministral3": StockClass(
         name="Ministral3",
@@ -84,7 +82,6 @@ STOCK_CLASSES = {
         sliding_window=4096,
         has_layer_windows=True,
         qk_norm=True,
-        reads_bias=True,
     ),
 }
 """transformers' classes by `model_type`."""

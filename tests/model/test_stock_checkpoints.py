@@ -435,6 +435,13 @@ def test_prompts_decide_who_is_a_relative_of_a_published_model() -> None:
     assert family("query: ", "document: ") == ("Qwen3", "")
 
 
+def test_a_prompt_that_is_stated_by_hand_changes_no_family() -> None:
+    """Or e5-mistral would lose the EOS that its tokenizer.json forgets."""
+    config = config_of("mistral", "MistralModel", vocab_size=32000)
+    stated = UserStatement(document_prompt="passage: ")
+    assert read_architecture(config, pooling=STATED_LAST, stated=stated).family == "e5-mistral"
+
+
 def damage_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
