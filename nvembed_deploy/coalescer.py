@@ -44,6 +44,7 @@ TYPICAL_TOKENS = 64
 class _Request:
     rows: Sequence[TokenRow]
     dimensions: int | None
+    normalize: bool
     deadline: float
     """`time.monotonic()` by which it must be completed; infinity for no limit."""
     runs_anyway: bool
@@ -92,7 +93,9 @@ class Reservation:
     def __init__(self, coalescer: Coalescer, texts: int, deadline: float, *, is_idle: bool) -> None:
         self._coalescer, self.texts, self.deadline, self.is_idle = coalescer, texts, deadline, is_idle
 
-    def submit(self, rows: Sequence[TokenRow], *, dimensions: int | None = None) -> Future[Vectors]:
+    def submit(
+        self, rows: Sequence[TokenRow], *, dimensions: int | None = None, normalize: bool = True
+    ) -> Future[Vectors]:
         """Queues a request in the reserved places; see `Coalescer.submit`.
 
         Raises:
@@ -101,7 +104,13 @@ class Reservation:
         """
         if len(rows) > self.texts:
             raise ConfigError(f"{len(rows)} rows were submitted, but only {self.texts} places were reserved")
-        request = _Request(rows=rows, dimensions=dimensions, deadline=self.deadline, runs_anyway=self.is_idle)
+        request = _Request(
+            rows=rows,
+            dimensions=dimensions,
+            normalize=normalize,
+            deadline=self.deadline,
+            runs_anyway=self.is_idle,
+        )
         return self._coalescer._queue(self, request)
 
     def release(self) -> None:
@@ -372,10 +381,11 @@ class Coalescer:
 
     def _embed(self, group: list[_Piece]) -> list[Vectors]:
         vectors_by_index: dict[int, Vectors] = {}
-        for dimensions in {piece.request.dimensions for piece in group}:
-            indices = [index for index, piece in enumerate(group) if piece.request.dimensions == dimensions]
+        options = [(piece.request.dimensions, piece.request.normalize) for piece in group]
+        for dimensions, normalize in set(options):
+            indices = [index for index, piece_options in enumerate(options) if piece_options == (dimensions, normalize)]
             rows = [row for index in indices for row in group[index].rows]
-            vectors = self.encoder.encode_rows(rows, dimensions=dimensions)
+            vectors = self.encoder.encode_rows(rows, dimensions=dimensions, normalize=normalize)
             ends = np.cumsum([len(group[index].rows) for index in indices])
             vectors_by_index |= dict(zip(indices, np.split(vectors, ends[:-1]), strict=True))
         return [vectors_by_index[index] for index in range(len(group))]

@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from nvembed_deploy.backends.base import Backend, ClosedBackend, Output
 from nvembed_deploy.batching import plan_batches
-from nvembed_deploy.bundle.manifest import TOKENIZER, Manifest
-from nvembed_deploy.bundle.reader import OPEN_ATTEMPTS, Bundle
-from nvembed_deploy.console import install_command, program
-from nvembed_deploy.errors import (
-    BundleError,
-    ConfigError,
-    DeployError,
-    EngineError,
-    InputError,
-    InputTypeError,
-    MissingExtra,
-    NumericsError,
+from nvembed_deploy.bundle.manifest import Manifest
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.console import program
+from nvembed_deploy.errors import ConfigError, EngineError, InputError, InputTypeError
+from nvembed_deploy.select_backend import absolute_path, open_checkpoint, open_parts
+from nvembed_deploy.tokenization import (
+    TextEncoder,
+    TokenRow,
+    Truncate,
+    as_python_strings,
+    check_container,
+    check_pooled,
+    check_texts,
 )
-from nvembed_deploy.files.hashing import hash_file
-from nvembed_deploy.files.hub import is_hub_name
-from nvembed_deploy.select_backend import BackendRequest, open_backend
-from nvembed_deploy.tokenization import TextEncoder, TokenRow, check_pooled, check_texts
+from nvembed_deploy.vectors import check_vectors, cosine_similarity, output_vectors, pairwise_cosine_similarity
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from nvembed_deploy.coalescer import Coalescer
 
 WINDOW_TEXTS = 4096
 """Texts that are tokenized and sorted by length together; a generator is read one window ahead."""
 DEFAULT_BATCH_TOKENS = 4096
-UNIT_TOLERANCE = 1e-3
-NORM_FLOOR = 1e-12
 
 Opener = Callable[[], tuple[Bundle, TextEncoder, Backend]]
 
@@ -66,7 +68,7 @@ class _TokenRules:
     prompt: str
     max_tokens: int
     """Maximum tokens per row."""
-    truncate: bool
+    truncate: Truncate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,20 @@ class _Window:
     blank_texts: int
 
 
+class EncodeOptions(TypedDict, total=False):
+    """Options of `Encoder.encode` besides the instruction."""
+
+    prompt: str | None
+    prompt_name: str | None
+    dimensions: int | None
+    max_length: int | None
+    batch_size: int | None
+    batch_tokens: int | None
+    normalize: bool
+    truncate: Truncate
+    show_progress: bool
+
+
 class Encoder:
     """Embeds texts with a bundle.
 
@@ -101,6 +117,8 @@ class Encoder:
         backend: `auto`, `tensorrt`, `onnxruntime` or `openvino`. On a CPU with both of the latter installed,
             `auto` selects the faster one if its vectors agree: measured once for a bundle and machine, and cached.
         threads: Compute threads on a CPU; by default the runtime's own choice, one per physical core.
+        query_instruction: Instruction of `encode_query`, the task in words. By default the checkpoint's own prompt for
+            queries, or "Given a question, retrieve passages that answer the question" if it takes any instruction.
 
     Raises:
         ConfigError: An argument is unknown, or two arguments contradict each other.
@@ -120,10 +138,17 @@ class Encoder:
     _backend: Backend
 
     def __init__(
-        self, path: str | Path, *, device: str = "auto", backend: str = "auto", threads: int | None = None
+        self,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        backend: str = "auto",
+        threads: int | None = None,
+        query_instruction: str | None = None,
     ) -> None:
         # Absolute: another process may have another working directory when it opens the bundle again.
-        self._open(functools.partial(open_parts, _absolute(path), device, backend=backend, threads=threads))
+        opener = functools.partial(open_parts, absolute_path(path), device, backend=backend, threads=threads)
+        self._open(opener, query_instruction)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path, *, like: Encoder, device: str = "cpu") -> Encoder:
@@ -141,18 +166,21 @@ class Encoder:
         """
         return _from_opener(
             functools.partial(
-                _open_checkpoint,
+                open_checkpoint,
                 str(Path(checkpoint).absolute()),
                 str(like._bundle.folder),
                 like.manifest.manifest_sha256,
                 device,
-            )
+            ),
+            like._query_instruction,
         )
 
     def close(self) -> None:
         """Frees the engine and its memory; any further call raises `EngineError`. A second call does nothing."""
         self._is_closed = True
         self._backend = ClosedBackend(self._backend.name)
+        if self._coalescer is not None:
+            self._coalescer.close()
 
     def __enter__(self) -> Encoder:
         return self
@@ -160,13 +188,15 @@ class Encoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[[Opener], Encoder], tuple[Opener]]:
+    def __reduce__(self) -> tuple[Callable[[Opener, str | None], Encoder], tuple[Opener, str | None]]:
         """Pickles the path and the options; unpickling opens the bundle again."""
-        return _from_opener, (self._opener,)
+        return _from_opener, (self._opener, self._query_instruction)
 
-    def _open(self, opener: Opener) -> None:
-        self._opener = opener
+    def _open(self, opener: Opener, query_instruction: str | None) -> None:
+        self._opener, self._query_instruction = opener, query_instruction
         self._bundle, self._text, self._backend = opener()
+        self._prompts = self._text.prompts(query_instruction)
+        self._coalescer: Coalescer | None = None
         self._process = os.getpid()
         self._is_closed = False
 
@@ -188,7 +218,7 @@ class Encoder:
         with _fork_lock:
             if self._process != os.getpid():
                 self._inherited = self._backend  # never freed: freeing a runtime without its threads can hang
-                self._open(self._opener)
+                self._open(self._opener, self._query_instruction)
 
     @property
     def backend(self) -> str:
@@ -218,6 +248,20 @@ class Encoder:
             return DEFAULT_BATCH_TOKENS // self._backend.in_flight
         return max(DEFAULT_BATCH_TOKENS, profile.opt.batch * profile.opt.tokens)
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The prefix of each kind of text: `query`, `document`, and the checkpoint's other named prompts."""
+        return dict(self._prompts)
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """Name of the function that compares vectors, as in sentence-transformers: `cosine`."""
+        return "cosine"
+
+    def get_embedding_dimension(self) -> int:
+        """Returns `dimension`, under its name in sentence-transformers."""
+        return self.dimension
+
     def query_prompt(self, instruction: str) -> str:
         """Returns the prompt for queries: the model's template with the instruction, or its fixed query prompt."""
         return self._text.query_prompt(instruction)
@@ -237,7 +281,7 @@ class Encoder:
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         normalize: bool = True,
-        truncate: bool = True,
+        truncate: Truncate = True,
         show_progress: bool = False,
     ) -> NDArray[np.float32]:
         """Embeds one text or many.
@@ -257,8 +301,9 @@ class Encoder:
             batch_tokens: Maximum padded tokens per batch (default: 4,096 shared by the batches that run concurrently,
                 or what a plan's profile is tuned for). Batches contain texts of similar length.
             normalize: If False, returns the pooled vectors without normalization.
-            truncate: If True, longer texts are truncated at `max_length`, which drops their `</s>` as NVIDIA's code
-                does, and their number is logged; if False, they raise an error.
+            truncate: If True (or `end`), longer texts are truncated at `max_length`, which drops their `</s>` as
+                NVIDIA's code does, and their number is logged; if `start`, their beginning is dropped instead, after
+                the prompt; if False, they raise an error.
             show_progress: Shows a progress bar on stderr.
 
         Returns:
@@ -293,6 +338,96 @@ class Encoder:
         vectors = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         return vectors[0] if single else vectors
 
+    def encode_query(
+        self, texts: str | Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
+    ) -> NDArray[np.float32]:
+        """Embeds queries: as `encode`, with the prompt for queries unless a prompt is given.
+
+        Args:
+            texts: See `encode`.
+            instruction: The task in words; default: `query_instruction` of the constructor.
+            options: The other options of `encode`.
+
+        Returns:
+            float32 [N, D], see `encode`.
+
+        Raises:
+            InputTypeError: See `encode`; likewise for the other errors.
+        """
+        return self._encode_side("query", texts, instruction, options)
+
+    def encode_document(
+        self, texts: str | Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
+    ) -> NDArray[np.float32]:
+        """Embeds documents (passages): as `encode`, with the checkpoint's prompt for documents, if it has one.
+
+        Args:
+            texts: See `encode`.
+            instruction: The task in words, for tasks that compare texts of one kind; default: none.
+            options: The other options of `encode`.
+
+        Returns:
+            float32 [N, D], see `encode`.
+
+        Raises:
+            InputTypeError: See `encode`; likewise for the other errors.
+        """
+        return self._encode_side("document", texts, instruction, options)
+
+    async def aencode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        max_length: int | None = None,
+        truncate: Truncate = True,
+    ) -> NDArray[np.float32]:
+        """Embeds one text or many without blocking the event loop; calls that wait together share batches.
+
+        Args:
+            texts: A str, or a sequence of str.
+            instruction: See `encode`; likewise for the remaining arguments.
+
+        Returns:
+            float32 [N, D], see `encode`.
+
+        Raises:
+            InputTypeError: See `encode`; likewise for the other errors.
+        """
+        tokenize = functools.partial(
+            self.tokenize,
+            instruction=instruction,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            max_length=max_length,
+            truncate=truncate,
+        )
+        is_single = isinstance(texts, str)
+        rows = await asyncio.to_thread(tokenize, [texts] if isinstance(texts, str) else texts)
+        if not rows:
+            return np.empty((0, self._output_dim(dimensions)), dtype=np.float32)
+        vectors = await asyncio.wrap_future(self._shared_batches().submit(rows, dimensions=dimensions))
+        return vectors[0] if is_single else vectors
+
+    def similarity(self, a: ArrayLike, b: ArrayLike) -> NDArray[np.float32]:
+        """Returns the cosine of every vector in `a` with every vector in `b`: float32 [N, M].
+
+        Raises:
+            InputError: The vectors have different dimensions.
+        """
+        return cosine_similarity(a, b)
+
+    def similarity_pairwise(self, a: ArrayLike, b: ArrayLike) -> NDArray[np.float32]:
+        """Returns the cosine of each vector in `a` with the vector at the same position in `b`: float32 [N].
+
+        Raises:
+            InputError: The shapes differ.
+        """
+        return pairwise_cosine_similarity(a, b)
+
     def encode_stream(
         self,
         texts: Iterable[str],
@@ -305,7 +440,7 @@ class Encoder:
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         normalize: bool = True,
-        truncate: bool = True,
+        truncate: Truncate = True,
         show_progress: bool = False,
     ) -> Iterator[NDArray[np.float32]]:
         """Embeds any number of texts in bounded memory, and yields their vectors in blocks.
@@ -322,11 +457,11 @@ class Encoder:
         Raises:
             InputTypeError: See `encode`; likewise for the other errors.
         """
-        _check_container(texts)
+        check_container(texts)
         rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
         self._require_open_here()
         layout = self._layout(dimensions, batch_size=batch_size, batch_tokens=batch_tokens, normalize=normalize)
-        texts = _as_python_strings(texts)
+        texts = as_python_strings(texts)
         if isinstance(texts, Sized) and cast("object", iter(texts)) is not texts and len(texts) > WINDOW_TEXTS:
             for first_index, window in _windows(texts):  # an error in the last one is raised before the first one runs
                 check_texts(window, first_index=first_index)
@@ -340,20 +475,49 @@ class Encoder:
         prompt: str | None = None,
         prompt_name: str | None = None,
         max_length: int | None = None,
-        truncate: bool = True,
+        truncate: Truncate = True,
+        with_spans: bool = False,
     ) -> list[TokenRow]:
         """Tokenizes texts as `encode` does; `encode_rows` embeds the rows, also those of several calls together.
 
         Args:
             texts: A sequence of str; see `encode`. A single str is not accepted.
-            instruction: See `encode`; likewise for the remaining arguments.
+            instruction: See `encode`; likewise for the next arguments.
+            with_spans: Sets `TokenRow.spans`, the characters of each token; not with `truncate="start"`.
 
         Raises:
             InputTypeError: See `encode`; likewise for the other errors.
         """
-        _check_container(texts)
+        check_container(texts)
         rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
-        return self._prepare(list(_as_python_strings(texts)), 0, rules).rows
+        return self._prepare(list(as_python_strings(texts)), 0, rules, with_spans=with_spans).rows
+
+    def rows_from_ids(
+        self,
+        texts: Sequence[Sequence[int]],
+        *,
+        instruction: str | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        max_length: int | None = None,
+        truncate: Truncate = True,
+    ) -> list[TokenRow]:
+        """Makes rows for `encode_rows` of texts that are tokenized already, with this model's tokenizer.
+
+        Args:
+            texts: Token ids of each text, without special tokens and without a prompt.
+            instruction: See `encode`; likewise for the remaining arguments.
+
+        Raises:
+            InputError: See `encode`; or an id is not in the vocabulary.
+            ConfigError: See `encode`.
+        """
+        rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
+        rows = self._text.rows_from_ids(
+            texts, prompt=rules.prompt, max_length=rules.max_tokens, drop_start=rules.truncate == "start"
+        )
+        self._check_rows(rows, 0, rules)
+        return rows
 
     def token_spans(self, text: str) -> list[tuple[int, int]]:
         """Returns the character span (start, end) of each token of a text of any length.
@@ -384,6 +548,23 @@ class Encoder:
         layout = self._layout(dimensions, batch_size=None, batch_tokens=None, normalize=normalize)
         return self._run_window(rows, 0, layout, bar=None)
 
+    def _encode_side(
+        self, side: str, texts: str | Iterable[str], instruction: str | None, options: EncodeOptions
+    ) -> NDArray[np.float32]:
+        if instruction is None and options.get("prompt") is None and options.get("prompt_name") is None:
+            options["prompt"] = self._prompts[side]
+        return self.encode(texts, instruction=instruction, **options)
+
+    def _shared_batches(self) -> Coalescer:
+        """Returns the coalescer of `aencode`, which is created for its first call."""
+        from nvembed_deploy.coalescer import Coalescer
+
+        self._require_open_here()
+        with _fork_lock:
+            if self._coalescer is None:
+                self._coalescer = Coalescer(self, max_waiting=sys.maxsize)
+            return self._coalescer
+
     def _token_rules(
         self,
         instruction: str | None,
@@ -391,12 +572,12 @@ class Encoder:
         prompt_name: str | None,
         *,
         max_length: int | None,
-        truncate: bool,
+        truncate: Truncate,
     ) -> _TokenRules:
         return _TokenRules(
             prompt=self._text.prompt(instruction, prompt, prompt_name),
             max_tokens=self._limit("max_length", max_length, self.max_length, self.manifest.text.max_tokens),
-            truncate=truncate,
+            truncate=_checked_truncate(truncate),
         )
 
     def _layout(
@@ -442,9 +623,15 @@ class Encoder:
                 yield window
                 window = future.result() if future is not None else None
 
-    def _prepare(self, texts: Sequence[object], start: int, rules: _TokenRules) -> _Window:
+    def _prepare(self, texts: Sequence[object], start: int, rules: _TokenRules, *, with_spans: bool = False) -> _Window:
         checked = check_texts(texts, first_index=start)
-        rows = self._text.tokenize(checked, prompt=rules.prompt, max_length=rules.max_tokens)
+        rows = self._text.tokenize(
+            checked,
+            prompt=rules.prompt,
+            max_length=rules.max_tokens,
+            drop_start=rules.truncate == "start",
+            with_spans=with_spans,
+        )
         truncated_texts = self._check_rows(rows, start, rules)
         blank_texts = sum(not text or text.isspace() for text in checked)
         return _Window(rows=rows, truncated_texts=truncated_texts, blank_texts=blank_texts)
@@ -453,8 +640,8 @@ class Encoder:
         vectors = np.empty((len(rows), layout.dim), dtype=np.float32)
         batches = plan_batches([len(row) for row in rows], max_rows=layout.max_rows, max_tokens=layout.max_tokens)
         for indices, output in self._run_batches(rows, batches):
-            _check_vectors(output, [start + index for index in indices], self.backend)
-            vectors[indices] = _output_vectors(output, layout)
+            check_vectors(output, [start + index for index in indices], self.backend)
+            vectors[indices] = output_vectors(output, dim=layout.dim, normalize=layout.normalize)
             if bar is not None:
                 bar.update(len(indices))
         return vectors
@@ -518,86 +705,17 @@ class Encoder:
         return int(value)
 
 
-def open_parts(
-    path: str | Path, device: str, *, backend: str = "auto", threads: int | None = None
-) -> tuple[Bundle, TextEncoder, Backend]:
-    """Opens a bundle, its tokenizer and its backend from the same version of the bundle; raises `Encoder`'s errors."""
-    request = BackendRequest.parse(device, backend, threads)
-    for _ in range(OPEN_ATTEMPTS):
-        bundle = Bundle.open(path)
-        try:
-            text = TextEncoder(bundle.read(TOKENIZER), bundle.manifest.text)
-            opened_backend = open_backend(bundle, text, Path(path).name, request)
-        except DeployError:
-            if bundle.is_current():
-                raise
-            continue
-        if bundle.is_current():  # otherwise it was replaced while it was loading, and the new one is opened
-            return bundle, text, opened_backend
-    raise BundleError(f"{path} keeps changing while it is being opened; retry when the export has finished")
-
-
-def _from_opener(opener: Opener) -> Encoder:
+def _from_opener(opener: Opener, query_instruction: str | None) -> Encoder:
     """Returns an encoder of the parts that `opener` opens, here and in each process that the encoder is sent to."""
     encoder = Encoder.__new__(Encoder)
-    encoder._open(opener)
+    encoder._open(opener, query_instruction)
     return encoder
 
 
-def _open_checkpoint(
-    checkpoint: str, bundle_folder: str, manifest_sha256: str, device: str
-) -> tuple[Bundle, TextEncoder, Backend]:
-    """Opens a checkpoint in PyTorch with the tokenizer and the text rules of a bundle that was made from it."""
-    try:
-        from nvembed_deploy.backends.pytorch import PyTorchBackend
-    except ImportError as err:
-        raise MissingExtra(f"a checkpoint runs in PyTorch ({err}); {install_command('export')}") from err
-    bundle = Bundle.open(bundle_folder)
-    if bundle.manifest.manifest_sha256 != manifest_sha256:
-        raise BundleError(f"{bundle_folder} was replaced by another bundle; open both encoders again")
-    text = TextEncoder(bundle.read(TOKENIZER), bundle.manifest.text)
-    source = bundle.manifest.source
-    for name, entry in source.files.items():
-        path = Path(checkpoint, name)
-        if path.suffix == ".safetensors" and (not path.is_file() or hash_file(path) != entry):
-            raise ConfigError(
-                f"{name} of {checkpoint} differs from the file that the bundle was made from; pass the bundle's own "
-                "checkpoint as --reference, or export it again"
-            )
-    backend = PyTorchBackend(checkpoint, config=source.architecture, device=device, half=device != "cpu")
-    return bundle, text, backend
-
-
-def _absolute(path: str | Path) -> str:
-    """Returns the absolute path without resolving links, and a Hugging Face repository name unchanged.
-
-    Raises:
-        InputTypeError: The argument is not a path.
-    """
-    if not isinstance(path, (str, os.PathLike)):
-        raise InputTypeError(
-            f"path is a {type(path).__name__}; pass a bundle's folder, its engine.plan or its model.onnx"
-        )
-    is_name = not os.path.lexists(path) and is_hub_name(str(path))
-    return str(path) if is_name else str(Path(path).absolute())
-
-
-def _check_container(texts: object) -> None:
-    """Rejects containers that do not iterate over texts, such as a str (characters) or a dict (keys)."""
-    kind = type(texts).__name__
-    if hasattr(texts, "columns") or hasattr(texts, "column_names"):  # pandas, polars and pyarrow iterate over names
-        raise InputTypeError(f"texts is a table ({kind}); pass one of its columns, such as table['text']")
-    if getattr(texts, "ndim", 1) == 0:
-        raise InputTypeError(f"texts is an array without dimensions ({kind}); pass a list of str")
-    if isinstance(texts, (str, bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
-        raise InputTypeError(f"texts is a {kind}; pass a list of str, or a generator of str")
-
-
-def _as_python_strings(texts: Iterable[str]) -> Iterable[str]:
-    """Converts a pyarrow array, whose elements are pyarrow scalars, to a list of str; returns others unchanged."""
-    if type(texts).__module__.partition(".")[0] == "pyarrow" and hasattr(texts, "to_pylist"):
-        return cast("list[str]", texts.to_pylist())
-    return texts
+def _checked_truncate(truncate: Truncate) -> Truncate:
+    if not isinstance(truncate, bool) and truncate not in ("start", "end"):
+        raise ConfigError(f"truncate is {truncate!r}; pass True (or 'end'), 'start' or False")
+    return truncate
 
 
 def _windows(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
@@ -607,27 +725,6 @@ def _windows(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     while window := list(itertools.islice(remaining, WINDOW_TEXTS)):
         yield first_index, window
         first_index += len(window)
-
-
-def _output_vectors(output: Output, layout: _Layout) -> NDArray[np.float32]:
-    """Returns the vectors truncated to `layout.dim`, normalized if requested."""
-    if layout.dim == output.embeddings.shape[1]:
-        return output.embeddings if layout.normalize else output.embeddings * output.norms[:, None]
-    truncated = output.embeddings[:, : layout.dim]
-    scale = 1 / np.linalg.norm(truncated, axis=1).clip(NORM_FLOOR) if layout.normalize else output.norms
-    return truncated * scale[:, None].astype(np.float32)
-
-
-def _check_vectors(output: Output, indices: list[int], backend: str) -> None:
-    """Rejects vectors that are not finite or not of unit length; NaN fails every comparison, so it is caught too."""
-    lengths = np.linalg.norm(output.embeddings, axis=1)
-    is_valid = (np.abs(lengths - 1) <= UNIT_TOLERANCE) & np.isfinite(output.norms)
-    if not is_valid.all():
-        row = int(np.flatnonzero(~is_valid)[0])
-        raise NumericsError(
-            f"text {indices[row]}: {backend} returned a vector of length {lengths[row]} instead of 1, pooled length "
-            f"{output.norms[row]}; rebuild the engine in bf16: {program('export')} --precision bf16"
-        )
 
 
 def _progress(show: bool, texts: Iterable[object]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import statistics
 import time
 import warnings
@@ -23,11 +24,21 @@ from nvembed_deploy.backends.cuda import CudaRuntime
 from nvembed_deploy.backends.ort import CPU, CPU_NOTES, GPU, OrtBackend, available_providers, onnxruntime_version
 from nvembed_deploy.backends.ov import OvBackend
 from nvembed_deploy.backends.trt import open_plan
-from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, Manifest
-from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, TOKENIZER, Manifest
+from nvembed_deploy.bundle.reader import OPEN_ATTEMPTS, Bundle
 from nvembed_deploy.console import install_command, program
-from nvembed_deploy.errors import BundleError, ConfigError, DeployError, DeviceMismatchError, EngineError, MissingExtra
+from nvembed_deploy.errors import (
+    BundleError,
+    ConfigError,
+    DeployError,
+    DeviceMismatchError,
+    EngineError,
+    InputTypeError,
+    MissingExtra,
+)
 from nvembed_deploy.files.atomic import write_file
+from nvembed_deploy.files.hashing import hash_file
+from nvembed_deploy.files.hub import is_hub_name
 from nvembed_deploy.files.records import from_json
 from nvembed_deploy.parity.compare import compare, compute_reference_outputs
 from nvembed_deploy.parity.probes import PROBES
@@ -387,3 +398,60 @@ def _run_ms(backend: Backend, batch: TokenBatch) -> float:
     started = time.perf_counter()
     backend.run(batch)
     return (time.perf_counter() - started) * 1000
+
+
+def open_parts(
+    path: str | Path, device: str, *, backend: str = "auto", threads: int | None = None
+) -> tuple[Bundle, TextEncoder, Backend]:
+    """Opens a bundle, its tokenizer and its backend from the same version of the bundle; raises `Encoder`'s errors."""
+    request = BackendRequest.parse(device, backend, threads)
+    for _ in range(OPEN_ATTEMPTS):
+        bundle = Bundle.open(path)
+        try:
+            text = TextEncoder(bundle.read(TOKENIZER), bundle.manifest.text)
+            opened_backend = open_backend(bundle, text, Path(path).name, request)
+        except DeployError:
+            if bundle.is_current():
+                raise
+            continue
+        if bundle.is_current():  # otherwise it was replaced while it was loading, and the new one is opened
+            return bundle, text, opened_backend
+    raise BundleError(f"{path} keeps changing while it is being opened; retry when the export has finished")
+
+
+def open_checkpoint(
+    checkpoint: str, bundle_folder: str, manifest_sha256: str, device: str
+) -> tuple[Bundle, TextEncoder, Backend]:
+    """Opens a checkpoint in PyTorch with the tokenizer and the text rules of a bundle that was made from it."""
+    try:
+        from nvembed_deploy.backends.pytorch import PyTorchBackend
+    except ImportError as err:
+        raise MissingExtra(f"a checkpoint runs in PyTorch ({err}); {install_command('export')}") from err
+    bundle = Bundle.open(bundle_folder)
+    if bundle.manifest.manifest_sha256 != manifest_sha256:
+        raise BundleError(f"{bundle_folder} was replaced by another bundle; open both encoders again")
+    text = TextEncoder(bundle.read(TOKENIZER), bundle.manifest.text)
+    source = bundle.manifest.source
+    for name, entry in source.files.items():
+        path = Path(checkpoint, name)
+        if path.suffix == ".safetensors" and (not path.is_file() or hash_file(path) != entry):
+            raise ConfigError(
+                f"{name} of {checkpoint} differs from the file that the bundle was made from; pass the bundle's own "
+                "checkpoint as --reference, or export it again"
+            )
+    backend = PyTorchBackend(checkpoint, config=source.architecture, device=device, half=device != "cpu")
+    return bundle, text, backend
+
+
+def absolute_path(path: str | Path) -> str:
+    """Returns the absolute path without resolving links, and a Hugging Face repository name unchanged.
+
+    Raises:
+        InputTypeError: The argument is not a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputTypeError(
+            f"path is a {type(path).__name__}; pass a bundle's folder, its engine.plan or its model.onnx"
+        )
+    is_name = not os.path.lexists(path) and is_hub_name(str(path))
+    return str(path) if is_name else str(Path(path).absolute())

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,12 @@ INSIDE_PATTERN = r"(?<=[^\p{L}\p{M}\p{N}▁])(?=[\p{L}\p{N}])"
 """Position where that tokenizer inserts a space mark: between punctuation and the word or number after it."""
 _FIXED_WORDS = re.compile(r"(?:\\[^\w]|\(\?:|[^\\*+{.^$(])*")
 """Matches regular expressions that consist of fixed words, so that they look no further than the longest word."""
+DEFAULT_QUERY_INSTRUCTION = "Given a question, retrieve passages that answer the question"
+"""Instruction of queries if none is given, for models that take any instruction: NVIDIA's for NQ and MS MARCO."""
+DOCUMENT_PROMPT_NAMES = ("document", "passage", "corpus")
+"""Names of a checkpoint's prompt for documents, as sentence-transformers looks for them."""
+Truncate = bool | Literal["start", "end"]
+"""What happens to longer texts: True and `end` drop their end, `start` their beginning, and False raises an error."""
 Ids = NDArray[np.int64]
 
 
@@ -76,6 +83,20 @@ class TokenRow:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prefix:
+    """What stands before the text in a row."""
+
+    ids: list[int]
+    """Special tokens, and the prompt up to its last special token."""
+    text: str
+    """Rest of the prompt, which is tokenized together with the text."""
+    prompt_tokens: int
+    """See `TokenRow.prompt_tokens`."""
+    total_tokens: int
+    """Number of ids of all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +178,27 @@ class TextEncoder:
             return self.contract.prompts[prompt_name]
         return self.contract.default_prompt if prompt is None else prompt
 
+    def prompts(self, query_instruction: str | None) -> dict[str, str]:
+        """Returns the prompts by name: `query` and `document`, and the checkpoint's others.
+
+        Args:
+            query_instruction: The task in words, for the prompt for queries; None for the checkpoint's own prompt, or
+                `DEFAULT_QUERY_INSTRUCTION` if it has none and takes instructions.
+
+        Raises:
+            ConfigError: An instruction is given, and the model takes none.
+        """
+        own_prompts = self.contract.prompts
+        document = next((own_prompts[name] for name in DOCUMENT_PROMPT_NAMES if name in own_prompts), None)
+        if query_instruction is None:
+            query = own_prompts.get("query", self.query_prompt(DEFAULT_QUERY_INSTRUCTION))
+        else:
+            query = self.prompt(query_instruction, None)
+        return own_prompts | {
+            "query": query,
+            "document": self.contract.default_prompt if document is None else document,
+        }
+
     def query_prompt(self, instruction: str) -> str:
         """Returns the prompt for queries: the instruction's, or a model's fixed query prompt."""
         if self.contract.instruction_template:
@@ -164,15 +206,22 @@ class TextEncoder:
         return self.contract.prompts.get("query", self.contract.default_prompt)
 
     def tokenize(
-        self, texts: Sequence[str], *, prompt: str = "", max_length: int, with_spans: bool = False
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str = "",
+        max_length: int,
+        drop_start: bool = False,
+        with_spans: bool = False,
     ) -> list[TokenRow]:
         """Tokenizes each text after the prompt.
 
         Args:
             texts: Any strings; `check_texts` defines which of them `Encoder` accepts.
             prompt: The prefix verbatim; special-token strings in it become control tokens, as in NVIDIA's code.
-            max_length: Maximum ids per row, special tokens and prompt included; longer rows are truncated on the right.
-            with_spans: Sets `TokenRow.spans`, which takes longer.
+            max_length: Maximum ids per row, special tokens and prompt included; of longer texts the end is dropped.
+            drop_start: Drops the beginning of longer texts instead.
+            with_spans: Sets `TokenRow.spans`, which takes longer; only without `drop_start`.
 
         Raises:
             ConfigError: `max_length` is below 1 or above the model's positions.
@@ -181,43 +230,72 @@ class TextEncoder:
             raise ConfigError(
                 f"max_length is {max_length}; this model accepts 1 to {self.contract.max_tokens} tokens per text"
             )
-        head, tail = self._split_prompt(prompt)
-        start_ids = list(self.contract.prefix_ids)
-        prompt_tokens = 0
-        if head:
-            head_ids = self._parsing.encode(head, add_special_tokens=False).ids
-            start_ids, prompt_tokens = start_ids + head_ids, len(head_ids)
-        if tail:
-            prompt_tokens += len(self._literal.encode(tail, add_special_tokens=False).ids)
-        if prompt and self.contract.exclude_prefix_from_pooling:
-            prompt_tokens += len(self.contract.prefix_ids)
+        prefix = self._prefix(prompt)
         max_chars = None
-        if self._longest_token_chars is not None:
+        if self._longest_token_chars is not None and not drop_start:
             max_chars = max_length * self._longest_token_chars + CUT_MARGIN_CHARS
-        bodies = [tail + text[:max_chars] for text in texts]
-        rows = []
+        bodies = [prefix.text + text[:max_chars] for text in texts]
         encode = self._literal.encode_batch if with_spans else self._literal.encode_batch_fast
-        suffix_ids = list(self.contract.suffix_ids)
-        kept_suffix = len(suffix_ids) if self.contract.keep_suffix_on_truncation else 0
+        rows = []
         for encoding in encode(bodies, add_special_tokens=False):
-            all_ids = [*start_ids, *encoding.ids, *suffix_ids]
-            ids = all_ids
-            if len(all_ids) > max_length:
-                ids = all_ids[: max(0, max_length - kept_suffix)] + suffix_ids[: min(kept_suffix, max_length)]
-            spans = None
-            if with_spans:
-                text_spans = [(max(0, start - len(tail)), max(0, end - len(tail))) for start, end in encoding.offsets]
-                spans = [*[(0, 0)] * len(start_ids), *text_spans, *[(0, 0)] * len(suffix_ids)][: len(ids)]
-                spans[len(ids) - kept_suffix :] = [(0, 0)] * kept_suffix
-            rows.append(
-                TokenRow(
-                    ids=ids,
-                    prompt_tokens=prompt_tokens if self.contract.mask_prompt else 0,
-                    truncated=len(all_ids) > max_length,
-                    spans=spans,
-                )
-            )
+            row = self._row(encoding.ids, prefix, max_length=max_length, drop_start=drop_start)
+            rows.append(replace(row, spans=self._row_spans(row, encoding.offsets, prefix)) if with_spans else row)
         return rows
+
+    def rows_from_ids(
+        self, texts: Sequence[Sequence[int]], *, prompt: str = "", max_length: int, drop_start: bool = False
+    ) -> list[TokenRow]:
+        """Makes rows of texts that are tokenized already, without special tokens; see `tokenize` for the arguments.
+
+        Raises:
+            InputError: An id is not in the vocabulary.
+        """
+        prefix = self._prefix(prompt)
+        vocab_size = self._literal.get_vocab_size()
+        for index, ids in enumerate(texts):
+            if invalid := [token for token in ids if not 0 <= token < vocab_size]:
+                raise InputError(
+                    f"text {index} has token id {invalid[0]}, and this model's tokenizer has ids from 0 to "
+                    f"{vocab_size - 1}; send texts, or ids of this model's tokenizer"
+                )
+        prompt_ids = self._literal.encode(prefix.text, add_special_tokens=False).ids
+        return [self._row([*prompt_ids, *ids], prefix, max_length=max_length, drop_start=drop_start) for ids in texts]
+
+    def _prefix(self, prompt: str) -> _Prefix:
+        head, tail = self._split_prompt(prompt)
+        ids = list(self.contract.prefix_ids)
+        head_ids = self._parsing.encode(head, add_special_tokens=False).ids if head else []
+        tail_tokens = len(self._literal.encode(tail, add_special_tokens=False).ids) if tail else 0
+        prompt_tokens = len(head_ids) + tail_tokens
+        if prompt and self.contract.exclude_prefix_from_pooling:
+            prompt_tokens += len(ids)
+        return _Prefix(
+            ids=ids + head_ids,
+            text=tail,
+            prompt_tokens=prompt_tokens if self.contract.mask_prompt else 0,
+            total_tokens=len(ids) + len(head_ids) + tail_tokens,
+        )
+
+    def _row(self, body_ids: list[int], prefix: _Prefix, *, max_length: int, drop_start: bool) -> TokenRow:
+        suffix_ids = list(self.contract.suffix_ids)
+        all_ids = [*prefix.ids, *body_ids, *suffix_ids]
+        ids = all_ids
+        if len(all_ids) > max_length and drop_start:
+            remaining_tokens = max(0, max_length - prefix.total_tokens)
+            ids = all_ids[: min(prefix.total_tokens, max_length)] + all_ids[len(all_ids) - remaining_tokens :]
+        elif len(all_ids) > max_length:
+            kept_suffix = len(suffix_ids) if self.contract.keep_suffix_on_truncation else 0
+            ids = all_ids[: max(0, max_length - kept_suffix)] + suffix_ids[: min(kept_suffix, max_length)]
+        return TokenRow(ids=ids, prompt_tokens=prefix.prompt_tokens, truncated=len(all_ids) > max_length)
+
+    def _row_spans(self, row: TokenRow, offsets: list[tuple[int, int]], prefix: _Prefix) -> list[tuple[int, int]]:
+        """Returns the character span of each id of a row that was not truncated at its start."""
+        suffix_ids = self.contract.suffix_ids
+        kept_suffix = len(suffix_ids) if self.contract.keep_suffix_on_truncation else 0
+        text_spans = [(max(0, start - len(prefix.text)), max(0, end - len(prefix.text))) for start, end in offsets]
+        spans = [*[(0, 0)] * len(prefix.ids), *text_spans, *[(0, 0)] * len(suffix_ids)][: len(row)]
+        spans[len(row) - kept_suffix :] = [(0, 0)] * kept_suffix
+        return spans
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Returns the character span (start, end) of each token of a text of any length."""
@@ -287,6 +365,24 @@ def check_texts(texts: Sequence[object], *, first_index: int = 0) -> list[str]:
                 ".decode('utf-16', 'replace')"
             )
     return [str.__str__(text) for text in texts]  # a subclass may convert itself to another str
+
+
+def check_container(texts: object) -> None:
+    """Rejects containers that do not iterate over texts, such as a str (characters) or a dict (keys)."""
+    kind = type(texts).__name__
+    if hasattr(texts, "columns") or hasattr(texts, "column_names"):  # pandas, polars and pyarrow iterate over names
+        raise InputTypeError(f"texts is a table ({kind}); pass one of its columns, such as table['text']")
+    if getattr(texts, "ndim", 1) == 0:
+        raise InputTypeError(f"texts is an array without dimensions ({kind}); pass a list of str")
+    if isinstance(texts, (str, bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
+        raise InputTypeError(f"texts is a {kind}; pass a list of str, or a generator of str")
+
+
+def as_python_strings(texts: Iterable[str]) -> Iterable[str]:
+    """Converts a pyarrow array, whose elements are pyarrow scalars, to a list of str; returns others unchanged."""
+    if type(texts).__module__.partition(".")[0] == "pyarrow" and hasattr(texts, "to_pylist"):
+        return cast("list[str]", texts.to_pylist())
+    return texts
 
 
 def check_pooled(rows: Sequence[TokenRow], first_index: int = 0, *, max_length: int) -> None:

@@ -1,5 +1,7 @@
 """`Encoder` on ONNX Runtime: conformance in every precision, device selection, and imports at start."""
 
+import asyncio
+import pickle
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from nvembed_deploy import (
     DeviceMismatchError,
     Encoder,
     EngineError,
+    InputError,
     InputTypeError,
     NumericsError,
 )
@@ -274,3 +277,64 @@ def test_opening_a_bundle_imports_no_heavy_packages(bundles: dict[str, Path]) ->
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "(32,)\n"), done.stderr
+
+
+def test_queries_and_documents_have_their_prompts(bundles: dict[str, Path]) -> None:
+    """The names and conventions of sentence-transformers."""
+    plain = Encoder(bundles["fp32"], device="cpu")
+    default = "Given a question, retrieve passages that answer the question"
+    assert plain.prompts == {"query": f"Instruct: {default}\nQuery: ", "document": ""}
+    np.testing.assert_array_equal(plain.encode_query(TEXTS), plain.encode(TEXTS, instruction=default))
+    np.testing.assert_array_equal(plain.encode_document(TEXTS), plain.encode(TEXTS))
+    np.testing.assert_array_equal(
+        plain.encode_query(TEXTS, instruction="other"), plain.encode(TEXTS, instruction="other")
+    )
+    np.testing.assert_array_equal(plain.encode_query(TEXTS, prompt=""), plain.encode(TEXTS))
+    other = Encoder(bundles["fp32"], device="cpu", query_instruction="find code")
+    for encoder in (other, pickle.loads(pickle.dumps(other))):
+        np.testing.assert_array_equal(encoder.encode_query("a"), plain.encode("a", instruction="find code"))
+    assert plain.get_embedding_dimension() == plain.dimension
+    assert plain.similarity_fn_name == "cosine"
+
+
+def test_similarity(encoder: Encoder) -> None:
+    vectors = encoder.encode(TEXTS)
+    np.testing.assert_allclose(encoder.similarity(vectors, 3 * vectors), vectors @ vectors.T, atol=1e-6)
+    np.testing.assert_allclose(encoder.similarity_pairwise(vectors, vectors), np.ones(len(TEXTS)), atol=1e-6)
+    assert encoder.similarity(vectors[0], vectors).shape == (1, len(TEXTS))
+    with pytest.raises(InputError, match="dimensions; compare vectors of one model"):
+        encoder.similarity(vectors, vectors[:, :3])
+    with pytest.raises(InputError, match="pass the same number of both"):
+        encoder.similarity_pairwise(vectors, vectors[:1])
+
+
+def test_aencode_shares_batches(bundles: dict[str, Path]) -> None:
+    async def embed() -> list:
+        one = encoder.aencode("a single text")
+        several = [encoder.aencode([text], instruction="find it") for text in TEXTS]
+        return await asyncio.gather(one, encoder.aencode(TEXTS), encoder.aencode([]), *several)
+
+    with Encoder(bundles["fp32"], device="cpu") as encoder:
+        single, several, none, *instructed = asyncio.run(embed())
+        np.testing.assert_allclose(single, encoder.encode("a single text"), atol=2e-6)
+        np.testing.assert_allclose(several, encoder.encode(TEXTS), atol=2e-6)
+        assert none.shape == (0, encoder.dimension)
+        np.testing.assert_allclose(np.concatenate(instructed), encoder.encode(TEXTS, instruction="find it"), atol=2e-6)
+        with pytest.raises(InputTypeError, match="text 0 is a int"):
+            asyncio.run(encoder.aencode([1]))  # type: ignore[list-item]
+    with pytest.raises(EngineError, match="closed"):
+        asyncio.run(encoder.aencode("a"))
+
+
+def test_the_beginning_of_a_long_text_can_be_dropped(encoder: Encoder) -> None:
+    body, end = "filler " * 300, "the end matters"
+    rows = encoder.tokenize([body + end], prompt="find: ", max_length=40, truncate="start")
+    whole = encoder.tokenize([body + end], prompt="find: ", max_length=encoder.max_length, truncate="start")[0].ids
+    prompt_tokens = rows[0].prompt_tokens
+    assert len(rows[0]) == 40
+    assert rows[0].truncated
+    assert rows[0].ids[:prompt_tokens] == whole[:prompt_tokens]
+    full = encoder._text.tokenize([body + end], prompt="find: ", max_length=2048)[0].ids
+    assert rows[0].ids == full[: prompt_tokens + 1] + full[len(full) - (40 - prompt_tokens - 1) :]
+    with pytest.raises(ConfigError, match="truncate is 'middle'"):
+        encoder.encode("a", truncate="middle")  # type: ignore[arg-type]

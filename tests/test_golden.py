@@ -11,9 +11,9 @@ import torch
 from safetensors.numpy import load_file
 
 from nvembed_deploy import Encoder, InputError
-from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.config_json import read_checkpoint_architecture
+from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch
 
 SPECIALS = ("<s>", "</s>", "<unk>")

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from nvembed_deploy.coalescer import DEFAULT_MAX_WAITING
 from nvembed_deploy.console import echo, install_command, program, run, url_host
@@ -23,9 +24,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(
         prog=prog or program("serve"),
-        description="Serves a bundle over HTTP: POST /v1/embeddings as OpenAI's clients send it, GET /v1/models, GET "
-        "/health (embeds a text), GET /metrics (Prometheus). Concurrent requests are batched together. There is no "
-        "authentication: only a trusted proxy should be able to reach it.",
+        description="Serves a bundle over HTTP, to clients of OpenAI, NVIDIA's embedding NIM and Voyage (POST "
+        "/v1/embeddings), text-embeddings-inference (/embed), Cohere (/v2/embed) and Ollama (/api/embed). GET /health "
+        "embeds a text, GET /info describes the model, GET /metrics is for Prometheus. Concurrent requests are batched "
+        "together.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="bundle, its engine.plan or its model.onnx")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, local only)")
@@ -33,6 +35,32 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         "--port", type=int, default=8080, help="port to listen on; 0 chooses a free one (default: 8080)"
     )
     parser.add_argument("--name", help="model's name in requests (default: the bundle's model)")
+    parser.add_argument(
+        "--alias", action="append", default=[], metavar="NAME", help="another name of the model; may be repeated"
+    )
+    parser.add_argument(
+        "--query-instruction",
+        metavar="TEXT",
+        help="instruction of queries, that is of requests for NAME-query or with input_type query (default: the "
+        "checkpoint's own prompt, or a general one for questions)",
+    )
+    parser.add_argument(
+        "--truncate",
+        choices=("end", "start", "none"),
+        default="end",
+        help="which part of a text that is too long is dropped unless a request says it; none refuses the text "
+        "(default: end)",
+    )
+    parser.add_argument(
+        "--accept-token-ids", action="store_true", help="accept texts as token ids of this model's tokenizer"
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="keys, one per line, of which each request must send one as Authorization: Bearer KEY (default: no "
+        "authentication, so only a trusted proxy should be able to reach the server)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--backend", default="auto", help="auto, tensorrt, onnxruntime or openvino (default: auto)")
     parser.add_argument("--threads", type=int, help="threads per batch on a CPU (default: the runtime's choice)")
@@ -58,18 +86,35 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         try:
             import uvicorn
 
-            from nvembed_deploy.serve.api import HEALTH_TEXT, make_app
+            from nvembed_deploy.serve.api import make_app
+            from nvembed_deploy.serve.api_key import read_keys
             from nvembed_deploy.serve.connection import KEEP_ALIVE_SECONDS, Connection, connections_that_fit
             from nvembed_deploy.serve.requests import Limits
+            from nvembed_deploy.serve.service import HEALTH_TEXT, ServerOptions
         except ImportError as err:
             raise MissingExtra(
                 f"the server needs FastAPI and uvicorn ({err}); install them: {install_command('serve')}"
             ) from err
-        listener = bound_socket(flags.host, flags.port)  # first: opening a large bundle takes minutes
-        encoder = Encoder(flags.bundle, device=flags.device, backend=flags.backend, threads=flags.threads)
+        # First what can be wrong at once: opening a large bundle takes minutes.
+        api_keys = tuple(read_keys(flags.api_key_file)) if flags.api_key_file else ()
+        listener = bound_socket(flags.host, flags.port)
+        encoder = Encoder(
+            flags.bundle,
+            device=flags.device,
+            backend=flags.backend,
+            threads=flags.threads,
+            query_instruction=flags.query_instruction,
+        )
         encoder.encode(HEALTH_TEXT)  # no connections before the engine has embedded a text
-        name = flags.name or encoder.manifest.source.name
-        app = make_app(encoder, name=name, limits=Limits(seconds=flags.timeout), max_waiting=flags.max_waiting)
+        options = ServerOptions(
+            name=flags.name or encoder.manifest.source.name,
+            aliases=tuple(flags.alias),
+            truncate={"none": False}.get(flags.truncate, flags.truncate),
+            max_waiting=flags.max_waiting,
+            limits=Limits(seconds=flags.timeout, token_ids=flags.accept_token_ids),
+            api_keys=api_keys,
+        )
+        app = make_app(encoder, options)
         Connection.max_connections = connections_that_fit()
         config = uvicorn.Config(
             app,
@@ -82,7 +127,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         server = uvicorn.Server(config)
         listener.listen(BACKLOG)  # connections wait from here on and are not refused
         port = listener.getsockname()[1]
-        echo(f"serving {name} on {encoder.backend}")
+        echo(f"serving {options.name} on {encoder.backend}; queries ({options.name}-query): {_shown(encoder)}")
         sys.stdout.write(f"http://{url_host(flags.host)}:{port}/v1\n")
         sys.stdout.flush()
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once all requests have ended
@@ -90,6 +135,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         echo("stopped")
 
     return run(command, verbose=flags.verbose)
+
+
+def _shown(encoder: Encoder) -> str:
+    prompt = encoder.prompts["query"]
+    return f"prompt {prompt!r}" if prompt else "no prompt"
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -1,13 +1,25 @@
-"""OpenAI's request body, its checks and its limits."""
+"""A request and its answer in the engine's terms, whichever dialect they are written in; checks and limits."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar, cast
 
+import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nvembed_deploy.tokenization import Truncate
+
+Side = Literal["query", "document"]
+"""The two sides of retrieval, which have different prompts."""
+IGNORED_FIELDS = frozenset(("metadata", "priority", "request_id", "timeout", "user"))
+"""Fields that clients add to any body, and that cannot change a vector; every other unknown field is refused."""
+MAX_EXPLAINED_BYTES = 64 * 2**10
+"""Maximum bytes of an invalid JSON body that is parsed a second time for a better message."""
 
 
 class RequestError(Exception):
@@ -34,69 +46,116 @@ class Limits:
     texts: int = 2048
     """Maximum texts, as at OpenAI."""
     text_chars: int = 200_000
-    """Maximum characters of one text."""
+    """Maximum characters of one text, or token ids of one."""
     instruction_chars: int = 2_000
     """Maximum characters of the instruction, which precedes every text."""
     tokens: int = 300_000
     """Maximum tokens of all texts together, as at OpenAI."""
     seconds: float = 60.0
     """Time limit from a request's arrival to its response; a request that waits longer leaves the queue."""
+    token_ids: bool = False
+    """Whether texts may be sent as token ids of this model's tokenizer."""
 
 
-MAX_EXPLAINED_BYTES = 64 * 2**10
-"""Maximum bytes of an invalid JSON body that is parsed a second time for a better message."""
+@dataclass(frozen=True, kw_only=True)
+class EmbedRequest:
+    """What a body asks for."""
 
-
-class EmbeddingsBody(BaseModel):
-    """Body of POST /v1/embeddings.
-
-    `input`, `model`, `encoding_format`, `dimensions` and `user` are OpenAI's. `instruction` and `prompt_name` are this
-    server's: the task in words, or the name of one of the model's prompts, for queries; and so is `truncate`: false
-    rejects texts that are too long instead of truncating them. In OpenAI's client they are passed as
-    `extra_body={"instruction": ...}`.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    input: SkipValidation[str | list[str]]
-    """Checked by `_texts`, because pydantic would report an error for each of a million invalid elements."""
-    model: str
-    encoding_format: Literal["float", "base64"] | None = None
-    """Format of the vectors; `float` if absent or null."""
-    dimensions: int | None = None
-    user: str | None = None
+    model: str | None
+    """Name of the model; None in dialects that name none."""
+    texts: list[str] | list[list[int]]
+    """Texts, or token ids of texts without special tokens."""
+    side: Side | None = None
+    """Side whose prompt is used; None for no prompt, or what the model's name says."""
     instruction: str | None = None
     prompt_name: str | None = None
-    truncate: bool = True
+    dimensions: int | None = None
+    max_length: int | None = None
+    """Maximum tokens per text, below the engine's."""
+    truncate: Truncate | None = None
+    """What happens to texts that are too long; None for the server's default."""
+    normalize: bool = True
 
 
-FIELDS = f"supported fields: {', '.join(repr(field) for field in EmbeddingsBody.model_fields)}"
+@dataclass(frozen=True, kw_only=True)
+class EmbedAnswer:
+    """The vectors of a request, and what its response says about them."""
+
+    model: str
+    """Name of the model as the request gave it."""
+    vectors: NDArray[np.float32]
+    """float32 [N, D]."""
+    text_tokens: list[int]
+    """Tokens of each text, prompt and special tokens included."""
+    truncated: list[int]
+    """Indices of the texts that were truncated."""
+    seconds: float
+    """Time since the request arrived."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all texts together."""
+        return sum(self.text_tokens)
 
 
-def parse(content: bytes, limits: Limits) -> tuple[EmbeddingsBody, list[str]]:
-    """Parses and checks a body.
+class Body(BaseModel):
+    """Base of the bodies of all dialects: unknown fields are refused by `parse`, and types are not converted."""
 
-    Returns:
-        The body, and its texts.
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect(Generic[AnyBody]):
+    """How one vendor's clients write requests to embed texts, and read their responses."""
+
+    body: type[AnyBody]
+    request: Callable[[AnyBody, Limits], EmbedRequest]
+    """Returns what a body asks for; raises `RequestError`."""
+    response: Callable[[AnyBody, EmbedAnswer], object]
+    """Returns the response, of types that orjson writes."""
+    error: Callable[[RequestError], dict[str, Any]]
+    """Returns the response after an error."""
+
+    def parse(self, content: bytes, limits: Limits) -> tuple[AnyBody, EmbedRequest]:
+        """Parses and checks a body.
+
+        Raises:
+            RequestError: The body is invalid or exceeds the limits.
+        """
+        body = parse_body(self.body, content)
+        request = self.request(body, limits)
+        if len(request.instruction or "") > limits.instruction_chars:
+            message = (
+                f"'instruction' has {len(request.instruction or '')} characters, the maximum is "
+                f"{limits.instruction_chars}"
+            )
+            raise RequestError(422, f"{message}; shorten it", param="instruction")
+        return body, request
+
+
+def parse_body(kind: type[AnyBody], content: bytes) -> AnyBody:
+    """Parses a body and checks its fields.
 
     Raises:
-        RequestError: The body is invalid or exceeds the limits.
+        RequestError: The content is not JSON, or a field is missing, unknown or of another type.
     """
     fields = _read_json(content)
+    supported = f"supported fields: {', '.join(repr(field) for field in kind.model_fields)}"
     if not isinstance(fields, dict):
-        raise RequestError(400, f"the body is a {type(fields).__name__}; send an object with 'input' and 'model'")
-    if unknown := fields.keys() - EmbeddingsBody.model_fields.keys():
-        raise RequestError(400, f"{min(unknown)[:100]!r} is not supported; {FIELDS}", param=min(unknown)[:100])
+        raise RequestError(400, f"the body is a {type(fields).__name__}; send an object; {supported}")
+    if unknown := fields.keys() - kind.model_fields.keys() - IGNORED_FIELDS:
+        raise RequestError(400, f"{min(unknown)[:100]!r} is not supported; {supported}", param=min(unknown)[:100])
     try:
-        body = EmbeddingsBody.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as err:
-        raise _request_error(err) from err
-    if len(body.instruction or "") > limits.instruction_chars:
-        message = (
-            f"'instruction' has {len(body.instruction or '')} characters, the maximum is {limits.instruction_chars}"
-        )
-        raise RequestError(422, f"{message}; shorten it", param="instruction")
-    return body, _texts(body.input, limits)
+        error = err.errors(include_url=False, include_input=False)[0]  # one sentence on the first one
+        name = str(error["loc"][0])
+        is_missing = error["type"] == "missing"
+        message = f"'{name}' is missing" if is_missing else f"'{name}' is invalid: {error['msg'].lower()}"
+        raise RequestError(400, f"{message}; {supported}", param=name) from err
 
 
 def _read_json(content: bytes) -> object:
@@ -109,47 +168,87 @@ def _read_json(content: bytes) -> object:
         return orjson.loads(content)
     except orjson.JSONDecodeError as err:
         if "depth" in str(err):
-            raise RequestError(400, "the body is nested too deeply; send an object with 'input' and 'model'") from err
+            raise RequestError(400, "the body is nested too deeply; send an object with the texts") from err
         if len(content) > MAX_EXPLAINED_BYTES:
-            raise RequestError(
-                400, f"the body is not valid JSON ({err}); send an object with 'input' and 'model'"
-            ) from err
+            raise RequestError(400, f"the body is not valid JSON ({err}); send an object with the texts") from err
     try:
         # orjson rejects more than the standard library, such as half surrogate pairs; later checks name their position.
         return json.loads(content)
     except RecursionError as err:
-        raise RequestError(400, "the body is nested too deeply; send an object with 'input' and 'model'") from err
+        raise RequestError(400, "the body is nested too deeply; send an object with the texts") from err
     except ValueError as err:
-        raise RequestError(400, f"the body is not valid JSON ({err}); send an object with 'input' and 'model'") from err
+        raise RequestError(400, f"the body is not valid JSON ({err}); send an object with the texts") from err
 
 
-def _texts(body_input: object, limits: Limits) -> list[str]:
-    texts = [body_input] if isinstance(body_input, str) else body_input
+def checked_texts(value: object, limits: Limits, *, field: str = "input") -> list[str] | list[list[int]]:
+    """Checks the texts of a body before they are tokenized.
+
+    Args:
+        value: A string, a list of strings, or token ids of one text or several.
+        limits: Limits of the request.
+        field: Name of the field in the body, for messages.
+
+    Raises:
+        RequestError: They are of another type, token ids are not accepted, or they exceed the limits.
+    """
+    if isinstance(value, list) and value and all(_is_id(element) for element in value):
+        value = [value]  # the token ids of one text
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list):
-        raise RequestError(400, "'input' is neither a string nor a list of strings", param="input")
+        raise RequestError(400, f"'{field}' is neither a string nor a list of strings", param=field)
     if not texts:
-        raise RequestError(400, "'input' is an empty list; send at least one text", param="input")
+        raise RequestError(400, f"'{field}' is an empty list; send at least one text", param=field)
+    are_ids = isinstance(texts[0], list)
     for text in texts:
-        if isinstance(text, (int, list)):
-            message = "'input' contains numbers or token ids; send texts, which this server tokenizes"
-            raise RequestError(400, message, param="input")
-        if not isinstance(text, str):
-            raise RequestError(400, "'input' is neither a string nor a list of strings", param="input")
+        _check_kind(text, are_ids=are_ids, limits=limits, field=field)
     if len(texts) > limits.texts:
         raise RequestError(
-            422, f"'input' has {len(texts)} texts, the maximum is {limits.texts}; split it", param="input"
+            422, f"'{field}' has {len(texts)} texts, the maximum is {limits.texts}; split it", param=field
         )
     for index, text in enumerate(texts):
         if len(text) > limits.text_chars:
-            message = f"text {index} has {len(text)} characters, the maximum is {limits.text_chars}; shorten it"
-            raise RequestError(422, message, param="input")
+            unit = "token ids" if are_ids else "characters"
+            message = f"text {index} has {len(text)} {unit}, the maximum is {limits.text_chars}; shorten it"
+            raise RequestError(422, message, param=field)
     return texts
 
 
-def _request_error(err: ValidationError) -> RequestError:
-    """Converts the first validation error to one sentence."""
-    first_error = err.errors(include_url=False, include_input=False)[0]
-    name = str(first_error["loc"][0])
-    is_missing = first_error["type"] == "missing"
-    message = f"'{name}' is missing" if is_missing else f"'{name}' is invalid: {first_error['msg'].lower()}"
-    return RequestError(400, f"{message}; {FIELDS}", param=name)
+def _check_kind(text: object, *, are_ids: bool, limits: Limits, field: str) -> None:
+    """Refuses an element of the texts that is not a string, or a list of token ids where these are accepted."""
+    if not are_ids and isinstance(text, str):
+        return
+    if are_ids and limits.token_ids and isinstance(text, list) and all(_is_id(token) for token in text):
+        return
+    if isinstance(text, (int, list)) and not limits.token_ids:
+        raise RequestError(
+            400,
+            f"'{field}' contains numbers or token ids, which depend on the client's tokenizer; send texts (LangChain: "
+            "OpenAIEmbeddings(check_embedding_ctx_length=False)), or start the server with --accept-token-ids if they "
+            "are ids of this model's tokenizer",
+            param=field,
+        )
+    raise RequestError(400, f"'{field}' is neither a string nor a list of strings", param=field)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def one_of(*options: tuple[str, Any]) -> Any:
+    """Returns the value of an option that vendors name differently, given as pairs of a field's name and its value.
+
+    Raises:
+        RequestError: Two fields are given and contradict each other.
+    """
+    given = [(field, value) for field, value in options if value is not None]
+    for field, value in given[1:]:
+        if value != given[0][1]:
+            raise RequestError(
+                400, f"'{given[0][0]}' and '{field}' contradict each other; send one of them", param=field
+            )
+    return given[0][1] if given else None
+
+
+def truncate_of(mode: Literal["NONE", "START", "END"]) -> Truncate:
+    """Returns the value of `truncate` for the name that NVIDIA and Cohere use."""
+    return cast("Truncate", {"NONE": False, "START": "start", "END": "end"}[mode])

@@ -14,8 +14,8 @@ import pytest
 from nvembed_deploy import ConfigError, Encoder
 from nvembed_deploy.bundle.manifest import PLAN, PlanInfo
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.export.triton import MARKER, buckets, main, write_repository
+from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.spec import Shape, ShapeProfile
 from nvembed_deploy.tokenization import TokenBatch
 

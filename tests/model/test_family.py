@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from nvembed_deploy import Encoder
 from nvembed_deploy.backends.pytorch import PyTorchBackend
-from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.engines.portable_operators import unsupported
 from nvembed_deploy.errors import CheckpointError, ConfigError, ParityError
 from nvembed_deploy.export.graph.trace import trace
@@ -25,6 +24,7 @@ from nvembed_deploy.model.config_json import read_architecture, read_checkpoint_
 from nvembed_deploy.model.family import MODEL_FAMILIES, ModelFamily
 from nvembed_deploy.model.sentence_transformers_files import StatedPooling, read_pooling
 from nvembed_deploy.parity.compare import require_mask
+from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.spec import Dialect, Precision
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch
 from tests.conftest import ROOT

@@ -8,11 +8,11 @@ import pytest
 
 from nvembed_deploy.backends.base import Backend, Output
 from nvembed_deploy.bundle.parity_report import ParityReport
-from nvembed_deploy.encoder import open_parts
 from nvembed_deploy.errors import BundleError, ConfigError, MaskError, ParityError
 from nvembed_deploy.model.config import Mask
 from nvembed_deploy.parity.compare import TOLERANCES, compare, compute_reference_outputs, require_mask, require_passed
 from nvembed_deploy.parity.probes import ReferenceOutputs, probe_rows
+from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.spec import Precision, Shape, ShapeProfile
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch
 

@@ -24,7 +24,9 @@ from fastapi.testclient import TestClient  # noqa: E402
 from nvembed_deploy import Encoder, EngineError  # noqa: E402
 from nvembed_deploy.backends.base import Output  # noqa: E402
 from nvembed_deploy.serve.api import make_app  # noqa: E402
-from nvembed_deploy.serve.requests import Limits, RequestError, parse  # noqa: E402
+from nvembed_deploy.serve.dialects.openai import OPENAI  # noqa: E402
+from nvembed_deploy.serve.requests import Limits, RequestError  # noqa: E402
+from nvembed_deploy.serve.service import ServerOptions  # noqa: E402
 from nvembed_deploy.tokenization import TokenBatch  # noqa: E402
 from tests.conformance import TEXTS  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
@@ -50,7 +52,7 @@ def test_the_official_client_gets_the_encoders_vectors(server: Server, encoder: 
         np.testing.assert_allclose(vectors, encoder.encode(TEXTS, **options), atol=2e-6)
         tokens = sum(map(len, encoder.tokenize(TEXTS, **options)))
         assert response.usage.prompt_tokens == response.usage.total_tokens == tokens
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny-query"]
     with pytest.raises(openai.NotFoundError, match="model 'other' not found; this server's model is 'tiny'"):
         client.embeddings.create(model="other", input="text")
 
@@ -119,9 +121,9 @@ def test_unknown_routes_answer_in_the_same_form(server: Server) -> None:
 
 
 def test_a_truncated_text_is_counted(server: Server) -> None:
-    before = float(_metric(server, "nvembed_cut_texts_total"))
+    before = float(_metric(server, "nvembed_truncated_texts_total"))
     assert server.post({"model": "tiny", "input": ["many words " * 900, "few"]})[0] == 200
-    assert float(_metric(server, "nvembed_cut_texts_total")) == before + 1
+    assert float(_metric(server, "nvembed_truncated_texts_total")) == before + 1
 
 
 def test_a_good_request_follows_a_bad_one(server: Server) -> None:
@@ -173,7 +175,7 @@ def blocking(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bloc
 
 def client_of(encoder: Encoder, **limits: float) -> TestClient:
     """Returns a client of the application in this process."""
-    return TestClient(make_app(encoder, name="tiny", limits=Limits(**limits), max_waiting=8))
+    return TestClient(make_app(encoder, ServerOptions(name="tiny", limits=Limits(**limits), max_waiting=8)))
 
 
 def test_a_full_queue_refuses_requests_of_any_size_at_once(encoder: Encoder, blocking: BlockingBackend) -> None:
@@ -218,7 +220,7 @@ def test_a_failed_engine_is_reported_and_recovers(
     encoder: Encoder, blocking: BlockingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requirements 18, 19 and 38: a failure never returns a vector, and the next valid request gets its own."""
-    monkeypatch.setattr("nvembed_deploy.serve.api.HEALTH_SECONDS", 0.0)
+    monkeypatch.setattr("nvembed_deploy.serve.service.HEALTH_SECONDS", 0.0)
     with client_of(encoder) as client:
         before = client.post("/v1/embeddings", json=body(1)).json()
         assert client.get("/health").status_code == 200
@@ -313,10 +315,10 @@ def test_a_timeout_is_a_number_above_zero(seconds: str, capsys: pytest.CaptureFi
 
 def test_limits_apply_to_requests_of_any_size() -> None:
     limits = Limits(texts=2, text_chars=3)
-    assert parse(b'{"model": "m", "input": ["abc", "d"]}', limits)[1] == ["abc", "d"]
+    assert OPENAI.parse(b'{"model": "m", "input": ["abc", "d"]}', limits)[1].texts == ["abc", "d"]
     for content in (b'{"model": "m", "input": ["a", "b", "c"]}', b'{"model": "m", "input": "abcd"}'):
         with pytest.raises(RequestError) as caught:
-            parse(content, limits)
+            OPENAI.parse(content, limits)
         assert caught.value.status == 422
 
 

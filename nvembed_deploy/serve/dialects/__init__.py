@@ -1,0 +1,1 @@
+"""What other vendors' clients send to an embeddings server: one module per vendor."""

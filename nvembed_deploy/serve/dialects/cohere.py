@@ -1,0 +1,92 @@
+"""POST /v2/embed, as Cohere's clients send it. Source: Cohere's API reference, version 2."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, Literal
+
+from pydantic import SkipValidation
+
+from nvembed_deploy.serve.dialects.openai import base64_floats
+from nvembed_deploy.serve.requests import (
+    Body,
+    Dialect,
+    EmbedAnswer,
+    EmbedRequest,
+    Limits,
+    RequestError,
+    checked_texts,
+    truncate_of,
+)
+
+SIDES: dict[str, Any] = {"search_query": "query", "search_document": "document"}
+
+
+class CohereContent(Body):
+    """One part of an input; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CohereInput(Body):
+    """An input that is given as parts; this model takes one text."""
+
+    content: list[CohereContent]
+
+
+class CohereBody(Body):
+    """Body of POST /v2/embed."""
+
+    model: str
+    input_type: Literal["search_document", "search_query", "classification", "clustering"]
+    texts: SkipValidation[list[str] | None] = None
+    inputs: list[CohereInput] | None = None
+    max_tokens: int | None = None
+    output_dimension: int | None = None
+    embedding_types: list[Literal["float", "base64"]] | None = None
+    truncate: Literal["NONE", "START", "END"] | None = None
+
+
+def _request(body: CohereBody, limits: Limits) -> EmbedRequest:
+    if (body.texts is None) == (body.inputs is None):
+        raise RequestError(400, "send either 'texts' or 'inputs'", param="texts")
+    texts: object = body.texts
+    if body.inputs is not None:
+        if any(len(item.content) != 1 for item in body.inputs):
+            raise RequestError(400, "an input has more than one part; send one text per input", param="inputs")
+        texts = [item.content[0].text for item in body.inputs]
+    side = SIDES.get(body.input_type)
+    return EmbedRequest(
+        model=body.model,
+        texts=checked_texts(texts, limits, field="texts"),
+        side=side,
+        # A task that is no search needs a prompt of the checkpoint by that name, or is refused.
+        prompt_name=None if side else body.input_type,
+        dimensions=body.output_dimension,
+        max_length=body.max_tokens,
+        truncate=None if body.truncate is None else truncate_of(body.truncate),
+    )
+
+
+def _response(body: CohereBody, answer: EmbedAnswer) -> object:
+    embeddings: dict[str, Any] = {}
+    for kind in body.embedding_types or ["float"]:
+        is_float = kind == "float"
+        embeddings[kind] = list(answer.vectors) if is_float else [base64_floats(vector) for vector in answer.vectors]
+    texts = body.texts if body.texts is not None else [item.content[0].text for item in body.inputs or []]
+    return {
+        "id": str(uuid.uuid4()),
+        "response_type": "embeddings_by_type",
+        "embeddings": embeddings,
+        "texts": texts,
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": answer.tokens}},
+    }
+
+
+def error(err: RequestError) -> dict[str, Any]:
+    """Returns an error in Cohere's format."""
+    return {"id": str(uuid.uuid4()), "message": err.message}
+
+
+COHERE = Dialect(body=CohereBody, request=_request, response=_response, error=error)

@@ -1,0 +1,98 @@
+"""POST /v1/embeddings, as the clients of OpenAI, NVIDIA's embedding NIM and Voyage send it."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import SkipValidation
+
+from nvembed_deploy.serve.dialects.nim import NimFields
+from nvembed_deploy.serve.dialects.voyage import VoyageFields
+from nvembed_deploy.serve.requests import (
+    Body,
+    Dialect,
+    EmbedAnswer,
+    EmbedRequest,
+    Limits,
+    RequestError,
+    checked_texts,
+    one_of,
+    truncate_of,
+)
+from nvembed_deploy.tokenization import Truncate
+
+ERROR_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
+
+
+class OpenAIFields(Body):
+    """OpenAI's fields, and two of this server's.
+
+    `instruction` is the task in words and `prompt_name` the name of one of the model's prompts, both for queries. In
+    OpenAI's client they are passed as `extra_body={"instruction": ...}`.
+    """
+
+    input: SkipValidation[str | list[str] | list[int] | list[list[int]]]
+    """Checked by `checked_texts`, because pydantic would report an error for each of a million invalid elements."""
+    model: str
+    encoding_format: Literal["float", "base64"] | None = None
+    """Format of the vectors; `float` if absent or null."""
+    dimensions: int | None = None
+    instruction: str | None = None
+    prompt_name: str | None = None
+
+
+class EmbeddingsBody(VoyageFields, NimFields, OpenAIFields):
+    """Body of POST /v1/embeddings."""
+
+
+def _request(body: EmbeddingsBody, limits: Limits) -> EmbedRequest:
+    truncate: Truncate | None = None
+    if isinstance(body.truncate, str):
+        truncate = truncate_of(body.truncate)
+    elif body.truncate is not None:
+        truncate = body.truncate
+    return EmbedRequest(
+        model=body.model,
+        texts=checked_texts(body.input, limits),
+        side="document" if body.input_type == "passage" else body.input_type,
+        instruction=body.instruction,
+        prompt_name=body.prompt_name,
+        dimensions=one_of(("dimensions", body.dimensions), ("output_dimension", body.output_dimension)),
+        truncate=one_of(("truncate", truncate), ("truncation", body.truncation)),
+    )
+
+
+def _response(body: EmbeddingsBody, answer: EmbedAnswer) -> object:
+    rows: list[Any] = list(answer.vectors)
+    if body.encoding_format == "base64":
+        rows = [base64_floats(vector) for vector in answer.vectors]
+    embeddings: list[dict[str, Any]] = [
+        {"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)
+    ]
+    for index in answer.truncated:
+        embeddings[index]["truncated"] = True
+    usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
+    return {"object": "list", "model": answer.model, "usage": usage, "data": embeddings}
+
+
+def base64_floats(vector: NDArray[np.float32]) -> str:
+    """Returns a vector as base64 of little-endian floats."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+
+
+def error(err: RequestError) -> dict[str, Any]:
+    """Returns an error in OpenAI's format."""
+    content = {"message": err.message, "type": ERROR_TYPES.get(err.status, "invalid_request_error")}
+    return {"error": content | {"param": err.param, "code": err.code}}
+
+
+OPENAI = Dialect(body=EmbeddingsBody, request=_request, response=_response, error=error)
