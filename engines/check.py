@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from nvembed_deploy.bundle.manifest import REFERENCE_OUTPUTS
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import echo, install_command, program, run
-from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.files.records import to_json
 from nvembed_deploy.parity.compare import compare, compute_reference_outputs, require_mask, require_passed
 from nvembed_deploy.parity.probes import ReferenceOutputs
+from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.tokenization import TextEncoder
 
 
