@@ -1,7 +1,8 @@
 """`nvembed check BUNDLE`: compares a finished bundle with PyTorch, on this machine.
 
 On a GPU that the plan was built for this runs the plan; an export on another machine can check only the plan's graph.
-PyTorch's vectors are read from the bundle, or computed from the checkpoint with `--model`.
+PyTorch's vectors are read from the bundle, or computed from the checkpoint with `--model`. With `--against`, a running
+server's vectors are compared with them instead: whether its vectors and the bundle's can be mixed in one index.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from nvembed_deploy.bundle.manifest import REFERENCE_OUTPUTS
+from nvembed_deploy.bundle.manifest import REFERENCE_OUTPUTS, TOKENIZER
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import echo, install_command, program, run
-from nvembed_deploy.errors import ConfigError, MissingExtra
+from nvembed_deploy.errors import ConfigError, MissingExtra, ParityError
+from nvembed_deploy.files.api_keys import read_keys
 from nvembed_deploy.files.records import to_json
 from nvembed_deploy.parity.compare import compare, compute_reference_outputs, require_mask, require_passed
 from nvembed_deploy.parity.probes import ReferenceOutputs
+from nvembed_deploy.parity.server import ServerClient, compare_server
 from nvembed_deploy.select_backend import open_parts
+from nvembed_deploy.spec import Precision
 from nvembed_deploy.tokenization import TextEncoder
 
 
@@ -40,9 +45,45 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     )
     parser.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    server_flags = parser.add_argument_group("comparing a server, of this project or another, instead of an engine")
+    server_flags.add_argument("--against", metavar="URL", help="address of the server, such as http://127.0.0.1:8080")
+    server_flags.add_argument("--server-model", metavar="NAME", help="its model (default: the first that it lists)")
+    server_flags.add_argument(
+        "--server-precision",
+        choices=[precision.value for precision in Precision],
+        help="precision of its engine, which sets the bounds if it is coarser (default: what the server says)",
+    )
+    server_flags.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with its API key")
     flags = parser.parse_args(argv)
+    if flags.against is None and (flags.server_model or flags.server_precision or flags.api_key_file):
+        parser.error("--server-model, --server-precision and --api-key-file are used with --against")
+    if flags.against is not None and flags.model is not None:
+        parser.error("--against compares with the vectors stored in the bundle; omit --model")
+
+    def compare_with_server() -> None:
+        bundle = Bundle.open(flags.bundle)
+        text = TextEncoder(bundle.read(TOKENIZER), bundle.manifest.text)
+        server = ServerClient(
+            flags.against,
+            model=flags.server_model,
+            precision=Precision(flags.server_precision) if flags.server_precision else None,
+            api_key=read_keys(flags.api_key_file)[0] if flags.api_key_file else None,
+        )
+        reference = _reference_outputs(bundle, text, None, None)
+        report = compare_server(server, reference, text, precision=bundle.manifest.precision)
+        echo(report.summary())
+        sys.stdout.write(json.dumps(to_json(report)) + "\n")
+        if not report.passed:
+            raise ParityError(
+                f"{server.url} does not answer in the bundle's space: {'; '.join(report.failures)}; lowest cosine at "
+                f"{report.worst_text}. Do not mix its vectors with the bundle's in one index"
+            )
+        echo(f"{server.url} answers in the bundle's space, within the bounds of {report.precision.value}")
 
     def command() -> None:
+        if flags.against is not None:
+            compare_with_server()
+            return
         bundle, text, backend = open_parts(flags.bundle, flags.device)
         manifest = bundle.manifest
         reference = _reference_outputs(bundle, text, flags.model, flags.revision)

@@ -302,6 +302,10 @@ class TextEncoder:
         offsets: list[tuple[int, int]] = self._literal.encode(text, add_special_tokens=False).offsets
         return offsets
 
+    def has_special_strings(self, text: str) -> bool:
+        """Returns whether a text contains the string of a special token, which other programs may interpret."""
+        return any(token in text for token in self._specials)
+
     def pad(self, rows: Sequence[TokenRow]) -> TokenBatch:
         """Right-pads rows to the longest one. Masks are made from lengths and counts, never from ids."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)

@@ -57,7 +57,7 @@ class ParityReport:
         """Returns the report as one line of text."""
         overlap = "" if self.overlap is None else f"top-{TOP_K} overlap {self.overlap:.1%}, "
         if self.overlap is None and self.tolerance.min_overlap is not None:
-            overlap = f"top-{TOP_K} overlap not measured (the passages are longer than the engine's inputs), "
+            overlap = f"top-{TOP_K} overlap not measured, "
         return (
             f"{self.candidate} against {self.reference}: min cosine {self.min_cosine:.7f} "
             f"(>= {self.tolerance.min_cosine}), mean {self.mean_cosine:.7f}, {overlap}"

@@ -136,10 +136,22 @@ def compare(
         ParityError: The vectors have another dimension than the reference's, or too few probes are short enough.
     """
     differences = measure_differences(reference, candidate, text, max_shape=max_shape)
+    return make_report(differences, reference=reference.reference, candidate=candidate.name, precision=precision)
+
+
+def make_report(differences: Differences, *, reference: str, candidate: str, precision: Precision) -> ParityReport:
+    """Checks measured differences against the tolerance of a precision.
+
+    Args:
+        differences: The measured differences.
+        reference: Name of the reference.
+        candidate: Name of what was compared with it.
+        precision: Selects the row of `TOLERANCES`.
+    """
     tolerance = TOLERANCES[precision]
     return ParityReport(
-        reference=reference.reference,
-        candidate=candidate.name,
+        reference=reference,
+        candidate=candidate,
         precision=precision,
         texts=differences.texts,
         longest_tokens=differences.longest_tokens,
@@ -165,13 +177,40 @@ def measure_differences(
         ParityError: See `compare`.
     """
     reference = reference.up_to(max_shape.tokens)
-    names, rows, expected = reference.names, reference.rows, reference.vectors.astype(np.float64)
+    rows = reference.rows
     batched = _embed(candidate, text, rows, _mixed_batches(len(rows), min(PROBE_BATCH_SIZE, max_shape.batch)))
     alone = _embed(candidate, text, rows, [[index] for index in range(len(rows))])
+    overlap = None
+    if reference.ranking is not None and batched.shape[1] == reference.vectors.shape[1]:
+        overlap = _overlap(reference.ranking, candidate, text, max_shape)
+    return vector_differences(reference, batched, alone, candidate=candidate.name, overlap=overlap)
+
+
+def vector_differences(
+    reference: ReferenceOutputs,
+    batched: NDArray[np.float64],
+    alone: NDArray[np.float64],
+    *,
+    candidate: str,
+    overlap: float | None,
+) -> Differences:
+    """Measures the differences between the candidate's vectors of the probes and the reference's.
+
+    Args:
+        reference: The reference's outputs, of which the probes are compared.
+        batched: float64 [P, D], the candidate's vectors of texts embedded together.
+        alone: float64 [P, D], the same, each embedded alone.
+        candidate: The candidate's name, for messages.
+        overlap: Measured overlap of the ranking; None if there is none.
+
+    Raises:
+        ParityError: The vectors have another dimension than the reference's.
+    """
+    names, rows, expected = reference.names, reference.rows, reference.vectors.astype(np.float64)
     if batched.shape != expected.shape or alone.shape != expected.shape:
         raise ParityError(
-            f"{candidate.name} returns vectors of {batched.shape[1]} dimensions and {reference.reference} of "
-            f"{expected.shape[1]}; the graph was not made from this checkpoint"
+            f"{candidate} returns vectors of {batched.shape[1]} dimensions and {reference.reference} of "
+            f"{expected.shape[1]}; it was not made from this checkpoint"
         )
     non_finite = int((~np.isfinite(batched) | ~np.isfinite(alone)).any(axis=1).sum())
     # Comparisons with NaN are always False, so non-finite rows are counted as orthogonal instead.
@@ -194,7 +233,7 @@ def measure_differences(
         max_difference_text=f"{batching} {names[row_differences[batching].argmax()]}",
         max_scaled_difference=max_difference * expected.shape[1] ** 0.5,
         min_batch_cosine=float(_cosine(batched, alone).min()),
-        overlap=None if reference.ranking is None else _overlap(reference.ranking, candidate, text, max_shape),
+        overlap=overlap,
         non_finite_rows=non_finite,
     )
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,12 +109,16 @@ class ReferenceOutputs:
         ranking = self.ranking
         if ranking is not None and max(map(len, ranking.rows)) > tokens:
             ranking = None
-        return ReferenceOutputs(
-            reference=self.reference,
-            names=tuple(self.names[index] for index in fitting),
-            rows=[self.rows[index] for index in fitting],
-            vectors=self.vectors[fitting],
-            ranking=ranking,
+        return replace(self.selected(fitting), ranking=ranking)
+
+    def selected(self, indices: Sequence[int]) -> ReferenceOutputs:
+        """Returns the outputs of some of the probes, without the ranking."""
+        return replace(
+            self,
+            names=tuple(self.names[index] for index in indices),
+            rows=[self.rows[index] for index in indices],
+            vectors=self.vectors[list(indices)],
+            ranking=None,
         )
 
     def to_bytes(self) -> bytes:

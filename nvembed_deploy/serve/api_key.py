@@ -5,33 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.serve.requests import RequestError
 
 OPEN_PATHS = frozenset(("/health", "/v1/health/live", "/v1/health/ready"))
 """Paths that orchestrators call without a key."""
-
-
-def read_keys(path: Path) -> list[str]:
-    """Reads a file with one key per line, so that a key can be replaced without an interruption.
-
-    Raises:
-        ConfigError: The file cannot be read, or has no key.
-    """
-    try:
-        keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(
-            f"--api-key-file {path} cannot be read ({err}); pass a text file with one key per line"
-        ) from err
-    if not keys:
-        raise ConfigError(f"--api-key-file {path} has no key; write one key per line")
-    return keys
 
 
 class ApiKeys:

@@ -14,6 +14,7 @@ from nvembed_deploy.coalescer import DEFAULT_MAX_WAITING
 from nvembed_deploy.console import echo, install_command, program, run, url_host
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
+from nvembed_deploy.files.api_keys import read_keys
 
 BACKLOG = 2048
 DRAIN_SECONDS = 2
@@ -87,7 +88,6 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             import uvicorn
 
             from nvembed_deploy.serve.api import make_app
-            from nvembed_deploy.serve.api_key import read_keys
             from nvembed_deploy.serve.connection import KEEP_ALIVE_SECONDS, Connection, connections_that_fit
             from nvembed_deploy.serve.requests import Limits
             from nvembed_deploy.serve.service import HEALTH_TEXT, ServerOptions
