@@ -37,6 +37,21 @@ def help_text(module: str) -> str:
     return f"```text\n{done.stdout.rstrip()}\n```\n"
 
 
+def clients_table() -> str:
+    """Formats the record of `benchmarks.clients`: which packages get the encoder's vectors."""
+    record = json.loads((RESULTS / "clients.json").read_text(encoding="utf-8"))
+    lines = ["| client | largest difference from the encoder's vectors |", "| --- | --- |"]
+    for row in record["rows"]:
+        if not row["same_vectors"]:
+            outcome = "fails"
+        else:
+            outcome = "-" if row["max_difference"] is None else f"{row['max_difference']:.0e}"
+        lines.append(f"| {row['client']} | {outcome} |")
+    packages = dict.fromkeys(name for row in record["rows"] for name in row["packages"])
+    lines += ["", f"Made by `{record['command']}` on {record['date']}: {record['machine']}; {', '.join(packages)}.", ""]
+    return "\n".join(lines)
+
+
 def precision_table() -> str:
     """Formats the record of `benchmarks.precisions`: sizes, parity gate and times."""
     record = json.loads((RESULTS / "precisions.json").read_text(encoding="utf-8"))
@@ -329,6 +344,7 @@ def _mean(numbers: Iterable[float]) -> float:
 
 
 TABLES = {
+    "clients": clients_table,
     "precisions": precision_table,
     "mteb": mteb_table,
     "family": family_table,

@@ -1,0 +1,1 @@
+"""Adapters for frameworks that need a class of their own; each needs the framework installed."""
