@@ -56,6 +56,7 @@ ENVIRONMENTS = {
         "numpy",
     ),
     "haystack": ("haystack-ai==3.4.1", "nvidia-haystack==3.0.0", "chromadb==1.5.9", "openai==3.57.0", "numpy"),
+    "optimum": ("optimum-onnx[onnxruntime]==0.1.0", "torch==2.13.0", "numpy"),
     # With this package itself, on ONNX Runtime.
     "project": (
         "--editable",
