@@ -3,7 +3,7 @@
 # make test     set up and run the default tests on all cores; WORKERS=0 for one after the other
 # make test-all   the default tests and the slow ones: browser, README commands, parity of the embedded model
 # make test-python310  the runtime under Python 3.10, as on JetPack 6, in an environment of its own
-# make bench    beside sentence-transformers, optimum, fastembed and PyTorch on this CPU; DATA is a folder of data sets
+# make bench    beside sentence-transformers, optimum, fastembed and PyTorch on this CPU; DATA=FOLDER for your data sets
 # make bench-gpu  on a machine with an NVIDIA GPU: its tests, an engine for it, and that beside PyTorch in FP16
 # make check    formatting, lint and types, as CI runs them
 
@@ -15,7 +15,8 @@ PRECISION ?= fp16
 # What `make engine` needs; `make app` adds its own, and `make test` and `make check` the rest.
 EXTRAS ?= export,cpu,rtx
 TEST_EXTRAS ?= openvino,train,evaluation,serve,app,qdrant,ray,dev
-DATA ?= ../shared/data/eval
+# Folder of data sets for `make bench`; empty for passages of Python's documentation.
+DATA ?=
 # Files of tests at a time, on cores of their own; two took 5.4 GB together. 0 for one after the other.
 WORKERS ?= $(shell cores=$$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 4 ? 4 : cores)))
 # What builds engines for this machine's GPU: TensorRT-RTX for RTX cards, TensorRT for those it does not build for.
@@ -57,7 +58,7 @@ test-python310: $(READY_TEST) $(READY_310)
 	NVEMBED_PYTHON310=$(abspath $(VENV)-3.10/bin/python) $(BIN)/python -m pytest tests/test_python310.py
 
 bench: $(READY_TEST)
-	$(BIN)/python -m benchmarks.peers $(PEERS) --data $(DATA)
+	$(BIN)/python -m benchmarks.peers $(PEERS) $(if $(DATA),--data $(DATA))
 
 bench-gpu: $(READY_TEST)
 	$(PIP) --editable '.[$(GPU_RUNTIME)]'

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers WORK --data DIR`: compares this library with its alternatives in one run.
+"""`python -m benchmarks.peers WORK`: compares this library with its alternatives in one run.
 
 All use the same weights: the embedded model's decoder as a causal last-token embedder (like e5-mistral), which every
 peer can load; none of them runs NV-Embed itself. Each embedder is a process in its own environment. A cold start is the
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks.peer_worker import MAX_TOKENS
 from nvembed_deploy.console import echo, run
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
-from nvembed_deploy.engines.bench import flops, padding_waste
+from nvembed_deploy.engines.bench import corpus, flops, padding_waste
 from nvembed_deploy.errors import DeployError
 from nvembed_deploy.export.options import default_model
 from nvembed_deploy.files.atomic import write_file
@@ -89,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "work", type=Path, help="folder for environments, models and texts; environments are reused by later runs"
     )
-    parser.add_argument("--data", type=Path, required=True, help=f"folder with data sets: {', '.join(CORPORA)}")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help=f"folder with the data sets {', '.join(CORPORA)} (default: passages of Python's documentation)",
+    )
     parser.add_argument(
         "--texts", type=int, default=600, help="number of texts of the mixed corpus (default: %(default)s)"
     )
@@ -99,13 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
 
     def command() -> None:
+        texts = corpus(flags.texts) if flags.data is None else mixed_texts(flags.data, flags.texts)
         work = flags.work.resolve()
         work.mkdir(parents=True, exist_ok=True)
         for name in ENVIRONMENTS:
             _environment(work, name)
         _checkpoint(work)
         _bundles(work)
-        record = measure(work, mixed_texts(flags.data, flags.texts), rounds=flags.rounds)
+        record = measure(work, texts, rounds=flags.rounds)
+        data_flag = " --data DIR" if flags.data else ""
+        record["command"] = f"python -m benchmarks.peers WORK{data_flag} --texts {len(texts)} --rounds {flags.rounds}"
         write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
         echo(f"done: {RECORD_PATH.relative_to(ROOT)}")
 
@@ -333,7 +340,7 @@ def measure(work: Path, texts: list[str], *, rounds: int) -> dict[str, Any]:
             }
         )
     return {
-        "command": f"python -m benchmarks.peers WORK --data DIR --texts {len(texts)} --rounds {rounds}",
+        "command": "",
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
         "texts": len(texts),

@@ -29,10 +29,12 @@ from numpy.typing import NDArray
 
 from nvembed_deploy.bundle.manifest import GRAPH, PLAN, QUANTIZATION, WEIGHTS, Manifest
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import echo
+from nvembed_deploy.console import echo, run
 from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.evaluation.built_in import built_in_tasks
 from nvembed_deploy.evaluation.compare import RECORDED, scores, tolerance_of
-from nvembed_deploy.evaluation.tasks import folder_tasks
+from nvembed_deploy.evaluation.tasks import LocalTask, folder_tasks
 from nvembed_deploy.export.graph.trace import DTYPES
 from nvembed_deploy.export.options import default_model
 from nvembed_deploy.files.atomic import write_file
@@ -118,9 +120,24 @@ def remembering(encode: Encode) -> Encode:
     return remembered
 
 
-def _scores_of(precision: Precision | None, folder: Path, data: Path, max_documents: int | None) -> dict[str, float]:
+def _tasks(data: Path | None, max_documents: int | None) -> list[LocalTask]:
+    """Returns the tasks of a folder, or the built-in ones.
+
+    Raises:
+        ConfigError: The folder has no evaluation set, or a limit is given for the built-in tasks.
+    """
+    if data is not None:
+        return folder_tasks(data, max_documents=max_documents)
+    if max_documents is not None:
+        raise ConfigError("--max-documents applies to the corpora of --data; pass --data, or leave it out")
+    return built_in_tasks()
+
+
+def _scores_of(
+    precision: Precision | None, folder: Path, data: Path | None, max_documents: int | None
+) -> dict[str, float]:
     """Returns the MTEB scores of a precision's bundle, or of PyTorch for None."""
-    tasks = folder_tasks(data, max_documents=max_documents)
+    tasks = _tasks(data, max_documents)
     encoder = Encoder(folder / (precision or Precision.FP32).value, device="cpu", backend="onnxruntime")
     if precision is None:
         encoder = Encoder.from_checkpoint(default_model(), like=encoder)
@@ -135,12 +152,12 @@ def _claim_core(cores: multiprocessing.Queue[int]) -> None:
     torch.set_num_threads(1)  # torch counted the cores at import, and threads that share a core wait for each other
 
 
-def score(folder: Path, data: Path, max_documents: int | None) -> dict[str, list[dict[str, Any]]]:
+def score(folder: Path, data: Path | None, max_documents: int | None) -> dict[str, list[dict[str, Any]]]:
     """Scores every precision's bundle and PyTorch with MTEB, each in a process on a core of its own.
 
     Args:
         folder: Folder with a bundle for each precision.
-        data: Folder of evaluation sets.
+        data: Folder of evaluation sets; None for the built-in tasks.
         max_documents: Maximum number of documents of a corpus.
 
     Returns:
@@ -156,7 +173,7 @@ def score(folder: Path, data: Path, max_documents: int | None) -> dict[str, list
     ) as pool:
         arguments = zip(*[(folder, data, max_documents)] * len(candidates), strict=True)
         reference_scores, *precision_scores = pool.map(_scores_of, candidates, *arguments)
-    tasks = folder_tasks(data, max_documents=max_documents)
+    tasks = _tasks(data, max_documents)
     return {
         precision.value: [
             {
@@ -176,7 +193,7 @@ def score(folder: Path, data: Path, max_documents: int | None) -> dict[str, list
 def main() -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precisions", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of evaluation sets")
+    parser.add_argument("--data", type=Path, help="folder of evaluation sets (default: the built-in tasks)")
     parser.add_argument(
         "--max-documents",
         type=int,
@@ -185,24 +202,29 @@ def main() -> int:
         help="limit the corpora to N documents, judged ones first",
     )
     flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for precision in Precision:
-            echo(f"measuring {precision.value}")
-            rows.append(measure(precision, Path(folder)))
-        precision_scores = score(Path(folder), flags.data, flags.max_documents)
-    documents_flag = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
-    record = {
-        "command": f"python -m benchmarks.precisions --data {flags.data}{documents_flag}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{describe_machine()}, no GPU",
-        "rows": rows,
-        "scores": precision_scores,
-        "score_versions": installed_versions(RECORDED) | {"python": platform.python_version()},
-    }
-    write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
-    echo(f"done: {RECORD_PATH.relative_to(ROOT)}; now run: python -m tools.readme")
-    return 0
+
+    def command() -> None:
+        _tasks(flags.data, flags.max_documents)  # first, since a missing folder should not be told after ten minutes
+        with tempfile.TemporaryDirectory() as folder:
+            rows = []
+            for precision in Precision:
+                echo(f"measuring {precision.value}")
+                rows.append(measure(precision, Path(folder)))
+            precision_scores = score(Path(folder), flags.data, flags.max_documents)
+        data_flag = f" --data {flags.data}" if flags.data else ""
+        documents_flag = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
+        record = {
+            "command": f"python -m benchmarks.precisions{data_flag}{documents_flag}",
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{describe_machine()}, no GPU",
+            "rows": rows,
+            "scores": precision_scores,
+            "score_versions": installed_versions(RECORDED) | {"python": platform.python_version()},
+        }
+        write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
+        echo(f"done: {RECORD_PATH.relative_to(ROOT)}; now run: python -m tools.readme")
+
+    return run(command)
 
 
 if __name__ == "__main__":

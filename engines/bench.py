@@ -22,12 +22,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from nvembed_deploy.backends.bindings import TENSORRT
 from nvembed_deploy.backends.cuda import CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import GPU
 from nvembed_deploy.batching import plan_batches
-from nvembed_deploy.console import echo, program, run
+from nvembed_deploy.console import echo, program, run, step
 from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
 from nvembed_deploy.engines.bench_plot import draw_bench
 from nvembed_deploy.engines.bench_report import BenchReport, EngineFigures, Latency
@@ -67,14 +68,22 @@ def percentiles(times_ms: Sequence[float], *, texts: int, tokens: int) -> Latenc
     return Latency(texts=texts, tokens=tokens, p50=p50, p95=p95, p99=p99)
 
 
-def time_interleaved(actions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+def time_interleaved(
+    actions: Sequence[Callable[[], object]], repeats: int, *, description: str | None = None
+) -> list[list[float]]:
     """Runs the actions alternately, once to warm up and then `repeats` times.
+
+    Args:
+        actions: What is timed.
+        repeats: Number of times.
+        description: Text before a progress bar, which is shown on a terminal only; None for no bar.
 
     Returns:
         The times of each action in milliseconds, without the warm-up.
     """
     times_ms: list[list[float]] = [[] for _ in actions]
-    for repeat in range(repeats + 1):
+    disable = True if description is None else None
+    for repeat in tqdm(range(repeats + 1), desc=f"  {description}", disable=disable, leave=False):
         for action_times_ms, action in zip(times_ms, actions, strict=True):
             started = time.perf_counter()
             action()
@@ -203,21 +212,25 @@ def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> Ben
     """
     encoders: list[Encoder] = []
     for name in names:
-        encoders.append(open_engine(name, device, encoders[0] if encoders else None)[0])
-        echo(f"  {name}: {encoders[-1].backend}")
+        with step(f"opening {name}"):
+            encoders.append(open_engine(name, device, encoders[0] if encoders else None)[0])
     passages = corpus(texts)
     lengths = [len(row) for row in encoders[0].tokenize(passages)]
-    echo(f"  {len(passages)} passages, {sum(lengths)} tokens ...")
-    vectors = [encoder.encode(passages) for encoder in encoders]
-    bulk_ms = time_interleaved([partial(encoder.encode, passages) for encoder in encoders], max(3, repeats // 10))
-    echo("  queries and shapes ...")
-    query_ms = time_interleaved([partial(encoder.encode, QUERY) for encoder in encoders], repeats)
+    with step(f"embedding {len(passages)} passages, {sum(lengths)} tokens"):
+        vectors = [encoder.encode(passages) for encoder in encoders]
+    encode_all = [partial(encoder.encode, passages) for encoder in encoders]
+    bulk_ms = time_interleaved(encode_all, max(3, repeats // 10), description="passages")
+    query_ms = time_interleaved([partial(encoder.encode, QUERY) for encoder in encoders], repeats, description="query")
     max_length = min(encoder.max_length for encoder in encoders)
     shapes = [(count, tokens) for count, tokens in SHAPES if tokens <= max_length]
     shape_ms = [
-        time_interleaved([_encode_shape(encoder, *shape) for encoder in encoders], repeats // 2) for shape in shapes
+        time_interleaved(
+            [_encode_shape(encoder, *shape) for encoder in encoders],
+            repeats // 2,
+            description=f"{shape[0]} x {shape[1]} tokens",
+        )
+        for shape in shapes
     ]
-    echo("  new processes ...")
     peak, peak_source = peak_gflops(encoders[0], device)
     engines = []
     for index, (name, encoder) in enumerate(zip(names, encoders, strict=True)):
@@ -225,7 +238,10 @@ def bench(names: Sequence[str], *, device: str, texts: int, repeats: int) -> Ben
         gflops = flops(encoder.manifest.source.architecture, lengths) / seconds / 1e9
         joules, device_mib = _metered(encoder, device, passages)
         is_reference = name.startswith(f"{REFERENCE}@")
-        start_seconds, start_mib = (None, None) if is_reference else _measure_start(name, device)
+        start_seconds = start_mib = None
+        if not is_reference:
+            with step(f"starting {name} in new processes"):
+                start_seconds, start_mib = _measure_start(name, device)
         latencies = (
             percentiles(times_ms[index], texts=count, tokens=tokens)
             for (count, tokens), times_ms in zip(shapes, shape_ms, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import mteb
 
-from nvembed_deploy.console import echo
+from nvembed_deploy.console import step
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.evaluation.model import MtebModel, revision
 from nvembed_deploy.evaluation.published import published_scores
@@ -90,9 +90,14 @@ def tolerance_of(precision: Precision, size: int | None) -> float:
 
 def scores(encoder: Encoder, tasks: Sequence[Any]) -> dict[str, float]:
     """Returns the main score of each mteb task, in points. mteb's cache is neither read nor written."""
-    task_copies = copy.deepcopy(list(tasks))  # tasks keep their random state: a second run would draw other samples
-    evaluation = mteb.evaluate(MtebModel(encoder), task_copies, cache=None, co2_tracker=False, show_progress_bar=False)
-    return {task.task_name: 100 * float(task.get_score()) for task in evaluation.task_results}
+    model = MtebModel(encoder)
+    task_scores: dict[str, float] = {}
+    for index, task in enumerate(tasks, 1):
+        task_copy = copy.deepcopy(task)  # a task keeps its random state: a second run would draw other samples
+        with step(f"{task.metadata.name} ({index} of {len(tasks)}) on {encoder.backend}"):
+            evaluation = mteb.evaluate(model, [task_copy], cache=None, co2_tracker=False, show_progress_bar=False)
+        task_scores |= {result.task_name: 100 * float(result.get_score()) for result in evaluation.task_results}
+    return task_scores
 
 
 def compare(
@@ -112,9 +117,7 @@ def compare(
     """
     mteb_tasks = [local_task.task for local_task in tasks]
     if reference_scores is None:
-        echo(f"  {len(mteb_tasks)} tasks on {reference.backend} ...")
         reference_scores = scores(reference, mteb_tasks)
-    echo(f"  {len(mteb_tasks)} tasks on {encoder.backend} ...")
     engine_scores = scores(encoder, mteb_tasks)
     published = published_scores(encoder.manifest.source.name)
     precision = encoder.manifest.precision

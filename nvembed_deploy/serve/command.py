@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from nvembed_deploy.bundle.reader import bundle_folder
 from nvembed_deploy.coalescer import DEFAULT_MAX_WAITING
-from nvembed_deploy.console import echo, install_command, program, run, url_host
+from nvembed_deploy.console import echo, install_command, program, run, step, url_host
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.files.api_keys import read_keys
@@ -98,14 +99,16 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         # First what can be wrong at once: opening a large bundle takes minutes.
         api_keys = tuple(read_keys(flags.api_key_file)) if flags.api_key_file else ()
         listener = bound_socket(flags.host, flags.port)
-        encoder = Encoder(
-            flags.bundle,
-            device=flags.device,
-            backend=flags.backend,
-            threads=flags.threads,
-            query_instruction=flags.query_instruction,
-        )
-        encoder.encode(HEALTH_TEXT)  # no connections before the engine has embedded a text
+        bundle_folder(flags.bundle)
+        with step(f"loading {flags.bundle}"):
+            encoder = Encoder(
+                flags.bundle,
+                device=flags.device,
+                backend=flags.backend,
+                threads=flags.threads,
+                query_instruction=flags.query_instruction,
+            )
+            encoder.encode(HEALTH_TEXT)  # no connections before the engine has embedded a text
         options = ServerOptions(
             name=flags.name or encoder.manifest.source.name,
             aliases=tuple(flags.alias),
