@@ -1,5 +1,7 @@
 """`nvembed`: its commands, its help, and common mistakes."""
 
+import ast
+import re
 import subprocess
 import sys
 import time
@@ -100,3 +102,17 @@ def test_install_commands_match_how_the_code_is_installed(monkeypatch: pytest.Mo
     assert installed.startswith("pip install 'fastapi>=")
     assert "'uvicorn>=" in installed
     assert "nvembed-deploy" not in installed
+
+
+def test_cures_name_extras_that_exist() -> None:
+    """Each call of `install_command` names extras of pyproject.toml."""
+    toml = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = set(re.findall(r"^(\w[\w-]*) = \[", toml[toml.index("[project.optional-dependencies]") :], re.MULTILINE))
+    named: set[str] = set()
+    for folder in ("nvembed_deploy", "export", "engines", "app"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "install_command":
+                    named |= {argument.value for argument in call.args if isinstance(argument, ast.Constant)}
+    assert named >= {"export", "cpu", "serve"}
+    assert named <= extras
