@@ -1,7 +1,7 @@
-"""What a checkpoint's sentence-transformers files state: its modules, its pooling and its prompts.
+"""What a checkpoint's sentence-transformers files state: its modules, its pooling, its prompts and its longest texts.
 
-Source: sentence-transformers 2 to 6: `modules.json`, the `config.json` of the pooling module, and
-`config_sentence_transformers.json`.
+Source: sentence-transformers 2 to 6: `modules.json`, the `config.json` of the pooling module,
+`config_sentence_transformers.json` and `sentence_bert_config.json`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,36 @@ from typing import Any
 
 from nvembed_deploy.errors import CheckpointError
 from nvembed_deploy.model.config import Pooling
+from nvembed_deploy.model.fields import Fields
 from nvembed_deploy.spec import read_json
 
 MODULES = "modules.json"
 DEFAULT_POOLING = Path("1_Pooling") / "config.json"
 PROMPTS = "config_sentence_transformers.json"
+TRANSFORMER_FILES = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""Settings of the module with the model, by whichever name; the first file that is not empty counts."""
+TRANSFORMER_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "do_lower_case": (False,),
+    "transformer_task": ("feature-extraction",),
+    "modality_config": ({"text": {"method": "forward", "method_output_name": "last_hidden_state"}},),
+    "module_output_name": ("token_embeddings",),
+    "processing_kwargs": ({}, None),
+    "query_length": (None,),
+    "document_length": (None,),
+    "query_expansion": (None,),
+}
+"""Settings with the values that change neither the text, nor its tokens, nor the model."""
+HARMLESS_ARGUMENTS = {
+    "model": {"torch_dtype", "dtype", "attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code"},
+    "tokenizer": {"padding_side", "use_fast", "trust_remote_code"},
+    "processor": {"padding_side", "use_fast", "trust_remote_code"},
+    "config": {"trust_remote_code"},
+}
+"""Arguments that those settings may pass on, because they change nothing but the speed and the rounding."""
+LIBRARY = "sentence_transformers."
 ALLOWED_MODULES = ("Pooling", "Normalize", "Dropout")
 """Modules that may follow the model, because they do not change the direction of its vectors."""
 POOLINGS = {
@@ -88,11 +113,19 @@ def _pooling_path(folder: Path) -> Path | None:
         return DEFAULT_POOLING if (folder / DEFAULT_POOLING).exists() else None
     try:
         modules = [
-            (str(module["type"]).rpartition(".")[2], str(module.get("path", "")))
+            (str(module["type"]), str(module.get("path", "")))
             for module in json.loads(path.read_text(encoding="utf-8"))
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise CheckpointError(f"{path} is damaged ({err}); download it again, or remove it") from err
+    if own := [kind for kind, _ in modules if not kind.startswith(LIBRARY)]:
+        raise CheckpointError(
+            f"{path} names {own[0]!r}, which is no class of sentence-transformers and may compute anything; this "
+            "checkpoint cannot be exported"
+        )
+    modules = [(kind.rpartition(".")[2], where) for kind, where in modules]
+    if modules and modules[0][0] != "Transformer":
+        raise CheckpointError(f"{path} begins with {modules[0][0]} instead of a Transformer, which is not supported")
     if unsupported := [kind for kind, _ in modules[1:] if kind not in ALLOWED_MODULES]:
         raise CheckpointError(
             f"{path} has {', '.join(unsupported)} after the model, which would change the vectors and is not "
@@ -110,7 +143,7 @@ def _pooling_of(path: Path) -> StatedPooling:
     settings = read_json(path)
     if "pooling_mode" in settings:  # written by sentence-transformers 6
         mode = settings["pooling_mode"]
-        modes = {mode} if isinstance(mode, str) else set(map(str, mode))
+        modes = set(map(str, mode)) if isinstance(mode, list) else {str(mode)}
     else:
         modes = {
             name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
@@ -119,25 +152,62 @@ def _pooling_of(path: Path) -> StatedPooling:
         }
     if not modes:
         raise CheckpointError(f"{path} enables no pooling; correct the file, or remove it and pass --pooling")
-    return StatedPooling(
-        modes=frozenset(modes), include_prompt=settings.get("include_prompt") is not False, path=str(path)
-    )
+    include_prompt = Fields(settings, str(path)).boolean("include_prompt", default=True)
+    return StatedPooling(modes=frozenset(modes), include_prompt=include_prompt, path=str(path))
 
 
 def read_prompts(folder: Path) -> StatedPrompts | None:
     """Reads the named prompts, or returns None if no file states any, not even that there are none.
 
     Raises:
-        CheckpointError: The file is damaged, or a prompt is not a string.
+        CheckpointError: The file is damaged, a prompt is not a string, or it is of another kind of model.
     """
     path = folder / PROMPTS
     config: dict[str, Any] = read_json(path) if path.exists() else {}
+    if (kind := config.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
+        raise CheckpointError(f"{path}: model_type is {kind!r}, which gives no such vectors and is not supported")
+    if (dim := config.get("truncate_dim")) is not None:
+        raise CheckpointError(
+            f"{path}: truncate_dim is {dim!r}, and an engine returns all dimensions unless a call limits them; remove "
+            "the field, and pass dimensions with each call if the model was trained for it"
+        )
     prompts = config.get("prompts")
     if prompts is None:
         return None
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise CheckpointError(f"{path}: 'prompts' must be an object of strings, got {prompts!r}")
     name = config.get("default_prompt_name")
-    if name is not None and name not in prompts:
+    if name is not None and not (isinstance(name, str) and name in prompts):
         raise CheckpointError(f"{path}: default_prompt_name is {name!r}, which is not one of its prompts")
     return StatedPrompts(prompts=dict(prompts), default_prompt_name=name, path=str(path))
+
+
+def read_max_tokens(folder: Path) -> tuple[int, str] | None:
+    """Reads the maximum tokens of a text and the file that states it, or returns None if none does.
+
+    Raises:
+        CheckpointError: The file is damaged, or changes texts or the model in a way that is not computed here.
+    """
+    files = (folder / name for name in TRANSFORMER_FILES)
+    path, settings = next(
+        ((path, settings) for path in files if path.exists() and (settings := read_json(path))), (folder, {})
+    )
+    fields = Fields(settings, str(path))
+    for name, value in settings.items():
+        kind, _, arguments = name.rpartition("_")
+        if name in ("max_seq_length", "unpad_inputs"):
+            continue
+        if kind in HARMLESS_ARGUMENTS and arguments in ("args", "kwargs"):
+            changed = value.keys() - HARMLESS_ARGUMENTS[kind] if isinstance(value, dict) else {repr(value)}
+            if changed:
+                raise CheckpointError(
+                    f"{path}: {name} has {', '.join(sorted(changed))}, which may change the vectors and is not "
+                    "supported; write what it says into the checkpoint's own files, and remove it"
+                )
+        elif name not in TRANSFORMER_SETTINGS:
+            raise CheckpointError(f"{path}: {name!r} is not a known setting, so what it changes is not known")
+        else:
+            fields.require(name, TRANSFORMER_SETTINGS[name], "an exported model")
+    if settings.get("max_seq_length") is None:
+        return None
+    return fields.number("max_seq_length"), f"max_seq_length in {path}"

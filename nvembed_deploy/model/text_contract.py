@@ -12,9 +12,14 @@ from nvembed_deploy.errors import CheckpointError, ConfigError
 from nvembed_deploy.model.config import ModelConfig, Pooling, UserStatement
 from nvembed_deploy.model.config_json import NOTHING_STATED
 from nvembed_deploy.model.family import MODEL_FAMILIES, ModelFamily
-from nvembed_deploy.model.sentence_transformers_files import read_prompts
+from nvembed_deploy.model.fields import Fields
+from nvembed_deploy.model.sentence_transformers_files import read_max_tokens, read_prompts
 from nvembed_deploy.spec import read_json
 from nvembed_deploy.tokenization import TextContract, parse_tokenizer
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+NO_LIMIT = 1e30
+"""What transformers writes as `model_max_length` of a tokenizer without one."""
 
 
 def text_contract(
@@ -47,7 +52,8 @@ def text_contract(
         raise CheckpointError(
             f"{path} cannot be read ({err.strerror}); the checkpoint needs the tokenizer that it was trained with"
         ) from err
-    tokenizer_config = _optional_json(folder / "tokenizer_config.json")
+    tokenizer_config = _optional_json(folder / TOKENIZER_CONFIG)
+    max_tokens, max_tokens_origin = _max_tokens(folder, config, family, tokenizer_config)
     prefix_ids, suffix_ids = _special_ids(tokenizer, path, config, tokenizer_config)
     max_id = max(tokenizer.get_vocab().values())
     if max_id >= config.vocab_size:
@@ -63,12 +69,14 @@ def text_contract(
             "" if family.tokenizer_adds_specials else f", as {family.name} needs"
         )
         origins["prompts"] = prompts.origin
+        if max_tokens_origin:
+            origins["length"] = f"{max_tokens} tokens: {max_tokens_origin}"
     return TextContract(
         prefix_ids=tuple(prefix_ids),
         suffix_ids=tuple(suffix_ids),
         pad_id=(suffix_ids or prefix_ids or [0])[0] if pad_id is None else pad_id,
         mask_prompt=config.mask_instruction,
-        max_tokens=config.max_positions,
+        max_tokens=max_tokens,
         keep_suffix_on_truncation=family.keep_eos_on_truncation,
         # sentence-transformers counts the tokens of the prompt with the BOS before them, as GritLM does.
         exclude_prefix_from_pooling=family.exclude_bos_from_pooling
@@ -78,6 +86,23 @@ def text_contract(
         default_prompt=prompts.default,
         prompts=prompts.named,
     )
+
+
+def _max_tokens(
+    folder: Path, config: ModelConfig, family: ModelFamily, tokenizer_config: dict[str, Any]
+) -> tuple[int, str | None]:
+    """Returns the longest text in tokens and the file that states it, or None for the model's positions.
+
+    sentence-transformers cuts longer texts. Families with code of their own leave the limit to the caller.
+    """
+    path = str(folder / TOKENIZER_CONFIG)
+    in_tokenizer = Fields(tokenizer_config, path).number("model_max_length", NO_LIMIT, null=NO_LIMIT)
+    tokens, origin = read_max_tokens(folder) or (in_tokenizer, f"model_max_length in {path}")
+    if tokens < 1:
+        raise CheckpointError(f"{origin} is {tokens}; it must be at least 1")
+    if family.own_code or tokens >= config.max_positions:
+        return config.max_positions, None
+    return int(tokens), origin
 
 
 def _special_ids(

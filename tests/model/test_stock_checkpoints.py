@@ -24,6 +24,7 @@ from nvembed_deploy.model.config_json import read_architecture, read_checkpoint_
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.sentence_transformers_files import StatedPooling, StatedPrompts
 from nvembed_deploy.model.text_contract import text_contract
+from nvembed_deploy.tokenization import TextEncoder
 from tests.conftest import ROOT
 from tests.tiny import make_tokenizer
 
@@ -506,6 +507,110 @@ def test_a_prompt_that_is_not_pooled(checkpoints: Callable[[str], Path], tmp_pat
     write_pooling(folder, "mean", include_prompt=False)
     contract = text_contract(folder, read_checkpoint_architecture(folder))
     assert (contract.mask_prompt, contract.exclude_prefix_from_pooling) == (True, True)
+
+
+SETTINGS = "sentence_bert_config.json"
+PROMPTS = "config_sentence_transformers.json"
+TOKENS = "tokenizer_config.json"
+CHAT = {"method": "forward", "method_output_name": "last_hidden_state", "format": "flat"}
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        (SETTINGS, {"do_lower_case": True}, "do_lower_case is True"),
+        (
+            "sentence_roberta_config.json",
+            {"do_lower_case": True},
+            "sentence_roberta_config.json: do_lower_case is True",
+        ),
+        (SETTINGS, {"max_seq_length": "64"}, "'max_seq_length' must be an integer"),
+        (SETTINGS, {"max_seq_length": 0}, "max_seq_length in .* is 0"),
+        (SETTINGS, {"config_args": {"sliding_window": 3}}, "config_args has sliding_window"),
+        (SETTINGS, {"tokenizer_args": {"truncation_side": "left"}}, "tokenizer_args has truncation_side"),
+        (SETTINGS, {"model_kwargs": []}, r"model_kwargs has \[\]"),
+        (SETTINGS, {"processing_kwargs": {"text": {"add_special_tokens": False}}}, "processing_kwargs is"),
+        (SETTINGS, {"transformer_task": "text-generation"}, "transformer_task is 'text-generation'"),
+        (SETTINGS, {"modality_config": {"message": CHAT}}, "modality_config is"),
+        (SETTINGS, {"new": 1}, "'new' is not a known setting"),
+        (PROMPTS, {"model_type": "SparseEncoder"}, "model_type is 'SparseEncoder'"),
+        (PROMPTS, {"truncate_dim": 16}, "truncate_dim is 16"),
+        (PROMPTS, {"prompts": {}, "default_prompt_name": []}, r"default_prompt_name is \[\]"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode": "mean", "include_prompt": 0},
+            "'include_prompt' must be true or fal",
+        ),
+        ("1_Pooling/config.json", {"pooling_mode": None}, "has pooling None"),
+    ],
+)
+def test_what_sentence_transformers_would_compute_otherwise_is_refused(
+    checkpoints: Callable[[str], Path], file: str, fields: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "other")
+    (folder / file).write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=message):
+        text_contract(folder, read_checkpoint_architecture(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("my_code.Pooling", "names 'my_code.Pooling', which is no class of sentence-transformers"),
+        ("sentence_transformers.models.CLIPModel", "begins with CLIPModel"),
+    ],
+)
+def test_modules_of_other_code_are_refused(
+    checkpoints: Callable[[str], Path], kind: str, message: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "other")
+    (folder / "modules.json").write_text(json.dumps([{"type": kind, "path": ""}]))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint_architecture(folder)
+
+
+def test_settings_that_change_no_vector_are_accepted(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """What sentence-transformers 6 writes, and the arguments that older checkpoints pass on."""
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "st6")
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        "module_output_name": "token_embeddings",
+        "unpad_inputs": None,
+        "model_args": {"torch_dtype": "bfloat16", "attn_implementation": "sdpa"},
+        "tokenizer_args": {"padding_side": "left"},
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    (folder / PROMPTS).write_text(json.dumps({"model_type": "SentenceTransformer", "prompts": {}}))
+    assert text_contract(folder, read_checkpoint_architecture(folder)).max_tokens == SIZES["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({SETTINGS: {"max_seq_length": 9}, TOKENS: {"model_max_length": 5}}, 9),
+        ({SETTINGS: {"max_seq_length": None}, TOKENS: {"model_max_length": 11}}, 11),
+        ({TOKENS: {"model_max_length": 10**30}}, SIZES["max_position_embeddings"]),
+    ],
+)
+def test_longer_texts_are_cut_where_sentence_transformers_cuts_them(
+    checkpoints: Callable[[str], Path], limits: dict[str, dict[str, object]], expected: int, tmp_path: Path
+) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "short")
+    write_pooling(folder, "mean", embedding_dimension=32)
+    (folder / "2_Normalize").mkdir()
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<unk>"}
+    for name, fields in {TOKENS: {}, **limits}.items():
+        (folder / name).write_text(json.dumps({**(tokenizer if name == TOKENS else {}), **fields}))
+    contract = text_contract(folder, read_checkpoint_architecture(folder))
+    assert contract.max_tokens == expected
+    text = TextEncoder((folder / "tokenizer.json").read_bytes(), contract)
+    rows = text.tokenize([*TEXTS, TEXTS[0] * 400], max_length=contract.max_tokens)
+    assert max(map(len, rows)) == expected
+    model = library.SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": "float32"})
+    ids = model.preprocess([*TEXTS, TEXTS[0] * 400])["input_ids"]
+    assert ids.tolist() == text.pad(rows).input_ids.tolist()
 
 
 def test_what_no_file_states_can_be_stated_by_hand(
