@@ -12,14 +12,16 @@ from nvembed_deploy.errors import CheckpointError, ConfigError
 from nvembed_deploy.model.config import ModelConfig, Pooling, UserStatement
 from nvembed_deploy.model.config_json import NOTHING_STATED
 from nvembed_deploy.model.family import MODEL_FAMILIES, ModelFamily
-from nvembed_deploy.model.fields import Fields
-from nvembed_deploy.model.sentence_transformers_files import read_max_tokens, read_prompts
+from nvembed_deploy.model.sentence_transformers_files import read_prompts
+from nvembed_deploy.model.tokenizer_files import (
+    TOKENIZER_CONFIG,
+    optional_json,
+    read_longest_text,
+    refuse_other_prompts,
+    refuse_other_tokenization,
+)
 from nvembed_deploy.spec import read_json
 from nvembed_deploy.tokenization import TextContract, parse_tokenizer
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
-NO_LIMIT = 1e30
-"""What transformers writes as `model_max_length` of a tokenizer without one."""
 
 
 def text_contract(
@@ -41,7 +43,7 @@ def text_contract(
 
     Raises:
         CheckpointError: `tokenizer.json` is missing, lacks the BOS, adds tokens that the model does not expect, or has
-            ids beyond the embedding table.
+            ids beyond the embedding table; or another file changes what it computes.
         ConfigError: The user states prompts that the files state otherwise.
     """
     family = MODEL_FAMILIES[config.family]
@@ -52,9 +54,11 @@ def text_contract(
         raise CheckpointError(
             f"{path} cannot be read ({err.strerror}); the checkpoint needs the tokenizer that it was trained with"
         ) from err
-    tokenizer_config = _optional_json(folder / TOKENIZER_CONFIG)
-    max_tokens, max_tokens_origin = _max_tokens(folder, config, family, tokenizer_config)
+    tokenizer_config = optional_json(folder / TOKENIZER_CONFIG)
+    refuse_other_tokenization(folder, tokenizer, tokenizer_config, family)
     prefix_ids, suffix_ids = _special_ids(tokenizer, path, config, tokenizer_config)
+    specials = len(prefix_ids) + len(suffix_ids)
+    max_tokens, max_tokens_origin = read_longest_text(folder, config, family, tokenizer_config, specials)
     max_id = max(tokenizer.get_vocab().values())
     if max_id >= config.vocab_size:
         raise CheckpointError(
@@ -71,7 +75,7 @@ def text_contract(
         origins["prompts"] = prompts.origin
         if max_tokens_origin:
             origins["length"] = f"{max_tokens} tokens: {max_tokens_origin}"
-    return TextContract(
+    contract = TextContract(
         prefix_ids=tuple(prefix_ids),
         suffix_ids=tuple(suffix_ids),
         pad_id=(suffix_ids or prefix_ids or [0])[0] if pad_id is None else pad_id,
@@ -86,23 +90,8 @@ def text_contract(
         default_prompt=prompts.default,
         prompts=prompts.named,
     )
-
-
-def _max_tokens(
-    folder: Path, config: ModelConfig, family: ModelFamily, tokenizer_config: dict[str, Any]
-) -> tuple[int, str | None]:
-    """Returns the longest text in tokens and the file that states it, or None for the model's positions.
-
-    sentence-transformers cuts longer texts. Families with code of their own leave the limit to the caller.
-    """
-    path = str(folder / TOKENIZER_CONFIG)
-    in_tokenizer = Fields(tokenizer_config, path).number("model_max_length", NO_LIMIT, null=NO_LIMIT)
-    tokens, origin = read_max_tokens(folder) or (in_tokenizer, f"model_max_length in {path}")
-    if tokens < 1:
-        raise CheckpointError(f"{origin} is {tokens}; it must be at least 1")
-    if family.own_code or tokens >= config.max_positions:
-        return config.max_positions, None
-    return int(tokens), origin
+    refuse_other_prompts(path, tokenizer, contract)
+    return contract
 
 
 def _special_ids(
@@ -116,6 +105,8 @@ def _special_ids(
     family = MODEL_FAMILIES[model.family]
     with_specials = tokenizer.encode("a", add_special_tokens=True).ids
     plain = tokenizer.encode("a", add_special_tokens=False).ids
+    if not plain:
+        raise CheckpointError(f"{path} encodes 'a' as no token, so its special tokens cannot be told from the text's")
     starts = (index for index in range(len(with_specials)) if with_specials[index : index + len(plain)] == plain)
     start = next(starts, len(with_specials))
     prefix_ids, suffix_ids = with_specials[:start], with_specials[start + len(plain) :]
@@ -207,7 +198,3 @@ def _prompts(folder: Path, family: ModelFamily, stated: UserStatement) -> _Promp
     words += [f"instructions {template!r}"] if template else []
     origin = f"{', '.join(words) or 'none'}: {' and '.join(origins) or 'no file states any'}"
     return _Prompts(named=named, default=default, template=template, origin=origin)
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}

@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as torch_save_file
+from tokenizers.processors import TemplateProcessing
 
 from nvembed_deploy import Encoder
 from nvembed_deploy.engines import show
@@ -583,6 +584,74 @@ def test_settings_that_change_no_vector_are_accepted(checkpoints: Callable[[str]
     (folder / SETTINGS).write_text(json.dumps(settings))
     (folder / PROMPTS).write_text(json.dumps({"model_type": "SentenceTransformer", "prompts": {}}))
     assert text_contract(folder, read_checkpoint_architecture(folder)).max_tokens == SIZES["max_position_embeddings"]
+
+
+LEFT = {"direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+WATER = {"content": "water", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        (TOKENS, {"truncation_side": "left"}, "tokenizer_config.json says that longer texts are cut on the left"),
+        ("tokenizer.json", {"truncation": LEFT}, "tokenizer.json says that longer texts are cut on the left"),
+        (TOKENS, {"split_special_tokens": True}, "split_special_tokens is True"),
+        (TOKENS, {"auto_map": {"AutoTokenizer": ["tokens.Own", None]}}, "auto_map names"),
+        (TOKENS, {"added_tokens_decoder": {"290": WATER}}, "adds the token 'water'"),
+        (TOKENS, {"additional_special_tokens": ["the"]}, "adds the token 'the'"),
+        ("added_tokens.json", {"over": 290}, "adds the token 'over'"),
+        (TOKENS, {"model_max_length": "512"}, "'model_max_length' must be a number"),
+    ],
+)
+def test_files_that_change_what_the_tokenizer_states_are_refused(
+    checkpoints: Callable[[str], Path], file: str, fields: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "other")
+    path = folder / file
+    stated = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**stated, **fields}))
+    with pytest.raises(CheckpointError, match=message):
+        text_contract(folder, read_checkpoint_architecture(folder))
+
+
+@pytest.mark.parametrize(
+    ("flags", "prompt", "is_served"),
+    [
+        ({}, "the </s> ask: ", True),
+        ({"lstrip": True}, "the </s> ask: ", True),
+        ({"rstrip": True}, "ask: ", True),
+        ({"rstrip": True}, "the </s> ask: ", False),
+        ({"single_word": True}, "</s>", False),
+    ],
+)
+def test_special_tokens_of_a_prompt_that_change_the_text_are_refused(
+    checkpoints: Callable[[str], Path], flags: dict[str, bool], prompt: str, is_served: bool, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "prompted")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        token.update(flags if token["content"] == "</s>" else {})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / PROMPTS).write_text(json.dumps({"prompts": {"query": prompt}}))
+    config = read_checkpoint_architecture(folder)
+    if is_served:
+        assert text_contract(folder, config).prompts == {"query": prompt}
+    else:
+        with pytest.raises(CheckpointError, match=r"a special token in the prompt .* changes the tokens"):
+            text_contract(folder, config)
+
+
+def test_two_tokens_after_a_text_whose_prompt_is_not_pooled_are_refused(
+    checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "two")
+    tokenizer = make_tokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s> </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert text_contract(folder, read_checkpoint_architecture(folder)).suffix_ids == (2, 2)
+    write_pooling(folder, "mean", include_prompt=False)
+    with pytest.raises(CheckpointError, match="adds 2 tokens after a text"):
+        text_contract(folder, read_checkpoint_architecture(folder))
 
 
 @pytest.mark.parametrize(
