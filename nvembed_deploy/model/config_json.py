@@ -107,6 +107,7 @@ def read_architecture(
     text = top.section("text_config") if family is NV_EMBED else top
     for section in (top, text):
         section.require("quantization_config", (None,), family.name)
+        section.require("transformers_weights", (None,), family.name)
     stock = _class_of(family, top)
     _refuse_unknown_variants(family, text, top)
     mask = _mask(family, top, stated)
@@ -308,7 +309,7 @@ def _pooling(family: ModelFamily, top: Fields, module: StatedPooling | None, sta
         statements[module.path] = module.pooling
     name = top.values.get("pooling")
     if name is not None:
-        if name not in POOLINGS:
+        if not isinstance(name, str) or name not in POOLINGS:
             raise CheckpointError(
                 f"{top.path}: pooling is {name!r}, which is not supported for {family.name} and would lead to wrong "
                 "vectors. Supported: 'avg', 'mean', 'last'"

@@ -56,9 +56,9 @@ def read_rope(text: Fields, default: Mapping[str, Any]) -> tuple[float, RopeScal
     )
     if base <= 1:
         raise CheckpointError(f"{text.path}: rope_theta is {base!r}; it must be greater than 1")
-    factors = {text.values.get("partial_rotary_factor"), rope.get("partial_rotary_factor")} - {None, 1}
-    if factors:
-        raise CheckpointError(f"{text.path}: partial_rotary_factor is {factors.pop()!r}, which is not supported")
+    for factor in (text.values.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
+        if factor not in (None, 1):
+            raise CheckpointError(f"{text.path}: partial_rotary_factor is {factor!r}, which is not supported")
     original = text.values.get("original_max_position_embeddings")
     if original not in (None, rope.get("original_max_position_embeddings")):
         raise CheckpointError(
