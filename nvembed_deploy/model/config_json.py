@@ -109,7 +109,7 @@ def read_architecture(
         section.require("quantization_config", (None,), family.name)
         section.require("transformers_weights", (None,), family.name)
     stock = _class_of(family, top)
-    _refuse_unknown_variants(family, text, top)
+    _refuse_unknown_variants(family, stock, text, top)
     mask = _mask(family, top, stated)
     model_pooling = _pooling(family, top, pooling, stated)
     hidden_size, heads = text.number("hidden_size"), text.number("num_attention_heads")
@@ -387,11 +387,12 @@ def _latent(top: Fields, hidden_size: int) -> LatentAttention:
     )
 
 
-def _refuse_unknown_variants(family: ModelFamily, text: Fields, top: Fields) -> None:
+def _refuse_unknown_variants(family: ModelFamily, stock: StockClass, text: Fields, top: Fields) -> None:
     """Refuses variants that would load but compute something else."""
     text.require("hidden_act", ("silu",), family.name)
     text.require("mlp_bias", (False,), family.name)
-    text.require("attention_bias", (False,), family.name)
+    if not stock.qkv_bias:  # or transformers ignores it, as Qwen2's biases are fixed
+        text.require("attention_bias", (False,), family.name)
     if family is NV_EMBED:
         if "model_type" not in text.values:
             raise CheckpointError(f"{text.path}: text_config has no model_type; it must be 'bidir_mistral'")

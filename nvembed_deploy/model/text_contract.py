@@ -21,7 +21,7 @@ from nvembed_deploy.model.tokenizer_files import (
     refuse_other_tokenization,
 )
 from nvembed_deploy.spec import read_json
-from nvembed_deploy.tokenization import TextContract, parse_tokenizer
+from nvembed_deploy.tokenization import DOCUMENT_PROMPT_NAMES, TextContract, parse_tokenizer
 
 
 def text_contract(
@@ -160,6 +160,12 @@ class _Prompts:
     origin: str
 
 
+def _without_default(named: dict[str, str]) -> dict[str, str]:
+    """Returns the prompts with empty ones for queries and documents, for which the default is never taken."""
+    has_document = any(name in named for name in DOCUMENT_PROMPT_NAMES)
+    return {"query": "", **({} if has_document else {"document": ""}), **named}
+
+
 def _prompts(folder: Path, family: ModelFamily, stated: UserStatement) -> _Prompts:
     """Returns the prompts: the family's, those of the checkpoint's files, and those that the user states.
 
@@ -177,6 +183,8 @@ def _prompts(folder: Path, family: ModelFamily, stated: UserStatement) -> _Promp
         default = named.get(str(in_files.default_prompt_name), default)
         if not family.prompts:
             template = template if in_files.template is None else template or in_files.template
+        if in_files.default_prompt_name is not None and not template:
+            named = _without_default(named)
         origins.append(in_files.path)
     for name, prompt, flag in (
         ("query", stated.query_prompt, "--query-prompt"),

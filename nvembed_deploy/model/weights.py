@@ -83,7 +83,12 @@ class StoredWeights:
                         f"{list(shapes[name])}"
                     )
                 stored[name] = tensor
-        _refuse_differences(folder, missing=shapes.keys() - stored.keys(), extra=stored.keys() - shapes.keys())
+        added = "" if config.latent is not None else _DECODER  # which no file has
+        missing, extra = (
+            {name.removeprefix(added) for name in names}
+            for names in (shapes.keys() - stored.keys(), stored.keys() - shapes.keys())
+        )
+        _refuse_differences(folder, missing=missing, extra=extra)
         self.tensors = {name: stored[name] for name in shapes}
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:

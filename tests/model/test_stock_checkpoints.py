@@ -472,6 +472,11 @@ def damage_no_pooling(folder: Path) -> None:
     (folder / "modules.json").unlink()
 
 
+def damage_head(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    torch_save_file({**weights, "model.head.weight": torch.zeros(2)}, folder / "model.safetensors")
+
+
 def damage_eos(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"add_eos_token": true}')
 
@@ -484,6 +489,7 @@ def damage_eos(folder: Path) -> None:
         (damage_pooling_path, "has pooling lasttoken and .*1_Pooling.config.json mean"),
         (damage_missing_pooling, "1_Pooling.config.json"),
         (damage_no_pooling, "the pooling of this LlamaModel is not stated"),
+        (damage_head, "has unexpected head.weight; its weights do not match"),
         (damage_eos, "tokenizer_config.json says add_eos_token"),
     ],
 )
@@ -509,6 +515,33 @@ def test_a_prompt_that_is_not_pooled(checkpoints: Callable[[str], Path], tmp_pat
     write_pooling(folder, "mean", include_prompt=False)
     contract = text_contract(folder, read_checkpoint_architecture(folder))
     assert (contract.mask_prompt, contract.exclude_prefix_from_pooling) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "default", "query", "document"),
+    [
+        ({"retrieval": "find: ", "sts": "compare: "}, "sts", "", ""),
+        ({"query": "query: ", "passage": "text: "}, "query", "query: ", "text: "),
+        ({"retrieval": "find: "}, None, "", ""),
+    ],
+)
+def test_a_default_prompt_is_none_for_queries_and_documents(
+    checkpoints: Callable[[str], Path],
+    prompts: dict[str, str],
+    default: str | None,
+    query: str,
+    document: str,
+    tmp_path: Path,
+) -> None:
+    """sentence-transformers takes `default_prompt_name` in `encode` only, not in `encode_query`."""
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "prompts")
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": prompts, "default_prompt_name": default})
+    )
+    contract = text_contract(folder, read_checkpoint_architecture(folder))
+    encoder = TextEncoder((folder / "tokenizer.json").read_bytes(), contract)
+    assert encoder.prompt(None, None) == prompts.get(str(default), "")
+    assert [encoder.prompts(None)[name] for name in ("query", "document")] == [query, document]
 
 
 SETTINGS = "sentence_bert_config.json"
