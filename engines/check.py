@@ -11,17 +11,21 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from nvembed_deploy.bundle.manifest import REFERENCE_OUTPUTS, TOKENIZER
+from nvembed_deploy.backends.base import Backend
+from nvembed_deploy.bundle.manifest import MANIFEST, REFERENCE_OUTPUTS, TOKENIZER
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import echo, install_command, program, run
+from nvembed_deploy.console import echo, install_command, program, run, step
 from nvembed_deploy.errors import ConfigError, MissingExtra, ParityError
 from nvembed_deploy.files.api_keys import read_keys
+from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.files.records import to_json
 from nvembed_deploy.parity.compare import compare, compute_reference_outputs, require_mask, require_passed
 from nvembed_deploy.parity.probes import ReferenceOutputs
 from nvembed_deploy.parity.server import ServerClient, compare_server
+from nvembed_deploy.parity.vector_kinds import measure_vector_kinds
 from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.tokenization import TextEncoder
@@ -45,6 +49,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     )
     parser.add_argument("--revision", default=None, metavar="COMMIT", help="commit of the hub repository")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--measure-vectors",
+        action="store_true",
+        help="measure what int8 and binary vectors cost on this machine, and store it in the bundle",
+    )
     server_flags = parser.add_argument_group("comparing a server, of this project or another, instead of an engine")
     server_flags.add_argument("--against", metavar="URL", help="address of the server, such as http://127.0.0.1:8080")
     server_flags.add_argument("--server-model", metavar="NAME", help="its model (default: the first that it lists)")
@@ -93,8 +102,28 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         echo(report.summary())
         sys.stdout.write(json.dumps(to_json(report)) + "\n")
         require_passed(report)
+        if flags.measure_vectors:
+            _measure_vectors(bundle, text, backend)
 
     return run(command)
+
+
+def _measure_vectors(bundle: Bundle, text: TextEncoder, backend: Backend) -> None:
+    """Measures the costs of smaller vectors, and replaces the manifest by one that has them.
+
+    Raises:
+        ConfigError: The engine's inputs are too short for a measurement.
+    """
+    with step("measuring int8 and binary vectors"):
+        max_shape = bundle.manifest.profile.max
+        kinds = measure_vector_kinds(backend, text, max_shape=max_shape, max_seconds=None)
+    if kinds is None:
+        raise ConfigError(
+            f"vectors cannot be measured with texts of up to {max_shape.tokens} tokens; build it for more"
+        )
+    write_file(bundle.folder / MANIFEST, replace(bundle.manifest, vectors=kinds).to_bytes())
+    for name, loss in kinds.losses.items():
+        echo(f"  {name}: {loss.overlap:.1%} of the ten best, {loss.ndcg_share:.1%} of nDCG@10")
 
 
 def _reference_outputs(bundle: Bundle, text: TextEncoder, model: str | None, revision: str | None) -> ReferenceOutputs:

@@ -122,6 +122,7 @@ def lines(manifest: Manifest) -> Iterator[str]:
         overlap = "" if report.overlap is None else f", top-{TOP_K} overlap {report.overlap:.1%}"
         cosines = f"lowest cosine {report.min_cosine:.6f}, mean {report.mean_cosine:.6f}"
         yield f"parity     {report.candidate}: {cosines}{overlap}"
+    yield from _vector_lines(manifest)
     if not manifest.parity:
         yield f"parity     NOT checked: {program('check')} BUNDLE --model CHECKPOINT"
     yield f"made       {manifest.created} by version {manifest.tool_version}"
@@ -132,6 +133,18 @@ def lines(manifest: Manifest) -> Iterator[str]:
     if memory is not None and weight_bytes > memory:
         free_memory = f"{memory / GIB:.1f} GiB of memory are free"
         yield f"           the weights need {weight_bytes / GIB:.1f} GiB, but only {free_memory}"
+
+
+def _vector_lines(manifest: Manifest) -> Iterator[str]:
+    """Yields what the smaller number formats of vectors cost."""
+    if manifest.vectors is None:
+        yield f"vectors    float32 and float16; others are not measured: {program('check')} BUNDLE --measure-vectors"
+        return
+    losses = (
+        f"{name} {loss.overlap:.1%} of the ten best, {loss.ndcg_share:.1%} of nDCG"
+        for name, loss in manifest.vectors.losses.items()
+    )
+    yield f"vectors    kept of float32's retrieval: {'; '.join(losses)}"
 
 
 def checkpoint_lines(folder: Path) -> Iterator[str]:

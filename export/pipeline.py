@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nvembed_deploy.backends.ort import OrtBackend
 from nvembed_deploy.backends.pytorch import PyTorchBackend
 from nvembed_deploy.bundle.manifest import (
     CPU_GRAPH,
@@ -31,6 +32,7 @@ from nvembed_deploy.bundle.manifest import (
     Source,
 )
 from nvembed_deploy.bundle.parity_report import ParityReport
+from nvembed_deploy.bundle.vector_kinds import VectorKinds
 from nvembed_deploy.bundle.writer import commit, new_bundle
 from nvembed_deploy.console import detail, echo, program, step
 from nvembed_deploy.engines.plan_builder import build_plan
@@ -65,6 +67,7 @@ from nvembed_deploy.model.weights import StoredWeights, weight_files
 from nvembed_deploy.parity.compare import compute_reference_outputs
 from nvembed_deploy.parity.gate import Gate, closeness, verdict
 from nvembed_deploy.parity.probes import longest_probe, probe_rows
+from nvembed_deploy.parity.vector_kinds import measure_vector_kinds
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import installed_versions, peak_memory_bytes, return_large_blocks
 from nvembed_deploy.tokenization import TextContract, TextEncoder, TokenRow
@@ -105,6 +108,7 @@ class ExportState:
     hashes: dict[str, FileEntry] = field(default_factory=dict)
     """Files that were hashed while they were written or read."""
     reports: list[ParityReport] = field(default_factory=list)
+    vectors: VectorKinds | None = None
     plan: PlanInfo | None = None
 
 
@@ -140,6 +144,7 @@ def export(options: ExportOptions) -> Manifest:
         _quantize(state)
         _search_fp16_limit(state)
         _write_passing_graphs(state)
+        _measure_vector_kinds(state)
         _hash_checkpoint(state)
         if bindings is not None:
             _build_plan(state, bindings)
@@ -421,6 +426,21 @@ def _write_graphs(state: ExportState) -> None:
     state.opset = traced.opset_imports[""]
 
 
+def _measure_vector_kinds(state: ExportState) -> None:
+    """Sets what int8 and binary vectors cost, if ONNX Runtime embeds the texts for that within a minute."""
+    if state.gate is None:
+        return
+    precision, max_shape = state.options.precision, state.options.profile.max
+    graph = state.staging / (CPU_GRAPH if precision.has_cpu_graph else GRAPH)
+    with step("measuring int8 and binary vectors"):
+        state.vectors = measure_vector_kinds(OrtBackend(graph), state.text, max_shape=max_shape)
+    if state.vectors is None:
+        detail("  not measured, since the engine is too slow here or takes short texts only: nvembed check does it")
+        return
+    for name, loss in state.vectors.losses.items():
+        detail(f"  {name}: {loss.overlap:.1%} of the ten best, {loss.ndcg_share:.1%} of nDCG@10")
+
+
 def _graph_properties(state: ExportState) -> dict[str, str]:
     """Returns what the graph's file says of itself, for a reader who has no manifest."""
     config, precision = state.checkpoint.weights.config, state.options.precision
@@ -491,6 +511,7 @@ def _manifest(state: ExportState) -> Manifest:
         profile=options.profile,
         plan=state.plan,
         parity=tuple(state.reports),
+        vectors=state.vectors,
         versions=_versions(state.plan),
         referenced=_linked_shards(state.staging),
         checkpoint_files=(),

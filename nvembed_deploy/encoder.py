@@ -23,6 +23,7 @@ from nvembed_deploy.backends.base import Backend, ClosedBackend, Output
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.bundle.manifest import Manifest
 from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.bundle.vector_kinds import BOUNDED_BY, require_offered
 from nvembed_deploy.console import program
 from nvembed_deploy.errors import ConfigError, EngineError, InputError, InputTypeError
 from nvembed_deploy.select_backend import absolute_path, open_checkpoint, open_parts
@@ -35,7 +36,14 @@ from nvembed_deploy.tokenization import (
     check_pooled,
     check_texts,
 )
-from nvembed_deploy.vectors import check_vectors, cosine_similarity, output_vectors, pairwise_cosine_similarity
+from nvembed_deploy.vectors import (
+    OutputDtype,
+    check_vectors,
+    convert,
+    cosine_similarity,
+    output_vectors,
+    pairwise_cosine_similarity,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,6 +87,7 @@ class _Layout:
     max_rows: int
     max_tokens: int
     normalize: bool
+    dtype: OutputDtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +110,7 @@ class EncodeOptions(TypedDict, total=False):
     batch_tokens: int | None
     normalize: bool
     truncate: Truncate
+    output_dtype: str
     show_progress: bool
 
 
@@ -282,8 +292,9 @@ class Encoder:
         batch_tokens: int | None = None,
         normalize: bool = True,
         truncate: Truncate = True,
+        output_dtype: str = "float32",
         show_progress: bool = False,
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[Any]:
         """Embeds one text or many.
 
         Args:
@@ -304,11 +315,14 @@ class Encoder:
             truncate: If True (or `end`), longer texts are truncated at `max_length`, which drops their `</s>` as
                 NVIDIA's code does, and their number is logged; if `start`, their beginning is dropped instead, after
                 the prompt; if False, they raise an error.
+            output_dtype: Number format of the vectors: `float32`, `float16`, `int8`, `uint8` (int8 plus 128), or
+                `ubinary` and `binary` (signs, eight in a byte), see `nvembed_deploy.vectors`. The smaller ones are
+                offered if the bundle's manifest says what they cost (`nvembed show`).
             show_progress: Shows a progress bar on stderr.
 
         Returns:
-            float32 [N, D] in input order, rows of unit length; [D] for a single str; [0, D] for no texts. D is
-            `dimensions` if given.
+            [N, D] of `output_dtype` in input order, as float32 rows of unit length; [D] for a single str; [0, D] for no
+            texts. D is `dimensions` if given; bits have D / 8 bytes.
 
         Raises:
             InputTypeError: A text is not a str; the message gives its index.
@@ -330,17 +344,19 @@ class Encoder:
                 batch_tokens=batch_tokens,
                 normalize=normalize,
                 truncate=truncate,
+                output_dtype=output_dtype,
                 show_progress=show_progress,
             )
         )
         if not blocks:
-            return np.empty((0, self._output_dim(dimensions)), dtype=np.float32)
+            layout = self._layout(dimensions, output_dtype=output_dtype)
+            return self.convert(np.empty((0, layout.dim), dtype=np.float32), layout.dtype)
         vectors = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         return vectors[0] if single else vectors
 
     def encode_query(
         self, texts: str | Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[Any]:
         """Embeds queries: as `encode`, with the prompt for queries unless a prompt is given.
 
         Args:
@@ -349,7 +365,7 @@ class Encoder:
             options: The other options of `encode`.
 
         Returns:
-            float32 [N, D], see `encode`.
+            [N, D], see `encode`.
 
         Raises:
             InputTypeError: See `encode`; likewise for the other errors.
@@ -358,7 +374,7 @@ class Encoder:
 
     def encode_document(
         self, texts: str | Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[Any]:
         """Embeds documents (passages): as `encode`, with the checkpoint's prompt for documents, if it has one.
 
         Args:
@@ -367,7 +383,7 @@ class Encoder:
             options: The other options of `encode`.
 
         Returns:
-            float32 [N, D], see `encode`.
+            [N, D], see `encode`.
 
         Raises:
             InputTypeError: See `encode`; likewise for the other errors.
@@ -441,8 +457,9 @@ class Encoder:
         batch_tokens: int | None = None,
         normalize: bool = True,
         truncate: Truncate = True,
+        output_dtype: str = "float32",
         show_progress: bool = False,
-    ) -> Iterator[NDArray[np.float32]]:
+    ) -> Iterator[NDArray[Any]]:
         """Embeds any number of texts in bounded memory, and yields their vectors in blocks.
 
         At most two windows of `WINDOW_TEXTS` texts are in memory: one is tokenized while the previous one runs.
@@ -452,7 +469,7 @@ class Encoder:
             instruction: See `encode`; likewise for the remaining arguments.
 
         Yields:
-            float32 [n, D], the vectors of the next n texts in input order; n is `WINDOW_TEXTS` except for the last.
+            [n, D], the vectors of the next n texts in input order; n is `WINDOW_TEXTS` except for the last.
 
         Raises:
             InputTypeError: See `encode`; likewise for the other errors.
@@ -460,7 +477,13 @@ class Encoder:
         check_container(texts)
         rules = self._token_rules(instruction, prompt, prompt_name, max_length=max_length, truncate=truncate)
         self._require_open_here()
-        layout = self._layout(dimensions, batch_size=batch_size, batch_tokens=batch_tokens, normalize=normalize)
+        layout = self._layout(
+            dimensions,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            normalize=normalize,
+            output_dtype=output_dtype,
+        )
         texts = as_python_strings(texts)
         if isinstance(texts, Sized) and cast("object", iter(texts)) is not texts and len(texts) > WINDOW_TEXTS:
             for first_index, window in _windows(texts):  # an error in the last one is raised before the first one runs
@@ -545,12 +568,12 @@ class Encoder:
         self._require_open_here()
         if not isinstance(rows, Sequence) or not all(isinstance(row, TokenRow) for row in rows):
             raise InputTypeError("rows were not returned by `tokenize`; pass the list that it returns, or a part of it")
-        layout = self._layout(dimensions, batch_size=None, batch_tokens=None, normalize=normalize)
+        layout = self._layout(dimensions, normalize=normalize)
         return self._run_window(rows, 0, layout, bar=None)
 
     def _encode_side(
         self, side: str, texts: str | Iterable[str], instruction: str | None, options: EncodeOptions
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[Any]:
         if instruction is None and options.get("prompt") is None and options.get("prompt_name") is None:
             options["prompt"] = self._prompts[side]
         return self.encode(texts, instruction=instruction, **options)
@@ -581,15 +604,54 @@ class Encoder:
         )
 
     def _layout(
-        self, dimensions: int | None, *, batch_size: int | None, batch_tokens: int | None, normalize: bool
+        self,
+        dimensions: int | None,
+        *,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        normalize: bool = True,
+        output_dtype: str = "float32",
     ) -> _Layout:
         max_rows = self.manifest.profile.max.batch
-        return _Layout(
+        layout = _Layout(
             dim=self._output_dim(dimensions),
             max_rows=self._limit("batch_size", batch_size, max_rows, max_rows if self._backend.profile else None),
             max_tokens=self._limit("batch_tokens", batch_tokens, self._default_batch_tokens, None),
             normalize=normalize,
+            dtype=self.offered_dtype(output_dtype),
         )
+        if layout.dtype in BOUNDED_BY and layout.dtype is not OutputDtype.FLOAT16:
+            if layout.dim != self.dimension:
+                raise ConfigError(
+                    f"{output_dtype} vectors are measured for {self.dimension} dimensions; omit dimensions"
+                )
+            if not normalize:
+                raise ConfigError(f"{output_dtype} vectors are made of vectors of unit length; omit normalize=False")
+        return layout
+
+    def offered_dtype(self, name: str) -> OutputDtype:
+        """Returns the number format of a name.
+
+        Raises:
+            ConfigError: There is no such format, or the bundle does not offer it; the message says why.
+        """
+        try:
+            dtype = OutputDtype(name)
+        except ValueError:
+            names = ", ".join(repr(dtype.value) for dtype in OutputDtype)
+            raise ConfigError(f"output_dtype is {name!r}; it can be {names}") from None
+        require_offered(dtype, self.manifest.vectors)
+        return dtype
+
+    def convert(self, vectors: NDArray[np.float32], dtype: OutputDtype) -> NDArray[Any]:
+        """Converts vectors of this encoder, float32 [N, D] of unit length, to a format that it offers.
+
+        Raises:
+            ConfigError: See `offered_dtype`.
+        """
+        require_offered(dtype, self.manifest.vectors)
+        kinds = self.manifest.vectors
+        return convert(vectors, dtype, int8_step=kinds.int8_step if kinds else None)
 
     def _stream(
         self, texts: Iterable[object], rules: _TokenRules, layout: _Layout, *, show_progress: bool
@@ -600,7 +662,7 @@ class Encoder:
                 vectors = self._run_window(window.rows, start, layout, bar=bar)
                 truncated, blank = truncated + window.truncated_texts, blank + window.blank_texts
                 start += len(vectors)
-                yield vectors
+                yield self.convert(vectors, layout.dtype)
         if blank:
             _log.warning("%d of %d texts were empty or only white space; their vectors carry no meaning", blank, start)
         if truncated:

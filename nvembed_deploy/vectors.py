@@ -1,18 +1,51 @@
-"""Checks, truncation and comparison of vectors."""
+"""Vectors after the engine: checks, truncation, smaller number formats, comparison and search.
+
+An int8 vector is the float vector divided by one step for all components and rounded, so that integer products are
+proportional to cosines, and a text alone has the vector that it has in any batch. The step is fitted on calibration
+texts at export and stored in the manifest; no range is taken from the user's texts. Bits are the signs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.console import program
-from nvembed_deploy.errors import InputError, NumericsError
+from nvembed_deploy.errors import ConfigError, InputError, NumericsError
 
 UNIT_TOLERANCE = 1e-3
 NORM_FLOOR = 1e-12
+INT8_MAX = 127
+STEP_QUANTILE = 0.9999
+"""Share of the calibration vectors' components that int8 represents without clipping; the rest are clipped to 127."""
+UINT8_OFFSET = 128
+"""Difference of uint8 and int8, and of ubinary and binary, as in the interfaces of Cohere, Voyage and NVIDIA's NIM."""
+BLOCK_VECTORS = 16_384
+"""Vectors that `search` compares at a time: their products fit into a processor's cache."""
+
+
+class OutputDtype(str, Enum):
+    """Number formats of vectors, under the names that hosted interfaces use."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    """int8 plus 128."""
+    BINARY = "binary"
+    """ubinary minus 128, as int8."""
+    UBINARY = "ubinary"
+    """One bit per component, eight of them in a byte, the first in its highest bit: 1 if the component is above 0."""
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether the format depends on the step in the manifest."""
+        return self in (OutputDtype.INT8, OutputDtype.UINT8)
 
 
 def output_vectors(output: Output, *, dim: int, normalize: bool) -> NDArray[np.float32]:
@@ -101,3 +134,148 @@ def _require_same_dim(first: NDArray[np.float32], second: NDArray[np.float32]) -
         raise InputError(
             f"the vectors have {first.shape[1]} and {second.shape[1]} dimensions; compare vectors of one model"
         )
+
+
+def fit_int8_step(vectors: NDArray[np.float32]) -> float:
+    """Returns the step of int8 vectors, fitted on the vectors of calibration texts.
+
+    Args:
+        vectors: float32 [N, D], of unit length.
+    """
+    return float(np.quantile(np.abs(vectors), STEP_QUANTILE)) / INT8_MAX
+
+
+def convert(vectors: NDArray[np.float32], dtype: OutputDtype, *, int8_step: float | None = None) -> NDArray[Any]:
+    """Converts float vectors to a smaller number format.
+
+    Args:
+        vectors: float32 [..., D].
+        dtype: The number format; `binary` and `ubinary` need D to be a multiple of 8.
+        int8_step: Step of int8, from `fit_int8_step`; only for `int8` and `uint8`.
+
+    Returns:
+        [..., D] of the format, or [..., D / 8] for bits.
+
+    Raises:
+        ConfigError: The step is missing, or D is no multiple of 8.
+    """
+    if dtype is OutputDtype.FLOAT32:
+        return vectors
+    if dtype is OutputDtype.FLOAT16:
+        return vectors.astype(np.float16)
+    if dtype.needs_step:
+        if int8_step is None:
+            raise ConfigError(f"{dtype.value} vectors need the step that an export stores in the manifest")
+        rounded = np.rint(vectors / np.float32(int8_step)).clip(-INT8_MAX, INT8_MAX).astype(np.int8)
+        return rounded if dtype is OutputDtype.INT8 else _shifted(rounded, UINT8_OFFSET, np.uint8)
+    if vectors.shape[-1] % 8:
+        raise ConfigError(f"{dtype.value} vectors need a dimension that is a multiple of 8, not {vectors.shape[-1]}")
+    bits = np.packbits(vectors > 0, axis=-1)
+    return bits if dtype is OutputDtype.UBINARY else _shifted(bits, -UINT8_OFFSET, np.int8)
+
+
+def _shifted(values: NDArray[Any], offset: int, dtype: type[np.integer[Any]]) -> NDArray[Any]:
+    shifted: NDArray[Any] = (values.astype(np.int16) + offset).astype(dtype)
+    return shifted
+
+
+def hamming_distances(queries: NDArray[np.uint8], documents: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """Returns the number of different bits of each query and each document.
+
+    Args:
+        queries: uint8 [Q, D / 8], `ubinary`.
+        documents: uint8 [N, D / 8], `ubinary`.
+
+    Returns:
+        int32 [Q, N].
+    """
+    # Eight bytes at a time where the width allows it.
+    width = np.uint64 if documents.shape[1] % 8 == 0 else np.uint8
+    left, right = (np.ascontiguousarray(vectors).view(width) for vectors in (queries, documents))
+    return np.stack([_count_bits(right ^ row).sum(axis=1, dtype=np.int32) for row in left])
+
+
+def search(queries: NDArray[Any], documents: NDArray[Any], *, top_k: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Returns the nearest documents of each query, exactly, by inner product or by the number of equal bits.
+
+    Args:
+        queries: [Q, D] of float32, float16 or int8, or uint8 [Q, D / 8] for `ubinary`.
+        documents: [N, D] of the same format; may be memory-mapped.
+        top_k: Number of documents per query, at most N.
+
+    Returns:
+        Indices int64 [Q, k], the best first and equal ones in order, and their scores [Q, k]: products, exact for
+        int8, or minus the number of different bits.
+
+    Raises:
+        ConfigError: The formats or the widths differ.
+    """
+    if queries.dtype != documents.dtype or queries.shape[1:] != documents.shape[1:]:
+        raise ConfigError(
+            f"queries are {queries.dtype} {list(queries.shape)} and documents {documents.dtype} "
+            f"{list(documents.shape)}; convert both to one format"
+        )
+    top_k = min(top_k, len(documents))
+    best_indices = np.empty((len(queries), 0), dtype=np.int64)
+    best_scores: NDArray[Any] = np.empty((len(queries), 0), dtype=np.float32)
+    for start in range(0, len(documents), BLOCK_VECTORS):
+        scores = _scores(queries, documents[start : start + BLOCK_VECTORS])
+        indices = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
+        best_indices, best_scores = _best(
+            np.concatenate([best_indices, indices], axis=1), np.concatenate([best_scores, scores], axis=1), top_k
+        )
+    return best_indices, best_scores
+
+
+def rescore(
+    queries: NDArray[Any], candidates: NDArray[np.int64], documents: NDArray[Any], *, top_k: int
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Ranks the candidates of a coarse search, such as one by bits, by the product with finer vectors.
+
+    Args:
+        queries: [Q, D] of float32, float16 or int8.
+        candidates: int64 [Q, C], indices of documents, from `search`.
+        documents: [N, D] of float32, float16 or int8; may be memory-mapped, since only the candidates are read.
+        top_k: Number of documents per query, at most C.
+
+    Returns:
+        Indices int64 [Q, k], the best first, and their products [Q, k].
+    """
+    scores = np.stack(
+        [
+            _scores(query[None], np.asarray(documents[indices]))[0]
+            for query, indices in zip(queries, candidates, strict=True)
+        ]
+    )
+    return _best(candidates, scores, min(top_k, candidates.shape[1]))
+
+
+def _scores(queries: NDArray[Any], documents: NDArray[Any]) -> NDArray[Any]:
+    if documents.dtype == np.uint8:
+        return -hamming_distances(queries, documents)
+    # int8 as float32: products of up to 1,040 components are exact, BLAS is ten times faster than NumPy's integers, and
+    # beyond that a sum is rounded by less than one step.
+    scores: NDArray[Any] = queries.astype(np.float32) @ documents.astype(np.float32).T
+    return scores
+
+
+def _best(indices: NDArray[np.int64], scores: NDArray[Any], top_k: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Returns the best columns of each row, the best first; of equal scores the first index."""
+    columns = np.stack([_best_columns(row, top_k) for row in scores])
+    return np.take_along_axis(indices, columns, axis=1), np.take_along_axis(scores, columns, axis=1)
+
+
+def _best_columns(scores: NDArray[Any], top_k: int) -> NDArray[np.int64]:
+    worst = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
+    candidates = np.flatnonzero(scores >= worst)  # in order, with all that equal the worst
+    order: NDArray[np.int64] = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
+    return order
+
+
+def _count_bits(words: NDArray[Any]) -> NDArray[np.uint8]:
+    """Returns the number of bits that are 1 in each word; NumPy has this from 2.0 on."""
+    if hasattr(np, "bitwise_count"):
+        counts: NDArray[np.uint8] = np.bitwise_count(words)
+        return counts
+    bits = np.unpackbits(words.view(np.uint8).reshape(*words.shape, -1), axis=-1)
+    return np.asarray(bits.sum(axis=-1, dtype=np.uint8))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from nvembed_deploy.backends.bindings import RUNTIMES
 from nvembed_deploy.bundle.parity_report import ParityReport
+from nvembed_deploy.bundle.vector_kinds import MEASURED_KINDS, VectorKinds
 from nvembed_deploy.console import program
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.files.hashing import FileEntry
@@ -23,6 +25,7 @@ from nvembed_deploy.files.records import from_json, parse_json, to_json
 from nvembed_deploy.model.config import ModelConfig, Pooling
 from nvembed_deploy.spec import MAX_ELEMENTS, Dialect, Precision, ShapeProfile
 from nvembed_deploy.tokenization import TextContract
+from nvembed_deploy.vectors import INT8_MAX
 
 FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
@@ -115,6 +118,8 @@ class Manifest:
     profile: ShapeProfile
     plan: PlanInfo | None
     parity: tuple[ParityReport, ...]
+    vectors: VectorKinds | None
+    """Costs of smaller number formats of vectors; None if they were not measured, so that they are not offered."""
     versions: dict[str, str]
     referenced: tuple[str, ...]
     """Checkpoint files that the graph reads weights from; the bundle contains hard links to them."""
@@ -203,6 +208,8 @@ class Manifest:
             yield from self._plan_contradictions(self.plan)
         for report in self.parity:
             yield from self._report_contradictions(report)
+        if self.vectors is not None:
+            yield from _impossible_kinds(self.vectors)
 
     def _text_contradictions(self) -> Iterator[str]:
         model, text = self.source.architecture, self.text
@@ -254,6 +261,18 @@ class Manifest:
             yield f"the cosines or the overlap of {report.candidate!r} are out of range"
         if min(report.max_difference, report.max_scaled_difference) < 0:
             yield f"the difference of {report.candidate!r} is below 0"
+
+
+def _impossible_kinds(kinds: VectorKinds) -> Iterator[str]:
+    if set(kinds.losses) != MEASURED_KINDS:
+        yield f"vectors were measured as {str(sorted(kinds.losses))[:120]}, not as {sorted(MEASURED_KINDS)}"
+    if not 0 < kinds.int8_step <= 1 / INT8_MAX:
+        yield f"the step of int8 vectors is {kinds.int8_step}, and no component is above 1"
+    if min(kinds.queries, kinds.passages) < 1:
+        yield f"vectors were measured on {kinds.queries} queries and {kinds.passages} passages"
+    for name, loss in kinds.losses.items():
+        if not (0 <= loss.overlap <= 1 and 0 <= loss.ndcg_share < math.inf):
+            yield f"the overlap or nDCG of {name[:60]!r} vectors is out of range"
 
 
 def _bad_entries(field: str, files: Mapping[str, FileEntry]) -> Iterator[str]:

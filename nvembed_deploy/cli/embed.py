@@ -20,12 +20,14 @@ from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.files.atomic import staged_file
 from nvembed_deploy.files.json_lines import read_rows
+from nvembed_deploy.vectors import OutputDtype
 
 STANDARD_INPUT = "-"
 ROWS_AT_A_TIME = 4096
 NPY_HEADER_BYTES = 128
 """Size of the header, which is written last because it contains the number of rows."""
-Writer = Callable[[BinaryIO, Iterator[tuple[str, NDArray[np.float32]]], int], int]
+Writer = Callable[[BinaryIO, Iterator[tuple[str, NDArray[Any]]], NDArray[Any]], int]
+"""Writes texts and their vectors to a file and returns their number; the last argument is an empty array [0, D]."""
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -51,6 +53,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     )
     parser.add_argument("--column", default="text", help="column or key of the texts (default: %(default)s)")
     parser.add_argument("--instruction", help="for texts that are queries: the task in words")
+    parser.add_argument(
+        "--output-dtype",
+        default="float32",
+        choices=[dtype.value for dtype in OutputDtype],
+        help="number format of the vectors (default: %(default)s)",
+    )
     parser.add_argument("--batch-size", type=int, help="texts per batch (default: chosen for the engine)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--backend", default="auto", help="auto, tensorrt, onnxruntime or openvino (default: auto)")
@@ -61,12 +69,14 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         texts = read_texts(flags.input, column=flags.column)
         encoder = Encoder(flags.bundle, device=flags.device, backend=flags.backend)
         prompt = encoder.query_prompt(flags.instruction) if flags.instruction else None
-        rows = embed(encoder, texts, prompt=prompt, batch_size=flags.batch_size)
+        dtype = encoder.offered_dtype(flags.output_dtype)
+        rows = embed(encoder, texts, prompt=prompt, batch_size=flags.batch_size, output_dtype=dtype.value)
+        empty = encoder.convert(np.empty((0, encoder.dimension), np.float32), dtype)
         if flags.out is None:
-            write(sys.stdout.buffer, rows, encoder.dimension)
+            write(sys.stdout.buffer, rows, empty)
             return
         with staged_file(flags.out) as file:
-            count = write(file, rows, encoder.dimension)
+            count = write(file, rows, empty)
         echo(f"done: {count} texts on {encoder.backend}")
         sys.stdout.write(f"{flags.out}\n")
 
@@ -100,11 +110,12 @@ def read_texts(source: str, *, column: str) -> Iterator[str]:
 
 
 def embed(
-    encoder: Encoder, texts: Iterator[str], *, prompt: str | None, batch_size: int | None
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yields each text and its vector, float32 [D], reading at most one window of texts ahead."""
+    encoder: Encoder, texts: Iterator[str], *, prompt: str | None, batch_size: int | None, output_dtype: str
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yields each text and its vector [D], reading at most one window of texts ahead."""
     while window := list(islice(texts, ROWS_AT_A_TIME)):
-        yield from zip(window, encoder.encode(window, prompt=prompt, batch_size=batch_size), strict=True)
+        vectors = encoder.encode(window, prompt=prompt, batch_size=batch_size, output_dtype=output_dtype)
+        yield from zip(window, vectors, strict=True)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -163,7 +174,7 @@ def _writer(out: Path | None) -> Writer:
     return writers[out.suffix]
 
 
-def _write_json_lines(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float32]]], dimension: int) -> int:
+def _write_json_lines(file: BinaryIO, rows: Iterator[tuple[str, NDArray[Any]]], empty: NDArray[Any]) -> int:
     count = 0
     for text, vector in rows:
         file.write(json.dumps({"text": text, "embedding": vector.tolist()}, ensure_ascii=False).encode() + b"\n")
@@ -171,14 +182,14 @@ def _write_json_lines(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float
     return count
 
 
-def _write_npy(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float32]]], dimension: int) -> int:
+def _write_npy(file: BinaryIO, rows: Iterator[tuple[str, NDArray[Any]]], empty: NDArray[Any]) -> int:
     """Streams the rows after a gap for the header, then writes the header, padded with spaces as NumPy does."""
     file.write(b"\0" * NPY_HEADER_BYTES)
-    count = 0
+    dtype, count = empty.dtype.newbyteorder("<"), 0
     for _, vector in rows:
-        file.write(vector.astype("<f4").tobytes())
+        file.write(vector.astype(dtype).tobytes())
         count += 1
-    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({count}, {dimension}), }}".encode()
+    header = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': ({count}, {empty.shape[1]}), }}".encode()
     magic = np.lib.format.magic(1, 0)
     length = NPY_HEADER_BYTES - len(magic) - 2
     file.seek(0)
@@ -186,9 +197,11 @@ def _write_npy(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float32]]], 
     return count
 
 
-def _write_parquet(file: BinaryIO, rows: Iterator[tuple[str, NDArray[np.float32]]], dimension: int) -> int:
+def _write_parquet(file: BinaryIO, rows: Iterator[tuple[str, NDArray[Any]]], empty: NDArray[Any]) -> int:
     arrow, parquet = _pyarrow()
-    schema = arrow.schema([("text", arrow.string()), ("embedding", arrow.list_(arrow.float32(), dimension))])
+    dimension = empty.shape[1]
+    number = arrow.from_numpy_dtype(empty.dtype)
+    schema = arrow.schema([("text", arrow.string()), ("embedding", arrow.list_(number, dimension))])
     count = 0
     with parquet.ParquetWriter(file, schema) as writer:
         while window := list(islice(rows, ROWS_AT_A_TIME)):

@@ -40,15 +40,8 @@ Pairs = list[tuple[str, str]]
 
 def built_in_tasks() -> list[LocalTask]:
     """Returns fixed tasks for retrieval, reranking, STS, pair classification, classification and clustering."""
-    by_package = {
-        name: in_mixed_order((query, body[:CHARS]) for query, body in docstring_pairs(under=(name,)))
-        for name in PACKAGES
-    }
-    pairs = in_mixed_order(pair for package_pairs in by_package.values() for pair in package_pairs)
-    # No query and no passage occurs twice: equal passages would tie, and rounding would decide their order.
-    unique = list({query: (query, body) for query, body in pairs}.values())
-    unique = list({body: (query, body) for query, body in unique}.values())
-    selected = unique[:QUERIES]
+    by_package = _pairs_by_package()
+    selected = _select(by_package)
     rng = random.Random(SEED)
     return [
         make_task("PythonDocsRetrieval", "retrieval", lambda: _retrieval(selected), size=len(selected)),
@@ -59,6 +52,26 @@ def built_in_tasks() -> list[LocalTask]:
         _pairs(selected, rng),
         *_classes(by_package),
     ]
+
+
+def retrieval_texts() -> Pairs:
+    """Returns the queries of the retrieval task, each with its only relevant passage."""
+    return _select(_pairs_by_package())
+
+
+def _pairs_by_package() -> dict[str, Pairs]:
+    return {
+        name: in_mixed_order((query, body[:CHARS]) for query, body in docstring_pairs(under=(name,)))
+        for name in PACKAGES
+    }
+
+
+def _select(by_package: dict[str, Pairs]) -> Pairs:
+    pairs = in_mixed_order(pair for package_pairs in by_package.values() for pair in package_pairs)
+    # No query and no passage occurs twice: equal passages would tie, and rounding would decide their order.
+    unique = list({query: (query, body) for query, body in pairs}.values())
+    unique = list({body: (query, body) for query, body in unique}.values())
+    return unique[:QUERIES]
 
 
 def _retrieval(pairs: Pairs) -> dict[str, Any]:

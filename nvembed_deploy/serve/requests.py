@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, cast
 
-import numpy as np
 import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -75,6 +74,8 @@ class EmbedRequest:
     truncate: Truncate | None = None
     """What happens to texts that are too long; None for the server's default."""
     normalize: bool = True
+    output_dtypes: tuple[str, ...] = ("float32",)
+    """Number formats of the vectors, by the names of `Encoder.encode`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +84,19 @@ class EmbedAnswer:
 
     model: str
     """Name of the model as the request gave it."""
-    vectors: NDArray[np.float32]
-    """float32 [N, D]."""
+    vectors_by_dtype: dict[str, NDArray[Any]]
+    """[N, D] in each of the request's number formats."""
     text_tokens: list[int]
     """Tokens of each text, prompt and special tokens included."""
     truncated: list[int]
     """Indices of the texts that were truncated."""
     seconds: float
     """Time since the request arrived."""
+
+    @property
+    def vectors(self) -> NDArray[Any]:
+        """[N, D] in the request's first number format."""
+        return next(iter(self.vectors_by_dtype.values()))
 
     @property
     def tokens(self) -> int:
@@ -247,6 +253,11 @@ def one_of(*options: tuple[str, Any]) -> Any:
                 400, f"'{given[0][0]}' and '{field}' contradict each other; send one of them", param=field
             )
     return given[0][1] if given else None
+
+
+def output_dtype_of(name: str | None) -> str:
+    """Returns the name in `Encoder.encode` of a number format: hosted interfaces call float32 `float`."""
+    return "float32" if name in (None, "float") else str(name)
 
 
 def truncate_of(mode: Literal["NONE", "START", "END"]) -> Truncate:

@@ -24,6 +24,7 @@ from nvembed_deploy.serve.metrics import Metrics
 from nvembed_deploy.serve.model_names import ModelNames
 from nvembed_deploy.serve.requests import AnyBody, Dialect, EmbedAnswer, EmbedRequest, Limits, RequestError, Side
 from nvembed_deploy.tokenization import TokenRow, Truncate
+from nvembed_deploy.vectors import OutputDtype
 
 HEALTH_TEXT = "Is the engine healthy?"
 HEALTH_SECONDS = 1.0
@@ -105,6 +106,7 @@ class Service:
             "precision": manifest.precision.value,
             "prompts": self.encoder.prompts,
             "truncate": truncate_name(self.options.truncate),
+            "int8_step": manifest.vectors.int8_step if manifest.vectors else None,
             "backend": self.encoder.backend,
         }
 
@@ -159,6 +161,7 @@ class Service:
         loop = asyncio.get_running_loop()
         body, wanted = await self.read(request, lambda content: dialect.parse(content, self.limits))
         prompt_options = self.prompt_options(wanted)
+        self._require_dtypes(wanted)
         try:
             remaining_seconds = self.limits.seconds - (time.perf_counter() - started)
             # Before tokenization, so that a request that cannot be accepted costs nothing.
@@ -175,7 +178,7 @@ class Service:
             reservation.release()
         answer = EmbedAnswer(
             model=wanted.model or self.names.name,
-            vectors=vectors,
+            vectors_by_dtype={name: self.encoder.convert(vectors, OutputDtype(name)) for name in wanted.output_dtypes},
             text_tokens=list(map(len, rows)),
             truncated=[index for index, row in enumerate(rows) if row.truncated],
             seconds=time.perf_counter() - started,
@@ -184,6 +187,18 @@ class Service:
         content = await loop.run_in_executor(self.text_pool, lambda: to_json(dialect.response(body, answer)))
         headers = {TRUNCATED_HEADER: ranges(answer.truncated)} if answer.truncated else None
         return Response(content, headers=headers, media_type="application/json")
+
+    def _require_dtypes(self, request: EmbedRequest) -> None:
+        """Refuses number formats that the bundle does not offer, before anything is embedded."""
+        try:
+            dtypes = [self.encoder.offered_dtype(name) for name in request.output_dtypes]
+        except ConfigError as err:
+            raise RequestError(400, str(err), param="embedding_type") from err
+        if any(dtype is not OutputDtype.FLOAT32 for dtype in dtypes) and (
+            not request.normalize or request.dimensions not in (None, self.encoder.dimension)
+        ):
+            message = "int8 and binary vectors are of unit length and of all dimensions; omit 'dimensions'"
+            raise RequestError(400, message, param="dimensions")
 
     def _tokenize(self, request: EmbedRequest, prompt_options: PromptOptions) -> list[TokenRow]:
         max_length = request.max_length

@@ -68,6 +68,7 @@ def make_manifest(**changes) -> Manifest:
             ),
         ),
         parity=(),
+        vectors=None,
         versions={},
         referenced=(),
         checkpoint_files=(),

@@ -121,11 +121,14 @@ def test_without_an_instruction_the_model_chooses_its_prompt() -> None:
     """A model with a prompt for passages uses it: an empty prompt would replace it."""
     prompts: list[object] = []
 
-    def encode(texts: list[str], *, prompt: str | None, batch_size: int | None) -> np.ndarray:
+    def encode(texts: list[str], *, prompt: str | None, **_: object) -> np.ndarray:
         prompts.append(prompt)
         return np.zeros((len(texts), 2), np.float32)
 
     encoder = SimpleNamespace(encode=encode)
     for prompt in (None, "query: "):
-        assert len(list(embed_texts(encoder, iter(["a", "b"]), prompt=prompt, batch_size=None))) == 2  # type: ignore[arg-type]
+        assert (
+            len(list(embed_texts(encoder, iter(["a", "b"]), prompt=prompt, batch_size=None, output_dtype="float32")))
+            == 2
+        )  # type: ignore[arg-type]
     assert prompts == [None, "query: "]

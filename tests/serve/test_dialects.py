@@ -157,7 +157,7 @@ def test_ollamas_former_route(server: Server, expected: dict) -> None:
         ("/v1/embeddings", V1 | {"task": "retrieval"}, 400, "'task' is not supported; supported fields: 'input'"),
         ("/v1/embeddings", V1 | {"late_chunking": True}, 400, "'late_chunking' is not supported"),
         ("/v1/embeddings", V1 | {"input_type": "image"}, 400, "'input_type' is invalid"),
-        ("/v1/embeddings", V1 | {"embedding_type": "int8"}, 400, "'embedding_type' is invalid"),
+        ("/v1/embeddings", V1 | {"embedding_type": "int4"}, 400, "'embedding_type' is invalid"),
         ("/v1/embeddings", V1 | {"modality": "image"}, 400, "'modality' is invalid"),
         ("/v1/embeddings", V1 | {"truncate": "MIDDLE"}, 400, "'truncate' is invalid"),
         ("/v1/embeddings", V1 | {"truncate": "NONE", "truncation": True}, 400, "contradict each other"),

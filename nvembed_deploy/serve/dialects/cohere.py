@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import SkipValidation
 
-from nvembed_deploy.serve.dialects.openai import base64_floats
+from nvembed_deploy.serve.dialects.nim import VectorType
+from nvembed_deploy.serve.dialects.openai import base64_vector
 from nvembed_deploy.serve.requests import (
     Body,
     Dialect,
@@ -16,6 +17,7 @@ from nvembed_deploy.serve.requests import (
     Limits,
     RequestError,
     checked_texts,
+    output_dtype_of,
     truncate_of,
 )
 
@@ -44,7 +46,7 @@ class CohereBody(Body):
     inputs: list[CohereInput] | None = None
     max_tokens: int | None = None
     output_dimension: int | None = None
-    embedding_types: list[Literal["float", "base64"]] | None = None
+    embedding_types: list[VectorType | Literal["base64"]] | None = None
     truncate: Literal["NONE", "START", "END"] | None = None
 
 
@@ -66,14 +68,19 @@ def _request(body: CohereBody, limits: Limits) -> EmbedRequest:
         dimensions=body.output_dimension,
         max_length=body.max_tokens,
         truncate=None if body.truncate is None else truncate_of(body.truncate),
+        output_dtypes=tuple(dict.fromkeys(_dtype(kind) for kind in body.embedding_types or ["float"])),
     )
+
+
+def _dtype(kind: str) -> str:
+    return "float32" if kind == "base64" else output_dtype_of(kind)
 
 
 def _response(body: CohereBody, answer: EmbedAnswer) -> object:
     embeddings: dict[str, Any] = {}
     for kind in body.embedding_types or ["float"]:
-        is_float = kind == "float"
-        embeddings[kind] = list(answer.vectors) if is_float else [base64_floats(vector) for vector in answer.vectors]
+        vectors = answer.vectors_by_dtype[_dtype(kind)]
+        embeddings[kind] = [base64_vector(vector) for vector in vectors] if kind == "base64" else list(vectors)
     texts = body.texts if body.texts is not None else [item.content[0].text for item in body.inputs or []]
     return {
         "id": str(uuid.uuid4()),

@@ -11,6 +11,9 @@ from nvembed_deploy.bundle.manifest import Manifest
 from nvembed_deploy.serve.requests import Body
 from nvembed_deploy.version import __version__
 
+VectorType = Literal["float", "int8", "uint8", "binary", "ubinary"]
+"""Number formats of vectors, under the names of hosted interfaces."""
+
 
 class NimFields(Body):
     """`input_type`, `truncate`, `modality` and `embedding_type`."""
@@ -20,7 +23,7 @@ class NimFields(Body):
     truncate: bool | Literal["NONE", "START", "END"] | None = None
     """What happens to texts that are too long; true and false are this server's words for `END` and `NONE`."""
     modality: Literal["text"] | list[Literal["text"]] | None = None
-    embedding_type: Literal["float"] | None = None
+    embedding_type: VectorType | None = None
 
 
 def health(message: Literal["ready", "live"], *, healthy: bool) -> dict[str, Any]:

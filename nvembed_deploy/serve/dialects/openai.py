@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import SkipValidation
 
@@ -20,6 +19,7 @@ from nvembed_deploy.serve.requests import (
     RequestError,
     checked_texts,
     one_of,
+    output_dtype_of,
     truncate_of,
 )
 from nvembed_deploy.tokenization import Truncate
@@ -68,13 +68,16 @@ def _request(body: EmbeddingsBody, limits: Limits) -> EmbedRequest:
         prompt_name=body.prompt_name,
         dimensions=one_of(("dimensions", body.dimensions), ("output_dimension", body.output_dimension)),
         truncate=one_of(("truncate", truncate), ("truncation", body.truncation)),
+        output_dtypes=(
+            output_dtype_of(one_of(("embedding_type", body.embedding_type), ("output_dtype", body.output_dtype))),
+        ),
     )
 
 
 def _response(body: EmbeddingsBody, answer: EmbedAnswer) -> object:
     rows: list[Any] = list(answer.vectors)
     if body.encoding_format == "base64":
-        rows = [base64_floats(vector) for vector in answer.vectors]
+        rows = [base64_vector(vector) for vector in answer.vectors]
     embeddings: list[dict[str, Any]] = [
         {"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)
     ]
@@ -84,9 +87,9 @@ def _response(body: EmbeddingsBody, answer: EmbedAnswer) -> object:
     return {"object": "list", "model": answer.model, "usage": usage, "data": embeddings}
 
 
-def base64_floats(vector: NDArray[np.float32]) -> str:
-    """Returns a vector as base64 of little-endian floats."""
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+def base64_vector(vector: NDArray[Any]) -> str:
+    """Returns a vector's bytes, little-endian, as base64."""
+    return base64.b64encode(vector.astype(vector.dtype.newbyteorder("<")).tobytes()).decode("ascii")
 
 
 def error(err: RequestError) -> dict[str, Any]:

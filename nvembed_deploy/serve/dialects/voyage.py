@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+from nvembed_deploy.serve.dialects.nim import VectorType
 from nvembed_deploy.serve.requests import Body
 
 
@@ -12,4 +11,4 @@ class VoyageFields(Body):
 
     truncation: bool | None = None
     output_dimension: int | None = None
-    output_dtype: Literal["float"] | None = None
+    output_dtype: VectorType | None = None
