@@ -31,6 +31,7 @@ from nvembed_deploy.bundle.manifest import (
     PlanInfo,
     Source,
 )
+from nvembed_deploy.bundle.module_files import module_files
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.vector_kinds import VectorKinds
 from nvembed_deploy.bundle.writer import commit, new_bundle
@@ -247,7 +248,7 @@ def _require_no_plan_lost(options: ExportOptions) -> None:
 
 
 def _start(options: ExportOptions, checkpoint: Checkpoint, staging: Path, read_ahead: ReadAhead) -> ExportState:
-    """Starts hashing the checkpoint in the background, and copies the tokenizer."""
+    """Starts hashing the checkpoint in the background, and writes the tokenizer and the prompts."""
     folder, config = checkpoint.folder, checkpoint.weights.config
     hashing = run_in_background(
         lambda: source.describe(folder, checkpoint.name, checkpoint.revision, config, read_ahead)
@@ -255,6 +256,8 @@ def _start(options: ExportOptions, checkpoint: Checkpoint, staging: Path, read_a
     tokenizer = (folder / "tokenizer.json").read_bytes()
     (staging / TOKENIZER).write_bytes(tokenizer)
     text = TextEncoder(tokenizer, checkpoint.contract)
+    for file_name, content in module_files(text.prompts(None)).items():
+        (staging / file_name).write_bytes(content)
     return ExportState(
         options=options, checkpoint=checkpoint, staging=staging, read_ahead=read_ahead, source=hashing, text=text
     )

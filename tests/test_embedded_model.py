@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from nvembed_deploy import Encoder
-from nvembed_deploy.bundle.manifest import GRAPH, WEIGHTS
+from nvembed_deploy.bundle.manifest import GRAPH, MODULES, SETTINGS, WEIGHTS
+from nvembed_deploy.bundle.module_files import module_files
 from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.model.config_json import NOTHING_STATED, read_checkpoint_architecture
+from nvembed_deploy.model.text_contract import text_contract
 from tests.conformance import TEXTS
 from tests.conftest import ROOT
 
@@ -54,6 +57,18 @@ def test_the_graph_is_what_an_export_writes(tmp_path: Path) -> None:
     exported, embedded = (Encoder(path, device="cpu", backend="onnxruntime") for path in (tmp_path / "bundle", MINI))
     assert np.abs(exported.encode(TEXTS) - embedded.encode(TEXTS)).max() <= 1e-6
     assert (tmp_path / "bundle" / GRAPH).is_file()
+
+
+def test_one_modules_file_serves_the_checkpoint_and_the_bundle() -> None:
+    """It names the bundle's module; the pooling and the prompts of an export are stated elsewhere."""
+    manifest = Bundle.open(MINI).manifest
+    assert not {MODULES, SETTINGS} & set(manifest.checkpoint_files)
+    config = read_checkpoint_architecture(MINI)
+    assert config == manifest.source.architecture
+    assert text_contract(MINI, config, NOTHING_STATED) == manifest.text
+    assert {name: (MINI / name).read_bytes() for name in (MODULES, SETTINGS)} == module_files(
+        Encoder(MINI, device="cpu", backend="onnxruntime").prompts
+    )
 
 
 def test_a_bundle_of_it_elsewhere_has_none_of_the_checkpoints_files() -> None:

@@ -1,8 +1,9 @@
 """The manifest of a bundle: its files, their hashes, and everything that running the model needs to know.
 
-A bundle holds `engine.plan` (if one was built), `model.onnx` and `model.onnx.data`, `tokenizer.json` and
-`manifest.json`, which lists every other file with its size and SHA-256 and contains its own hash. Nothing in a bundle
-is executed or unpickled before these match; signing is left to dedicated tools. `writer.py` writes bundles.
+A bundle holds `engine.plan` (if one was built), `model.onnx` and `model.onnx.data`, `tokenizer.json`, the two files
+that sentence-transformers reads (`module_files.py`) and `manifest.json`, which lists every other file with its size and
+SHA-256 and contains its own hash. Nothing in a bundle is executed or unpickled before these match; signing is left to
+dedicated tools. `writer.py` writes bundles.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nvembed_deploy.spec import MAX_ELEMENTS, Dialect, Precision, ShapeProfile
 from nvembed_deploy.tokenization import TextContract
 from nvembed_deploy.vectors import INT8_MAX
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 PLAN = "engine.plan"
 GRAPH = "model.onnx"
@@ -40,8 +41,12 @@ QUANTIZATION = "quantization.json"
 QUANTIZATION_PICTURE = "quantization.png"
 REFERENCE_OUTPUTS = "reference.npz"
 """The reference model's vectors of the probes (`probes.py`), with which any machine can check its engine."""
-PAYLOAD = frozenset((PLAN, GRAPH, CPU_GRAPH, WEIGHTS, TOKENIZER, QUANTIZATION, QUANTIZATION_PICTURE, REFERENCE_OUTPUTS))
-REQUIRED = frozenset((GRAPH, WEIGHTS, TOKENIZER))
+MODULES = "modules.json"
+"""The modules that sentence-transformers loads: one, our own."""
+SETTINGS = "config_sentence_transformers.json"
+"""The prompts and the similarity function, as sentence-transformers reads them."""
+REQUIRED = frozenset((GRAPH, WEIGHTS, TOKENIZER, MODULES, SETTINGS))
+PAYLOAD = REQUIRED | {PLAN, CPU_GRAPH, QUANTIZATION, QUANTIZATION_PICTURE, REFERENCE_OUTPUTS}
 FORMER_PAYLOAD = frozenset(("truth.npz",))
 """Files of earlier format versions: they are not read, but an export may replace a bundle that has them."""
 

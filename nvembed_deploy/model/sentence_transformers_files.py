@@ -1,7 +1,8 @@
 """What a checkpoint's sentence-transformers files state: its modules, its pooling, its prompts and its longest texts.
 
 Source: sentence-transformers 2 to 6: `modules.json`, the `config.json` of the pooling module,
-`config_sentence_transformers.json` and `sentence_bert_config.json`.
+`config_sentence_transformers.json` and `sentence_bert_config.json`. A folder that is a checkpoint and a bundle in one
+has the bundle's `modules.json` and prompts; they were made from the checkpoint by an export and state nothing about it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvembed_deploy.bundle.manifest import MODULES, SETTINGS
+from nvembed_deploy.bundle.module_files import BUNDLE_MODULE
 from nvembed_deploy.errors import CheckpointError
 from nvembed_deploy.model.config import Pooling
 from nvembed_deploy.model.fields import Fields
 from nvembed_deploy.spec import read_json
 
-MODULES = "modules.json"
 DEFAULT_POOLING = Path("1_Pooling") / "config.json"
-PROMPTS = "config_sentence_transformers.json"
 TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -108,22 +109,15 @@ def read_pooling(folder: Path) -> StatedPooling | None:
 
 
 def _pooling_path(folder: Path) -> Path | None:
-    path = folder / MODULES
-    if not path.exists():
+    path, types = folder / MODULES, _module_types(folder)
+    if types is None or _is_bundle(types):
         return DEFAULT_POOLING if (folder / DEFAULT_POOLING).exists() else None
-    try:
-        modules = [
-            (str(module["type"]), str(module.get("path", "")))
-            for module in json.loads(path.read_text(encoding="utf-8"))
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{path} is damaged ({err}); download it again, or remove it") from err
-    if own := [kind for kind, _ in modules if not kind.startswith(LIBRARY)]:
+    if own := [kind for kind, _ in types if not kind.startswith(LIBRARY)]:
         raise CheckpointError(
             f"{path} names {own[0]!r}, which is no class of sentence-transformers and may compute anything; this "
             "checkpoint cannot be exported"
         )
-    modules = [(kind.rpartition(".")[2], where) for kind, where in modules]
+    modules = [(kind.rpartition(".")[2], where) for kind, where in types]
     if modules and modules[0][0] != "Transformer":
         raise CheckpointError(f"{path} begins with {modules[0][0]} instead of a Transformer, which is not supported")
     if unsupported := [kind for kind, _ in modules[1:] if kind not in ALLOWED_MODULES]:
@@ -137,6 +131,25 @@ def _pooling_path(folder: Path) -> Path | None:
     if len(poolings) > 1:
         raise CheckpointError(f"{path} has {len(poolings)} pooling modules; one is supported")
     return Path(poolings[0]) / "config.json" if poolings else None
+
+
+def _module_types(folder: Path) -> list[tuple[str, str]] | None:
+    """Returns the import path and the folder of each module in `modules.json`, or None if there is no such file."""
+    path = folder / MODULES
+    if not path.exists():
+        return None
+    try:
+        return [
+            (str(module["type"]), str(module.get("path", "")))
+            for module in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{path} is damaged ({err}); download it again, or remove it") from err
+
+
+def _is_bundle(types: list[tuple[str, str]]) -> bool:
+    """Returns True if the modules are those of a bundle in the same folder."""
+    return [kind for kind, _ in types] == [BUNDLE_MODULE]
 
 
 def _pooling_of(path: Path) -> StatedPooling:
@@ -162,8 +175,11 @@ def read_prompts(folder: Path) -> StatedPrompts | None:
     Raises:
         CheckpointError: The file is damaged, a prompt is not a string, or it is of another kind of model.
     """
-    path = folder / PROMPTS
-    config: dict[str, Any] = read_json(path) if path.exists() else {}
+    path = folder / SETTINGS
+    if not path.exists() or _is_bundle(_module_types(folder) or []):
+        config: dict[str, Any] = {}
+    else:
+        config = read_json(path)
     if (kind := config.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
         raise CheckpointError(f"{path}: model_type is {kind!r}, which gives no such vectors and is not supported")
     if (dim := config.get("truncate_dim")) is not None:

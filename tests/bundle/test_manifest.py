@@ -78,9 +78,9 @@ def put(record: dict, path: str, value: object) -> None:
         (
             "format_version",
             FORMAT_VERSION + 1,
-            "format version 6, and .* reads format version 5; export .*: .* export --out",
+            "format version 7, and .* reads format version 6; export .*: .* export --out",
         ),
-        ("format_version", 4, "format version 4, and this version of nvembed-deploy reads format version 5"),
+        ("format_version", 5, "format version 5, and this version of nvembed-deploy reads format version 6"),
         ("format_version", None, "format version None"),
         ("format_version", True, "format version True"),
         ("hint", "of a newer version", "top level: unknown field 'hint'"),

@@ -20,7 +20,14 @@ from nvembed_deploy.spec import Dialect, Precision, Shape, ShapeProfile
 from nvembed_deploy.tokenization import TextContract
 
 FLIPS = 1000
-FILES = ("engine.plan", "model.onnx", "model.onnx.data", "tokenizer.json")
+FILES = (
+    "config_sentence_transformers.json",
+    "engine.plan",
+    "model.onnx",
+    "model.onnx.data",
+    "modules.json",
+    "tokenizer.json",
+)
 
 
 def make_manifest(**changes) -> Manifest:

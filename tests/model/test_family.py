@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from nvembed_deploy import Encoder
 from nvembed_deploy.backends.pytorch import PyTorchBackend
+from nvembed_deploy.bundle.module_files import module_files
 from nvembed_deploy.engines.portable_operators import unsupported
 from nvembed_deploy.errors import CheckpointError, ConfigError, ParityError
 from nvembed_deploy.export.graph.trace import trace
@@ -460,6 +461,15 @@ def test_modules_after_the_pooling_are_refused(tmp_path: Path, kinds: list[str] 
             text_of(folder)
     else:
         text_of(folder)
+
+
+def test_a_bundles_files_in_a_checkpoints_folder_state_nothing(tmp_path: Path) -> None:
+    folder = make_family_checkpoint("e5-mistral", tmp_path / "model")
+    pooling, contract = read_pooling(folder), text_of(folder).contract
+    assert pooling is not None
+    for name, content in module_files({"query": "ask: ", "document": "text: "}).items():
+        (folder / name).write_bytes(content)
+    assert (read_pooling(folder), text_of(folder).contract) == (pooling, contract)
 
 
 def prompts_of(folder: Path, family: ModelFamily) -> tuple[dict[str, str], str]:
