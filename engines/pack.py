@@ -41,6 +41,7 @@ PACKED = (
     "cli/*.py",
     "engines/*.py",
     "files/*.py",
+    "integrations/*.py",
     "model/__init__.py",
     "model/config.py",
     "model/family.py",

@@ -236,6 +236,11 @@ class Encoder:
         return self._backend.name
 
     @property
+    def bundle(self) -> Bundle:
+        """The bundle on disk."""
+        return self._bundle
+
+    @property
     def manifest(self) -> Manifest:
         """The bundle's manifest."""
         return self._bundle.manifest
