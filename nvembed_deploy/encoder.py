@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import logging
+import math
 import os
 import sys
 import threading
@@ -262,6 +263,19 @@ class Encoder:
         if profile is None:
             return DEFAULT_BATCH_TOKENS // self._backend.in_flight
         return max(DEFAULT_BATCH_TOKENS, profile.opt.batch * profile.opt.tokens)
+
+    def _even_batch_tokens(self, rows: Sequence[TokenRow]) -> int | None:
+        """Returns the tokens per batch that give a CPU's concurrent batches the same work, or None for the default.
+
+        Few rows, such as the 32 of a batch of sentence-transformers, would otherwise make one batch or two unlike ones.
+        """
+        in_flight, limit = self._backend.in_flight, self._default_batch_tokens
+        if in_flight == 1 or self._backend.profile is not None or len(rows) < 2:
+            return None
+        total = sum(map(len, rows))
+        batches = in_flight * math.ceil(total / (in_flight * limit))
+        # One row more than the even share, since shorter rows are padded.
+        return min(limit, math.ceil(total / batches) + max(map(len, rows)))
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -573,7 +587,7 @@ class Encoder:
         self._require_open_here()
         if not isinstance(rows, Sequence) or not all(isinstance(row, TokenRow) for row in rows):
             raise InputTypeError("rows were not returned by `tokenize`; pass the list that it returns, or a part of it")
-        layout = self._layout(dimensions, normalize=normalize)
+        layout = self._layout(dimensions, batch_tokens=self._even_batch_tokens(rows), normalize=normalize)
         return self._run_window(rows, 0, layout, bar=None)
 
     def _encode_side(
