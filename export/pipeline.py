@@ -166,7 +166,8 @@ def _open_checkpoint(options: ExportOptions) -> Checkpoint:
     contract = text_contract(folder, config, options.stated)
     if options.profile.max.tokens > contract.max_tokens:
         raise ConfigError(
-            f"--max {options.profile.max} has more tokens than the model supports; pass at most {contract.max_tokens}"
+            f"--max {options.profile.max} has more tokens than the checkpoint's texts may have; pass at most "
+            f"{contract.max_tokens} ({program('show')} {options.model} names the file that says so)"
         )
     name = options.model if revision else Path(options.model).resolve().name
     weights = StoredWeights(folder, config)

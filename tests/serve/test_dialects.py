@@ -15,6 +15,7 @@ for library in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(library, reason=f"{library} is not installed: make test installs it")
 
 from nvembed_deploy import Encoder  # noqa: E402
+from tests.readme import ROOT  # noqa: E402
 from tests.serve.serving import Server, start, stop  # noqa: E402
 
 TEXTS = ["What is the population of Pittsburgh?", "salt on icy roads"]
@@ -292,5 +293,27 @@ def test_api_keys(bundles: dict[str, Path], tmp_path: Path) -> None:
         assert "Authorization: Bearer KEY" in call(running, "/v2/embed", V1)[1]["message"]
         assert running.get("/health")[0] == 200
         assert call(running, "/v1/health/ready")[0] == 200
+    finally:
+        stop(running)
+
+
+def test_vectors_of_one_byte_and_one_bit() -> None:
+    mini = ROOT / "models" / "nv-embed-mini"
+    encoder = Encoder(mini, device="cpu", backend="onnxruntime")
+    running = start(mini, "--backend", "onnxruntime")
+    try:
+        for dtype in ("int8", "uint8", "binary", "ubinary"):
+            expected = encoder.encode(TEXTS, output_dtype=dtype).tolist()
+            for option in ("embedding_type", "output_dtype"):
+                answer = call(running, "/v1/embeddings", V1 | {option: dtype})[1]
+                assert [row["embedding"] for row in answer["data"]] == expected
+            packed = call(running, "/v1/embeddings", V1 | {"embedding_type": dtype, "encoding_format": "base64"})[1]
+            content = base64.b64decode(packed["data"][0]["embedding"])
+            assert np.frombuffer(content, "u1" if dtype[0] == "u" else "i1").tolist() == expected[0]
+        body = {"model": "tiny", "texts": TEXTS, "input_type": "search_document", "embedding_types": ["int8", "float"]}
+        embeddings = call(running, "/v2/embed", body)[1]["embeddings"]
+        assert embeddings["int8"] == encoder.encode_document(TEXTS, output_dtype="int8").tolist()
+        np.testing.assert_allclose(embeddings["float"], encoder.encode_document(TEXTS), atol=2e-6)
+        assert call(running, "/info")[1]["int8_step"] == encoder.manifest.vectors.int8_step
     finally:
         stop(running)
