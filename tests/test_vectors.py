@@ -20,7 +20,7 @@ from nvembed_deploy.vectors import (
     rescore,
     search,
 )
-from tests.readme import ROOT
+from tests.readme import BLOCK, ROOT
 
 MINI = ROOT / "models" / "nv-embed-mini"
 TEXTS = ["how do I undo a commit?", "a", "", "Salt lowers the freezing point of water.", "salt on roads"]
@@ -167,3 +167,26 @@ def test_check_measures_on_its_machine(bundle: Path, capsys: pytest.CaptureFixtu
     assert measured["losses"].keys() == manifest.vectors.losses.keys()
     assert measured["int8_step"] == pytest.approx(manifest.vectors.int8_step, rel=1e-3)
     Encoder(bundle, device="cpu").encode("a")  # the manifest's own hash is right
+
+
+def test_faiss_and_usearch_take_them(mini: Encoder) -> None:
+    """Run where they are installed; the project itself needs neither."""
+    faiss = pytest.importorskip("faiss")
+    usearch = pytest.importorskip("usearch.index")
+    bits, int8 = (mini.encode(TEXTS, output_dtype=dtype) for dtype in ("ubinary", "int8"))
+    index = faiss.IndexBinaryFlat(mini.dimension)
+    index.add(bits)
+    distances, _ = index.search(bits, len(TEXTS))
+    np.testing.assert_array_equal(distances, -search(bits, bits, top_k=len(TEXTS))[1])
+    neighbours = usearch.Index(ndim=mini.dimension, metric="ip", dtype="i8")
+    neighbours.add(np.arange(len(TEXTS)), int8)
+    found = neighbours.search(int8, 2, exact=True).keys
+    np.testing.assert_array_equal(found, search(int8, int8, top_k=2)[0])
+
+
+def test_the_block_of_the_page_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "vectors.md").read_text(encoding="utf-8")
+    [block] = [body for language, body in BLOCK.findall(page) if language == "python"]
+    exec(block, {})
+    assert capsys.readouterr().out == "Salt lowers the freezing point of water.\n"

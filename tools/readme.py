@@ -52,6 +52,30 @@ def clients_table() -> str:
     return "\n".join(lines)
 
 
+def vectors_table() -> str:
+    """Formats the record of `benchmarks.vector_kinds`: sizes and retrieval with smaller vectors."""
+    record = json.loads((RESULTS / "vector_kinds.json").read_text(encoding="utf-8"))
+    sets = list(dict.fromkeys((row["model"], row["set"]) for row in record["rows"]))
+    kinds = list(dict.fromkeys(row["kind"] for row in record["rows"]))
+    figures = {(row["kind"], row["model"], row["set"]): row for row in record["rows"]}
+    lines = [
+        f"| vectors | bytes | {' | '.join(f'{model}, {name}' for model, name in sets)} |",
+        f"| --- | --- | {' | '.join('---' for _ in sets)} |",
+    ]
+    for kind in kinds:
+        rows = [figures[(kind, *of_set)] for of_set in sets]
+        cells = (f"{row['ndcg']:.2f}, {row['overlap']:.1%}" for row in rows)
+        lines.append(f"| {kind} | {rows[0]['bytes']:g} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines += [
+        "",
+        "nDCG@10 in points, and the share of float32's ten best documents. "
+        f"Made by `{record['command']}` on {record['date']}: {record['machine']}; {versions}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def precision_table() -> str:
     """Formats the record of `benchmarks.precisions`: sizes, parity gate and times."""
     record = json.loads((RESULTS / "precisions.json").read_text(encoding="utf-8"))
@@ -345,6 +369,7 @@ def _mean(numbers: Iterable[float]) -> float:
 
 TABLES = {
     "clients": clients_table,
+    "vectors": vectors_table,
     "precisions": precision_table,
     "mteb": mteb_table,
     "family": family_table,
