@@ -153,7 +153,7 @@ def test_what_cannot_be_read_is_named_before_the_job(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=re.escape(message)):
             plan([path], 10)
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="b[.]parquet cannot be read as Parquet"):
+    with pytest.raises(InputError, match=r"b\.parquet cannot be read as Parquet"):
         plan([tmp_path / "b.parquet"], 10)
 
 
