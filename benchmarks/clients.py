@@ -80,8 +80,13 @@ import json, numpy
 print()
 print(json.dumps([numpy.asarray(query_vector, float).tolist(), numpy.asarray(document_vectors, float).tolist()]))
 """
-QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "ANONYMIZED_TELEMETRY": "False", "HAYSTACK_TELEMETRY_ENABLED": "False"}
-"""Settings of the packages that keep them from connecting to other hosts."""
+QUIET = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "ANONYMIZED_TELEMETRY": "False",
+    "HAYSTACK_TELEMETRY_ENABLED": "False",
+    "HF_HUB_OFFLINE": "0",
+}
+"""Settings of the packages that keep them from connecting to other hosts; huggingface_hub's would forbid any server."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import onnx
 import pytest
 
 from nvembed_deploy import Encoder
-from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PLAN, TOKENIZER, WEIGHTS
+from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, MODULES, PLAN, SETTINGS, TOKENIZER, WEIGHTS
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.writer import commit, new_bundle
 from nvembed_deploy.errors import BundleError, CheckpointError, DeployError, EngineError
@@ -314,7 +314,7 @@ def test_code_beside_the_weights_never_runs(bundles: dict[str, Path], tmp_path: 
     # The same checkpoint exported over its bundle: files of the same content, nothing appended, nothing left.
     data = {name: (bundles["fp32"] / name).read_bytes() for name in (GRAPH, WEIGHTS, TOKENIZER)}
     assert snapshot(out).items() >= data.items()
-    assert set(os.listdir(out)) == {*data, MANIFEST}
+    assert set(os.listdir(out)) == {*data, MANIFEST, MODULES, SETTINGS}
 
 
 def test_minimum_versions_exclude_known_vulnerabilities() -> None:
