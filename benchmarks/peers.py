@@ -29,8 +29,9 @@ from tokenizers import Tokenizer, processors
 from tqdm import tqdm
 
 from benchmarks.peer_worker import MAX_TOKENS
+from nvembed_deploy.batching import DEFAULT_BATCH_TOKENS
 from nvembed_deploy.console import echo, run
-from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
+from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.engines.bench import corpus, flops, padding_waste
 from nvembed_deploy.errors import DeployError
 from nvembed_deploy.export.options import default_model

@@ -22,9 +22,9 @@ from typing import Any
 from benchmarks.peers import mixed_texts
 from nvembed_deploy.backends.ort import INPUTS
 from nvembed_deploy.backends.ov import CPU, OvBackend
-from nvembed_deploy.batching import plan_batches
+from nvembed_deploy.batching import DEFAULT_BATCH_TOKENS, plan_batches
 from nvembed_deploy.console import echo, run
-from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
+from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.engines.bench import QUERY, corpus, open_engine
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import write_file

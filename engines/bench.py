@@ -27,9 +27,9 @@ from tqdm import tqdm
 from nvembed_deploy.backends.bindings import TENSORRT
 from nvembed_deploy.backends.cuda import CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import GPU
-from nvembed_deploy.batching import plan_batches
+from nvembed_deploy.batching import DEFAULT_BATCH_TOKENS, plan_batches
 from nvembed_deploy.console import echo, program, run, step
-from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
+from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.engines.bench_plot import draw_bench
 from nvembed_deploy.engines.bench_report import BenchReport, EngineFigures, Latency
 from nvembed_deploy.engines.power import PowerMeter

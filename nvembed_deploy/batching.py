@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+DEFAULT_BATCH_TOKENS = 4096
+"""Padded tokens per batch."""
 LARGE_TOKENS = 1024
 """Positions that keep a CPU or a GPU busy; in a smaller batch, another row is worth its padding."""
 MAX_PADDING = 0.05

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.encoder import DEFAULT_BATCH_TOKENS, Encoder
+from nvembed_deploy.batching import DEFAULT_BATCH_TOKENS
+from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, DeadlineError, DeployError, EngineError, OverloadedError
 from nvembed_deploy.tokenization import TokenRow
 

@@ -25,6 +25,7 @@ from nvembed_deploy import (
     NumericsError,
 )
 from nvembed_deploy.backends.base import Output
+from nvembed_deploy.encoder import windows
 from nvembed_deploy.tokenization import TokenBatch
 from tests import numpy_reference
 from tests.conformance import TEXTS, check_encoder
@@ -205,9 +206,7 @@ def test_memory_does_not_grow_with_the_length_of_a_stream(bundles: dict[str, Pat
 
 def test_a_stream_is_read_one_window_ahead(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts are read in the caller's thread, since many sources, such as SQLite's cursors, require it."""
-    from nvembed_deploy import encoder as module
-
-    monkeypatch.setattr(module, "WINDOW_TEXTS", 8)
+    monkeypatch.setattr(windows, "WINDOW_TEXTS", 8)
     words = [f"word {index}" * (1 + index % 5) for index in range(30)]
     read: list[int] = []
 
@@ -239,15 +238,13 @@ def test_a_stream_checks_its_options_before_it_reads(encoder: Encoder) -> None:
 
 
 def test_an_error_in_a_later_window_names_its_text(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nvembed_deploy import encoder as module
-
-    monkeypatch.setattr(module, "WINDOW_TEXTS", 4)
+    monkeypatch.setattr(windows, "WINDOW_TEXTS", 4)
     texts = [*["fine"] * 9, None]
-    monkeypatch.setattr(encoder, "_run_window", None)  # a list is checked before anything runs
+    monkeypatch.setattr(encoder._backend, "run", None)  # a list is checked before anything runs
     with pytest.raises(InputTypeError, match="text 9 is a NoneType"):
         encoder.encode_stream(texts)  # type: ignore[arg-type]
     monkeypatch.undo()
-    monkeypatch.setattr(module, "WINDOW_TEXTS", 4)
+    monkeypatch.setattr(windows, "WINDOW_TEXTS", 4)
     blocks = encoder.encode_stream(text for text in texts)  # type: ignore[misc]
     assert len(next(blocks)) == 4
     with pytest.raises(InputTypeError, match="text 9 is a NoneType"):
