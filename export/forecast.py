@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvembed_deploy.backends.trt import CONTEXTS
+from nvembed_deploy.console import echo
 from nvembed_deploy.engines.plan_builder import build_memory_bytes
+from nvembed_deploy.engines.targets import BuildOption
 from nvembed_deploy.errors import ExportError
 from nvembed_deploy.export.graph.trace import DTYPES
 from nvembed_deploy.export.graph.write import BLOCK_BYTES, PANEL_BYTES
@@ -203,3 +205,14 @@ def require_room(needs: Forecast, out: Path, *, force: bool) -> None:
                 f"this export needs about {required / GIB:.1f} GiB of {resource}, but only {available / GIB:.1f} GiB "
                 "are free; free some, use a larger machine, or pass --force to try"
             )
+
+
+def note_small_gpus(needs: Forecast, options: ExportOptions) -> None:
+    """Warns if the smallest device of the target has too little memory for the plan; larger ones may have enough."""
+    memory_gib = options.target.memory_gib
+    streams_weights = BuildOption.WEIGHT_STREAMING in options.build_options
+    if memory_gib is not None and needs.gpu > memory_gib * GIB and not streams_weights:
+        echo(
+            f"note: the plan will need about {needs.gpu / GIB:.0f} GiB of GPU memory, and the smallest "
+            f"{options.target.name} has {memory_gib:g}; use a larger one, --precision int8 or int4, or a smaller --max"
+        )

@@ -37,17 +37,17 @@ from nvembed_deploy.bundle.vector_kinds import VectorKinds
 from nvembed_deploy.bundle.writer import commit, new_bundle
 from nvembed_deploy.console import detail, echo, program, step
 from nvembed_deploy.engines.plan_builder import build_plan
-from nvembed_deploy.engines.targets import BuildOption, load_runtime, local_compute_capability
-from nvembed_deploy.errors import ConfigError, MaskError, MissingExtra, ParityError
+from nvembed_deploy.engines.targets import local_compute_capability
+from nvembed_deploy.errors import MaskError, ParityError
 from nvembed_deploy.export.background import run_in_background
-from nvembed_deploy.export.forecast import GIB, Forecast, forecast, require_room
+from nvembed_deploy.export.forecast import GIB, forecast, note_small_gpus, require_room
 from nvembed_deploy.export.fp16_ranges import FP16_MAX, find_fp32_modules, measure_ranges
 from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
 from nvembed_deploy.export.graph.trace import trace
 from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource, require_finite_parameters
 from nvembed_deploy.export.graph.write import check, describe_graph, write
 from nvembed_deploy.export.layerwise import LayerwiseModel, folded_form
-from nvembed_deploy.export.options import CALIBRATION_TOKENS, ExportOptions
+from nvembed_deploy.export.options import ExportOptions
 from nvembed_deploy.export.quantization.calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from nvembed_deploy.export.quantization.formats import FORMATS
 from nvembed_deploy.export.quantization.qdq import insert_qdq
@@ -59,34 +59,27 @@ from nvembed_deploy.export.quantization.record import (
     write_record,
 )
 from nvembed_deploy.export.quantization.search import QuantizedWeights, apply_record, quantize
+from nvembed_deploy.export.request import (
+    Checkpoint,
+    check_options,
+    load_bindings,
+    open_checkpoint,
+    require_no_plan_lost,
+)
 from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.files.read_ahead import ReadAhead
 from nvembed_deploy.model import source
-from nvembed_deploy.model.config_json import read_checkpoint_architecture
-from nvembed_deploy.model.text_contract import text_contract
-from nvembed_deploy.model.weights import StoredWeights, weight_files
+from nvembed_deploy.model.weights import weight_files
 from nvembed_deploy.parity.compare import compute_reference_outputs
 from nvembed_deploy.parity.gate import Gate, closeness, verdict
 from nvembed_deploy.parity.probes import longest_probe, probe_rows
 from nvembed_deploy.parity.vector_kinds import measure_vector_kinds
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import installed_versions, peak_memory_bytes, return_large_blocks
-from nvembed_deploy.tokenization import TextContract, TextEncoder, TokenRow
+from nvembed_deploy.tokenization import TextEncoder, TokenRow
 from nvembed_deploy.version import __version__
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """The checkpoint of an export."""
-
-    folder: Path
-    name: str
-    """The hub name, or the name of the local folder."""
-    revision: str | None
-    weights: StoredWeights
-    contract: TextContract
 
 
 @dataclass(kw_only=True)
@@ -124,14 +117,11 @@ def export(options: ExportOptions) -> Manifest:
         DeployError: A step failed; the destination is unchanged.
     """
     started = time.monotonic()
-    _refuse_unused_tokens(options)
-    if options.calibration is not None:
-        read_texts(options.calibration)  # a wrong path or line is told now, and not behind hours of work
-    _require_own_folder(options.out)
-    checkpoint = _open_checkpoint(options)
-    bindings, no_plan_reason = (None, "") if options.onnx_only else _bindings(options)
+    check_options(options)
+    checkpoint = open_checkpoint(options)
+    bindings, no_plan_reason = (None, "") if options.onnx_only else load_bindings(options)
     if bindings is None and not options.force:
-        _require_no_plan_lost(options)
+        require_no_plan_lost(options)
     needs = forecast(checkpoint.weights, options, plan=bindings is not None)
     echo(f"exporting {options.model} as {options.precision.value} to {options.out}")
     detail(f"  forecast: {needs}")
@@ -139,7 +129,7 @@ def export(options: ExportOptions) -> Manifest:
     streamed = () if options.runs_model else tuple(weight_files(checkpoint.folder))
     with new_bundle(options.out) as staging, ReadAhead(streamed) as read_ahead:
         require_room(needs, options.out, force=options.force)
-        _note_small_gpus(needs, options)
+        note_small_gpus(needs, options)
         state = _start(options, checkpoint, staging, read_ahead)
         _load_model(state)
         _quantize(state)
@@ -152,100 +142,6 @@ def export(options: ExportOptions) -> Manifest:
         manifest = commit(staging, options.out, _manifest(state), hashed=state.hashes)
     _report(manifest, options.out, no_plan_reason=no_plan_reason, seconds=time.monotonic() - started)
     return manifest
-
-
-def _open_checkpoint(options: ExportOptions) -> Checkpoint:
-    """Finds or downloads the checkpoint, and checks its architecture, tensors and tokenizer."""
-    folder, revision = source.resolve(options.model, options.revision)
-    if options.revision is not None and revision is None:
-        raise ConfigError(
-            f"--revision {options.revision} is a commit of a hub repository, but --model {options.model} is a folder; "
-            "leave it out, or pass the repository's name"
-        )
-    config = read_checkpoint_architecture(folder, options.stated).slice(options.layers)
-    contract = text_contract(folder, config, options.stated)
-    if options.profile.max.tokens > contract.max_tokens:
-        raise ConfigError(
-            f"--max {options.profile.max} has more tokens than the checkpoint's texts may have; pass at most "
-            f"{contract.max_tokens} ({program('show')} {options.model} names the file that says so)"
-        )
-    name = options.model if revision else Path(options.model).resolve().name
-    weights = StoredWeights(folder, config)
-    return Checkpoint(folder=folder, name=name, revision=revision, weights=weights, contract=contract)
-
-
-def _refuse_unused_tokens(options: ExportOptions) -> None:
-    """Refuses a number of calibration tokens for an export that does not calibrate.
-
-    Raises:
-        ConfigError: The precision is not quantized, or a record is reused and no texts are given.
-    """
-    if options.calibration_tokens == CALIBRATION_TOKENS:
-        return
-    flag = f"--calibration-tokens {options.calibration_tokens}"
-    if not options.precision.quantized:
-        raise ConfigError(
-            f"{flag} is for quantized precisions, but --precision is {options.precision.value}; pass --precision int8"
-        )
-    if options.reuse is not None and options.calibration is None:
-        raise ConfigError(
-            f"{flag} has no effect, because --reuse {options.reuse} calibrates nothing; leave one of them out"
-        )
-
-
-def _bindings(options: ExportOptions) -> tuple[Any, str]:
-    """Returns the module of the target's TensorRT, or None and the reason why no plan can be built."""
-    target, capability = options.target, local_compute_capability()
-    if target.on_device and capability not in target.compute_capabilities:
-        local_gpu = f", and this machine's GPU has compute capability {capability}" if capability else ""
-        return (
-            None,
-            f"--target {target.name} is built on the device itself{local_gpu}; pack the bundle for it with: "
-            f"{program('pack')} BUNDLE",
-        )
-    try:
-        return load_runtime(target), ""
-    except MissingExtra as err:
-        return None, str(err)
-
-
-def _note_small_gpus(needs: Forecast, options: ExportOptions) -> None:
-    """Warns if the smallest device of the target has too little memory for the plan; larger ones may have enough."""
-    memory_gib = options.target.memory_gib
-    streams_weights = BuildOption.WEIGHT_STREAMING in options.build_options
-    if memory_gib is not None and needs.gpu > memory_gib * GIB and not streams_weights:
-        echo(
-            f"note: the plan will need about {needs.gpu / GIB:.0f} GiB of GPU memory, and the smallest "
-            f"{options.target.name} has {memory_gib:g}; use a larger one, --precision int8 or int4, or a smaller --max"
-        )
-
-
-def _require_own_folder(out: Path) -> None:
-    """Refuses to replace the folder that the user is in.
-
-    Raises:
-        ConfigError: `out` is the working directory or a folder above it.
-    """
-    here = Path.cwd()
-    if out.resolve() in (here, *here.parents):
-        raise ConfigError(f"--out {out} is the working directory or a folder above it; choose a folder inside it")
-
-
-def _require_no_plan_lost(options: ExportOptions) -> None:
-    """Refuses to replace a bundle that has a plan by one without.
-
-    Raises:
-        ConfigError: The destination holds such a bundle.
-    """
-    if not (options.out / PLAN).is_file():
-        return
-    reason = (
-        "--onnx-only builds none" if options.onnx_only else f"none is built here for --target {options.target.name}"
-    )
-    raise ConfigError(
-        f"--out {options.out} contains a bundle with a plan, which would be lost: {reason}; pass another --out, or "
-        "--force to replace it"
-    )
 
 
 def _start(options: ExportOptions, checkpoint: Checkpoint, staging: Path, read_ahead: ReadAhead) -> ExportState:
