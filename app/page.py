@@ -22,10 +22,11 @@ from nvembed_deploy.app.passages import Passage
 from nvembed_deploy.app.plane import OTHERS, QUERY, RESULT, Plane, draw
 from nvembed_deploy.app.search import MATCH, MAX_QUERY_CHARS, MAX_RESULTS, Searcher, SearchResult
 from nvembed_deploy.engines.show import lines
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
 
 PRESETS = {
     "Questions about Python": "Given a question about Python, retrieve documentation that answers the question",
-    "Questions": "Given a question, retrieve passages that answer the question",
+    "Questions": DEFAULT_QUERY_INSTRUCTION,
     "Claims": "Given a claim, find documents that refute the claim",
     "Similar texts": "Retrieve semantically similar text.",
     "No instruction": "",

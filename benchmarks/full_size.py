@@ -31,9 +31,8 @@ from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import echo, run
 from nvembed_deploy.errors import DeployError
 from nvembed_deploy.files.atomic import write_file
-from nvembed_deploy.system import describe_machine
+from nvembed_deploy.system import GIB, describe_machine
 
-GIB = 2**30
 RECORD_PATH = Path("benchmarks") / "results" / "full_size.json"
 SLACK_SECONDS, MAX_TIMES_CP, MAX_REFERENCE_SECONDS = 30, 1.2, 60
 MAX_BYTES, MAX_FORECAST_ERROR = 10**9, 0.15

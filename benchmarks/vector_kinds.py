@@ -23,17 +23,19 @@ from nvembed_deploy.console import echo, run, step
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.built_in import retrieval_texts
-from nvembed_deploy.evaluation.instructions import OFFICIAL, QUESTION
+from nvembed_deploy.evaluation.instructions import OFFICIAL
 from nvembed_deploy.export.options import default_model
 from nvembed_deploy.export.quantization.calibration import built_in_texts
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.files.json_lines import read_rows
+from nvembed_deploy.files.qrels import read_qrels
+from nvembed_deploy.parity.vector_kinds import CANDIDATES, TOP_K, ndcg, overlap
 from nvembed_deploy.system import describe_machine, installed_versions
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
 from nvembed_deploy.vectors import OutputDtype, convert, fit_int8_step, rescore, search
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "vector_kinds.json"
-TOP_K = 10
 CANDIDATES = (40, 100)
 """Numbers of documents that bits select, which int8 vectors then rank."""
 CALIBRATION_TEXTS = 512
@@ -136,10 +138,9 @@ def _read_set(folder: Path) -> RetrievalSet:
     queries = {str(row["id"]): str(row["text"]) for row in read_rows(folder / "queries.jsonl")}
     positions = {str(row["id"]): index for index, row in enumerate(documents)}
     judged: dict[str, dict[int, float]] = {}
-    for line in (folder / "qrels.tsv").read_text(encoding="utf-8").splitlines()[1:]:
-        query, document, relevance = line.split("\t")
-        if float(relevance) > 0 and query in queries and document in positions:
-            judged.setdefault(query, {})[positions[document]] = float(relevance)
+    for query, document, relevance in read_qrels(folder):
+        if query in queries and document in positions:
+            judged.setdefault(query, {})[positions[document]] = relevance
     return RetrievalSet(
         name=folder.name,
         documents=[f"{row.get('title') or ''} {row['text']}".strip() for row in documents],
@@ -168,7 +169,7 @@ def embed_set(work: Path, model: str, retrieval_set: RetrievalSet, embed: Embed)
     """Embeds a set, or reads its vectors from the work folder."""
     path = work / f"{model}-{retrieval_set.name}.npz"
     if not path.is_file():
-        instruction = {"scifact": OFFICIAL["SciFact"]}.get(retrieval_set.name, QUESTION)
+        instruction = {"scifact": OFFICIAL["SciFact"]}.get(retrieval_set.name, DEFAULT_QUERY_INSTRUCTION)
         np.savez(
             path,
             documents=embed(retrieval_set.documents, None),
@@ -225,24 +226,6 @@ def _theirs(vectors: Vectors, ranges: Vectors) -> NDArray[np.int8]:
 
     converted: NDArray[np.int8] = quantize_embeddings(vectors, precision="int8", calibration_embeddings=ranges)
     return converted
-
-
-def ndcg(ranking: NDArray[np.int64], judged: Sequence[dict[int, float]]) -> float:
-    """Returns the mean nDCG@10 of rankings [Q, 10], with gains of 2^relevance - 1 divided by log2(rank + 1)."""
-    discounts = 1 / np.log2(np.arange(TOP_K) + 2)
-    values = []
-    for row, relevance in zip(ranking, judged, strict=True):
-        gains = np.array([2.0 ** relevance.get(int(document), 0.0) - 1 for document in row])
-        best = sorted((2.0**value - 1 for value in relevance.values()), reverse=True)[:TOP_K]
-        values.append(float(gains @ discounts[: len(gains)]) / float(np.array(best) @ discounts[: len(best)]))
-    return float(np.mean(values))
-
-
-def overlap(expected: NDArray[np.int64], ranking: NDArray[np.int64]) -> float:
-    """Returns the mean share of the expected documents that a ranking has."""
-    return float(
-        np.mean([len(set(left) & set(right)) / len(left) for left, right in zip(expected, ranking, strict=True)])
-    )
 
 
 if __name__ == "__main__":

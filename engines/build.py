@@ -40,10 +40,8 @@ from nvembed_deploy.files.atomic import free_bytes
 from nvembed_deploy.parity.gate import Gate, closeness, verdict
 from nvembed_deploy.parity.probes import ReferenceOutputs
 from nvembed_deploy.spec import Dialect, Shape, ShapeProfile
-from nvembed_deploy.system import available_memory_bytes
+from nvembed_deploy.system import GIB, available_memory_bytes
 from nvembed_deploy.tokenization import TextEncoder
-
-GIB = 2**30
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from nvembed_deploy.backends.base import Backend
 from nvembed_deploy.bundle.manifest import MANIFEST, REFERENCE_OUTPUTS, TOKENIZER
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import echo, install_command, program, run, step
+from nvembed_deploy.console import BUNDLE_HELP, echo, install_command, program, run, step
 from nvembed_deploy.errors import ConfigError, MissingExtra, ParityError
 from nvembed_deploy.files.api_keys import read_keys
 from nvembed_deploy.files.atomic import write_file
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=prog or program("check"), description="Compares a bundle with the PyTorch model on real text."
     )
-    parser.add_argument("bundle", help="folder of a bundle, or the engine.plan or model.onnx in it")
+    parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument(
         "--model",
         default=None,

@@ -19,16 +19,15 @@ from nvembed_deploy.backends.trt import check_fit
 from nvembed_deploy.bundle.manifest import MANIFEST, Manifest
 from nvembed_deploy.bundle.parity_report import TOP_K
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import program, run
+from nvembed_deploy.console import BUNDLE_HELP, program, run
 from nvembed_deploy.engines.targets import TARGETS
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, MissingExtra
 from nvembed_deploy.files.records import to_json
 from nvembed_deploy.model.config import Pooling
 from nvembed_deploy.model.config_json import CONFIG_JSON, read_checkpoint_architecture
 from nvembed_deploy.model.text_contract import text_contract
-from nvembed_deploy.system import available_memory_bytes
+from nvembed_deploy.system import GIB, available_memory_bytes
 
-GIB = 2**30
 POOLING_NAMES = {
     Pooling.LATENT: "mean of the tokens after latent attention",
     Pooling.MEAN: "mean of the tokens",
@@ -170,7 +169,7 @@ def checkpoint_lines(folder: Path) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog=prog or program("show"), description=__doc__.split(": ", 1)[1])
-    parser.add_argument("bundle", help="folder of a bundle, or the engine.plan or model.onnx in it; or of a checkpoint")
+    parser.add_argument("bundle", help=f"{BUNDLE_HELP}; or a checkpoint's folder")
     parser.add_argument("--json", action="store_true", help="print JSON, with the complete manifest")
     flags = parser.parse_args(argv)
 

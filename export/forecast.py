@@ -21,9 +21,8 @@ from nvembed_deploy.files.atomic import free_bytes
 from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.model.weights import StoredTensor, StoredWeights
 from nvembed_deploy.spec import Precision
-from nvembed_deploy.system import available_memory_bytes
+from nvembed_deploy.system import GIB, available_memory_bytes
 
-GIB = 2**30
 BASE_BYTES = int(0.41 * GIB)
 """Python with torch and onnx, after tracing."""
 LAYER_BYTES = 2_000_000

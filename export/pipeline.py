@@ -40,7 +40,7 @@ from nvembed_deploy.engines.plan_builder import build_plan
 from nvembed_deploy.engines.targets import local_compute_capability
 from nvembed_deploy.errors import MaskError, ParityError
 from nvembed_deploy.export.background import run_in_background
-from nvembed_deploy.export.forecast import GIB, forecast, note_small_gpus, require_room
+from nvembed_deploy.export.forecast import forecast, note_small_gpus, require_room
 from nvembed_deploy.export.fp16_ranges import FP16_MAX, find_fp32_modules, measure_ranges
 from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
 from nvembed_deploy.export.graph.trace import trace
@@ -75,7 +75,7 @@ from nvembed_deploy.parity.gate import Gate, closeness, verdict
 from nvembed_deploy.parity.probes import longest_probe, probe_rows
 from nvembed_deploy.parity.vector_kinds import measure_vector_kinds
 from nvembed_deploy.spec import Precision
-from nvembed_deploy.system import installed_versions, peak_memory_bytes, return_large_blocks
+from nvembed_deploy.system import GIB, installed_versions, peak_memory_bytes, return_large_blocks
 from nvembed_deploy.tokenization import TextEncoder, TokenRow
 from nvembed_deploy.version import __version__
 

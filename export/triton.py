@@ -24,7 +24,7 @@ import numpy as np
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, TOKENIZER, WEIGHTS, Manifest
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import echo, program, run
+from nvembed_deploy.console import BUNDLE_HELP, echo, program, run
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import move_into_place, staged_folder
 from nvembed_deploy.files.records import to_json
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=prog or program("triton"), description="Writes a model repository for Triton Inference Server."
     )
-    parser.add_argument("bundle", help="a bundle's folder, or the engine.plan or model.onnx in it")
+    parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument("--out", type=Path, required=True, metavar="REPOSITORY", help="folder to write")
     parser.add_argument("--name", default="nvembed", help="name of the model that clients call (default: %(default)s)")
     parser.add_argument(

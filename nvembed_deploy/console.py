@@ -18,6 +18,8 @@ from types import FrameType
 
 from nvembed_deploy.errors import DeployError
 
+BUNDLE_HELP = "a bundle's folder, or the engine.plan or model.onnx in it"
+"""Help text of a command's bundle."""
 DESTINATION_INTACT = "the output is either unchanged or complete"
 CLEAR_LINE = "\x1b[K"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

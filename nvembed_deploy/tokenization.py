@@ -29,7 +29,8 @@ INSIDE_PATTERN = r"(?<=[^\p{L}\p{M}\p{N}▁])(?=[\p{L}\p{N}])"
 _FIXED_WORDS = re.compile(r"(?:\\[^\w]|\(\?:|[^\\*+{.^$(])*")
 """Matches regular expressions that consist of fixed words, so that they look no further than the longest word."""
 DEFAULT_QUERY_INSTRUCTION = "Given a question, retrieve passages that answer the question"
-"""Instruction of queries if none is given, for models that take any instruction: NVIDIA's for NQ and MS MARCO."""
+"""Instruction of queries if none is given, for models that take any instruction: NVIDIA's for NQ and MS MARCO. The
+parity probes have it too, so stored reference outputs depend on it."""
 DOCUMENT_PROMPT_NAMES = ("document", "passage", "corpus")
 """Names of a checkpoint's prompt for documents, as sentence-transformers looks for them."""
 Truncate = bool | Literal["start", "end"]

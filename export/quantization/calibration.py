@@ -27,9 +27,9 @@ from nvembed_deploy.export.layerwise import LayerwiseModel
 from nvembed_deploy.export.quantization.linear_groups import LinearGroup
 from nvembed_deploy.export.quantization.record import decode_ranges
 from nvembed_deploy.files.json_lines import read_rows
-from nvembed_deploy.parity.probes import INSTRUCTION, PROBES
+from nvembed_deploy.parity.probes import PROBES
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order, library_files, topic_pairs
-from nvembed_deploy.tokenization import TextEncoder, TokenBatch, TokenRow, check_texts
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION, TextEncoder, TokenBatch, TokenRow, check_texts
 
 MAX_TEXT_TOKENS = 256
 """Longer texts are truncated."""
@@ -105,12 +105,12 @@ def built_in_texts() -> list[CalibrationText]:
     They are taken from the documentation and the source code that come with Python, and from `OTHER_LANGUAGES`.
     """
     summaries, bodies = zip(*in_mixed_order(docstring_pairs(under=PACKAGES)), strict=True)
-    queries = (CalibrationText(text=text, instruction=INSTRUCTION) for text in summaries)
+    queries = (CalibrationText(text=text, instruction=DEFAULT_QUERY_INSTRUCTION) for text in summaries)
     topics = (CalibrationText(text=body) for _, body in in_mixed_order(topic_pairs()))
     passages = (CalibrationText(text=text) for text in bodies)
     code = (CalibrationText(text=text) for text in _functions())
     foreign = (
-        CalibrationText(text=text, instruction=INSTRUCTION if index % 3 == 1 else "")
+        CalibrationText(text=text, instruction=DEFAULT_QUERY_INSTRUCTION if index % 3 == 1 else "")
         for index, text in enumerate(OTHER_LANGUAGES)
     )
     short = (CalibrationText(text=text) for text in _short_texts(summaries))

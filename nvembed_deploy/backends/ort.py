@@ -14,7 +14,7 @@ from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import install_command, program
 from nvembed_deploy.errors import DeployError, DeviceMismatchError, EngineError, MissingExtra
 from nvembed_deploy.spec import Precision
-from nvembed_deploy.system import available_memory_bytes
+from nvembed_deploy.system import GIB, available_memory_bytes
 from nvembed_deploy.tokenization import TokenBatch
 
 OUTPUTS = ("sentence_embedding", "sentence_norm")
@@ -29,7 +29,6 @@ GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 X64_QUANT_PRECISION = ("session.x64quantprecision", "1")
 """Uses unsigned weights on CPUs whose 8-bit products overflow, see `eight_bit_products_overflow`. Without it, an INT8
 bundle's mean error was 8 times as large at hardly any gain in speed (AMD EPYC, third generation)."""
-GIB = 2**30
 COPIES_WHILE_OPENING = 2
 """Copies of the weights in memory while opening: the hashed bytes, and ONNX Runtime's own copy, which stays."""
 _log = logging.getLogger(__name__)

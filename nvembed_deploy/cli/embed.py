@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.console import echo, program, run
+from nvembed_deploy.console import BUNDLE_HELP, echo, program, run
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.files.atomic import staged_file
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         description="Embeds texts. A .txt file and standard input contain one text per line, .jsonl, .csv and .parquet "
         "files one per row.",
     )
-    parser.add_argument("bundle", type=Path, help="a bundle's folder, or the engine.plan or model.onnx in it")
+    parser.add_argument("bundle", type=Path, help=BUNDLE_HELP)
     parser.add_argument(
         "input",
         nargs="?",

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.console import echo, program, run
+from nvembed_deploy.console import BUNDLE_HELP, echo, program, run
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
 
-INSTRUCTION = "Given a question, retrieve passages that answer the question"
 PAIRS = (
     (
         "how do I undo my last git commit but keep the changes?",
@@ -50,11 +50,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         0, or 1 after an error, which is printed as one line.
     """
     parser = argparse.ArgumentParser(prog=prog or program("similarity"), description=__doc__.split(": ", 1)[1])
-    parser.add_argument("bundle", help="a bundle's folder, or the engine.plan or model.onnx in it")
+    parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument("--query", action="append", metavar="TEXT", help="a question; may be repeated")
     parser.add_argument("--passage", action="append", metavar="TEXT", help="a passage; may be repeated")
     parser.add_argument(
-        "--instruction", default=INSTRUCTION, help="the task of the questions in words (default: %(default)s)"
+        "--instruction",
+        default=DEFAULT_QUERY_INSTRUCTION,
+        help="the task of the questions in words (default: %(default)s)",
     )
     parser.add_argument(
         "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: %(default)s)"

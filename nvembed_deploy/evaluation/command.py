@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvembed_deploy.console import echo, install_command, program, run
+from nvembed_deploy.console import BUNDLE_HELP, echo, install_command, program, run
 from nvembed_deploy.errors import ConfigError, MissingExtra, ParityError
 from nvembed_deploy.files.records import to_json
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         description="Scores a bundle and its PyTorch model on the same MTEB tasks and compares the scores. "
         "Without --tasks, --benchmark or --data: tasks of six kinds from Python's documentation, offline.",
     )
-    parser.add_argument("--bundle", required=True, help="a bundle's folder, or the engine.plan or model.onnx in it")
+    parser.add_argument("--bundle", required=True, help=BUNDLE_HELP)
     parser.add_argument(
         "--reference",
         required=True,

@@ -6,11 +6,12 @@ prompts in mteb's metadata, which are those of e5-mistral, as NV-Embed's are.
 
 from __future__ import annotations
 
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
+
 SYMMETRIC_TYPES = frozenset(
     ("STS", "PairClassification", "Classification", "MultilabelClassification", "Clustering", "Summarization")
 )
 """Task types in which every text is a query; retrieval and reranking have documents, which get no instruction."""
-QUESTION = "Given a question, retrieve passages that answer the question"
 BY_TYPE = {
     "STS": "Retrieve semantically similar text",
     "Summarization": "Given a news summary, retrieve other semantically similar summaries",
@@ -24,11 +25,11 @@ OFFICIAL = {
     "FEVER": "Given a claim, retrieve documents that support or refute the claim",
     "MSMARCO": "Given a web search query, retrieve relevant passages that answer the query",
     "DBPedia": "Given a query, retrieve relevant entity descriptions from DBPedia",
-    "NQ": QUESTION,
+    "NQ": DEFAULT_QUERY_INSTRUCTION,
     "QuoraRetrieval": "Given a question, retrieve questions that are semantically equivalent to the given question",
     "SCIDOCS": "Given a scientific paper title, retrieve paper abstracts that are cited by the given paper",
     "TRECCOVID": "Given a query on COVID-19, retrieve documents that answer the query",
-    "Touche2020": QUESTION,
+    "Touche2020": DEFAULT_QUERY_INSTRUCTION,
     "SciFact": "Given a scientific claim, retrieve documents that support or refute the claim",
     "NFCorpus": "Given a question, retrieve relevant documents that answer the question",
     "ArguAna": "Given a claim, retrieve documents that support or refute the claim",

@@ -27,8 +27,9 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.evaluation.instructions import QUESTION
 from nvembed_deploy.files.json_lines import read_rows
+from nvembed_deploy.files.qrels import read_qrels
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
 
 Rows = list[dict[str, Any]]
 
@@ -52,8 +53,8 @@ KINDS = {
         AbsTaskClassification, "Classification", "accuracy", "Classify the text by its topic or intent"
     ),
     "clustering": Kind(AbsTaskClustering, "Clustering", "v_measure", "Identify the topic of the text"),
-    "reranking": Kind(AbsTaskRetrieval, "Reranking", "map_at_1000", QUESTION),
-    "retrieval": Kind(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", QUESTION),
+    "reranking": Kind(AbsTaskRetrieval, "Reranking", "map_at_1000", DEFAULT_QUERY_INSTRUCTION),
+    "retrieval": Kind(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", DEFAULT_QUERY_INSTRUCTION),
 }
 
 
@@ -223,10 +224,9 @@ def _retrieval(folder: Path, max_documents: int | None) -> tuple[Rows, Rows, dic
     queries = list(read_rows(folder / "queries.jsonl"))
     query_ids = {row["id"] for row in queries}
     judged: dict[str, dict[str, int]] = {}
-    for line in (folder / "qrels.tsv").read_text(encoding="utf-8").splitlines()[1:]:
-        query, document, score = line.split("\t")[:3]
-        if query in query_ids and float(score) > 0:
-            judged.setdefault(query, {})[document] = int(float(score))
+    for query, document, relevance in read_qrels(folder):
+        if query in query_ids:
+            judged.setdefault(query, {})[document] = int(relevance)
     corpus = list(read_rows(folder / "corpus.jsonl"))
     if max_documents is not None and len(corpus) > max_documents:
         judged_documents = {document for documents in judged.values() for document in documents}

@@ -20,9 +20,8 @@ from nvembed_deploy.bundle.parity_report import TOP_K
 from nvembed_deploy.errors import BundleError, ConfigError, ParityError
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order
 from nvembed_deploy.spec import Shape
-from nvembed_deploy.tokenization import TextEncoder, TokenRow
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION, TextEncoder, TokenRow
 
-INSTRUCTION = "Given a question, retrieve passages that answer the question"
 PROBES: tuple[tuple[bool, str], ...] = (
     (True, "are judo throws allowed in wrestling?"),
     (True, "how do I undo the last commit without losing my changes?"),
@@ -197,7 +196,7 @@ def probe_rows(text: TextEncoder, max_tokens: int) -> tuple[list[str], list[Toke
     Raises:
         ConfigError: Fewer than `MIN_PROBES` probes remain.
     """
-    query_prompt, default_prompt = text.query_prompt(INSTRUCTION), text.prompt(None, None)
+    query_prompt, default_prompt = text.query_prompt(DEFAULT_QUERY_INSTRUCTION), text.prompt(None, None)
     long_text = LONG_TEXT * (1 + max_tokens // 40)
     probes: dict[tuple[int, ...], tuple[str, TokenRow]] = {}
     for instructed, body in ((False, long_text), (True, long_text), *PROBES):
@@ -227,7 +226,7 @@ def retrieval_rows(text: TextEncoder, max_shape: Shape) -> list[TokenRow]:
     max_tokens = min(RETRIEVAL_TOKENS, longest_probe(text, max_shape))
     query_prompt = default_prompt = ""
     if max_tokens == RETRIEVAL_TOKENS:  # in shorter rows a prompt could leave no token to pool
-        query_prompt, default_prompt = text.query_prompt(INSTRUCTION), text.prompt(None, None)
+        query_prompt, default_prompt = text.query_prompt(DEFAULT_QUERY_INSTRUCTION), text.prompt(None, None)
     rows = text.tokenize(summaries[:QUERIES], prompt=query_prompt, max_length=max_tokens)
     return rows + text.tokenize(bodies, prompt=default_prompt, max_length=max_tokens)
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.errors import ConfigError, ParityError
 from nvembed_deploy.parity.compare import TOLERANCES, make_report, vector_differences
-from nvembed_deploy.parity.probes import INSTRUCTION, MIN_PROBES, PROBES, ReferenceOutputs
+from nvembed_deploy.parity.probes import MIN_PROBES, PROBES, ReferenceOutputs
 from nvembed_deploy.spec import Precision
-from nvembed_deploy.tokenization import TextEncoder
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION, TextEncoder
 
 SECONDS = 120
 """Time limit of one request."""
@@ -137,7 +137,7 @@ def canaries(reference: ReferenceOutputs, text: TextEncoder, *, with_instruction
     """
     indices = {(row.prompt_tokens, *row.ids): index for index, row in enumerate(reference.rows)}
     max_length = min(max(map(len, reference.rows)), text.contract.max_tokens)
-    prompts = {False: text.prompt(None, None), True: text.query_prompt(INSTRUCTION)}
+    prompts = {False: text.prompt(None, None), True: text.query_prompt(DEFAULT_QUERY_INSTRUCTION)}
     found = []
     for is_instructed, body in PROBES:
         row = text.tokenize([body], prompt=prompts[is_instructed], max_length=max_length)[0]
@@ -171,7 +171,7 @@ def compare_server(
     takes_instruction = server.is_ours and bool(text.contract.instruction_template)
     sent = canaries(reference, text, with_instruction=takes_instruction)
     compared = reference.selected([canary.index for canary in sent])
-    instructions = [INSTRUCTION if canary.is_instructed else None for canary in sent]
+    instructions = [DEFAULT_QUERY_INSTRUCTION if canary.is_instructed else None for canary in sent]
     alone = np.concatenate(
         [server.embed([canary.text], instruction) for canary, instruction in zip(sent, instructions, strict=True)]
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,9 @@ from numpy.typing import NDArray
 from nvembed_deploy.backends.base import Backend
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.bundle.vector_kinds import VectorKinds, VectorLoss
-from nvembed_deploy.parity.probes import INSTRUCTION
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order
 from nvembed_deploy.spec import Shape
-from nvembed_deploy.tokenization import TextEncoder, TokenRow
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION, TextEncoder, TokenRow
 from nvembed_deploy.vectors import OutputDtype, convert, fit_int8_step, rescore, search
 
 FIT_PACKAGES = ("argparse", "json", "logging", "statistics")
@@ -60,7 +60,7 @@ def measured_texts(text: TextEncoder, max_shape: Shape) -> MeasuredTexts | None:
         text: The model's text encoder.
         max_shape: Largest batch of the engine.
     """
-    query_prompt, prompt = text.query_prompt(INSTRUCTION), text.prompt(None, None)
+    query_prompt, prompt = text.query_prompt(DEFAULT_QUERY_INSTRUCTION), text.prompt(None, None)
     prompt_tokens = len(text.tokenize([""], prompt=query_prompt, max_length=text.contract.max_tokens)[0])
     longest = min(max_shape.tokens, text.contract.max_tokens)
     if longest < prompt_tokens + MIN_TOKENS:
@@ -147,20 +147,36 @@ def losses(queries: NDArray[np.float32], passages: NDArray[np.float32], int8_ste
     candidates, _ = search(*converted(OutputDtype.UBINARY), top_k=CANDIDATES)
     int8_queries, int8_passages = converted(OutputDtype.INT8)
     rankings["ubinary+int8"] = rescore(int8_queries, candidates, int8_passages, top_k=TOP_K)[0]
+    judged = [{index: 1.0} for index in range(len(queries))]
+    exact_ndcg = max(ndcg(exact, judged), 1e-9)
     return {
-        name: VectorLoss(overlap=round(_overlap(exact, ranking), 5), ndcg_share=round(_ndcg(ranking) / _ndcg(exact), 5))
+        name: VectorLoss(
+            overlap=round(overlap(exact, ranking), 5),
+            ndcg_share=round(max(ndcg(ranking, judged), 1e-9) / exact_ndcg, 5),
+        )
         for name, ranking in rankings.items()
     }
 
 
-def _overlap(expected: NDArray[np.int64], ranking: NDArray[np.int64]) -> float:
+def overlap(expected: NDArray[np.int64], ranking: NDArray[np.int64]) -> float:
+    """Returns the mean share of the expected documents that a ranking has."""
     return float(np.mean([np.isin(left, right).mean() for left, right in zip(expected, ranking, strict=True)]))
 
 
-def _ndcg(ranking: NDArray[np.int64]) -> float:
-    """Returns nDCG@10 of a ranking [Q, 10] in which the passage with the query's index is the only relevant one."""
-    hits = ranking == np.arange(len(ranking))[:, None]
-    return max(float((hits / np.log2(np.arange(ranking.shape[1]) + 2)).sum(axis=1).mean()), 1e-9)
+def ndcg(ranking: NDArray[np.int64], judged: Sequence[Mapping[int, float]]) -> float:
+    """Returns the mean nDCG@10 of rankings [Q, 10], with gains of 2^relevance - 1 divided by log2(rank + 1).
+
+    Args:
+        ranking: Indices of documents, the best first.
+        judged: Relevance of documents by their index, for each query.
+    """
+    discounts = 1 / np.log2(np.arange(TOP_K) + 2)
+    values = []
+    for row, relevance in zip(ranking, judged, strict=True):
+        gains = np.array([2.0 ** relevance.get(int(document), 0.0) - 1 for document in row])
+        best = sorted((2.0**value - 1 for value in relevance.values()), reverse=True)[:TOP_K]
+        values.append(float(gains @ discounts[: len(gains)]) / float(np.array(best) @ discounts[: len(best)]))
+    return float(np.mean(values))
 
 
 def _embed(backend: Backend, text: TextEncoder, rows: list[TokenRow], max_shape: Shape) -> NDArray[np.float32]:

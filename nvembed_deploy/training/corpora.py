@@ -22,6 +22,7 @@ from typing import Any
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.json_lines import read_rows
+from nvembed_deploy.files.qrels import read_qrels
 from nvembed_deploy.sample_texts import docstring_pairs, topic_pairs
 from nvembed_deploy.training.debian import package_descriptions
 from nvembed_deploy.training.examples import Example, read_examples
@@ -130,11 +131,9 @@ def _row_examples(row: dict[str, Any], source: str) -> Iterator[Example]:
 def _retrieval(folder: Path) -> Iterator[Example]:
     corpus = {row["id"]: row for row in read_rows(folder / "corpus.jsonl")}
     queries = {row["id"]: row["text"] for row in read_rows(folder / "queries.jsonl")}
-    lines = (folder / "qrels.tsv").read_text(encoding="utf-8").splitlines()[1:]
     relevant: dict[str, list[str]] = {}
-    for line in lines:
-        query, document, score = line.split("\t")[:3]
-        if float(score) > 0 and query in queries and document in corpus:
+    for query, document, _ in read_qrels(folder):
+        if query in queries and document in corpus:
             relevant.setdefault(document, []).append(queries[query])
     for document, document_queries in relevant.items():
         text = f"{corpus[document].get('title', '')} {corpus[document]['text']}".strip()

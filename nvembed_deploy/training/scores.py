@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.json_lines import read_rows
+from nvembed_deploy.files.qrels import read_qrels
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
 
 Vectors = NDArray[np.float32]
 Embed = Callable[[Sequence[str], str], Vectors]
 """Embeds texts with an instruction (empty for none) as unit rows."""
 
 SIMILARITY_INSTRUCTION = "Retrieve semantically similar text."
-RETRIEVAL_INSTRUCTION = "Given a question, retrieve passages that answer the question"
 DEPTH = 10
 MAX_DOCUMENTS = 500
 """A corpus is reduced to the documents judged for its first queries: a few seconds instead of minutes."""
@@ -61,10 +62,9 @@ def retrieval(folder: Path, embed: Embed) -> float:
     corpus = list(read_rows(folder / "corpus.jsonl"))
     queries = {row["id"]: row["text"] for row in read_rows(folder / "queries.jsonl")}
     judged: dict[str, dict[str, float]] = {}
-    for line in (folder / "qrels.tsv").read_text(encoding="utf-8").splitlines()[1:]:
-        query, document, score = line.split("\t")[:3]
-        if float(score) > 0 and query in queries:
-            judged.setdefault(query, {})[document] = float(score)
+    for query, document, relevance in read_qrels(folder):
+        if query in queries:
+            judged.setdefault(query, {})[document] = relevance
     scored: dict[str, dict[str, float]] = {}
     document_ids: set[str] = set()
     for query, judgements in judged.items():
@@ -74,7 +74,7 @@ def retrieval(folder: Path, embed: Embed) -> float:
         document_ids |= judgements.keys()
     corpus = [row for row in corpus if row["id"] in document_ids]
     documents = embed([f"{row.get('title') or ''} {row['text']}".strip() for row in corpus], "")
-    query_vectors = embed([queries[query] for query in scored], RETRIEVAL_INSTRUCTION)
+    query_vectors = embed([queries[query] for query in scored], DEFAULT_QUERY_INSTRUCTION)
     rankings = np.argsort(-(query_vectors @ documents.T), axis=1, kind="stable")[:, :DEPTH]
     gains = [
         ndcg([scored[query].get(corpus[index]["id"], 0.0) for index in ranking], scored[query])

@@ -16,11 +16,12 @@ from nvembed_deploy import Encoder
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.command import main
 from nvembed_deploy.evaluation.compare import TOLERANCES, Comparison, TaskResult, as_table, tolerance_of
-from nvembed_deploy.evaluation.instructions import OFFICIAL, QUESTION, instruction_for
+from nvembed_deploy.evaluation.instructions import OFFICIAL, instruction_for
 from nvembed_deploy.evaluation.model import MtebModel
 from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.tasks import folder_tasks, reranking_data
 from nvembed_deploy.spec import Precision
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ from nvembed_deploy.spec import Precision
         ("Banking77Classification", "Classification", False, "own"),
         ("AskUbuntuDupQuestions", "Reranking", True, ""),
         ("TwitterURLCorpus", "PairClassification", True, "own"),
-        ("NQ", "Retrieval", False, QUESTION),
+        ("NQ", "Retrieval", False, DEFAULT_QUERY_INSTRUCTION),
     ],
 )
 def test_which_texts_get_an_instruction(name: str, kind: str, is_document: bool, expected: str) -> None:
