@@ -29,7 +29,7 @@ from nvembed_deploy.export.quantization.calibration import built_in_texts
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.files.json_lines import read_rows
 from nvembed_deploy.files.qrels import read_qrels
-from nvembed_deploy.parity.vector_kinds import CANDIDATES, TOP_K, ndcg, overlap
+from nvembed_deploy.parity.vector_kinds import TOP_K, ndcg, overlap
 from nvembed_deploy.system import describe_machine, installed_versions
 from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
 from nvembed_deploy.vectors import OutputDtype, convert, fit_int8_step, rescore, search
