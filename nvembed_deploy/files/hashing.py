@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,11 @@ def hash_file(path: Path, *, before: Callable[[Path, int], None] | None = None) 
         BundleError: The file cannot be read.
     """
     digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
+            # No larger than the file: to clear 16 MiB takes longer than to hash the small files of a bundle.
+            file_bytes = os.fstat(file.fileno()).st_size
+            buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(file_bytes, 1))))
             while True:
                 if before is not None:
                     before(path, size)
