@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 REPEATS = 5
 LONG_SECONDS = 1.0
-"""A batch that takes longer is timed once: noise does not matter for models of that size."""
+"""A batch is repeated for about this long, so that opening does not take much longer; a longer one runs once."""
 MAX_COMPARED_SHAPE = Shape(batch=8, tokens=128)
 """Largest batch of the comparison. The parity check of the export compared the longest inputs."""
 COPIES = 3
@@ -385,10 +385,11 @@ def read_choice(path: Path) -> CpuChoice | None:
 def _times_ms(backends: Mapping[str, Backend], batch: TokenBatch) -> dict[str, float]:
     """Returns each backend's median milliseconds for a batch; they alternate, after one warm-up run each."""
     warmup_ms = {name: _run_ms(backend, batch) for name, backend in backends.items()}
-    if max(warmup_ms.values()) > LONG_SECONDS * 1000:
+    repeats = min(REPEATS, int(LONG_SECONDS * 1000 / max(warmup_ms.values())))
+    if not repeats:
         return warmup_ms
     times_ms: dict[str, list[float]] = {name: [] for name in backends}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for name, backend in backends.items():
             times_ms[name].append(_run_ms(backend, batch))
     return {name: round(statistics.median(times), 3) for name, times in times_ms.items()}
