@@ -119,7 +119,8 @@ def _measure_vectors(bundle: Bundle, text: TextEncoder, backend: Backend) -> Non
         kinds = measure_vector_kinds(backend, text, max_shape=max_shape, max_seconds=None)
     if kinds is None:
         raise ConfigError(
-            f"vectors cannot be measured with texts of up to {max_shape.tokens} tokens; build it for more"
+            f"vectors of {bundle.manifest.dimension} dimensions and texts of up to {max_shape.tokens} tokens "
+            "cannot be measured; it takes a multiple of 8 dimensions, and texts longer than the instruction"
         )
     write_file(bundle.folder / MANIFEST, replace(bundle.manifest, vectors=kinds).to_bytes())
     for name, loss in kinds.losses.items():

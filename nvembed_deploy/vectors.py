@@ -206,8 +206,8 @@ def search(queries: NDArray[Any], documents: NDArray[Any], *, top_k: int) -> tup
         top_k: Number of documents per query, at most N.
 
     Returns:
-        Indices int64 [Q, k], the best first and equal ones in order, and their scores [Q, k]: products, exact for
-        int8, or minus the number of different bits.
+        Indices int64 [Q, k], the best first and equal ones in order, and their scores [Q, k]: products, for int8 of
+        up to 1,040 components exact and of more rounded as float32, or minus the number of different bits.
 
     Raises:
         ConfigError: The formats or the widths differ.
@@ -255,8 +255,7 @@ def rescore(
 def _scores(queries: NDArray[Any], documents: NDArray[Any]) -> NDArray[Any]:
     if documents.dtype == np.uint8:
         return -hamming_distances(queries, documents)
-    # int8 as float32: products of up to 1,040 components are exact, BLAS is ten times faster than NumPy's integers, and
-    # beyond that a sum is rounded by less than one step.
+    # int8 as float32, since NumPy's integer products use no BLAS: sums of up to 1,040 products stay below 2^24.
     scores: NDArray[Any] = queries.astype(np.float32) @ documents.astype(np.float32).T
     return scores
 

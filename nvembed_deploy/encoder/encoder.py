@@ -421,7 +421,7 @@ class Encoder(OpenedBundle):
 
     def _stream(
         self, texts: Iterable[object], rules: TokenRules, layout: Layout, *, show_progress: bool
-    ) -> Iterator[NDArray[np.float32]]:
+    ) -> Iterator[NDArray[Any]]:
         truncated = blank = start = 0
         with _progress(show_progress, texts) as bar:
             for window in tokenized_windows(texts, self._text, rules):

@@ -209,7 +209,7 @@ class OpenedBundle:
             normalize=normalize,
             dtype=self.offered_dtype(output_dtype),
         )
-        if layout.dtype in BOUNDED_BY and layout.dtype is not OutputDtype.FLOAT16:
+        if layout.dtype in BOUNDED_BY:
             if layout.dim != self.dimension:
                 raise ConfigError(
                     f"{output_dtype} vectors are measured for {self.dimension} dimensions; omit dimensions"

@@ -104,7 +104,6 @@ def measure_vector_kinds(
     texts = measured_texts(text, max_shape)
     if texts is None:
         return None
-    started = time.monotonic()
     _embed(backend, text, texts.fit[:4], max_shape)  # warms up
     started = time.monotonic()
     sample = texts.fit[:8]
