@@ -198,7 +198,11 @@ def _stock_family(
     prompts: StatedPrompts | None,
     stated: UserStatement,
 ) -> ModelFamily:
-    """Returns the family of published checkpoints that a checkpoint of transformers' own class belongs to, if any."""
+    """Returns the family of published checkpoints that a checkpoint of transformers' own class belongs to, if any.
+
+    Qwen3-Embedding is known by its prompts: without them sentence-transformers adds none, and a family would.
+    e5-mistral's relatives do not all state theirs, and need the EOS that their tokenizer.json forgets.
+    """
     candidates = {"qwen3": QWEN3_EMBEDDING, "mistral": E5_MISTRAL}
     family = candidates.get(model_type, STOCK_FAMILIES[model_type])
     template = None if prompts is None else prompts.template
@@ -208,7 +212,7 @@ def _stock_family(
         and pooling is not None
         and pooling.pooling is Pooling.LAST
         and stated.mask in (None, Mask.CAUSAL)
-        and template in (None, family.template)
+        and (template == family.template or (template is None and family is E5_MISTRAL))
         and top.values.get("use_sliding_window") in (None, False)
     )
     if family is E5_MISTRAL:

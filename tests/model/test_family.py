@@ -23,7 +23,7 @@ from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.config import Mask, Pooling, UserStatement
 from nvembed_deploy.model.config_json import read_architecture, read_checkpoint_architecture
 from nvembed_deploy.model.family import MODEL_FAMILIES, ModelFamily
-from nvembed_deploy.model.sentence_transformers_files import StatedPooling, read_pooling
+from nvembed_deploy.model.sentence_transformers_files import StatedPooling, read_pooling, read_prompts
 from nvembed_deploy.parity.compare import require_mask
 from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.spec import Dialect, Precision
@@ -183,6 +183,7 @@ CONFIGS = {
     },
     "Qwen3-Embedding": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
 }
+QWEN3_PROMPTS = {"query": "Instruct: Find the passage\nQuery:", "document": ""}
 POOLING_FILES = {"gte-Qwen2": "lasttoken", "e5-mistral": "lasttoken", "Qwen3-Embedding": "lasttoken"}
 FAMILIES_WITH_BOS = {"GritLM", "e5-mistral", "llama-embed-nemotron"}
 
@@ -214,6 +215,9 @@ def make_family_checkpoint(name: str, folder: Path, *, prefix: str = "", head: b
     if name in POOLING_FILES:
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": POOLING_FILES[name]}))
+    if name == "Qwen3-Embedding":  # is known by its prompts
+        settings = {"prompts": QWEN3_PROMPTS, "default_prompt_name": None}
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
     torch.manual_seed(7)
     model = make_transformers_model(transformers, config)
     for parameter in model.parameters():
@@ -307,7 +311,11 @@ def test_truncation_keeps_the_last_token(tmp_path: Path) -> None:
 def test_vectors_of_a_matryoshka_model_can_be_truncated(tmp_path: Path) -> None:
     folder = make_family_checkpoint("Qwen3-Embedding", tmp_path / "qwen")
     config = json.loads((folder / "config.json").read_text())
-    assert read_architecture({**config, "hidden_size": 1024}, pooling=read_pooling(folder)).matryoshka.allows(256, 1024)
+    wide = read_architecture(
+        {**config, "hidden_size": 1024}, pooling=read_pooling(folder), prompts=read_prompts(folder)
+    )
+    assert wide.matryoshka is not None
+    assert wide.matryoshka.allows(256, 1024)
     bundle = export(folder, tmp_path / "bundle")
     encoder = Encoder(bundle, device="cpu")
     full = encoder.encode(list(TEXTS))

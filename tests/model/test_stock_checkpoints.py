@@ -411,7 +411,7 @@ def config_of(model_type: str, architecture: str, **fields: object) -> dict[str,
         (config_of("ministral3", "Ministral3Model", is_causal=False), STATED_MEAN, "Ministral3", "bidirectional"),
         (config_of("qwen2", "Qwen2ForCausalLM"), STATED_LAST, "Qwen2", "causal"),
         (config_of("qwen3", "Qwen3Model", is_causal=False), STATED_MEAN, "Qwen3", "bidirectional"),
-        (config_of("qwen3", "Qwen3ForCausalLM"), STATED_LAST, "Qwen3-Embedding", "causal"),
+        (config_of("qwen3", "Qwen3ForCausalLM"), STATED_LAST, "Qwen3", "causal"),
         (config_of("mistral", "MistralModel", vocab_size=32000), STATED_LAST, "e5-mistral", "causal"),
         (config_of("mistral", "MistralModel", vocab_size=32003), STATED_LAST, "Mistral", "causal"),
         (config_of("llama", "LlamaModel", is_causal=False, pooling="avg"), None, "Llama", "bidirectional"),
@@ -432,7 +432,7 @@ def test_prompts_decide_who_is_a_relative_of_a_published_model() -> None:
         stated = StatedPrompts(prompts=dict(zip("abc", prompts, strict=False)), default_prompt_name=None, path="x")
         return read_architecture(config, pooling=STATED_LAST, prompts=stated).family, stated.template
 
-    assert family() == ("Qwen3-Embedding", None)
+    assert family() == ("Qwen3", None)  # as sentence-transformers, which then adds no prompt to a query
     assert family("Instruct: find\nQuery:", "") == ("Qwen3-Embedding", "Instruct: {instruction}\nQuery:")
     assert family("Instruct: find\nQuery: ") == ("Qwen3", "Instruct: {instruction}\nQuery: ")
     assert family("query: ", "document: ") == ("Qwen3", "")
