@@ -5,6 +5,7 @@
 # make test-python310  the runtime under Python 3.10, as on JetPack 6, in an environment of its own
 # make bench    beside sentence-transformers, optimum, fastembed and PyTorch on this CPU; DATA=FOLDER for your data sets
 # make bench-gpu  on a machine with an NVIDIA GPU: its tests, an engine for it, and that beside PyTorch in FP16
+# make docs     build the pages of docs/ and the API reference into build/site
 # make check    formatting, lint and types, as CI runs them
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -32,11 +33,12 @@ READY := $(VENV)/.ready
 READY_APP := $(VENV)/.ready-app
 READY_TEST := $(VENV)/.ready-test
 READY_310 := $(VENV)-3.10/.ready
+READY_DOCS := $(VENV)-docs/.ready
 # A file of tests at a time goes to each worker, in the order of tests/conftest.py: long ones first.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 BUNDLE := bundles/nv-embed-mini-$(PRECISION)
 
-.PHONY: engine app test test-all test-python310 check format bench bench-gpu clean
+.PHONY: engine app test test-all test-python310 docs check format bench bench-gpu clean
 
 engine: $(READY)
 	$(BIN)/python -m export.trt --precision $(PRECISION) --out $(BUNDLE)
@@ -66,6 +68,9 @@ bench-gpu: $(READY_TEST)
 	$(BIN)/python -m export.trt --precision fp16 --target $(GPU_TARGET) --out bundles/gpu-fp16
 	NVEMBED_GPU=required NVEMBED_BUNDLE=bundles/gpu-fp16 $(BIN)/python -m pytest -m gpu tests/backends/test_gpu.py
 	$(BIN)/nvembed bench bundles/gpu-fp16 reference@models/nv-embed-mini --device cuda --out build/gpu-bench.json
+
+docs: $(READY_DOCS)
+	$(VENV)-docs/bin/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/site
 
 check: $(READY_TEST)
 	$(BIN)/ruff format --check .
@@ -103,5 +108,11 @@ $(READY_310): constraints-3.10.txt
 	@$(VENV)-3.10/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement constraints-3.10.txt
 	@touch $@
 
+$(READY_DOCS): pyproject.toml constraints.txt
+	@echo "making $(VENV)-docs with Sphinx (0.2 GB)"
+	@$(PYTHON) -m venv $(VENV)-docs
+	@$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-3.10 bundles build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-3.10 $(VENV)-docs bundles build dist *.egg-info

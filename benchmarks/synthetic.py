@@ -59,12 +59,12 @@ CONFIG = {
 """Source: config.json of nvidia/NV-Embed-v2."""
 
 
-def make(folder: Path, *, seed: int = 0) -> int:
+def make(folder: Path, *, seed: int | None = 0) -> int:
     """Writes the checkpoint.
 
     Args:
         folder: Folder to create; must not exist.
-        seed: Seed of the weights.
+        seed: Seed of the weights; None for files with headers and holes, which take no disk space and are all zeros.
 
     Returns:
         Size of the weights in bytes.
@@ -77,23 +77,33 @@ def make(folder: Path, *, seed: int = 0) -> int:
         state = NVEmbed(read_architecture(CONFIG)).state_dict()
     ordered = sorted(state, key=lambda name: not name.startswith("latent"))  # the pooler is in the first shard
     shards = list(_shards({name: tuple(state[name].shape) for name in ordered}))
+    total = sum(_bytes(shape) for shard in shards for shape in shard.values())
+    shard_names: dict[str, str] = {}
+    for index, shard in enumerate(shards):
+        name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        shard_names |= dict.fromkeys(shard, name)
+        with (folder / name).open("xb") as file:
+            file.write(_header(shard))
+            file.truncate(file.tell() + sum(map(_bytes, shard.values())))
+    if seed is not None:
+        _write_random_weights(folder, shards, seed)
+    index_file = {"metadata": {"total_size": total}, "weight_map": shard_names}
+    (folder / INDEX_NAME).write_text(json.dumps(index_file, indent=1))
+    return total
+
+
+def _write_random_weights(folder: Path, shards: list[dict[str, tuple[int, ...]]], seed: int) -> None:
     rng = np.random.default_rng(seed)
     pool = (rng.standard_normal(POOL_VALUES, dtype=np.float32) * STD).astype(np.float16)
     total = sum(_bytes(shape) for shard in shards for shape in shard.values())
-    shard_names: dict[str, str] = {}
     with tqdm(total=total, desc="writing random weights", unit="B", unit_scale=True, disable=None) as progress_bar:
-        for index, shard in enumerate(shards):
-            name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-            shard_names |= dict.fromkeys(shard, name)
-            with (folder / name).open("xb") as file:
-                file.write(_header(shard))
+        for path, shard in zip(sorted(folder.glob("*.safetensors")), shards, strict=True):
+            with path.open("r+b") as file:
+                file.seek(len(_header(shard)))
                 for tensor, shape in shard.items():
                     for block in _weights(tensor, shape, pool, rng):
                         file.write(block.view(np.uint8).data)
                         progress_bar.update(block.nbytes)
-    index_file = {"metadata": {"total_size": total}, "weight_map": shard_names}
-    (folder / INDEX_NAME).write_text(json.dumps(index_file, indent=1))
-    return total
 
 
 def _bytes(shape: tuple[int, ...]) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import needs_rtx
 from tests.readme import ROOT, blocks, readme_steps
+from tools.plots import HASH_KEY, PICTURE, figures, fingerprint
 from tools.readme import pages, render
 
 
@@ -23,6 +24,18 @@ def test_generated_parts_are_up_to_date(path: Path) -> None:
 def test_links_point_at_files(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+def test_the_readme_stays_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 210
+    assert len(text.split()) <= 1750
+
+
+def test_the_picture_shows_the_records() -> None:
+    image = pytest.importorskip("PIL.Image")
+    with image.open(PICTURE) as picture:
+        assert picture.info[HASH_KEY] == fingerprint(figures()), "run: python -m tools.plots"
 
 
 @pytest.mark.slow

@@ -5,36 +5,55 @@ A generated part is between `<!-- made: NAME -->` and `<!-- end -->`. A test che
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import importlib
+import io
 import json
 import os
 import re
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from nvembed_deploy.backends.bindings import TENSORRT_RTX
+from nvembed_deploy.cli.main import COMMANDS
 from nvembed_deploy.console import echo
 from nvembed_deploy.engines.targets import TARGETS, BuildOption, runs_on
 from nvembed_deploy.model.config import Pooling
 from nvembed_deploy.model.family import MODEL_FAMILIES
+from nvembed_deploy.parity.compare import TOLERANCES
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.training.ablation import as_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SUBCOMMANDS = {"train": ("data", "mine", "stage", "ablate")}
 PART = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def help_text(module: str) -> str:
-    """Returns the output of `python -m MODULE --help` at a fixed width."""
-    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    return f"```text\n{done.stdout.rstrip()}\n```\n"
+def help_text(command: str, *subcommand: str) -> str:
+    """Returns the output of `nvembed COMMAND --help` at a fixed width."""
+    settings = {"COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0"}
+    output = io.StringIO()
+    with mock.patch.dict(os.environ, settings), contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        module = next(group[command].module for group in COMMANDS.values() if command in group)
+        importlib.import_module(f"nvembed_deploy.{module}").main([*subcommand, "--help"], prog=f"nvembed {command}")
+    return f"```text\n{output.getvalue().rstrip()}\n```\n"
+
+
+def commands_reference() -> str:
+    """Returns a section with the help of each command."""
+    lines = []
+    for group, commands in COMMANDS.items():
+        lines += [f"## {group}", ""]
+        for name in commands:
+            lines += [f"### nvembed {name}", "", help_text(name)]
+            for subcommand in SUBCOMMANDS.get(name, ()):
+                lines += [f"#### nvembed {name} {subcommand}", "", help_text(name, subcommand)]
+    return "\n".join(lines)
 
 
 def clients_table() -> str:
@@ -102,6 +121,40 @@ def precision_table() -> str:
         "PyTorch FP32, of the plan's graph on ONNX Runtime; the first vector is the median of seven fresh processes. "
         f"Without the token embeddings, which stay FP16, int8's weights are {_matrix_share(record):.2f} of fp16's.",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def short_precision_table() -> str:
+    """Formats the main figures of the record of `benchmarks.precisions`."""
+    record = _record("precisions")
+    lines = [
+        "| precision | graph | lowest cosine to PyTorch | required | largest difference of an MTEB task, points |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        bound = f"{TOLERANCES[Precision(row['precision'])].min_cosine:g}"
+        tasks = record["scores"][row["precision"]]
+        worst = max((task["engine"] - task["reference"] for task in tasks), key=abs)
+        size = f"{row['graph_bytes'] / 1e6:.1f} MB"
+        lines.append(f"| {row['precision']} | {size} | {row['min_cosine']:.7f} | {bound} | {worst:+.2f} |")
+    lines += ["", f"The model in this repository, on {record['date']}: {record['machine']}."]
+    return "\n".join(lines) + "\n"
+
+
+def forecasts_table() -> str:
+    """Formats the record of `benchmarks.forecasts`."""
+    record = _record("forecasts")
+    lines = [
+        "| precision | weights | GPU memory at run time | to export | and compare | to build the plan |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    names = {name: ", ".join(group) for group in (("fp16", "bf16"), ("int8", "fp8"), ("int4",)) for name in group[:1]}
+    for row in record["rows"]:
+        if row["precision"] in names:
+            columns = ("weights", "gpu", "export", "export_compared", "building")
+            cells = " | ".join(f"{row[column] / 1e9:.1f} GB" for column in columns)
+            lines.append(f"| {names[row['precision']]} | {cells} |")
+    lines += ["", f"Batches of up to {record['batch']} tokens; made by `{record['command']}` on {record['date']}."]
     return "\n".join(lines) + "\n"
 
 
@@ -303,6 +356,20 @@ def peers_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def short_peers_table() -> str:
+    """Formats four rows of the record of `benchmarks.peers`."""
+    record = _record("peers")
+    rows = {row["name"]: row for row in record["rows"]}
+    base = rows["sentence-transformers, torch"]
+    lines = ["| embedder | texts/s | | one query, p50 | cold start | memory |", "| --- | --- | --- | --- | --- | --- |"]
+    for name in (base["name"], "ours, OpenVINO fp32", "ours, OpenVINO bf16", "ours, OpenVINO int8"):
+        row = rows[name]
+        speed = f"{row['texts_s']:.0f} | {row['texts_s'] / base['texts_s']:.1f} x | {row['single_p50_ms']:.1f} ms"
+        lines.append(f"| {name} | {speed} | {row['cold_s']:.2f} s | {row['peak_mb']} MB |")
+    lines += ["", f"The same weights and texts in one run, on {record['date']}: {record['machine']}."]
+    return "\n".join(lines) + "\n"
+
+
 def profile_table() -> str:
     """Formats the record of `benchmarks.stages`."""
     record = _record("profile")
@@ -371,6 +438,8 @@ TABLES = {
     "clients": clients_table,
     "vectors": vectors_table,
     "precisions": precision_table,
+    "precisions_short": short_precision_table,
+    "forecasts": forecasts_table,
     "mteb": mteb_table,
     "family": family_table,
     "full_size": full_size_table,
@@ -379,6 +448,7 @@ TABLES = {
     "compatibility": compatibility_table,
     "aarch64": aarch64_table,
     "peers": peers_table,
+    "peers_short": short_peers_table,
     "profile": profile_table,
     "operators": operators_table,
     "search": search_table,
@@ -396,18 +466,25 @@ def render(text: str) -> str:
 
     def generate(match: re.Match[str]) -> str:
         kind, _, name = match[2].partition(":")
-        content = help_text(name) if kind == "help" else TABLES[name]()
+        content = commands_reference() if kind == "commands" else TABLES[name]()
         return match[1] + content + match[3]
 
     return PART.sub(generate, text)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    for page in pages():
-        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
-    echo(f"done: {', '.join(page.name for page in pages())}")
-    return 0
+    parser = argparse.ArgumentParser(prog="python -m tools.readme", description="Updates generated parts of the pages.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is out of date")
+    check = parser.parse_args(argv).check
+    contents = {page: page.read_text(encoding="utf-8") for page in pages()}
+    changed = [page for page, content in contents.items() if render(content) != content]
+    if not check:
+        for page in changed:
+            page.write_text(render(contents[page]), encoding="utf-8")
+    names = ", ".join(page.name for page in changed) or "nothing"
+    echo(f"out of date: {names}; run: python -m tools.readme" if check and changed else f"changed: {names}")
+    return int(check and bool(changed))
 
 
 if __name__ == "__main__":
