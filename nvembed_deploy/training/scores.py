@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.json_lines import read_rows
@@ -48,7 +48,7 @@ def score_folder(folder: Path, embed: Embed) -> dict[str, float]:
             if {"a", "b", "score"} <= rows[0].keys():
                 vectors = [embed([row[side] for row in rows], SIMILARITY_INSTRUCTION) for side in ("a", "b")]
                 cosines = (vectors[0] * vectors[1]).sum(axis=1)
-                scores[path.name] = spearman(cosines, np.array([row["score"] for row in rows], dtype=np.float64))
+                scores[path.name] = float(spearmanr(cosines, [row["score"] for row in rows]).statistic)
     if not scores:
         raise ConfigError(
             f"{folder} contains no data set of scored pairs and no corpus with judgements; pass the folder of the "
@@ -93,12 +93,3 @@ def _discounted(gains: Sequence[float]) -> float:
     return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
 
 
-def spearman(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """Returns the rank correlation of two rows of numbers; ties get their mean rank."""
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
-
-
-def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[inverse]
-    return ranks

@@ -7,19 +7,12 @@ import numpy as np
 import pytest
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.training.scores import ndcg, score_folder, spearman
+from nvembed_deploy.training.scores import ndcg, score_folder
 
 
 def test_ndcg_equals_its_definition():
     assert ndcg([1.0, 0.0, 2.0], {"a": 1.0, "b": 2.0}) == pytest.approx((1 + 2 / 2) / (2 + 1 / math.log2(3)))
     assert ndcg([0.0], {"a": 1.0}) == 0.0
-
-
-def test_spearman_depends_only_on_ranks():
-    assert spearman(np.array([0.1, 0.2, 0.9]), np.array([1.0, 5.0, 50.0])) == pytest.approx(1.0)
-    assert spearman(np.array([3.0, 2.0, 1.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(-1.0)
-    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5
-    assert spearman(np.array([0, 7, 7, 9]), np.array([1, 2, 3, 4])) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
 
 
 def test_a_folder_of_sets(tmp_path):
