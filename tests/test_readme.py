@@ -28,8 +28,8 @@ def test_links_point_at_files(path: Path) -> None:
 
 def test_the_readme_stays_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 210
-    assert len(text.split()) <= 1750
+    assert len(text.splitlines()) <= 215
+    assert len(text.split()) <= 1800
 
 
 def test_the_picture_shows_the_records() -> None:

@@ -145,16 +145,17 @@ def forecasts_table() -> str:
     """Formats the record of `benchmarks.forecasts`."""
     record = _record("forecasts")
     lines = [
-        "| precision | weights | GPU memory at run time | to export | and compare | to build the plan |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| precision | weights | GPU, at run time | host, to export | with `--no-parity` | to build the plan | disk |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     names = {name: ", ".join(group) for group in (("fp16", "bf16"), ("int8", "fp8"), ("int4",)) for name in group[:1]}
     for row in record["rows"]:
         if row["precision"] in names:
-            columns = ("weights", "gpu", "export", "export_compared", "building")
+            columns = ("weights", "gpu", "export_compared", "export", "building", "disk")
             cells = " | ".join(f"{row[column] / 1e9:.1f} GB" for column in columns)
             lines.append(f"| {names[row['precision']]} | {cells} |")
-    lines += ["", f"Batches of up to {record['batch']} tokens; made by `{record['command']}` on {record['date']}."]
+    origin = f"made by `{record['command']}` on {record['date']}"
+    lines += ["", f"With `--max {record['batch']}`, disk without the checkpoint's 15.7 GB; {origin}."]
     return "\n".join(lines) + "\n"
 
 
@@ -366,7 +367,11 @@ def short_peers_table() -> str:
         row = rows[name]
         speed = f"{row['texts_s']:.0f} | {row['texts_s'] / base['texts_s']:.1f} x | {row['single_p50_ms']:.1f} ms"
         lines.append(f"| {name} | {speed} | {row['cold_s']:.2f} s | {row['peak_mb']} MB |")
-    lines += ["", f"The same weights and texts in one run, on {record['date']}: {record['machine']}."]
+    lines += [
+        "",
+        "The small model as a causal one, which the other programs can run, and the same texts; in one run on "
+        f"{record['date']}: {record['machine']}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
