@@ -100,9 +100,11 @@ class Reservation:
         """Queues a request in the reserved places; see `Coalescer.submit`.
 
         Raises:
-            ConfigError: There are more rows than places, or the reservation was used or released before.
+            ConfigError: There are more rows than places, the reservation was used or released before, or the model does
+                not support `dimensions`.
             OverloadedError: The coalescer is closed.
         """
+        self._coalescer.encoder.output_dimension(dimensions)  # not in a batch, where it would fail others' requests too
         if len(rows) > self.texts:
             raise ConfigError(f"{len(rows)} rows were submitted, but only {self.texts} places were reserved")
         request = _Request(
@@ -220,11 +222,15 @@ class Coalescer:
             A future of float32 [N, D]; it raises the errors of `Encoder.encode_rows`, and `DeadlineError`.
 
         Raises:
-            ConfigError: There are more rows than the queue can ever hold.
+            ConfigError: There are more rows than the queue can ever hold, or the model does not support `dimensions`.
             OverloadedError: Too many texts are waiting, they take too long, or the coalescer is closed.
             EngineError: This process was forked from the one that created the coalescer.
         """
-        return self.reserve(len(rows), max_seconds=max_seconds).submit(rows, dimensions=dimensions)
+        reservation = self.reserve(len(rows), max_seconds=max_seconds)
+        try:
+            return reservation.submit(rows, dimensions=dimensions)
+        finally:
+            reservation.release()  # after an error
 
     def close(self, *, max_seconds: float | None = None) -> None:
         """Rejects new requests, runs those that are waiting, and returns when they are done.

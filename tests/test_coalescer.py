@@ -197,6 +197,19 @@ def test_one_bad_text_fails_alone(encoder: Encoder, monkeypatch: pytest.MonkeyPa
         assert np.isfinite(coalescer.submit(encoder.tokenize(["good"])).result()).all()
 
 
+def test_a_dimension_that_the_model_lacks_fails_nobody_else(encoder: Encoder, gated: Gate) -> None:
+    with Coalescer(encoder) as coalescer:
+        first = coalescer.submit(encoder.tokenize(["first"]))
+        assert gated.entered.wait(20)
+        good = coalescer.submit(encoder.tokenize(["good"]))
+        with pytest.raises(ConfigError, match="dimensions is 3; this model was not trained"):
+            coalescer.submit(encoder.tokenize(["bad"]), dimensions=3)
+        gated.open.set()
+        assert [len(future.result(20)) for future in (first, good)] == [1, 1]
+        assert coalescer.waiting_texts == 0
+    assert gated.rows == [1, 1]
+
+
 def test_coroutines_can_wait(encoder: Encoder) -> None:
     async def ask(coalescer: Coalescer) -> list[np.ndarray]:
         futures: list[Future] = [coalescer.submit(encoder.tokenize([text])) for text in TEXTS]

@@ -257,7 +257,7 @@ class Encoder(OpenedBundle):
         is_single = isinstance(texts, str)
         rows = await asyncio.to_thread(tokenize, [texts] if isinstance(texts, str) else texts)
         if not rows:
-            return np.empty((0, self._output_dim(dimensions)), dtype=np.float32)
+            return np.empty((0, self.output_dimension(dimensions)), dtype=np.float32)
         vectors = await asyncio.wrap_future(self._shared_batches().submit(rows, dimensions=dimensions))
         return vectors[0] if is_single else vectors
 

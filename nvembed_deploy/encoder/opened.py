@@ -203,7 +203,7 @@ class OpenedBundle:
     ) -> Layout:
         max_rows = self.manifest.profile.max.batch
         layout = Layout(
-            dim=self._output_dim(dimensions),
+            dim=self.output_dimension(dimensions),
             max_rows=_limit("batch_size", batch_size, max_rows, max_rows if self._backend.profile else None),
             max_tokens=_limit("batch_tokens", batch_tokens, default_batch_tokens(self._backend), None),
             normalize=normalize,
@@ -218,7 +218,12 @@ class OpenedBundle:
                 raise ConfigError(f"{output_dtype} vectors are made of vectors of unit length; omit normalize=False")
         return layout
 
-    def _output_dim(self, dimensions: int | None) -> int:
+    def output_dimension(self, dimensions: int | None) -> int:
+        """Returns the dimension of vectors that are truncated to `dimensions`, the bundle's for None.
+
+        Raises:
+            ConfigError: The model was not trained for it.
+        """
         dim = _limit("dimensions", dimensions, self.dimension, self.dimension)
         matryoshka = self.manifest.source.architecture.matryoshka
         if dim != self.dimension and (matryoshka is None or not matryoshka.allows(dim, self.dimension)):

@@ -14,7 +14,7 @@ def read_keys(path: Path) -> list[str]:
         ConfigError: The file cannot be read, or has no key.
     """
     try:
-        keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        keys = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(
             f"--api-key-file {path} cannot be read ({err}); pass a text file with one key per line"

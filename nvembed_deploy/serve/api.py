@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -27,10 +28,13 @@ EMBEDDING_ROUTES: dict[str, Dialect[Any]] = {
     "/embed": tei.TEI,
     "/": tei.TEI,
     "/v2/embed": cohere.COHERE,
+    "/v1/embed": cohere.COHERE_V1,
     "/api/embed": ollama.OLLAMA,
     "/api/embeddings": ollama.FORMER_OLLAMA,
 }
 """Dialects by the path of POST requests."""
+TEI_PATHS = "/decode /embed_all /embed_sparse /info /predict /rerank /similarity /tokenize".split()
+"""Other paths of text-embeddings-inference, most of which this server does not have."""
 
 
 def make_app(encoder: Encoder, options: ServerOptions) -> FastAPI:
@@ -48,7 +52,15 @@ def make_app(encoder: Encoder, options: ServerOptions) -> FastAPI:
         await asyncio.to_thread(service.close)
 
     # The interactive pages load scripts from other hosts; the schema itself is at /openapi.json.
-    app = FastAPI(title="nvembed-deploy", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A path with a slash too many is not redirected: a proxy's address and scheme are unknown here.
+    app = FastAPI(
+        title="nvembed-deploy",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     if options.api_keys:
         app.add_middleware(ApiKeys, keys=options.api_keys, refuse=_error)
     app.add_middleware(BusyLimit)
@@ -56,7 +68,11 @@ def make_app(encoder: Encoder, options: ServerOptions) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, err: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:100]}: {err.detail}"
-        return _error(request.url.path, RequestError(err.status_code, message))
+        if err.status_code == HTTPStatus.NOT_FOUND:
+            message += f"; texts are embedded by POST {', '.join(EMBEDDING_ROUTES)}"
+        response = _error(request.url.path, RequestError(err.status_code, message))
+        response.headers.update(err.headers or {})  # such as Allow
+        return response
 
     for path, dialect in EMBEDDING_ROUTES.items():
         schema = {"requestBody": {"content": {"application/json": {"schema": dialect.body.model_json_schema()}}}}
@@ -124,12 +140,12 @@ def _add_health_routes(app: FastAPI, service: Service) -> None:
             return JSONResponse({"status": "unhealthy"}, status_code=503)
         return JSONResponse({"status": "ok", "model": service.names.name, "backend": service.encoder.backend})
 
-    @app.get("/v1/health/ready")
+    @app.api_route("/v1/health/ready", methods=["GET", "HEAD"])
     async def ready() -> JSONResponse:
         is_healthy = await service.is_healthy()
         return JSONResponse(nim.health("ready", healthy=is_healthy), status_code=200 if is_healthy else 503)
 
-    @app.get("/v1/health/live")
+    @app.api_route("/v1/health/live", methods=["GET", "HEAD"])
     async def live() -> dict[str, Any]:
         return nim.health("live", healthy=True)
 
@@ -145,10 +161,12 @@ def _add_tokenize_route(app: FastAPI, service: Service) -> None:
         texts = checked_texts(body.inputs, service.limits, field="inputs")
         if not isinstance(texts[0], str):
             raise RequestError(400, "'inputs' is neither a string nor a list of strings", param="inputs")
-        request = EmbedRequest(model=None, texts=texts, prompt_name=body.prompt_name)
+        request = EmbedRequest(model=None, texts=texts, **tei.prompt_of(body.prompt_name))
         try:
             rows = service.encoder.tokenize(texts, **service.prompt_options(request), with_spans=True)
-        except (ConfigError, InputError, InputTypeError) as err:
+        except ConfigError as err:
+            raise RequestError(400, str(err), param="prompt_name") from err
+        except (InputError, InputTypeError) as err:
             raise RequestError(422, str(err), param="inputs") from err
         return to_json(tei.tokens(texts, rows, specials=body.add_special_tokens))
 
@@ -161,6 +179,11 @@ def _add_tokenize_route(app: FastAPI, service: Service) -> None:
 
 
 def _error(path: str, err: RequestError) -> Response:
-    """Returns an error in the format of the dialect that a path belongs to."""
-    dialect = EMBEDDING_ROUTES.get(path, openai.OPENAI)
-    return error_response(err, tei.error if path in ("/tokenize", "/info") else dialect.error)
+    """Returns an error in the format of the dialect that a path belongs to, also if this server does not have it."""
+    if path in EMBEDDING_ROUTES:
+        errors = EMBEDDING_ROUTES[path].error
+    elif path in TEI_PATHS:
+        errors = tei.error
+    else:
+        errors = {"v2": cohere.error, "api": ollama.error}.get(path.split("/")[1], openai.error)
+    return error_response(err, errors)

@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from nvembed_deploy.tokenization import Truncate
 
@@ -17,6 +18,26 @@ Side = Literal["query", "document"]
 """The two sides of retrieval, which have different prompts."""
 IGNORED_FIELDS = frozenset(("metadata", "priority", "request_id", "timeout", "user"))
 """Fields that clients add to any body, and that cannot change a vector; every other unknown field is refused."""
+JSON_NAMES = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+}
+TYPE_NAMES = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "model_type": "an object",
+    "string_type": "a string",
+    "string_unicode": "a string without half surrogate pairs",
+}
+"""What to send instead, by pydantic's names of errors."""
+MAX_INTEGER_DIGITS = 19
 MAX_EXPLAINED_BYTES = 64 * 2**10
 """Maximum bytes of an invalid JSON body that is parsed a second time for a better message."""
 
@@ -151,17 +172,30 @@ def parse_body(kind: type[AnyBody], content: bytes) -> AnyBody:
     fields = _read_json(content)
     supported = f"supported fields: {', '.join(repr(field) for field in kind.model_fields)}"
     if not isinstance(fields, dict):
-        raise RequestError(400, f"the body is a {type(fields).__name__}; send an object; {supported}")
+        raise RequestError(400, f"the body is {JSON_NAMES[type(fields)]}; send an object; {supported}")
     if unknown := fields.keys() - kind.model_fields.keys() - IGNORED_FIELDS:
         raise RequestError(400, f"{min(unknown)[:100]!r} is not supported; {supported}", param=min(unknown)[:100])
     try:
         return kind.model_validate(fields)
     except ValidationError as err:
-        error = err.errors(include_url=False, include_input=False)[0]  # one sentence on the first one
-        name = str(error["loc"][0])
-        is_missing = error["type"] == "missing"
-        message = f"'{name}' is missing" if is_missing else f"'{name}' is invalid: {error['msg'].lower()}"
+        errors = err.errors(include_url=False, include_input=False)
+        name = str(errors[0]["loc"][0])
+        message = _explained([error for error in errors if error["loc"][0] == name])
         raise RequestError(400, f"{message}; {supported}", param=name) from err
+
+
+def _explained(errors: list[ErrorDetails]) -> str:
+    """Returns one sentence on a field's errors, of which it has one for each type that it may have."""
+    location = errors[0]["loc"]
+    position = next((part for part in location if isinstance(part, int)), None)
+    place = f"'{location[0]}'" if position is None else f"element {position} of '{location[0]}'"
+    if errors[0]["type"] == "missing":
+        return f"{place} is missing" if len(location) == 1 else f"{place} has no '{location[-1]}'"
+    accepted = [
+        error["ctx"]["expected"] if error["type"] == "literal_error" else TYPE_NAMES.get(error["type"], error["msg"])
+        for error in errors
+    ]
+    return f"{place} is invalid: send {' or '.join(dict.fromkeys(accepted))}"
 
 
 def _read_json(content: bytes) -> object:
@@ -179,11 +213,20 @@ def _read_json(content: bytes) -> object:
             raise RequestError(400, f"the body is not valid JSON ({err}); send an object with the texts") from err
     try:
         # orjson rejects more than the standard library, such as half surrogate pairs; later checks name their position.
-        return json.loads(content)
+        return json.loads(content, parse_int=_number, parse_constant=_refuse_constant)
     except RecursionError as err:
         raise RequestError(400, "the body is nested too deeply; send an object with the texts") from err
     except ValueError as err:
         raise RequestError(400, f"the body is not valid JSON ({err}); send an object with the texts") from err
+
+
+def _number(digits: str) -> int | float:
+    """Returns an integer of 64 bits or, as orjson does, a float."""
+    return int(digits) if len(digits) < MAX_INTEGER_DIGITS else float(digits)
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def checked_texts(value: object, limits: Limits, *, field: str = "input") -> list[str] | list[list[int]]:
@@ -225,7 +268,8 @@ def _check_kind(text: object, *, are_ids: bool, limits: Limits, field: str) -> N
         return
     if are_ids and limits.token_ids and isinstance(text, list) and all(_is_id(token) for token in text):
         return
-    if isinstance(text, (int, list)) and not limits.token_ids:
+    elements = text if isinstance(text, list) else [text]
+    if elements and all(_is_id(element) for element in elements) and not limits.token_ids:
         raise RequestError(
             400,
             f"'{field}' contains numbers or token ids, which depend on the client's tokenizer; send texts (LangChain: "
@@ -253,6 +297,17 @@ def one_of(*options: tuple[str, Any]) -> Any:
                 400, f"'{given[0][0]}' and '{field}' contradict each other; send one of them", param=field
             )
     return given[0][1] if given else None
+
+
+def at_least_one(field: str, value: int | None) -> int | None:
+    """Returns a number that must be positive, if it is given.
+
+    Raises:
+        RequestError: It is less than 1.
+    """
+    if value is not None and value < 1:
+        raise RequestError(400, f"'{field}' is {value}; send a whole number of at least 1", param=field)
+    return value
 
 
 def output_dtype_of(name: str | None) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
@@ -34,6 +35,8 @@ CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected; nobody reads the response, but the metrics count it."""
 TRUNCATED_HEADER = "nvembed-truncated"
 """Header with the indices of the texts that were truncated, such as `0,3-5`."""
+MAX_HEADER_CHARS = 1024
+"""Maximum characters of that header, because proxies refuse responses with long headers (nginx: 4 KiB in all)."""
 Errors = Callable[[RequestError], dict[str, Any]]
 Parsed = TypeVar("Parsed")
 _log = logging.getLogger(__name__)
@@ -161,7 +164,7 @@ class Service:
         loop = asyncio.get_running_loop()
         body, wanted = await self.read(request, lambda content: dialect.parse(content, self.limits))
         prompt_options = self.prompt_options(wanted)
-        self._require_dtypes(wanted)
+        self._check_output(wanted)
         try:
             remaining_seconds = self.limits.seconds - (time.perf_counter() - started)
             # Before tokenization, so that a request that cannot be accepted costs nothing.
@@ -188,8 +191,12 @@ class Service:
         headers = {TRUNCATED_HEADER: ranges(answer.truncated)} if answer.truncated else None
         return Response(content, headers=headers, media_type="application/json")
 
-    def _require_dtypes(self, request: EmbedRequest) -> None:
-        """Refuses number formats that the bundle does not offer, before anything is embedded."""
+    def _check_output(self, request: EmbedRequest) -> None:
+        """Refuses dimensions and number formats that the bundle does not offer, before anything is embedded."""
+        try:
+            self.encoder.output_dimension(request.dimensions)
+        except ConfigError as err:
+            raise RequestError(400, str(err), param="dimensions") from err
         try:
             dtypes = [self.encoder.offered_dtype(name) for name in request.output_dtypes]
         except ConfigError as err:
@@ -202,17 +209,23 @@ class Service:
 
     def _tokenize(self, request: EmbedRequest, prompt_options: PromptOptions) -> list[TokenRow]:
         max_length = request.max_length
-        if max_length is not None and max_length >= 1:
+        if max_length is not None:
             max_length = min(max_length, self.encoder.max_length)
         truncate = self.options.truncate if request.truncate is None else request.truncate
         are_ids = not isinstance(request.texts[0], str)
         tokenize: Callable[..., list[TokenRow]] = self.encoder.rows_from_ids if are_ids else self.encoder.tokenize
         try:
-            return tokenize(request.texts, **prompt_options, max_length=max_length, truncate=truncate)
+            rows = tokenize(request.texts, **prompt_options, max_length=max_length, truncate=truncate or "end")
         except (InputError, InputTypeError) as err:
             raise RequestError(422, str(err), param="input") from err
         except ConfigError as err:
             raise RequestError(400, str(err)) from err
+        too_long = next((index for index, row in enumerate(rows) if row.truncated), None)
+        if too_long is not None and truncate is False:
+            limit = self.encoder.max_length if max_length is None else max_length
+            message = f"text {too_long} is longer than {limit} tokens; shorten it, or let the server truncate it"
+            raise RequestError(422, message, param="input")
+        return rows
 
     async def _embed(
         self, request: Request, reservation: Reservation, rows: list[TokenRow], wanted: EmbedRequest
@@ -234,8 +247,6 @@ class Service:
             raise
         except OverloadedError as err:  # the server is stopping
             raise RequestError(503, str(err), code="overloaded") from err
-        except ConfigError as err:
-            raise RequestError(400, str(err), param="dimensions") from err
         except DeployError as err:
             _log.error("a request failed: %s", err)
             raise RequestError(500, "the engine failed on this request; see the server's log for the reason") from err
@@ -273,20 +284,27 @@ def to_json(content: object) -> bytes:
 
 def error_response(err: RequestError, errors: Errors) -> Response:
     """Returns the response to a request that failed."""
-    headers = {"Retry-After": str(RETRY_SECONDS)} if err.status in (429, 503) else None
+    headers = {}
+    if err.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+        headers["Retry-After"] = str(RETRY_SECONDS)
+    elif err.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
     # ASCII, because a message may quote characters that UTF-8 cannot encode.
     return Response(json.dumps(errors(err)), status_code=err.status, headers=headers, media_type="application/json")
 
 
 def ranges(indices: list[int]) -> str:
-    """Returns sorted indices in short form: `0,3-5`."""
+    """Returns sorted indices in short form, `0,3-5`, with `...` in place of those beyond `MAX_HEADER_CHARS`."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:
             runs[-1][1] = index
         else:
             runs.append([index, index])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+    text = ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+    if len(text) > MAX_HEADER_CHARS:
+        text = text[: text.rindex(",", 0, MAX_HEADER_CHARS - len("..."))] + ",..."
+    return text
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

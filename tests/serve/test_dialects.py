@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ for library in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(library, reason=f"{library} is not installed: make test installs it")
 
 from nvembed_deploy import Encoder  # noqa: E402
+from nvembed_deploy.serve.service import MAX_HEADER_CHARS, ranges  # noqa: E402
 from tests.readme import ROOT  # noqa: E402
 from tests.serve.serving import Server, start, stop  # noqa: E402
 
 TEXTS = ["What is the population of Pittsburgh?", "salt on icy roads"]
 LONG = "many words " * 400
+TOO_LONG = "text 0 is longer than 128 tokens; shorten it, or let the server truncate it"
+COHERE_QUERY = {"model": "tiny", "input_type": "search_query"}
 QUERY = "Given a claim, find documents that refute it"
 
 
@@ -44,7 +48,7 @@ def expected(bundles: dict[str, Path]) -> dict[str, np.ndarray]:
 
 
 def call(server: Server, path: str, body: object = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
-    content = None if body is None else json.dumps(body).encode()
+    content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(
         server.url.removesuffix("/v1") + path, content, {"Content-Type": "application/json", **headers}
     )
@@ -52,7 +56,8 @@ def call(server: Server, path: str, body: object = None, **headers: str) -> tupl
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.load(answer), dict(answer.headers)
     except urllib.error.HTTPError as err:
-        return err.code, json.load(err), dict(err.headers)
+        content = err.read()
+        return err.code, json.loads(content) if content else None, dict(err.headers)
 
 
 V1 = {"input": TEXTS, "model": "tiny"}
@@ -124,6 +129,16 @@ def test_bodies_of_cohere(server: Server, expected: dict, body: dict, kind: str)
     np.testing.assert_allclose(answer["embeddings"]["float"], expected[kind], atol=2e-6)
 
 
+def test_the_first_version_of_cohere(server: Server, expected: dict) -> None:
+    body = {"model": "tiny", "texts": TEXTS, "input_type": "search_document", "truncate": "END"}
+    answer = call(server, "/v1/embed", body)[1]
+    np.testing.assert_allclose(answer["embeddings"], expected["document"], atol=2e-6)
+    assert (answer["response_type"], answer["texts"]) == ("embeddings_floats", TEXTS)
+    answer = call(server, "/v1/embed", body | {"embedding_types": ["float"]})[1]
+    np.testing.assert_allclose(answer["embeddings"]["float"], expected["document"], atol=2e-6)
+    assert "'texts' is a string" in call(server, "/v1/embed", body | {"texts": "a"})[1]["message"]
+
+
 def test_cohere_in_base64(server: Server, expected: dict) -> None:
     body = {"model": "tiny", "texts": TEXTS, "input_type": "search_query", "embedding_types": ["base64", "float"]}
     packed = call(server, "/v2/embed", body)[1]["embeddings"]["base64"]
@@ -135,6 +150,8 @@ OLLAMA_BODIES = [
     ({"model": "tiny", "input": TEXTS}, "none"),
     ({"model": "tiny:latest", "input": TEXTS, "truncate": True, "keep_alive": "5m", "options": {}}, "none"),
     ({"model": "tiny-query", "input": TEXTS, "keep_alive": 0, "options": {"num_ctx": 2048, "num_gpu": 1}}, "query"),
+    ({"model": "tiny", "input": TEXTS, "options": {"temperature": 0.1, "stop": ["a"], "mirostat": None}}, "none"),
+    ({"model": "tiny", "input": TEXTS, "options": {"rope_scale": None, "num_ctx": None}}, "none"),
     ({"model": "tiny", "input": TEXTS[0]}, "first"),
 ]
 
@@ -160,7 +177,16 @@ def test_ollamas_former_route(server: Server, expected: dict) -> None:
         ("/v1/embeddings", V1 | {"input_type": "image"}, 400, "'input_type' is invalid"),
         ("/v1/embeddings", V1 | {"embedding_type": "int4"}, 400, "'embedding_type' is invalid"),
         ("/v1/embeddings", V1 | {"modality": "image"}, 400, "'modality' is invalid"),
-        ("/v1/embeddings", V1 | {"truncate": "MIDDLE"}, 400, "'truncate' is invalid"),
+        ("/v1/embeddings", V1 | {"truncate": "MIDDLE"}, 400, "send true or false or 'NONE', 'START' or 'END'"),
+        ("/v1/embeddings", V1 | {"output_dimension": 0}, 400, "'output_dimension' is 0; send a whole number"),
+        ("/v1/embeddings", V1 | {"dimensions": 1.5}, 400, "'dimensions' is invalid: send a whole number; supported"),
+        ("/v1/embeddings", V1 | {"encoding_format": "\ud800"}, 400, "'encoding_format' is invalid"),
+        ("/v1/embeddings", {"model": "tiny", "input": [["a"]]}, 400, "'input' is neither a string nor a list"),
+        ("/v1/embeddings", {"model": "tiny", "input": ["a", ["b"]]}, 400, "'input' is neither a string nor a list"),
+        ("/v1/embeddings", {"model": "tiny", "input": [[]]}, 400, "'input' is neither a string nor a list"),
+        ("/v1/embeddings", b"null", 400, "the body is null; send an object"),
+        ("/v1/embeddings", 3, 400, "the body is a number; send an object"),
+        ("/v1/embeddings", V1 | {"dimensions": float("nan")}, 400, "NaN is no JSON number"),
         ("/v1/embeddings", V1 | {"truncate": "NONE", "truncation": True}, 400, "contradict each other"),
         (
             "/v1/embeddings",
@@ -169,10 +195,16 @@ def test_ollamas_former_route(server: Server, expected: dict) -> None:
             "asks for the prompt of a query",
         ),
         ("/v1/embeddings", {"model": "tiny", "input": [[1, 2]]}, 400, "check_embedding_ctx_length=False"),
-        ("/v1/embeddings", {"model": "tiny", "input": LONG, "truncate": "NONE"}, 422, "is longer than max_length"),
-        ("/embed", {"inputs": LONG, "truncate": False}, 422, "is longer than max_length"),
+        ("/v1/embeddings", {"model": "tiny", "input": LONG, "truncate": "NONE"}, 422, TOO_LONG),
+        ("/embed", {"inputs": LONG, "truncate": False}, 422, TOO_LONG),
         ("/embed", {"inputs": TEXTS, "prompt_name": "nothing"}, 400, "prompt_name is 'nothing'"),
         ("/v2/embed", {"model": "tiny", "texts": TEXTS}, 400, "'input_type' is missing"),
+        ("/v2/embed", COHERE_QUERY | {"texts": "one"}, 400, "'texts' is a string; send a list of strings"),
+        ("/v2/embed", COHERE_QUERY | {"inputs": [{}]}, 400, "element 0 of 'inputs' has no 'content'"),
+        ("/v2/embed", COHERE_QUERY | {"inputs": []}, 400, "'inputs' is an empty list"),
+        ("/v2/embed", COHERE_QUERY | {"texts": TEXTS, "embedding_types": ["float", 3]}, 400, "element 1 of 'embeddi"),
+        ("/v2/embed", COHERE_QUERY | {"texts": TEXTS, "max_tokens": 0}, 400, "'max_tokens' is 0; send a whole number"),
+        ("/v2/embed", COHERE_QUERY | {"texts": TEXTS, "output_dimension": 3}, 400, "dimensions is 3; this model was"),
         ("/v2/embed", {"model": "tiny", "input_type": "search_query"}, 400, "send either 'texts' or 'inputs'"),
         (
             "/v2/embed",
@@ -188,6 +220,7 @@ def test_ollamas_former_route(server: Server, expected: dict) -> None:
             400,
             "'rope_scale' is not supp",
         ),
+        ("/api/embed", {"model": "tiny", "input": TEXTS, "options": {"num_ctx": -1}}, 400, "'num_ctx' is -1; send a"),
         ("/tokenize", {"inputs": 3}, 400, "'inputs' is neither a string nor a list of strings"),
     ],
 )
@@ -196,11 +229,70 @@ def test_refusals_are_in_the_dialects_own_format(
 ) -> None:
     answered, answer, _ = call(server, path, body)
     errors = {
-        "/v1/embeddings": lambda: answer["error"]["message"],
+        "/v1/embeddings": lambda: {answer["error"]["message"], answer["detail"]}.pop(),  # OpenAI's and Voyage's clients
         "/v2/embed": lambda: answer["message"],
     }
     assert message in errors.get(path, lambda: answer["error"])()
     assert answered == status
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v2/embed", COHERE_QUERY | {"texts": ["a"], "embedding_types": ["x"] * 1_000_000}),
+        ("/v2/embed", COHERE_QUERY | {"inputs": [{"content": [{}] * 1_000_000}]}),
+        ("/v1/embeddings", V1 | {"modality": ["x"] * 1_000_000}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_many_invalid_elements_do_not_hold_up_others(server: Server, path: str, body: dict) -> None:
+    started = time.perf_counter()
+    assert call(server, path, body)[0] == 400
+    assert time.perf_counter() - started < 5
+
+
+def test_numbers_of_any_size_are_refused_in_short(server: Server) -> None:
+    for digits in (20, 4_000, 5_000):
+        content = b'{"model": "tiny", "input": "a", "dimensions": %s}' % (b"9" * digits)
+        status, answer, _ = call(server, "/v1/embeddings", content)
+        assert (status, len(answer["detail"]) < 400) == (400, True)
+        assert "'dimensions' is invalid: send a whole number" in answer["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("POST", "/v1/embeddings/", 404, lambda answer: answer["error"]["message"]),
+        ("POST", "/v1/completions", 404, lambda answer: answer["error"]["message"]),
+        ("POST", "/v2/rerank", 404, lambda answer: answer["message"]),
+        ("GET", "/v1/embed", 405, lambda answer: answer["message"]),
+        ("POST", "/api/show", 404, lambda answer: answer["error"]),
+        ("GET", "/api/embed", 405, lambda answer: answer["error"]),
+        ("POST", "/rerank", 404, lambda answer: answer["error"]),
+        ("OPTIONS", "/embed", 405, lambda answer: answer["error"]),
+    ],
+)
+def test_unknown_routes_are_answered_in_their_dialect(
+    server: Server, method: str, path: str, status: int, message: Any
+) -> None:
+    request = urllib.request.Request(server.url.removesuffix("/v1") + path, method=method)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    assert caught.value.code == status
+    assert caught.value.headers["Allow"] == (None if status == 404 else "POST")
+    text = message(json.load(caught.value))
+    assert f"{method} {path}: " in text
+    assert ("texts are embedded by POST /v1/embeddings, " in text) == (status == 404)
+
+
+def test_a_long_list_of_truncated_texts_is_cut() -> None:
+    """nginx answers 502 to a response whose headers are longer than 4 KiB."""
+    assert ranges([0, 3, 4, 5]) == "0,3-5"
+    text = ranges(list(range(0, 2048, 2)))
+    assert len(text) <= MAX_HEADER_CHARS
+    assert text.startswith("0,2,4,")
+    assert text.endswith(",...")
+    assert int(text.split(",")[-2]) % 2 == 0
 
 
 def test_truncated_texts_are_told(server: Server) -> None:
@@ -258,6 +350,9 @@ def test_tokenize(server: Server, encoder: Encoder) -> None:
     words = [token for token in first if not token["special"]]
     assert all(token["text"] == TEXTS[0][token["start"] : token["stop"]] for token in words)
     assert {index for token in words for index in range(token["start"], token["stop"])} == set(range(len(TEXTS[0])))
+    queries = call(server, "/tokenize", {"inputs": TEXTS, "prompt_name": "query"})[1]
+    rows = encoder.tokenize(TEXTS, instruction=QUERY)
+    assert [[token["id"] for token in text] for text in queries] == [row.ids for row in rows]
     _, plain, _ = call(server, "/tokenize", {"inputs": TEXTS[0], "add_special_tokens": False})
     assert [token["id"] for token in plain[0]] == [token["id"] for token in first if not token["special"]]
 
@@ -282,14 +377,15 @@ def test_token_ids_of_this_models_tokenizer(bundles: dict[str, Path], encoder: E
 
 def test_api_keys(bundles: dict[str, Path], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("secret-one\nsecret-two\n")
+    keys.write_text("\ufeffsecret-one\r\nsecret-two\n")  # as Windows' editors save it
     running = start(bundles["fp32"], "--api-key-file", str(keys))
     try:
         for key, status in (("secret-one", 200), ("secret-two", 200), ("secret", 401), ("", 401)):
             assert call(running, "/v1/embeddings", V1, Authorization=f"Bearer {key}")[0] == status
             assert call(running, "/info", None, Authorization=f"Bearer {key}")[0] == status
-        status, answer, _ = call(running, "/v1/embeddings", V1)
+        status, answer, headers = call(running, "/v1/embeddings", V1)
         assert (status, answer["error"]["type"]) == (401, "authentication_error")
+        assert {name.lower(): value for name, value in headers.items()}["www-authenticate"] == "Bearer"
         assert "Authorization: Bearer KEY" in call(running, "/v2/embed", V1)[1]["message"]
         assert running.get("/health")[0] == 200
         assert call(running, "/v1/health/ready")[0] == 200

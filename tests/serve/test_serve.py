@@ -79,11 +79,15 @@ def test_float_and_base64_contain_the_same_numbers(server: Server) -> None:
         ({"model": "tiny", "input": ["a", 1]}, 400, "'input' contains numbers or token ids"),
         ({"model": "tiny", "input": {"a": 1}}, 400, "'input' is neither a string nor a list of strings"),
         ({"model": "tiny", "input": ["a", None]}, 400, "'input' is neither a string nor a list of strings"),
-        ({"model": "tiny", "input": "many words " * 900, "truncate": False}, 422, "text 0 is longer than max_length"),
+        (
+            {"model": "tiny", "input": "many words " * 900, "truncate": False},
+            422,
+            "text 0 is longer than 128 tokens; shorten it",
+        ),
         ({"model": "tiny", "input": "a", "inptu": "b"}, 400, "'inptu' is not supported; supported fields:"),
         ({"model": "tiny", "input": "a", "encoding_format": "int8"}, 400, "'encoding_format' is invalid"),
         ({"model": "tiny", "input": "a", "dimensions": 3}, 400, "dimensions is 3; this model was not trained"),
-        ({"model": "tiny", "input": "a", "dimensions": -1}, 400, "dimensions is -1"),
+        ({"model": "tiny", "input": "a", "dimensions": -1}, 400, "'dimensions' is -1"),
         ({"model": "tiny", "input": "a", "prompt_name": "q"}, 400, "prompt_name is 'q'; this model's prompts are"),
         ({"model": "tiny", "input": ["a"] * 2049}, 422, "'input' has 2049 texts, the maximum is 2048"),
         ({"model": "tiny", "input": ["ok", "x" * 200_001]}, 422, "text 1 has 200001 characters"),
@@ -328,8 +332,9 @@ def test_a_model_is_described_and_the_health_check_takes_head(server: Server) ->
         assert json.load(answer)["id"] == "tiny"
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"{server.url}/models/other/name")
-    with urllib.request.urlopen(urllib.request.Request(f"{base}/health", method="HEAD")) as answer:
-        assert (answer.status, answer.read()) == (200, b"")
+    for path in ("/health", "/v1/health/live", "/v1/health/ready"):
+        with urllib.request.urlopen(urllib.request.Request(base + path, method="HEAD")) as answer:
+            assert (answer.status, answer.read()) == (200, b"")
 
 
 def test_a_null_encoding_format_is_accepted(server: Server) -> None:

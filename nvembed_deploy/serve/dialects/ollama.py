@@ -17,13 +17,20 @@ from nvembed_deploy.serve.requests import (
     EmbedRequest,
     Limits,
     RequestError,
+    at_least_one,
     checked_texts,
 )
 
-HARMLESS_OPTIONS = frozenset(
-    ("num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock", "low_vram", "numa", "seed")
+RUNNER_OPTIONS = "num_batch num_gpu main_gpu num_thread use_mmap use_mlock low_vram numa"
+GENERATION_OPTIONS = (
+    "frequency_penalty min_p mirostat mirostat_eta mirostat_tau num_keep num_predict penalize_newline presence_penalty "
+    "repeat_last_n repeat_penalty seed stop temperature tfs_z top_k top_p typical_p"
 )
-"""Options of a model runner that cannot change a vector; `num_ctx` is the maximum number of tokens."""
+HARMLESS_OPTIONS = frozenset((RUNNER_OPTIONS + " " + GENERATION_OPTIONS).split())
+"""Options that cannot change a vector: of the program that runs a model, and of generation.
+
+`num_ctx` is the maximum number of tokens.
+"""
 
 
 class OllamaFields(Body):
@@ -55,19 +62,20 @@ def _max_length(options: dict[str, Any] | None) -> int | None:
         RequestError: There is an option that could change a vector.
     """
     options = options or {}
-    if unknown := sorted(options.keys() - HARMLESS_OPTIONS - {"num_ctx"}):
-        raise RequestError(400, f"the option {unknown[0][:100]!r} is not supported; omit it", param="options")
+    unknown = {name for name, value in options.items() if value is not None} - HARMLESS_OPTIONS - {"num_ctx"}
+    if unknown:
+        raise RequestError(400, f"the option {min(unknown)[:100]!r} is not supported; omit it", param="options")
     max_length = options.get("num_ctx")
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
         raise RequestError(400, "'num_ctx' is not a whole number", param="options")
-    return max_length
+    return at_least_one("num_ctx", max_length)
 
 
 def _request(body: OllamaBody, limits: Limits) -> EmbedRequest:
     return EmbedRequest(
         model=_without_tag(body.model),
         texts=checked_texts(body.input, limits),
-        dimensions=body.dimensions,
+        dimensions=at_least_one("dimensions", body.dimensions),
         max_length=_max_length(body.options),
         truncate=body.truncate,
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 from pydantic import SkipValidation
 
-from nvembed_deploy.serve.dialects.nim import NimFields
+from nvembed_deploy.serve.dialects.nim import NimFields, check_modality
 from nvembed_deploy.serve.dialects.voyage import VoyageFields
 from nvembed_deploy.serve.requests import (
     Body,
@@ -17,6 +17,7 @@ from nvembed_deploy.serve.requests import (
     EmbedRequest,
     Limits,
     RequestError,
+    at_least_one,
     checked_texts,
     one_of,
     output_dtype_of,
@@ -55,6 +56,7 @@ class EmbeddingsBody(VoyageFields, NimFields, OpenAIFields):
 
 
 def _request(body: EmbeddingsBody, limits: Limits) -> EmbedRequest:
+    check_modality(body.modality)
     truncate: Truncate | None = None
     if isinstance(body.truncate, str):
         truncate = truncate_of(body.truncate)
@@ -66,7 +68,10 @@ def _request(body: EmbeddingsBody, limits: Limits) -> EmbedRequest:
         side="document" if body.input_type == "passage" else body.input_type,
         instruction=body.instruction,
         prompt_name=body.prompt_name,
-        dimensions=one_of(("dimensions", body.dimensions), ("output_dimension", body.output_dimension)),
+        dimensions=one_of(
+            ("dimensions", at_least_one("dimensions", body.dimensions)),
+            ("output_dimension", at_least_one("output_dimension", body.output_dimension)),
+        ),
         truncate=one_of(("truncate", truncate), ("truncation", body.truncation)),
         output_dtypes=(
             output_dtype_of(one_of(("embedding_type", body.embedding_type), ("output_dtype", body.output_dtype))),
@@ -93,9 +98,12 @@ def base64_vector(vector: NDArray[Any]) -> str:
 
 
 def error(err: RequestError) -> dict[str, Any]:
-    """Returns an error in OpenAI's format."""
+    """Returns an error in OpenAI's format, and in `detail` where Voyage's client looks for the message.
+
+    Without it that client reports a response that it cannot read, and does not retry after 429.
+    """
     content = {"message": err.message, "type": ERROR_TYPES.get(err.status, "invalid_request_error")}
-    return {"error": content | {"param": err.param, "code": err.code}}
+    return {"error": content | {"param": err.param, "code": err.code}, "detail": err.message}
 
 
 OPENAI = Dialect(body=EmbeddingsBody, request=_request, response=_response, error=error)

@@ -18,6 +18,7 @@ from nvembed_deploy.serve.requests import (
     EmbedRequest,
     Limits,
     RequestError,
+    at_least_one,
     checked_texts,
 )
 from nvembed_deploy.spec import Precision
@@ -55,17 +56,16 @@ def _request(body: EmbedBody, limits: Limits) -> EmbedRequest:
     return EmbedRequest(
         model=None,
         texts=checked_texts(body.inputs, limits, field="inputs"),
-        side=_side(body.prompt_name),
-        prompt_name=None if _side(body.prompt_name) else body.prompt_name,
-        dimensions=body.dimensions,
+        **prompt_of(body.prompt_name),
+        dimensions=at_least_one("dimensions", body.dimensions),
         truncate=truncate,
         normalize=body.normalize is not False,
     )
 
 
-def _side(prompt_name: str | None) -> Any:
-    """Returns the side that a prompt's name stands for: every model has these two, whether its files name them."""
-    return prompt_name if prompt_name in ("query", "document") else None
+def prompt_of(name: str | None) -> dict[str, Any]:
+    """Returns the fields of `EmbedRequest` for a prompt's name: every model has a query's and a document's."""
+    return {"side": name} if name in ("query", "document") else {"prompt_name": name}
 
 
 def _response(body: EmbedBody, answer: EmbedAnswer) -> object:
@@ -73,7 +73,7 @@ def _response(body: EmbedBody, answer: EmbedAnswer) -> object:
 
 
 def error(err: RequestError) -> dict[str, Any]:
-    """Returns an error in the server's format."""
+    """Returns an error in the format of text-embeddings-inference."""
     return {"error": err.message, "error_type": ERROR_TYPES.get(err.status, "Validation")}
 
 
