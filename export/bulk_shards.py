@@ -2,38 +2,44 @@
 
 A shard is a number of rows: of a JSON Lines file from a byte offset, or of one row group of a Parquet file. Every input
 is read once before the job starts: rows are counted, hashed and given their types, and what cannot be read is named
-before anything is embedded.
+before anything is embedded. Workers then read their shards in order, so that a gzip file or a large row group is read
+once by each worker that takes shards of it.
 """
 
 from __future__ import annotations
 
-import glob
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from nvembed_deploy.errors import ConfigError, InputError
-from nvembed_deploy.files.hashing import hash_file
+from nvembed_deploy.errors import InputError
+from nvembed_deploy.export.bulk_columns import Rejects, infer_schema, one_schema, to_table
+from nvembed_deploy.export.bulk_inputs import GZIP, PARQUET, InputFile
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-SUFFIXES = (".jsonl", ".parquet")
+BLOCK_BYTES = 2**20
+Row = dict[str, Any] | InputError
+"""A row of JSON Lines, or why its line cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """Rows of an input file that one worker embeds and writes to one file."""
 
-    path: str
-    """Absolute path of the input file."""
+    file: InputFile
+    stamp: tuple[int | None, int | None]
+    """`InputFile.stamp` when the job was planned."""
     name: str
     """Name of the output file."""
     first_row: int
     """Index of the first row in the file, for messages."""
     rows: int
     offset: int
-    """JSON Lines: byte at which the first row begins. Parquet: index of the first row in its row group."""
+    """JSON Lines: byte at which the first row begins, of the decompressed content. Parquet: index of the first row in
+    its row group."""
     row_group: int | None
     """Parquet: index of the row group; None for JSON Lines."""
 
@@ -46,162 +52,227 @@ class Plan:
     schema: Any
     """pyarrow's schema of the input's columns: the types that hold the rows of all shards."""
     inputs: list[dict[str, Any]]
-    """Name, size and SHA-256 of each input file."""
+    """Name, size and SHA-256 of the content of each input file, decompressed."""
 
 
-def input_files(patterns: Sequence[str]) -> list[Path]:
-    """Returns the files that paths, folders and patterns such as `data/*.jsonl` name, each once and in order.
+@dataclass(kw_only=True)
+class _Content:
+    """Size and hash of a file's content, as far as it has been read."""
 
-    Raises:
-        ConfigError: A path does not exist, or a file has another type.
-    """
-    files: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            matches = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
-        else:
-            matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207
-        if not matches:
-            raise ConfigError(f"--input {pattern} names no file; pass .jsonl or .parquet files, a folder or a pattern")
-        files += matches
-    if wrong := [file for file in files if file.suffix not in SUFFIXES]:
-        raise ConfigError(f"unsupported file type: --input {wrong[0]}. Supported: {', '.join(SUFFIXES)}")
-    return list(dict.fromkeys(files))
+    digest: Any = field(default_factory=hashlib.sha256)
+    size: int = 0
+
+    def add(self, block: bytes) -> None:
+        self.digest.update(block)
+        self.size += len(block)
 
 
-def plan(files: Sequence[Path], shard_rows: int) -> Plan:
+def plan(files: Sequence[InputFile], shard_rows: int, *, skip_invalid: bool = False) -> Plan:
     """Reads the input files once, and divides them into shards.
 
-    Raises:
-        InputError: A line is not a JSON object, or the types of a column in two shards cannot be combined.
-    """
-    import pyarrow as pa
+    Args:
+        files: The input files.
+        shard_rows: Rows per shard; the last ones of a file or a row group have fewer.
+        skip_invalid: Leaves rows that cannot be read to the workers, which write them to the rejects.
 
+    Raises:
+        InputError: A line is not a JSON object, a value has no type, or the types of a column cannot be combined.
+    """
     shards: list[Shard] = []
-    schemas, inputs = [], []
-    for index, path in enumerate(files):
-        name = f"{index:04d}-{path.stem}"
-        read = _json_shards if path.suffix == ".jsonl" else _parquet_shards
-        for shard, schema in read(path, name, shard_rows):
-            shards.append(shard)
-            schemas.append(schema)
-        entry = hash_file(path)
-        inputs.append({"name": path.name, **asdict(entry)})
-    try:
-        schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as err:
-        raise InputError(
-            f"a column has types in the input that no single type holds ({err}); convert it first"
-        ) from err
-    return Plan(shards=shards, schema=schema.remove_metadata(), inputs=inputs)
-
-
-def read(shard: Shard, schema: Any) -> Any:
-    """Returns the rows of a shard as a pyarrow table with the job's schema; a column that they lack is null.
-
-    Raises:
-        InputError: The file has changed since the job was planned.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if shard.row_group is None:
-        rows = [row for _, row in _json_rows(Path(shard.path), shard.offset, shard.rows)]
-        table = _table(rows)
-    else:
-        table = pq.ParquetFile(shard.path).read_row_group(shard.row_group).slice(shard.offset, shard.rows)
-    if table.num_rows != shard.rows:
-        raise InputError(f"it has {table.num_rows} rows instead of {shard.rows}: the file changed; start the job again")
-    columns = [
-        table.column(field.name).cast(field.type)
-        if field.name in table.column_names
-        else pa.nulls(table.num_rows, field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema=schema)
-
-
-def _table(rows: list[dict[str, Any]]) -> Any:
-    import pyarrow as pa
-
-    names = dict.fromkeys(key for row in rows for key in row)  # pyarrow takes only the first row's
-    return pa.table({name: [row.get(name) for row in rows] for name in names})
-
-
-def _json_shards(path: Path, stem: str, shard_rows: int) -> Iterator[tuple[Shard, Any]]:
-    import pyarrow as pa
-
-    rows: list[dict[str, Any]] = []
-    offset = first_row = 0
-    lines = _json_rows(path, 0, None)
-    while True:
-        rows, starts = [], []
-        for start, row in lines:
-            starts.append(start)
-            rows.append(row)
-            if len(rows) == shard_rows:
-                break
-        if not rows:
-            return
-        offset = starts[0]
+    schemas: dict[Any, None] = {}
+    inputs = []
+    for index, file in enumerate(files):
+        content = _Content()
+        stem = f"{index:04d}-{file.name.removesuffix(file.suffix or '')}"
+        read_shards = _parquet_shards if file.suffix == PARQUET else _json_shards
         try:
-            schema = _table(rows).schema
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as err:
-            raise InputError(f"{path}, rows {first_row} to {first_row + len(rows) - 1}: {err}") from err
-        name = f"{stem}-{first_row // shard_rows:06d}.parquet"
-        yield (
-            Shard(
-                path=str(path.resolve()), name=name, first_row=first_row, rows=len(rows), offset=offset, row_group=None
-            ),
-            schema,
-        )
-        first_row += len(rows)
+            for shard, schema in read_shards(file, stem, shard_rows, content, skip_invalid):
+                shards.append(shard)
+                schemas[schema] = None
+        except OSError as err:
+            raise InputError(f"{file.label} cannot be read ({err}); check the file") from err
+        inputs.append({"name": file.name, "bytes": content.size, "sha256": content.digest.hexdigest()})
+    return Plan(shards=shards, schema=one_schema(list(schemas)), inputs=inputs)
 
 
-def _json_rows(path: Path, offset: int, count: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the byte offset and the object of each line that is not blank, from an offset on."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        read_rows = 0
-        while count is None or read_rows < count:
-            start = file.tell()
-            line = file.readline()
-            if not line:
-                return
-            content = line.removeprefix(BYTE_ORDER_MARK) if start == 0 else line
-            if not content.strip():
-                continue
-            try:
-                row = json.loads(content)
-            except (ValueError, RecursionError) as err:
-                raise InputError(f"{path}, at byte {start}: not a JSON object on one line ({err})") from err
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, at byte {start}: not a JSON object")
-            yield start, row
-            read_rows += 1
+class ShardReader:
+    """Reads shards of one job; of a gzip file or a row group it keeps its position, to continue with a later shard."""
+
+    def __init__(self, schema: Any, *, skip_invalid: bool = False) -> None:
+        self.schema, self.skip_invalid = schema, skip_invalid
+        self._key: tuple[str, int | None] | None = None
+        self._stream: Any = None
+
+    def read(self, shard: Shard) -> tuple[Any, Rejects]:
+        """Returns the rows of a shard as a pyarrow table with the job's schema, and why other rows are left out.
+
+        A column that the rows lack is null.
+
+        Raises:
+            InputError: The file has changed since the job was planned, or a row cannot be read (`skip_invalid`).
+        """
+        import pyarrow as pa
+
+        if shard.file.stamp() != shard.stamp:
+            raise InputError(f"{shard.file.label} has changed; start the job again")
+        if shard.row_group is None:
+            rows = self._json_rows(shard)
+            return to_table(rows, self.schema, shard.file.label, shard.first_row, skip_invalid=self.skip_invalid)
+        table = self._positioned(shard, _ParquetRows).take(shard.offset, shard.rows)
+        columns = [
+            table.column(column.name).cast(column.type)
+            if column.name in table.column_names
+            else pa.nulls(table.num_rows, column.type)
+            for column in self.schema
+        ]
+        return pa.table(columns, schema=self.schema), {}
+
+    def _json_rows(self, shard: Shard) -> list[Row]:
+        if shard.file.suffix == GZIP:
+            lines = self._positioned(shard, _GzipRows).rows_from(shard.offset)
+            return [row for _, row in islice(lines, shard.rows)]
+        with shard.file.filesystem.open_input_file(shard.file.path) as file:
+            file.seek(shard.offset)
+            return [row for _, row in islice(_json_rows(file, shard.file.label, shard.offset), shard.rows)]
+
+    def _positioned(self, shard: Shard, stream_type: type[Any]) -> Any:
+        """Returns the open stream of a shard's file, which is opened again only if it has passed the shard."""
+        key = (shard.file.label, shard.row_group)
+        if self._key != key or self._stream.position > shard.offset:
+            self._stream, self._key = stream_type(shard), key
+        return self._stream
 
 
-def _parquet_shards(path: Path, stem: str, shard_rows: int) -> Iterator[tuple[Shard, Any]]:
+class _GzipRows:
+    """The rows of a gzip file, read in order."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.position = 0
+        self._rows = _json_rows(shard.file.open_stream(), shard.file.label, 0)
+
+    def rows_from(self, offset: int) -> Iterator[tuple[int, Row]]:
+        for start, row in self._rows:
+            self.position = start + 1
+            if start >= offset:
+                yield start, row
+
+
+class _ParquetRows:
+    """The rows of a row group, read in order."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.position = 0
+        self._file = _open_parquet(shard.file)
+        self._batches = self._file.iter_batches(row_groups=[shard.row_group], use_threads=False)
+        self._batch: Any = None
+        """Rows that have been read and not taken; `position` is the index of the first of them."""
+
+    def take(self, offset: int, rows: int) -> Any:
+        """Returns `rows` rows from an index on, which is not before `position`."""
+        import pyarrow as pa
+
+        batches = []
+        while rows:
+            if self._batch is None or not self._batch.num_rows:
+                self._batch = next(self._batches)
+            skipped = min(offset - self.position, self._batch.num_rows)
+            taken = min(rows, self._batch.num_rows - skipped)
+            batches.append(self._batch.slice(skipped, taken))
+            self._batch = self._batch.slice(skipped + taken)
+            self.position += skipped + taken
+            offset += taken
+            rows -= taken
+        return pa.Table.from_batches(batches, schema=self._file.schema_arrow)
+
+
+def _json_shards(
+    file: InputFile, stem: str, shard_rows: int, content: _Content, skip_invalid: bool
+) -> Iterator[tuple[Shard, Any]]:
+    stamp, first_row = file.stamp(), 0
+    with file.open_stream() as stream:
+        lines = _json_rows(stream, file.label, 0, content)
+        while chunk := list(islice(lines, shard_rows)):
+            offset, rows = chunk[0][0], [row for _, row in chunk]
+            shard = Shard(
+                file=file,
+                stamp=stamp,
+                name=f"{stem}-{first_row // shard_rows:06d}.parquet",
+                first_row=first_row,
+                rows=len(rows),
+                offset=offset,
+                row_group=None,
+            )
+            yield shard, infer_schema(rows, file.label, first_row, skip_invalid=skip_invalid)
+            first_row += len(rows)
+
+
+def _json_rows(stream: Any, label: str, offset: int, content: _Content | None = None) -> Iterator[tuple[int, Row]]:
+    """Yields the byte offset and the object of each line that is not blank."""
+    for start, line in _lines(stream, offset, content):
+        stripped = line.removeprefix(BYTE_ORDER_MARK) if start == 0 else line
+        if not stripped.strip():
+            continue
+        yield start, _parsed(stripped, start)
+
+
+def _parsed(line: bytes, start: int) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as err:
+        return InputError(f"at byte {start}: not a JSON object on one line ({err})")
+    return row if isinstance(row, dict) else InputError(f"at byte {start}: not a JSON object")
+
+
+def _lines(stream: Any, offset: int, content: _Content | None) -> Iterator[tuple[int, bytes]]:
+    """Yields the byte offset and the content of each line, which ends with LF, CR LF or CR.
+
+    No line end can be inside a JSON value: in a string it is escaped.
+    """
+    pending = b""
+    while block := stream.read(max(BLOCK_BYTES, len(pending))):
+        if content is not None:
+            content.add(block)
+        lines = (pending + block).splitlines(keepends=True)
+        # The last line may continue in the next block, and a CR at its end may be half of CR LF.
+        pending = b"" if lines[-1].endswith(b"\n") else lines.pop()
+        for line in lines:
+            yield offset, line
+            offset += len(line)
+    if pending:
+        yield offset, pending
+
+
+def _open_parquet(file: InputFile) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
+        return pq.ParquetFile(file.path, filesystem=file.filesystem)
     except (OSError, pa.ArrowInvalid) as err:
-        raise InputError(f"{path} cannot be read as Parquet ({err}); check the file") from err
+        raise InputError(f"{file.label} cannot be read as Parquet ({err}); check the file") from err
+
+
+def _parquet_shards(
+    file: InputFile, stem: str, shard_rows: int, content: _Content, skip_invalid: bool
+) -> Iterator[tuple[Shard, Any]]:
+    stamp = file.stamp()
+    parquet = _open_parquet(file)
+    with file.open_stream() as stream:
+        while block := stream.read(BLOCK_BYTES):
+            content.add(block)
     first_row = index = 0
-    for group in range(file.num_row_groups):
-        group_rows = file.metadata.row_group(group).num_rows
+    for group in range(parquet.num_row_groups):
+        group_rows = parquet.metadata.row_group(group).num_rows
         for start in range(0, group_rows, shard_rows):
             shard = Shard(
-                path=str(path.resolve()),
+                file=file,
+                stamp=stamp,
                 name=f"{stem}-{index:06d}.parquet",
                 first_row=first_row + start,
                 rows=min(shard_rows, group_rows - start),
                 offset=start,
                 row_group=group,
             )
-            yield shard, file.schema_arrow
+            yield shard, parquet.schema_arrow.remove_metadata()
             index += 1
         first_row += group_rows

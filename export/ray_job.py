@@ -1,37 +1,51 @@
 """`nvembed bulk BUNDLE --input corpus.jsonl --out vectors`: embeds a corpus on as many machines as Ray has.
 
-It reads JSON lines and Parquet, and writes Parquet files of one schema: the input's columns and `embedding`, float32
-[D]. The corpus is split into shards, each written completely or not at all, so that the same command continues where an
-interrupted one stopped. On a cluster, the bundle, the input and the output must be where every machine can access them,
-and `RAY_ADDRESS` names the cluster.
+It reads JSON lines, also compressed by gzip, and Parquet, and writes Parquet files of one schema: the input's columns
+and `embedding`, float32 [D]. The corpus is split into shards, each written completely or not at all, so that the same
+command continues where an interrupted one stopped. On a cluster, the bundle, the input and the output must be where
+every machine can access them, and `RAY_ADDRESS` names the cluster.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from nvembed_deploy.bundle.manifest import TOKENIZER
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.vector_kinds import require_offered
 from nvembed_deploy.console import echo, install_command, program, run
-from nvembed_deploy.encoder import Encoder
-from nvembed_deploy.errors import ConfigError, DeployError, InputError, InputTypeError, MissingExtra
-from nvembed_deploy.export.bulk_shards import Plan, Shard, input_files, plan, read
-from nvembed_deploy.files.atomic import write_file
-from nvembed_deploy.tokenization import check_texts
+from nvembed_deploy.errors import ConfigError, InputError, MissingExtra
+from nvembed_deploy.export.bulk_inputs import SUFFIXES, input_files
+from nvembed_deploy.export.bulk_output import REJECTS, Output
+from nvembed_deploy.export.bulk_shards import Plan, plan
+from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.vectors import OutputDtype
 
-RECORD = "_job.json"
-"""Record of the job. Readers of folders skip names that begin with an underscore."""
-REJECTS = "_rejects"
-EMBEDDING = "embedding"
+EMBEDDING, TEXT = "embedding", "text"
 SHARD_ROWS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class BulkOptions:
+    """Options of a bulk job; see the flags of the same names."""
+
+    text_columns: tuple[str, ...] = (TEXT,)
+    output_column: str = EMBEDDING
+    skip_invalid: bool = False
+    instruction: str | None = None
+    prompt_name: str | None = None
+    output_dtype: str = OutputDtype.FLOAT32.value
+    shard_rows: int = SHARD_ROWS
+    workers: int = 1
+    gpus: float = 0
+    cpus: float | None = None
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -39,19 +53,32 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog or program("bulk"), description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", type=Path, help="a bundle's folder")
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .parquet files, folders or patterns"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=f"{', '.join(SUFFIXES)} files, folders, patterns, or URIs such as s3://bucket/folder",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write Parquet files to")
-    parser.add_argument("--column", default="text", help="column that has the texts (default: %(default)s)")
     parser.add_argument(
-        "--output-column", default=EMBEDDING, help="column that gets the vectors (default: %(default)s)"
+        "--out", required=True, metavar="DIR", help="folder to write Parquet files to, or an s3:// URI of one"
+    )
+    parser.add_argument(
+        "--text-column",
+        "--column",
+        action="append",
+        metavar="NAME",
+        help=f"column that has the texts; repeat it to join several by newlines (default: {TEXT})",
+    )
+    parser.add_argument(
+        "--output-column", default=EMBEDDING, metavar="NAME", help="column that gets the vectors (default: %(default)s)"
     )
     parser.add_argument(
         "--skip-invalid",
         action="store_true",
-        help=f"write rows without a valid text to {REJECTS}/ with their reason, instead of failing",
+        help=f"write rows that cannot be read or have no text to {REJECTS}/ with their reason, instead of failing",
     )
-    parser.add_argument("--instruction", default=None, help="the task in words, for texts that are queries")
+    parser.add_argument("--instruction", help="the task in words, for texts that are queries")
+    parser.add_argument("--prompt-name", metavar="NAME", help="one of the bundle's prompts, such as query or document")
     parser.add_argument(
         "--output-dtype",
         default=OutputDtype.FLOAT32.value,
@@ -75,221 +102,170 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     for name in ("workers", "shard_rows"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if flags.gpus < 0 or (flags.cpus is not None and flags.cpus <= 0):
+        parser.error("--gpus must be at least 0 and --cpus above 0")
 
     def command() -> None:
-        rows = embed_corpus(
-            flags.bundle,
-            flags.input,
-            flags.out,
-            column=flags.column,
+        options = BulkOptions(
+            text_columns=tuple(flags.text_column or [TEXT]),
             output_column=flags.output_column,
             skip_invalid=flags.skip_invalid,
             instruction=flags.instruction,
+            prompt_name=flags.prompt_name,
             output_dtype=flags.output_dtype,
-            workers=flags.workers,
-            resources={
-                "num_cpus": flags.cpus or max(1, (os.cpu_count() or 1) // flags.workers),
-                "num_gpus": flags.gpus,
-            },
             shard_rows=flags.shard_rows,
+            workers=flags.workers,
+            gpus=flags.gpus,
+            cpus=flags.cpus,
         )
-        echo(f"done: {rows} texts embedded by this run, {flags.out}")
+        rows = embed_corpus(flags.bundle, flags.input, flags.out, options)
+        echo(f"done: {rows:,} texts embedded by this run, {flags.out}")
         sys.stdout.write(f"{flags.out}\n")
 
     return run(command)
 
 
-def embed_corpus(
-    bundle: Path,
-    inputs: Sequence[str],
-    out: Path,
-    *,
-    column: str,
-    output_column: str = EMBEDDING,
-    skip_invalid: bool = False,
-    instruction: str | None,
-    workers: int,
-    resources: dict[str, float],
-    shard_rows: int = SHARD_ROWS,
-    output_dtype: str = OutputDtype.FLOAT32.value,
-) -> int:
+def embed_corpus(bundle: Path, inputs: Sequence[str], out: str, options: BulkOptions | None = None) -> int:
     """Embeds the shards that the output does not have yet.
 
     Args:
         bundle: A bundle's folder.
-        inputs: Files of JSON lines or Parquet, folders of them, or patterns.
-        out: Folder of the output; created if it is missing.
-        column: Name of the column that has the texts.
-        output_column: Name of the column that gets the vectors.
-        skip_invalid: Writes rows without a valid text to a folder of rejects, instead of failing their shard.
-        instruction: The task in words for queries; None for documents.
-        workers: Number of engines that run at the same time.
-        resources: `num_cpus` and `num_gpus` of each worker.
-        shard_rows: Rows per shard.
-        output_dtype: Number format of the vectors, see `Encoder.encode`.
+        inputs: Files of JSON lines or Parquet, folders of them, patterns, or URIs.
+        out: Folder of the output, created if it is missing, or an `s3://` URI.
+        options: The other options.
 
     Returns:
         Number of texts that this call embedded.
 
     Raises:
-        ConfigError: The output belongs to another bundle, input or setting, or an input file has an unsupported type.
+        ConfigError: The output belongs to another bundle, input or setting, an input file has an unsupported type, or
+            the bundle has no such prompt.
         InputError: A shard failed, for example because a row has no text.
+        EngineError: The workers cannot open the bundle.
         MissingExtra: Ray is not installed.
     """
+    options = options or BulkOptions()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's behaviour from 2.60 on, without a warning
     try:
-        import ray
+        import pyarrow  # noqa: F401
+        import ray  # noqa: F401
     except ImportError as err:
         raise MissingExtra(f"bulk jobs run on Ray ({err}); {install_command('ray')}") from err
-    manifest = Bundle.open(bundle).manifest
-    require_offered(OutputDtype(output_dtype), manifest.vectors)
-    job_plan = plan(input_files(inputs), shard_rows)
-    _require_columns(job_plan, column, output_column)
-    _require_same_job(
-        out,
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    require_offered(OutputDtype(options.output_dtype), manifest.vectors)
+    text_encoder = TextEncoder(opened.read(TOKENIZER), manifest.text)
+    prompt = _prompt(text_encoder, options)
+    output = Output.open(out)
+    files = input_files(inputs)
+    echo(f"reading {len(files)} input file{'s' if len(files) > 1 else ''}")
+    job_plan = plan(files, options.shard_rows, skip_invalid=options.skip_invalid)
+    _require_columns(job_plan, options)
+    names = output.require_job(
         {
             "manifest_sha256": manifest.manifest_sha256,
-            "column": column,
-            "output_column": output_column,
-            "skip_invalid": skip_invalid,
-            "instruction": instruction,
-            "shard_rows": shard_rows,
-            "output_dtype": output_dtype,
+            "text_columns": list(options.text_columns),
+            "output_column": options.output_column,
+            "skip_invalid": options.skip_invalid,
+            "prompt": prompt,
+            "shard_rows": options.shard_rows,
+            "output_dtype": options.output_dtype,
             "inputs": job_plan.inputs,
-        },
+        }
     )
-    missing = [asdict(shard) for shard in job_plan.shards if not (out / shard.name).exists()]
+    missing = [shard for shard in job_plan.shards if shard.name not in names]
     echo(f"{len(job_plan.shards)} shards, {len(job_plan.shards) - len(missing)} already done")
     if not missing:
         return 0
-    task = {
-        "bundle": str(bundle.resolve()),
-        "out": str(out.resolve()),
-        "column": column,
-        "instruction": instruction,
-        "output_dtype": output_dtype,
-        "output_column": output_column,
-        "skip_invalid": skip_invalid,
-        "schema": job_plan.schema,
-        "threads": None if resources.get("num_gpus") else max(1, int(resources.get("num_cpus", 1))),
-    }
-    embedder: Any = Embedder  # ray's type hints allow only functions
-    reports = (
-        ray.data.from_items(missing, override_num_blocks=len(missing))
-        .map(embedder, fn_constructor_kwargs=task, compute=ray.data.ActorPoolStrategy(size=workers), **resources)
-        .take_all()
+
+    from nvembed_deploy.export.bulk_schedule import Job, Workers, require_resources
+    from nvembed_deploy.export.bulk_worker import Task
+
+    cpus = options.cpus or max(1, (os.cpu_count() or 1) // options.workers)
+    workers = Workers(count=options.workers, cpus=cpus, gpus=options.gpus)
+    task = Task(
+        bundle=str(bundle.resolve()),
+        output=output,
+        schema=job_plan.schema,
+        text_columns=options.text_columns,
+        output_column=options.output_column,
+        prompt=prompt,
+        output_dtype=options.output_dtype,
+        skip_invalid=options.skip_invalid,
+        device="cuda" if options.gpus else "cpu",
+        threads=None if options.gpus else max(1, int(cpus)),
     )
-    if errors := [report["error"] for report in reports if report["error"]]:
-        raise InputError(f"{len(errors)} of {len(missing)} shards failed; the first: {errors[0]}")
-    if rejected := sum(report["rejected"] for report in reports):
-        echo(f"{rejected} rows have no valid text; they are in {out / REJECTS}, each with its reason")
-    return sum(report["rows"] for report in reports)
+    with _ray() as was_started:
+        if was_started:
+            require_resources(workers)
+        totals = Job(missing, task, workers).run()
+    steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in totals.seconds.items())
+    echo(f"workers' time: {steps}")
+    if totals.errors:
+        raise InputError(
+            f"{len(totals.errors)} of {len(missing)} shards failed; the first: {totals.errors[0]}; the others are "
+            "complete, and the same command continues"
+        )
+    if totals.rejected:
+        echo(f"{output.count_rejects()} rows were left out; they are in {out}/{REJECTS}, each with its reason")
+    return totals.rows
 
 
-def _require_columns(job_plan: Plan, column: str, output_column: str) -> None:
-    """Refuses an input without the texts' column, or one that has the output's column already.
+def _prompt(text_encoder: TextEncoder, options: BulkOptions) -> str:
+    """Returns the prefix of every text: the instruction's, or the prompt of a name, `query` and `document` included."""
+    if options.prompt_name and not options.instruction:
+        prompts = text_encoder.prompts(None)
+        if options.prompt_name not in prompts:
+            names = ", ".join(map(repr, prompts))
+            raise ConfigError(f"--prompt-name is {options.prompt_name!r}; this bundle's prompts are: {names}")
+        return prompts[options.prompt_name]
+    return text_encoder.prompt(options.instruction, None, options.prompt_name)
+
+
+def _require_columns(job_plan: Plan, options: BulkOptions) -> None:
+    """Refuses an input without the texts' columns, or one that has the output's column already.
 
     Raises:
         ConfigError: The message names the columns.
     """
+    import pyarrow as pa
+
     names = job_plan.schema.names
-    if job_plan.shards and column not in names:
-        raise ConfigError(f"there is no column {column!r}, only {', '.join(names)}; pass --column NAME")
-    if output_column in names:
-        raise ConfigError(f"the input has a column {output_column!r} already; pass another --output-column NAME")
-
-
-def _require_same_job(out: Path, job: dict[str, Any]) -> None:
-    """Records the job in a new output folder, and refuses a folder of another job."""
-    content = json.dumps(job, indent=1, sort_keys=True).encode()
-    path = out / RECORD
-    if path.exists():
-        if path.read_bytes() != content:
+    if options.output_column in names:
+        raise ConfigError(
+            f"the input has a column {options.output_column!r} already; pass another --output-column NAME"
+        )
+    for column in options.text_columns if job_plan.shards else ():
+        if column not in names:
+            raise ConfigError(f"there is no column {column!r}, only {', '.join(names)}; pass --text-column NAME")
+        kind = job_plan.schema.field(column).type
+        value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+        checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+        if not any(check(value_type) for check in checks):
             raise ConfigError(
-                f"--out {out} contains the output of another bundle, input or setting (see its {RECORD}); choose "
-                "another folder"
+                f"column {column!r} has values of type {kind}, not texts; pass another --text-column NAME"
             )
+
+
+@contextmanager
+def _ray() -> Iterator[bool]:
+    """Connects to Ray or starts it, without its log on the terminal; yields whether it was started on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        yield False
         return
-    if out.is_dir() and any(
-        not path.name.startswith(".") for path in out.iterdir()
-    ):  # an interrupted run leaves hidden files
-        raise ConfigError(f"--out {out} is not empty and has no {RECORD}; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_file(path, content)
+    ray.init(include_dashboard=_dashboard(), log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield not os.environ.get("RAY_ADDRESS")
+    finally:
+        ray.shutdown()
 
 
-class Embedder:
-    """A Ray worker: one engine that embeds one shard after another."""
-
-    def __init__(
-        self,
-        *,
-        bundle: str,
-        out: str,
-        column: str,
-        output_column: str,
-        instruction: str | None,
-        output_dtype: str,
-        skip_invalid: bool,
-        schema: Any,
-        threads: int | None,
-    ) -> None:
-        self.encoder = Encoder(bundle, threads=threads)
-        self.out, self.column, self.output_column = Path(out), column, output_column
-        self.instruction, self.output_dtype = instruction, output_dtype
-        self.skip_invalid, self.schema = skip_invalid, schema
-
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """Embeds a shard and writes its file; an error is returned as text, so that the other shards continue."""
-        import pyarrow as pa
-
-        rejected = 0
-        try:
-            table = read(Shard(**shard), self.schema)
-            if self.skip_invalid:
-                table, rejected = self._without_rejects(table, Shard(**shard))
-            self._write(table, self.out / shard["name"])
-        except (DeployError, OSError, TypeError, pa.ArrowInvalid) as err:
-            return {"rows": 0, "rejected": 0, "error": f"{shard['path']} from row {shard['first_row']}: {err}"}
-        return {"rows": table.num_rows, "rejected": rejected, "error": ""}
-
-    def _without_rejects(self, table: Any, shard: Shard) -> tuple[Any, int]:
-        """Returns the rows with a valid text, and the number of the others, which are written to a file."""
-        reasons: dict[int, str] = {}
-        for index, text in enumerate(table.column(self.column).to_pylist()):
-            try:
-                check_texts([text], first_index=shard.first_row + index)
-            except (InputError, InputTypeError) as err:
-                reasons[index] = str(err)
-        if reasons:
-            (self.out / REJECTS).mkdir(exist_ok=True)
-            lines = (
-                json.dumps({"path": shard.path, "row": shard.first_row + index, "reason": reason}) + "\n"
-                for index, reason in reasons.items()
-            )
-            write_file(self.out / REJECTS / f"{Path(shard.name).stem}.jsonl", "".join(lines).encode())
-            table = table.take([index for index in range(table.num_rows) if index not in reasons])
-        return table, len(reasons)
-
-    def _write(self, table: Any, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        texts = table.column(self.column).to_pylist()
-        vectors = self.encoder.encode(texts, instruction=self.instruction, output_dtype=self.output_dtype)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-        field = pa.field(self.output_column, column.type, metadata=self._metadata())
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table.append_column(field, column), buffer)
-        write_file(path, memoryview(buffer.getvalue()))
-
-    def _metadata(self) -> dict[str, str]:
-        """Returns what a reader needs to know about the column, as metadata of its field in the Arrow schema."""
-        manifest = self.encoder.manifest
-        metadata = {"output_dtype": self.output_dtype, "bundle": manifest.manifest_sha256}
-        if manifest.vectors is not None and OutputDtype(self.output_dtype).needs_step:
-            metadata["int8_step"] = repr(manifest.vectors.int8_step)
-        return metadata
+def _dashboard() -> bool | None:
+    """Returns Ray's option: none on this machine; on a cluster the option is not ours to set."""
+    return None if os.environ.get("RAY_ADDRESS") else False
 
 
 if __name__ == "__main__":

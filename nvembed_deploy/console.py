@@ -134,6 +134,13 @@ class _Progress:
             self.unfinished = ""
             sys.stderr.flush()
 
+    def replace(self, text: str) -> None:
+        """Shows a line in place of the one that the last call showed; an empty one removes it."""
+        with self.lock:
+            sys.stderr.write(f"\r{CLEAR_LINE}{text}" if self.unfinished else text)
+            sys.stderr.flush()
+            self.unfinished = text
+
     def tick(self, text: str, seconds: float) -> None:
         """Shows the seconds of a running step, unless a progress bar or another line has taken its place."""
         with self.lock:
@@ -149,6 +156,22 @@ _progress = _Progress()
 def echo(message: str) -> None:
     """Writes a line about progress to stderr; stdout is reserved for results."""
     _progress.write(f"{message}\n")
+
+
+def is_terminal() -> bool:
+    """Returns whether stderr is a terminal, on which lines can be replaced."""
+    return sys.stderr.isatty()
+
+
+def status(line: str) -> None:
+    """Shows a line of progress on a terminal, in place of the last one; `clear_status` ends it."""
+    if is_terminal():
+        _progress.replace(line)
+
+
+def clear_status() -> None:
+    """Removes the line of progress."""
+    status("")
 
 
 def detail(message: str) -> None:

@@ -1,27 +1,37 @@
 """A bulk job on two local workers: every text is embedded once, and an interrupted job continues."""
 
+import gzip
 import json
-import re
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nvembed_deploy import ConfigError, Encoder, InputError
+from nvembed_deploy import ConfigError, Encoder, EngineError
+from nvembed_deploy.bundle.manifest import TOKENIZER
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.tokenization import TextContract, TextEncoder
 
 pytest.importorskip("ray", reason="ray is not installed: pip install nvembed-deploy[ray]")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nvembed_deploy.export import ray_job
-from nvembed_deploy.export.bulk_shards import input_files, plan, read
-from nvembed_deploy.export.ray_job import EMBEDDING, RECORD, REJECTS, main
+from nvembed_deploy.export import bulk_schedule
+from nvembed_deploy.export.bulk_inputs import input_files
+from nvembed_deploy.export.bulk_output import RECORD, REJECTS
+from nvembed_deploy.export.bulk_schedule import Job, Progress, ShardQueue, Workers, duration, require_resources
+from nvembed_deploy.export.bulk_shards import Shard, plan
+from nvembed_deploy.export.bulk_worker import Report
+from nvembed_deploy.export.ray_job import EMBEDDING, BulkOptions, _prompt, main
 
 TEXTS = [f"text number {index} " + "over the water " * (index % 5) for index in range(57)]
+ROWS = [{"id": index, "title": f"title {index}" if index >= 20 else None, "text": TEXTS[index]} for index in range(57)]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     import ray
 
@@ -30,174 +40,267 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> list[Path]:
-    lines = [json.dumps({"id": index, "text": text}) for index, text in enumerate(TEXTS[:40])]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
-    table = pa.table({"id": list(range(40, 57)), "text": TEXTS[40:]})
-    pq.write_table(table, tmp_path / "b.parquet", row_group_size=10)
-    return [tmp_path / "a.jsonl", tmp_path / "b.parquet"]
-
-
-def run(bundle: Path, corpus: list[Path], out: Path, *flags: str) -> int:
-    inputs = [str(path) for path in corpus]
-    return main([str(bundle), "--input", *inputs, "--out", str(out), "--shard-rows", "16", "--workers", "2", *flags])
-
-
-@pytest.mark.slow
-def test_a_corpus_is_embedded_and_an_interrupted_job_continues(
-    bundles: dict[str, Path], corpus: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert run(bundles["fp32"], corpus, out) == 0
-    files = sorted(out.glob("*.parquet"))
-    assert len(files) == 3 + 2
-    table = pa.concat_tables([pq.read_table(file) for file in files])
-    assert table.column("id").to_pylist() == list(range(57))
-    assert table.column("text").to_pylist() == TEXTS
-    expected = Encoder(bundles["fp32"], device="cpu").encode(TEXTS)
-    np.testing.assert_allclose(np.array(table.column(EMBEDDING).to_pylist()), expected, atol=1e-6)
-    files[1].unlink()
-    written_at = {file: file.stat().st_mtime_ns for file in files if file != files[1]}
-    assert run(bundles["fp32"], corpus, out) == 0
-    err = capsys.readouterr().err
-    assert "5 shards, 4 already done" in err
-    assert "done: 16 texts embedded by this run" in err
-    assert files[1].is_file()
-    assert {file: file.stat().st_mtime_ns for file in written_at} == written_at
-    for flags, message in ((["--column", "id"], "of another bundle, input or setting"), ([], "")):
-        assert run(bundles["fp32"], corpus, out, *flags) == (1 if flags else 0)
-        assert message in capsys.readouterr().err
-    assert run(bundles["fp16"], corpus, out) == 1
-
-
-@pytest.mark.slow
-def test_wrong_rows_and_files_are_named(
-    bundles: dict[str, Path], corpus: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bundle = bundles["fp32"]
-    assert run(bundle, corpus, tmp_path / "x", "--column", "body") == 1
-    assert "there is no column 'body', only id, text; pass --column NAME" in capsys.readouterr().err
-    assert run(bundle, corpus, tmp_path / "x", "--output-column", "id") == 1
-    assert "the input has a column 'id' already; pass another --output-column NAME" in capsys.readouterr().err
-    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
-    assert run(bundle, [tmp_path / "c.jsonl"], tmp_path / "y") == 1
-    err = capsys.readouterr().err
-    assert "1 of 1 shards failed; the first: " in err
-    assert "c.jsonl from row 0: text 1 is a NoneType, not a str" in err
-    for path, message in ((tmp_path / "none.jsonl", "names no file"), (tmp_path / "a.csv", "unsupported file type")):
-        if path.suffix == ".csv":
-            path.write_text("a,b")
-        assert run(bundle, [path], tmp_path / "z") == 1
-        assert message in capsys.readouterr().err
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("x")
-    assert run(bundle, corpus, tmp_path / "full") == 1
-    assert f"is not empty and has no {RECORD}" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(bundle, corpus, tmp_path / "w", "--workers", "0")
-    assert ray_job.SHARD_ROWS > 0
-
-
-def write_lines(path: Path, rows: list[dict], *, end: str = "\n") -> Path:
-    path.write_bytes("".join(json.dumps(row) + end for row in rows).encode())
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
-def read_all(files: list[Path], shard_rows: int) -> list[dict]:
-    """Returns the rows of all shards, in order."""
-    job = plan(files, shard_rows)
-    return [row for shard in job.shards for row in read(shard, job.schema).to_pylist()]
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder with rows of which two have no text: JSON lines, the same compressed, and Parquet."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rows = [row | {"title": None, "text": None} if row["id"] in (5, 33) else row for row in ROWS]
+    write_lines(folder / "a.jsonl", rows[:30])
+    write_lines(folder / "b.jsonl.gz", rows[30:40])
+    pq.write_table(pa.Table.from_pylist(rows[40:]), folder / "c.parquet", row_group_size=10)
+    return folder
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", " \n\t\n"])
-def test_every_row_is_read_once(tmp_path: Path, end: str) -> None:
-    rows = [{"text": f"row {index}\u2028 with\x85 breaks", "id": index} for index in range(23)]
-    path = write_lines(tmp_path / "a.jsonl", rows, end=end)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().removesuffix(end.encode()))  # a mark, and no last line end
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet", row_group_size=9)
-    files = [path, tmp_path / "b.parquet"]
-    for shard_rows in (1, 4, 9, 100):
-        assert read_all(files, shard_rows) == rows + rows
-    names = [shard.name for shard in plan(files, 4).shards]
-    assert len(set(names)) == len(names) == 6 + 3 + 3 + 2
+def run(bundle: Path, corpus: Path, out: Path, *flags: str) -> int:
+    return main(
+        [str(bundle), "--input", str(corpus), "--out", str(out), "--shard-rows", "16", "--workers", "2", *flags]
+    )
 
 
-def test_all_shards_have_one_schema(tmp_path: Path) -> None:
-    """A column that is null, missing or whole numbers in some shards has the type that holds all rows."""
-    rows = [
-        {"text": "a", "title": None},
-        {"text": "b"},
-        {"text": "c", "title": "C", "size": 1},
-        {"text": "d", "size": 2.5},
-    ]
-    job = plan([write_lines(tmp_path / "a.jsonl", rows)], 1)
-    tables = [read(shard, job.schema) for shard in job.shards]
-    assert all(table.schema == job.schema for table in tables)
-    assert pa.concat_tables(tables).to_pylist() == [
-        {"text": text, "title": title, "size": size}
-        for text, title, size in (("a", None, None), ("b", None, None), ("c", "C", 1.0), ("d", None, 2.5))
-    ]
-    with pytest.raises(InputError, match="no single type holds"):
-        plan([write_lines(tmp_path / "b.jsonl", [{"text": "a", "x": "1"}, {"text": "b", "x": {"y": 1}}])], 1)
+JOB = ("--text-column", "title", "--text-column", "text", "--skip-invalid", "--prompt-name", "query")
 
 
-def test_what_cannot_be_read_is_named_before_the_job(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    for content, message in (
-        (b'{"text": "a"}\r{"text": "b"}\r', "a.jsonl, at byte 0: not a JSON object on one line"),
-        (b'{"text": "a"}\n[1]\n', "a.jsonl, at byte 14: not a JSON object"),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl, at byte 14"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=re.escape(message)):
-            plan([path], 10)
-    (tmp_path / "b.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=r"b\.parquet cannot be read as Parquet"):
-        plan([tmp_path / "b.parquet"], 10)
+@pytest.fixture(scope="module")
+def output(bundles: dict[str, Path], cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The corpus and the output of a job, and what the job wrote to stderr."""
+    import contextlib
+    import io
 
-
-def test_an_edited_input_is_another_job(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"text": "abc"}])
-    before = plan([path], 10)
-    write_lines(path, [{"text": "xyz"}])  # of the same size
-    assert plan([path], 10).inputs != before.inputs
-    write_lines(path, [])
-    with pytest.raises(InputError, match="the file changed; start the job again"):
-        read(before.shards[0], before.schema)
-
-
-def test_folders_and_patterns_name_files(tmp_path: Path) -> None:
-    files = [write_lines(tmp_path / f"{name}.jsonl", [{"text": name}]) for name in "ba"]
-    (tmp_path / "notes.txt").write_text("")
-    assert input_files([str(tmp_path)]) == sorted(files)
-    assert input_files([str(tmp_path / "*.jsonl"), str(files[0])]) == sorted(files)
-    with pytest.raises(ConfigError, match="names no file"):
-        input_files([str(tmp_path / "*.json")])
+    folder = tmp_path_factory.mktemp("bulk")
+    inputs, stderr = corpus.__wrapped__(folder), io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        assert run(bundles["fp32"], inputs, folder / "out", *JOB, "--output-dtype", "float16") == 0
+    return inputs, folder / "out", stderr.getvalue()
 
 
 @pytest.mark.slow
-def test_rejects_and_readers_of_the_output(
-    bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"text": text, "title": None if index < 20 else "T"} for index, text in enumerate(TEXTS[:40])]
-    rows[5]["text"], rows[33]["text"] = None, None
-    out, path = tmp_path / "out", write_lines(tmp_path / "a.jsonl", rows)
-    assert run(bundles["fp32"], [path], out, "--skip-invalid", "--output-dtype", "float16") == 0
-    assert "2 rows have no valid text" in capsys.readouterr().err
+def test_each_row_is_in_the_output_or_in_the_rejects(output: tuple[Path, Path, str], bundles: dict[str, Path]) -> None:
+    _, out, stderr = output
+    files = sorted(out.glob("*.parquet"))
+    assert len(files) == 2 + 1 + 2
+    table = pa.concat_tables([pq.read_table(file) for file in files])
+    valid = [row for row in ROWS if row["id"] not in (5, 33)]
+    assert table.select(["id", "title", "text"]).to_pylist() == valid
+    texts = [row["text"] if row["title"] is None else f"{row['title']}\n{row['text']}" for row in valid]
+    expected = Encoder(bundles["fp32"], device="cpu").encode_query(texts)
+    np.testing.assert_allclose(np.array(table.column(EMBEDDING).to_pylist()), expected, atol=1e-3)
+    metadata = table.schema.field(EMBEDDING).metadata
+    assert (metadata[b"output_dtype"], metadata[b"prompt"][:9]) == (b"float16", b"Instruct:")
     rejects = [json.loads(line) for file in sorted((out / REJECTS).iterdir()) for line in file.read_text().splitlines()]
-    assert [reject["row"] for reject in rejects] == [5, 33]
-    assert "text 5 is a NoneType" in rejects[0]["reason"]
-    texts = [row["text"] for row in rows if row["text"] is not None]
-    table = pq.read_table(out)
-    assert table.column("text").to_pylist() == texts
-    assert table.schema.field(EMBEDDING).metadata[b"output_dtype"] == b"float16"
-    import datasets
-    import pandas as pd
-    import polars as pl
-    import ray
+    assert [(Path(reject["path"]).name, reject["row"]) for reject in rejects] == [("a.jsonl", 5), ("b.jsonl.gz", 3)]
+    assert all(reject["reason"].startswith("the text is a NoneType, not a str") for reject in rejects)
+    lines = stderr.splitlines()
+    assert "2 rows were left out; they are in" in lines[-2]
+    assert "done: 55 texts embedded by this run" in lines[-1]
+    assert len(lines) <= 7  # and nothing of Ray's log
 
-    assert pd.read_parquet(out)["text"].tolist() == texts
-    assert pl.read_parquet(out / "*.parquet")["text"].to_list() == texts
-    assert datasets.load_dataset("parquet", data_files=str(out / "*.parquet"))["train"]["text"][:] == texts
-    assert ray.data.read_parquet(str(out)).count() == len(texts)
+
+def pandas_texts(folder: Path) -> list[str]:
+    return pytest.importorskip("pandas").read_parquet(folder)["text"].tolist()
+
+
+def polars_texts(folder: Path) -> list[str]:
+    return pytest.importorskip("polars").read_parquet(folder / "*.parquet")["text"].to_list()
+
+
+def duckdb_texts(folder: Path) -> list[str]:
+    query = f"SELECT text, embedding FROM '{folder}/*.parquet'"
+    rows = pytest.importorskip("duckdb").sql(query).fetchall()
+    assert all(abs(np.linalg.norm(embedding) - 1) < 0.01 for _, embedding in rows)
+    return [text for text, _ in rows]
+
+
+def datasets_texts(folder: Path) -> list[str]:
+    datasets = pytest.importorskip("datasets")
+    return datasets.load_dataset(str(folder), cache_dir=str(folder.parent / "cache"))["train"]["text"][:]
+
+
+def ray_texts(folder: Path) -> list[str]:
+    rows = pytest.importorskip("ray.data").read_parquet(str(folder)).take_all()  # in no particular order
+    return [row["text"] for row in sorted(rows, key=lambda row: row["id"])]
+
+
+READERS: dict[str, Callable[[Path], list[str]]] = {
+    "pandas": pandas_texts,
+    "pyarrow": lambda folder: pq.read_table(folder).column("text").to_pylist(),
+    "polars": polars_texts,
+    "duckdb": duckdb_texts,
+    "datasets": datasets_texts,
+    "ray": ray_texts,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
+def test_the_output_is_read_as_one_table(reader: str, output: tuple[Path, Path, str]) -> None:
+    assert READERS[reader](output[1]) == [text for index, text in enumerate(TEXTS) if index not in (5, 33)]
+
+
+@pytest.mark.slow
+def test_an_interrupted_job_continues_and_another_is_refused(
+    output: tuple[Path, Path, str], bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs, out, _ = output
+    files = sorted(out.glob("*.parquet"))
+    flags = [*JOB, "--output-dtype", "float16"]
+    content = files[1].read_bytes()
+    files[1].unlink()
+    written_at = {file: file.stat().st_mtime_ns for file in files if file != files[1]}
+    assert run(bundles["fp32"], inputs, out, *flags) == 0
+    err = capsys.readouterr().err
+    assert "5 shards, 4 already done" in err
+    assert "done: 14 texts embedded by this run" in err
+    assert files[1].read_bytes() == content
+    assert {file: file.stat().st_mtime_ns for file in written_at} == written_at
+    assert run(bundles["fp32"], inputs, out, *flags) == 0
+    assert "5 shards, 5 already done" in capsys.readouterr().err
+    as_before = ["--column", "text", "--skip-invalid", "--output-dtype", "float16"]
+    for others, difference in ((JOB, "output_dtype differs"), (as_before, "prompt, text_columns differ")):
+        assert run(bundles["fp32"], inputs, out, *others) == 1
+        assert f"of another bundle, input or setting ({difference}, see its _job.json)" in capsys.readouterr().err
+    with (inputs / "a.jsonl").open("r+b") as file:  # of the same size
+        file.write(b'{"id": 9')
+    assert run(bundles["fp32"], inputs, out, *flags) == 1
+    assert "(inputs differs, see its _job.json)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rows_without_a_text_are_named(
+    cluster: None, bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [*({"text": "a"} for _ in range(16)), {"text": "b"}, {"text": None}])
+    assert run(bundles["fp32"], path, tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert f"1 of 2 shards failed; the first: {path}, row 17: the text is a NoneType, not a str" in err
+    assert "pass --skip-invalid to write such rows to _rejects/ instead" in err
+    assert len(list((tmp_path / "out").glob("*.parquet"))) == 1
+
+
+def test_wrong_settings_are_refused_before_ray_starts(
+    bundles: dict[str, Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("x")
+    for flags, message in (
+        (["--text-column", "body"], "there is no column 'body', only id, title, text; pass --text-column NAME"),
+        (["--text-column", "id"], "column 'id' has values of type int64, not texts"),
+        (["--output-column", "id"], "the input has a column 'id' already; pass another --output-column NAME"),
+        (["--prompt-name", "xyz"], "--prompt-name is 'xyz'; this bundle's prompts are: 'query', 'document'"),
+        (["--prompt-name", "query", "--instruction", "x"], "are mutually exclusive"),
+        (["--out", str(full)], f"is not empty and has no {RECORD}"),
+        (["--out", "fsspec+memory:///out"], "on which a killed job could leave half a file"),
+    ):
+        assert run(bundles["fp32"], corpus, tmp_path / "out", *flags) == 1
+        assert message in capsys.readouterr().err
+    for flags in (["--workers", "0"], ["--gpus", "-1"], ["--cpus", "0"]):
+        with pytest.raises(SystemExit):
+            run(bundles["fp32"], corpus, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_by_name(bundles: dict[str, Path]) -> None:
+    bundle = Bundle.open(bundles["fp32"])
+    fixed = TextContract(  # as of llama-3.2-nv-embedqa
+        prefix_ids=(1,),
+        suffix_ids=(),
+        pad_id=0,
+        mask_prompt=False,
+        max_tokens=128,
+        instruction_template="",
+        default_prompt="passage: ",
+        prompts={"query": "query: ", "document": "passage: "},
+    )
+    for contract, prompts in (
+        (bundle.manifest.text, {"query": "Instruct: Given a question", "document": "", None: ""}),
+        (fixed, {"query": "query: ", "document": "passage: ", None: "passage: "}),
+    ):
+        encoder = TextEncoder(bundle.read(TOKENIZER), contract)
+        for name, prompt in prompts.items():
+            assert _prompt(encoder, BulkOptions(prompt_name=name)).startswith(prompt)
+    with pytest.raises(ConfigError, match="takes no instructions; pass prompt_name"):
+        _prompt(encoder, BulkOptions(instruction="x"))
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced_a_few_times(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}] * 3)
+    deaths = {"0000-a-000001.parquet": 1, "0000-a-000002.parquet": 2}
+    monkeypatch.setattr(bulk_schedule, "MAX_ATTEMPTS", 2)
+
+    class Dying:
+        def __init__(self, folder: str) -> None:
+            self.folder = Path(folder)
+
+        def open(self) -> Report:
+            return Report(worker=str(os.getpid()), backend="a fake")
+
+        def embed(self, shard: Shard) -> Report:
+            with (self.folder / shard.name).open("ab") as attempts:
+                attempts.write(b".")
+                attempts.flush()
+                if attempts.tell() <= deaths.get(shard.name, 0):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return Report(rows=shard.rows)
+
+    monkeypatch.setattr(bulk_schedule, "Embedder", Dying)
+    shards = plan(input_files([str(path)]), 1).shards
+    (tmp_path / "out").mkdir()
+    totals = Job(shards, str(tmp_path / "out"), Workers(count=1, cpus=1, gpus=0)).run()
+    attempts = [(tmp_path / "out" / shard.name).stat().st_size for shard in shards]
+    assert attempts == [1, 2, 2]
+    assert totals.rows == 2
+    assert totals.errors == [f"{path}, from row 2: 2 workers died at these rows, one after another"]
+    err = capsys.readouterr().err
+    assert f"died at {path}, from row 1 (killed, or it crashed); trying again, 2 of 2" in err
+    assert err.count("note: worker") == 3
+
+    class Unopened(Dying):
+        def open(self) -> Report:
+            return Report(error="worker 1 cannot open the bundle: no GPU")
+
+    monkeypatch.setattr(bulk_schedule, "Embedder", Unopened)
+    with pytest.raises(EngineError, match="cannot open the bundle: no GPU"):
+        Job(shards, str(tmp_path / "out"), Workers(count=1, cpus=1, gpus=0)).run()
+    with pytest.raises(ConfigError, match="--gpus 1 per worker, and this machine has 0 GPUs; pass fewer"):
+        require_resources(Workers(count=1, cpus=1, gpus=1))
+
+
+def test_workers_keep_to_a_file_and_help_with_others_at_the_end(tmp_path: Path) -> None:
+    paths = [write_lines(tmp_path / f"{name}.jsonl", [{"text": "a"}] * 3) for name in "ab"]
+    queue = ShardQueue(plan(input_files([str(path) for path in paths]), 1).shards)
+    first, second = queue.take(None), queue.take(None)
+    assert [first.name, second.name] == ["0000-a-000000.parquet", "0001-b-000000.parquet"]
+    queue.put_back(first)
+    assert queue.take(None) == first
+    for expected in ("0000-a-000001.parquet", "0000-a-000002.parquet", "0001-b-000001.parquet"):
+        first = queue.take(first)
+        assert first.name == expected
+    assert queue.take(second).name == "0001-b-000002.parquet"
+    assert not queue
+    assert queue.take(first) is None
+
+
+def test_progress_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(bulk_schedule.time, "monotonic", lambda: clock[0])
+    progress = Progress(4000)
+    assert progress.line() == "starting the workers"
+    progress.started, progress.done = clock[0], 1000
+    clock[0] += 10
+    progress.show()
+    assert capsys.readouterr().err == ""
+    clock[0] += 30
+    for _ in range(2):
+        progress.show()
+    assert capsys.readouterr().err == "  1,000 of 4,000 rows, 25%, 25 rows/s, 120 s left\n".replace("120 s", "2 min")
+    assert [duration(seconds) for seconds in (5, 99, 400, 86_400)] == ["5 s", "99 s", "7 min", "24 h 0 min"]

@@ -1,0 +1,157 @@
+"""Rows of JSON Lines as columns with types: the values that have no type are named, or left out with their reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from nvembed_deploy.errors import InputError
+
+Rejects = dict[int, str]
+"""Why rows are left out, by their index in the shard."""
+UNSUITABLE = (ValueError, TypeError, OverflowError, NotImplementedError)
+"""What pyarrow raises for a value that a type does not hold; its own errors are subclasses of these."""
+
+
+def infer_schema(rows: Sequence[dict[str, Any] | InputError], label: str, first_row: int, *, skip_invalid: bool) -> Any:
+    """Returns the pyarrow schema that holds the rows.
+
+    Args:
+        rows: Rows of JSON Lines, or why a line cannot be read.
+        label: The file, for messages.
+        first_row: Index of the first row in the file, for messages.
+        skip_invalid: Ignores rows that cannot be read, and values that have no type.
+
+    Raises:
+        InputError: A line cannot be read, a value has no type, or a column has values of several types.
+    """
+    import pyarrow as pa
+
+    objects = _objects(rows, label, first_row, skip_invalid=skip_invalid)[0]
+    fields = []
+    for name in _names(objects):
+        values = [row.get(name) for row in objects]
+        try:
+            array = pa.array(values)
+        except UNSUITABLE:
+            invalid = _invalid(values, pa.array)
+            if invalid and not skip_invalid:
+                index, reason = next(iter(invalid.items()))
+                raise InputError(f"{label}, row {first_row + index}, column {name!r}: {reason}") from None
+            valid = {index: value for index, value in enumerate(values) if index not in invalid}
+            array = _one_type(valid, name, label, first_row)
+        fields.append(pa.field(name, array.type))
+    return pa.schema(fields)
+
+
+def one_schema(schemas: Sequence[Any]) -> Any:
+    """Returns the schema that holds the rows of all schemas.
+
+    Raises:
+        InputError: Two types of a column cannot be combined, or Parquet cannot hold a type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
+    except UNSUITABLE as err:
+        raise InputError(
+            f"a column has types in the input that no single type holds ({err}); convert it first"
+        ) from err
+    for column in schema:
+        try:
+            pq.write_table(pa.schema([column]).empty_table(), pa.BufferOutputStream())
+        except UNSUITABLE as err:
+            raise InputError(f"column {column.name!r} cannot be written to Parquet ({err}); remove it first") from err
+    return schema.remove_metadata()
+
+
+def to_table(
+    rows: Sequence[dict[str, Any] | InputError], schema: Any, label: str, first_row: int, *, skip_invalid: bool
+) -> tuple[Any, Rejects]:
+    """Returns the rows as a pyarrow table with the schema, and the rows that are left out; see `infer_schema`.
+
+    Raises:
+        InputError: A row cannot be read, or a value has another type.
+    """
+    import pyarrow as pa
+
+    objects, rejects = _objects(rows, label, first_row, skip_invalid=skip_invalid)
+    columns = []
+    for column in schema:
+        values = [row.get(column.name) for row in objects]
+        try:
+            columns.append(pa.array(values, column.type))
+        except UNSUITABLE:
+            invalid = _invalid(values, partial(pa.array, type=column.type))
+            if not skip_invalid or not invalid:
+                index, reason = next(iter(invalid.items()), (0, f"these rows are not of type {column.type}"))
+                raise InputError(f"{label}, row {first_row + index}, column {column.name!r}: {reason}") from None
+            rejects |= {index: f"column {column.name!r}: {reason}" for index, reason in invalid.items()}
+            columns.append(
+                pa.array([None if index in invalid else value for index, value in enumerate(values)], column.type)
+            )
+    table = pa.table(columns, schema=schema)
+    if rejects:
+        table = table.take(pa.array([index for index in range(len(rows)) if index not in rejects], pa.int64()))
+    return table, rejects
+
+
+def _objects(
+    rows: Sequence[dict[str, Any] | InputError], label: str, first_row: int, *, skip_invalid: bool
+) -> tuple[list[dict[str, Any]], Rejects]:
+    """Returns the rows, with an empty one in place of each line that cannot be read, and the reasons of those."""
+    rejects: Rejects = {}
+    objects: list[dict[str, Any]] = []
+    for index, row in enumerate(rows):
+        if isinstance(row, InputError):
+            if not skip_invalid:
+                raise InputError(f"{label}, row {first_row + index}, {row}") from row
+            rejects[index] = str(row)
+            row = {}
+        objects.append(row)
+    return objects, rejects
+
+
+def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the columns of all rows, in the order in which they first appear."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _invalid(values: Sequence[Any], convert: Callable[[list[Any]], Any]) -> Rejects:
+    """Returns why values cannot be converted, each alone."""
+    reasons: Rejects = {}
+    for index, value in enumerate(values):
+        try:
+            convert([value])
+        except UNSUITABLE as err:
+            reasons[index] = str(err)
+    return reasons
+
+
+def _one_type(values: dict[int, Any], name: str, label: str, first_row: int) -> Any:
+    """Returns the values of a column as a pyarrow array.
+
+    Raises:
+        InputError: They have no common type; the message names the first row that has another one than those before.
+    """
+    import pyarrow as pa
+
+    indices = list(values)
+    array, reason = pa.array([]), None
+    low, high = 0, len(indices)  # the first `low` values have a common type, more than the first `high` do not
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            array = pa.array([values[index] for index in indices[:middle]])
+            low = middle
+        except UNSUITABLE as err:
+            high, reason = middle - 1, err
+    if low == len(indices):
+        return array
+    raise InputError(
+        f"{label}, row {first_row + indices[low]}, column {name!r}: its type is another one than in the rows before "
+        f"({reason}); convert the column first"
+    )

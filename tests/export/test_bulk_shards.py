@@ -1,0 +1,198 @@
+"""Shards of a bulk job: every row of every kind of file is read once, and what cannot be read is named."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nvembed_deploy import ConfigError, InputError
+
+pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install nvembed-deploy[ray]")
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from nvembed_deploy.export.bulk_inputs import InputFile, input_files
+from nvembed_deploy.export.bulk_output import Output
+from nvembed_deploy.export.bulk_shards import BLOCK_BYTES, Plan, ShardReader, plan
+
+
+def write_lines(path: Path, rows: list[dict], *, end: str = "\n") -> Path:
+    content = "".join(json.dumps(row) + end for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def make_plan(*patterns: Path | str, shard_rows: int = 10, skip_invalid: bool = False) -> Plan:
+    return plan(input_files([str(pattern) for pattern in patterns]), shard_rows, skip_invalid=skip_invalid)
+
+
+def read_all(job: Plan, *, order: int = 1) -> list[dict]:
+    """Returns the rows of all shards; they are read by one worker, in order or backwards."""
+    reader = ShardReader(job.schema)
+    tables = [reader.read(shard)[0] for shard in job.shards[::order]]
+    return [row for table in tables[::order] for row in table.to_pylist()]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n", " \n\t\n"])
+def test_every_row_is_read_once(tmp_path: Path, end: str) -> None:
+    rows = [{"text": f"row {index}\u2028 with\x85 breaks \r\n", "id": index} for index in range(23)]
+    path = write_lines(tmp_path / "a.jsonl", rows, end=end)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().removesuffix(end.encode()))  # a mark, and no last line end
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()[:99]) + gzip.compress(path.read_bytes()[99:]))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet", row_group_size=9)
+    for shard_rows in (1, 4, 9, 100):
+        for order in (1, -1):
+            assert read_all(make_plan(tmp_path, shard_rows=shard_rows), order=order) == rows * 3
+    names = [shard.name for shard in make_plan(tmp_path, shard_rows=4).shards]
+    assert len(set(names)) == len(names) == 6 + 6 + 3 + 3 + 2
+    assert names[6] == "0001-b-000000.parquet"
+
+
+def test_lines_may_be_longer_than_a_block(tmp_path: Path) -> None:
+    rows = [{"text": "a" * length} for length in (BLOCK_BYTES - 13, 5, 3 * BLOCK_BYTES, 0)]
+    for end in ("\r\n", "\r"):  # the first CR is the last byte of a block
+        assert read_all(make_plan(write_lines(tmp_path / "a.jsonl", rows, end=end), shard_rows=1)) == rows
+
+
+def test_a_worker_reads_a_gzip_file_and_a_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"row {index}"} for index in range(40)]
+    write_lines(tmp_path / "a.jsonl.gz", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    job = make_plan(tmp_path, shard_rows=4)
+    opened = []
+    open_stream, open_parquet = InputFile.open_stream, pq.ParquetFile
+    monkeypatch.setattr(InputFile, "open_stream", lambda file: opened.append(file.name) or open_stream(file))
+    monkeypatch.setattr(pq, "ParquetFile", lambda path, **options: opened.append(path) or open_parquet(path, **options))
+    reader = ShardReader(job.schema)
+    for shard in job.shards[::3]:  # another worker takes the others
+        assert reader.read(shard)[0].to_pylist() == rows[shard.first_row :][:4]
+    assert len(opened) == 2
+
+
+def test_all_shards_have_one_schema(tmp_path: Path) -> None:
+    """A column that is null, missing or whole numbers in some shards has the type that holds all rows."""
+    rows = [
+        {"text": "a", "title": None, "meta": {}},
+        {"text": "b", "meta": {"x": 1}},
+        {"text": "c", "title": "C", "size": 1, "meta": None},
+        {"text": "d", "size": 2.5, "meta": {"y": [None, "z"]}},
+    ]
+    job = make_plan(write_lines(tmp_path / "a.jsonl", rows), shard_rows=1)
+    tables = [ShardReader(job.schema).read(shard)[0] for shard in job.shards]
+    assert all(table.schema == job.schema for table in tables)
+    columns = {name: [row.get(name) for row in rows] for name in ("text", "title", "size")}
+    merged = pa.concat_tables(tables).to_pydict()
+    meta = merged.pop("meta")
+    assert merged == columns
+    assert meta == [{"x": None, "y": None}, {"x": 1, "y": None}, None, {"x": None, "y": [None, "z"]}]
+
+
+ODD_LINES = (
+    (b'{"text": "a"}\n[1]\n', 1, "row 1, at byte 14: not a JSON object"),
+    (b'{"text": "a"}\n{"text": "\xff"}\n', 1, "row 1, at byte 14: not a JSON object on one line"),
+    (b'{"text": "a"}\n{"text": \n"b"}\n', 1, "row 1, at byte 14: not a JSON object on one line"),
+    (b'{"text": "a"}\n' + b'{"x": ' * 99_999 + b"\n", 1, "row 1, at byte 14: not a JSON object on one line"),
+    (b'{"text": "a", "id": 1}\n{"text": "b", "id": 12345678901234567890123}', 1, "row 1, column 'id': Python int too"),
+    (b'{"text": "a", "x": "x"}\n{"text": "b", "x": "\\ud800"}\n', 1, "row 1, column 'x': 'utf-8' codec can't encode"),
+)
+
+
+@pytest.mark.parametrize(("content", "row", "message"), ODD_LINES)
+def test_odd_lines_and_values_are_named_or_left_out(tmp_path: Path, content: bytes, row: int, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(f"{path}, {message}")):
+        make_plan(path)
+    job = make_plan(path, skip_invalid=True)
+    table, rejects = ShardReader(job.schema, skip_invalid=True).read(job.shards[0])
+    assert table.column("text").to_pylist() == ["a"]
+    assert rejects[row].startswith(message.partition(", ")[2][:30])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"x": 1}, {"x": 2}, {"x": "3"}], "row 2, column 'x': its type is another one than in the rows before"),
+        ([{"x": 1}] * 10 + [{"x": "3"}], "no single type holds (Unable to merge: Field x"),
+        ([{"x": {}}], "column 'x' cannot be written to Parquet"),
+    ],
+)
+def test_a_column_has_one_type(tmp_path: Path, lines: list[dict], message: str) -> None:
+    for skip_invalid in (False, True):  # no row alone is at fault
+        with pytest.raises(InputError, match=re.escape(message)):
+            make_plan(write_lines(tmp_path / "a.jsonl", lines), skip_invalid=skip_invalid)
+
+
+def test_a_value_that_the_jobs_type_does_not_hold_is_named(tmp_path: Path) -> None:
+    """Each shard has one type, and the type of all of them, float64, does not hold the last value."""
+    path = write_lines(tmp_path / "a.jsonl", [{"x": 1.5}, {"x": 1}, {"x": 2**53 + 1}])
+    job = make_plan(path, shard_rows=1)
+    with pytest.raises(InputError, match="row 2, column 'x': Integer value 9007199254740993 is outside"):
+        read_all(job)
+    table, rejects = ShardReader(job.schema, skip_invalid=True).read(job.shards[2])
+    assert (table.num_rows, list(rejects)) == (0, [0])
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    whole = write_lines(tmp_path / "a.jsonl.gz", [{"text": "abc"}] * 99).read_bytes()
+    for name, content in (("a.jsonl.gz", whole[:-9]), ("b.jsonl.gz", b'{"text": "a"}'), ("c.parquet", b"PAR1")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(f"{tmp_path / name} cannot be read")):
+            make_plan(tmp_path / name)
+
+
+def test_an_edited_input_is_another_job(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "abc"}])
+    before = make_plan(path)
+    write_lines(path, [{"text": "xyz"}])  # of the same size
+    assert make_plan(path).inputs != before.inputs
+    with pytest.raises(InputError, match=r"a\.jsonl has changed; start the job again"):
+        read_all(before)
+    gzipped = make_plan(write_lines(tmp_path / "a.jsonl.gz", [{"text": "xyz"}]))
+    assert gzipped.inputs[0]["sha256"] == make_plan(path).inputs[0]["sha256"]  # of the content
+
+
+def test_paths_folders_patterns_and_uris_name_files(tmp_path: Path) -> None:
+    files = [write_lines(tmp_path / f"{name}.jsonl", [{"text": name}]) for name in "ba"]
+    (tmp_path / "notes.txt").write_text("")
+    both = sorted(map(str, files))
+    for pattern in (f"{tmp_path}", f"{tmp_path}/*.jsonl"):
+        assert [file.label for file in input_files([pattern, str(files[0])])] == both
+    for pattern in (
+        f"file://{tmp_path}",
+        f"file://{tmp_path}/*.jsonl",
+        f"file://{tmp_path.parent}/*{tmp_path.name[3:]}/*.jsonl",
+    ):
+        assert [file.path for file in input_files([pattern])] == both
+    assert [row["text"] for row in read_all(make_plan(f"file://{files[0]}"))] == ["b"]
+    for pattern, message in (
+        (str(tmp_path / "*.json"), "names no file"),
+        (f"file://{tmp_path}/none.jsonl", "names no file"),
+        (str(tmp_path / "notes.txt"), "unsupported file type"),
+        (f"file://{tmp_path}/notes.txt", "unsupported file type"),
+        ("nowhere://a/b", "cannot be opened"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            input_files([pattern])
+
+
+def test_other_file_systems_are_read(tmp_path: Path) -> None:
+    """One of pyarrow's own, and one of fsspec's, which pyarrow opens by URI."""
+    rows = [{"text": f"row {index}"} for index in range(9)]
+    write_lines(tmp_path / "a.jsonl", rows)
+    tree = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
+    assert read_all(plan([InputFile(filesystem=tree, path="a.jsonl", label="a.jsonl")], 4)) == rows
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/a.jsonl", (tmp_path / "a.jsonl").read_bytes())
+    memory.pipe("/corpus/b.jsonl.gz", gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    memory.pipe("/corpus/c.parquet", (tmp_path / "c.parquet").read_bytes())
+    for pattern in ("fsspec+memory:///corpus", "fsspec+memory:///corp*/*"):
+        assert read_all(make_plan(pattern, shard_rows=4)) == rows * 3
+    with pytest.raises(ConfigError, match="on which a killed job could leave half a file; write to a folder"):
+        Output.open("fsspec+memory:///vectors")
+    assert Output.open(f"file://{tmp_path}/out").path == f"{tmp_path}/out"
