@@ -6,6 +6,7 @@ A generated part is between `<!-- made: NAME -->` and `<!-- end -->`. A test che
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib
 import io
@@ -375,6 +376,15 @@ def short_peers_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def examples_table() -> str:
+    """Lists the scripts of examples/ with the first lines of their docstrings."""
+    lines = ["| script | what it does |", "| --- | --- |"]
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        summary = str(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))).splitlines()[0]
+        lines.append(f"| [{path.name}](../examples/{path.name}) | {summary.split(': `python')[0]} |")
+    return "\n".join(lines) + "\n"
+
+
 def profile_table() -> str:
     """Formats the record of `benchmarks.stages`."""
     record = _record("profile")
@@ -454,6 +464,7 @@ TABLES = {
     "aarch64": aarch64_table,
     "peers": peers_table,
     "peers_short": short_peers_table,
+    "examples": examples_table,
     "profile": profile_table,
     "operators": operators_table,
     "search": search_table,
