@@ -1,8 +1,9 @@
 """Coalesces many small calls into few large batches: requests that arrive while a batch runs form the next one.
 
 There is no timer: a single request runs at once, and the busier the engine, the larger its batches. A large request
-runs in pieces, between which other requests run. The queue is limited in texts, and in the seconds that the waiting
-work takes at the measured speed.
+runs in pieces, each in a batch with the small requests that have arrived meanwhile: these have at most half of a batch
+while large ones wait, so that neither starves the other. The queue is limited in texts, and in the seconds that the
+waiting work takes at the measured speed.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from nvembed_deploy.tokenization import TokenRow
 
 Vectors = NDArray[np.float32]
 DEFAULT_MAX_WAITING = 2048
-"""Maximum waiting texts in small requests, and in large ones: one request of OpenAI's maximum size."""
+"""Waiting texts in small requests, and in large ones, from which more are rejected: one of OpenAI's maximum size."""
 DEFAULT_GROUP_TOKENS = 2 * DEFAULT_BATCH_TOKENS
 """Tokens per group: enough to sort texts by length, few enough that the first answer does not wait long."""
 GROUP_SECONDS = 0.5
 """Maximum seconds of a group at the measured speed, because a small request may wait for one group."""
 SMALL_TEXTS = 32
 """Maximum texts of a small request. Small and large ones have separate limits, so that neither blocks the other."""
+SMALL_SHARE = 0.5
+"""Maximum share of a group that small requests take while large ones wait."""
 SPEED_MEMORY = 0.7
 """Weight of the previous speed in the moving average, so that one slow batch does not reject the next requests."""
 MEASURED_SHARE = 0.5
@@ -126,8 +129,8 @@ class Coalescer:
 
     Args:
         encoder: The encoder that tokenizes and embeds the requests.
-        max_waiting: Maximum waiting texts, separately for requests of up to `SMALL_TEXTS` texts and for larger ones; a
-            request that exceeds it is rejected at once.
+        max_waiting: Number of waiting texts, separately for requests of up to `SMALL_TEXTS` texts and for larger ones,
+            from which a further request is rejected at once; and the maximum texts of one request.
         group_tokens: Maximum tokens that run together; a larger request runs in pieces. On a slow engine groups are
             smaller, so that each takes up to `GROUP_SECONDS`.
 
@@ -149,11 +152,13 @@ class Coalescer:
         self.encoder = encoder
         self.max_waiting = max_waiting
         self._group_tokens = group_tokens
-        self._waiting: deque[_Request] = deque()
+        self._small: deque[_Request] = deque()
+        self._large: deque[_Request] = deque()
         self._reservations: set[Reservation] = set()
         self._running_tokens = 0
         self._tokens_per_second = math.inf  # until a full group was measured, no request is rejected for its time
         self._tokens_per_text = float(TYPICAL_TOKENS)
+        self._large_share = 1.0  # of the tokens of groups with large requests
         self._changed = threading.Condition()
         self._is_closed = False
         self._process = os.getpid()
@@ -191,14 +196,15 @@ class Coalescer:
         with self._changed:
             self._require_open()
             self._drop_cancelled()
-            if (waiting_texts := self._waiting_texts(small=is_small)) + texts > self.max_waiting:
+            # One request may exceed the limit: otherwise a few texts would keep out one of the maximum size.
+            if (waiting_texts := self._waiting_texts(small=is_small)) >= self.max_waiting:
                 kind = "small" if is_small else "large"
                 raise OverloadedError(
                     f"{waiting_texts} texts are waiting in {kind} requests, the maximum is {self.max_waiting}; "
                     "try again later"
                 )
             # An idle engine accepts anything; otherwise a speed measured at a bad moment would never be updated.
-            is_idle = not (self._waiting or self._running_tokens or self._reservations)
+            is_idle = not (self._is_waiting() or self._running_tokens or self._reservations)
             if not is_idle and (seconds := self._seconds_until_done(texts)) > max_seconds:
                 raise OverloadedError(
                     f"this request would take {seconds:.1f} s with the waiting texts, the limit is {max_seconds:g} s; "
@@ -247,7 +253,9 @@ class Coalescer:
         self._thread.join(max_seconds)
         if self._thread.is_alive():
             with self._changed:
-                abandoned, self._waiting = list(self._waiting), deque()
+                abandoned = [*self._small, *self._large]
+                self._small.clear()
+                self._large.clear()
             for request in abandoned:
                 self._fail(request, OverloadedError("the engine is shutting down; retry on another server"))
 
@@ -266,7 +274,7 @@ class Coalescer:
             if request.rows:
                 tokens_per_text = request.remaining_tokens / len(request.rows)
                 self._tokens_per_text += (1 - SPEED_MEMORY) * (tokens_per_text - self._tokens_per_text)
-            self._waiting.append(request)
+            self._lane(small=request.is_small).append(request)
             self._changed.notify()
         return request.future
 
@@ -278,29 +286,34 @@ class Coalescer:
         if self._is_closed:
             raise OverloadedError("the engine is shutting down; retry on another server")
 
+    def _lane(self, *, small: bool) -> deque[_Request]:
+        return self._small if small else self._large
+
+    def _is_waiting(self) -> bool:
+        return bool(self._small or self._large)
+
     def _drop_cancelled(self) -> None:
-        cancelled = [request for request in self._waiting if request.future.done()]
-        if cancelled:
-            self._waiting = deque(request for request in self._waiting if not request.future.done())
-        for request in cancelled:
-            self._mark_answered(request)
+        for lane in (self._small, self._large):
+            cancelled = [request for request in lane if request.future.done()]
+            for request in cancelled:
+                lane.remove(request)
+                self._mark_answered(request)
 
     def _waiting_texts(self, *, small: bool) -> int:
-        queued = sum(len(request.remaining_rows) for request in self._waiting if request.is_small == small)
-        return queued + sum(places for places in self._reserved_texts() if (places <= SMALL_TEXTS) == small)
+        queued = sum(len(request.remaining_rows) for request in self._lane(small=small))
+        return queued + self._reserved_texts(small=small)
 
-    def _reserved_texts(self) -> list[int]:
-        return [reservation.texts for reservation in self._reservations]
+    def _reserved_texts(self, *, small: bool) -> int:
+        return sum(places.texts for places in self._reservations if (places.texts <= SMALL_TEXTS) == small)
 
     def _seconds_until_done(self, texts: int) -> float:
-        """Estimates the seconds of a new request; a small one waits for only one piece of each large one."""
-        tokens = self._running_tokens + texts * self._tokens_per_text
-        tokens += sum(self._reserved_texts()) * self._tokens_per_text
-        for request in self._waiting:
-            remaining_tokens = request.remaining_tokens
-            is_overtaken = texts <= SMALL_TEXTS and not request.is_small
-            tokens += min(remaining_tokens, self._full_group()) if is_overtaken else remaining_tokens
-        return tokens / self._tokens_per_second
+        """Estimates the seconds of a new request, behind those of its kind and at this kind's share of the engine."""
+        is_small = texts <= SMALL_TEXTS
+        tokens = (texts + self._reserved_texts(small=is_small)) * self._tokens_per_text
+        tokens += sum(request.remaining_tokens for request in self._lane(small=is_small))
+        small_share = SMALL_SHARE if self._large else 1.0
+        share = small_share if is_small else self._large_share
+        return (self._running_tokens + tokens / share) / self._tokens_per_second
 
     def _full_group(self) -> float:
         """Tokens of a full group at the measured speed."""
@@ -308,7 +321,7 @@ class Coalescer:
 
     def _work(self) -> None:
         while group := self._next_group():
-            tokens = sum(len(row) for piece in group for row in piece.rows)
+            tokens = _tokens(group)
             started = time.monotonic()
             self._run(group)
             speed = tokens / max(time.monotonic() - started, 1e-6)
@@ -317,43 +330,52 @@ class Coalescer:
                 if tokens >= MEASURED_SHARE * self._full_group():
                     previous_speed = speed if math.isinf(self._tokens_per_second) else self._tokens_per_second
                     self._tokens_per_second = SPEED_MEMORY * previous_speed + (1 - SPEED_MEMORY) * speed
+                    large_tokens = _tokens([piece for piece in group if not piece.request.is_small])
+                    if large_tokens:
+                        self._large_share += (1 - SPEED_MEMORY) * (large_tokens / tokens - self._large_share)
 
     def _next_group(self) -> list[_Piece]:
-        """Returns the next group, empty after closing; a request with remaining rows moves to the end of the queue."""
+        """Returns the next group, empty after closing."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._waiting or self._is_closed)
+                self._changed.wait_for(lambda: self._is_waiting() or self._is_closed)
                 group = self._take_group()
-                if group:
-                    self._running_tokens = sum(len(row) for piece in group for row in piece.rows)
-                if group or (self._is_closed and not self._waiting):
+                self._running_tokens = _tokens(group)
+                if group or (self._is_closed and not self._is_waiting()):
                     return group
 
     def _take_group(self) -> list[_Piece]:
-        group: list[_Piece] = []
-        remaining_tokens = self._full_group()
-        while self._waiting and remaining_tokens > 0:
-            request = self._waiting.popleft()
+        full_group = self._full_group()
+        group = self._take(self._small, full_group * SMALL_SHARE if self._large else full_group)
+        # A single small text may be longer than its share.
+        return group + self._take(self._large, max(full_group - _tokens(group), full_group * (1 - SMALL_SHARE)))
+
+    def _take(self, lane: deque[_Request], max_tokens: float) -> list[_Piece]:
+        """Takes the next rows of a kind, at least one; a request with remaining rows moves to the end of its lane."""
+        pieces: list[_Piece] = []
+        while lane and max_tokens > 0:
+            request = lane.popleft()
             if request.future.done():  # cancelled, or failed in a piece
                 self._mark_answered(request)
                 continue
             needed_seconds = 0.0 if request.runs_anyway else request.remaining_tokens / self._tokens_per_second
             if time.monotonic() + needed_seconds > request.deadline:
+                state = "stopped half way" if request.started_rows else "not started"
                 self._fail(
-                    request, DeadlineError("the request could not be completed before its deadline and was not started")
+                    request, DeadlineError(f"the request could not be completed before its deadline and was {state}")
                 )
                 continue
-            rows = request.take(remaining_tokens, at_least_one=not group)
+            rows = request.take(max_tokens, at_least_one=not pieces)
             if rows or not request.rows:
-                group.append(_Piece(request, rows))
-                remaining_tokens -= sum(map(len, rows))
+                pieces.append(_Piece(request, rows))
+                max_tokens -= sum(map(len, rows))
             if request.remaining_rows:
                 if rows:
-                    self._waiting.append(request)
+                    lane.append(request)
                 else:
-                    self._waiting.appendleft(request)
+                    lane.appendleft(request)
                 break
-        return group
+        return pieces
 
     def _run(self, group: list[_Piece]) -> None:
         try:
@@ -396,3 +418,7 @@ class Coalescer:
             ends = np.cumsum([len(group[index].rows) for index in indices])
             vectors_by_index |= dict(zip(indices, np.split(vectors, ends[:-1]), strict=True))
         return [vectors_by_index[index] for index in range(len(group))]
+
+
+def _tokens(group: Sequence[_Piece]) -> int:
+    return sum(len(row) for piece in group for row in piece.rows)

@@ -23,6 +23,10 @@ CPU = "CPU"
 BF16 = "BF16"
 LOW_PRECISION = "LP_TRANSFORMS_MODE"
 """Whether INT8 values are multiplied without dequantization."""
+KERNEL_CACHE = "CPU_RUNTIME_CACHE_CAPACITY"
+MAX_CACHED_KERNELS = 256
+"""Kernels of each kind that a stream keeps: each new shape of batch compiles some, about 1.2 MiB in all. OpenVINO keeps
+5,000, so that memory grows with each shape for days; 256 are those of the 60 or more last shapes."""
 THREADS = "INFERENCE_NUM_THREADS"
 STREAMS = 8
 """Maximum concurrent batches; the activations of each one need memory."""
@@ -57,7 +61,10 @@ class OvBackend:
         # The graph is compiled again for concurrent batches; the file may have changed by then.
         self._core.set_property({"ENABLE_MMAP": False})
         use_bf16 = not exact and BF16 in self._core.get_property(CPU, "OPTIMIZATION_CAPABILITIES")
-        self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if use_bf16 else "f32"}
+        self._settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": "bf16" if use_bf16 else "f32",
+            KERNEL_CACHE: MAX_CACHED_KERNELS,
+        }
         if eight_bit_products_overflow():
             # Multiplies dequantized values, at the same measured speed.
             self._settings[LOW_PRECISION] = False

@@ -42,6 +42,22 @@ def test_fp32_equals_onnx_runtime(bundles: dict[str, Path]) -> None:
     assert np.abs(vectors - expected).max() <= 5e-6
 
 
+def test_memory_does_not_grow_with_each_new_shape(bundles: dict[str, Path]) -> None:
+    """Each shape compiles kernels of 1.5 MiB, of which OpenVINO by itself keeps those of hundreds of shapes."""
+    encoder = Encoder(bundles["fp16"], backend="openvino")
+
+    def embed(token_counts: range) -> float:
+        for tokens in token_counts:
+            for rows in range(1, 17):
+                ids, mask = np.full((rows, tokens), 7, dtype=np.int64), np.ones((rows, tokens), dtype=np.int64)
+                encoder._backend.run(TokenBatch(input_ids=ids, attention_mask=mask, pool_mask=mask))
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    before = embed(range(8, 18))
+    assert embed(range(18, 22)) - before < 40  # MiB; 95 without a limit
+
+
 def test_bf16_is_rounded_by_openvino_only(bundles: dict[str, Path]) -> None:
     """A BF16 bundle's CPU graph rounds every result for ONNX Runtime; with OpenVINO the rounding is removed."""
     core = ov._openvino().Core()
