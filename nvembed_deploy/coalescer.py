@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 
 from nvembed_deploy.batching import DEFAULT_BATCH_TOKENS
 from nvembed_deploy.encoder import Encoder
-from nvembed_deploy.errors import ConfigError, DeadlineError, DeployError, EngineError, OverloadedError
+from nvembed_deploy.errors import (
+    THREAD_LIMIT,
+    ConfigError,
+    DeadlineError,
+    DeployError,
+    EngineError,
+    OverloadedError,
+)
 from nvembed_deploy.tokenization import TokenRow
 
 Vectors = NDArray[np.float32]
@@ -163,7 +170,10 @@ class Coalescer:
         self._is_closed = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="nvembed-coalescer", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as err:
+            raise EngineError(THREAD_LIMIT) from err
 
     @property
     def waiting_texts(self) -> int:

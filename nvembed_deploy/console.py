@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from nvembed_deploy.errors import DeployError
+from nvembed_deploy.errors import THREAD_LIMIT, DeployError, is_thread_limit
 
 BUNDLE_HELP = "a bundle's folder, or the engine.plan or model.onnx in it"
 """Help text of a command's bundle."""
@@ -45,11 +45,9 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
     except KeyboardInterrupt:
         return _fail(f"interrupted; {DESTINATION_INTACT}. Run the same command to start again")
     except RuntimeError as err:
-        if "can't start new thread" not in str(err):
+        if not is_thread_limit(err):
             raise
-        return _fail(
-            "this process cannot start more threads; raise the limit (ulimit -u, or the container's pids limit)"
-        )
+        return _fail(THREAD_LIMIT)
     except BrokenPipeError:
         return _fail("the program that reads the output has ended")
     except OSError as err:

@@ -65,3 +65,11 @@ class DeadlineError(DeployError):
 
 class MissingExtra(DeployError, ImportError):
     """An optional dependency is not installed: the message names the extra that provides it."""
+
+
+THREAD_LIMIT = "this process cannot start more threads; raise the limit (ulimit -u, or the container's pids limit)"
+
+
+def is_thread_limit(err: RuntimeError) -> bool:
+    """Whether Python could not start a thread, for which it has no class of error."""
+    return "can't start new thread" in str(err)

@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nvembed_deploy import ConfigError, Encoder, EngineError, InputTypeError, select_backend, system
+from nvembed_deploy import Coalescer, ConfigError, Encoder, EngineError, InputTypeError, select_backend, system
 from nvembed_deploy.backends import no_telemetry
+from nvembed_deploy.console import run
 from nvembed_deploy.files.json_lines import read_rows
 from tests.readme import ROOT
 
@@ -129,3 +132,17 @@ def test_a_user_without_a_home_can_embed(bundles: dict[str, Path], monkeypatch: 
     with no_telemetry.without_openvino_telemetry():
         pass
     assert Encoder(bundles["fp32"], device="cpu").encode("a").shape == (32,)
+
+
+def test_a_process_that_may_start_no_threads_says_so(
+    bundles: dict[str, Path], encoder: Encoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for start in (lambda: Encoder(bundles["fp32"], device="cpu"), lambda: Coalescer(encoder)):
+        with pytest.raises(EngineError, match="cannot start more threads; raise the limit"):
+            start()
+    assert run(lambda: ThreadPoolExecutor().submit(int).result()) == 1
+    assert "error: this process cannot start more threads" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.vector_kinds import BOUNDED_BY, require_offered
 from nvembed_deploy.encoder.batches import Layout, default_batch_tokens
 from nvembed_deploy.encoder.windows import TokenRules
-from nvembed_deploy.errors import ConfigError, EngineError
+from nvembed_deploy.errors import THREAD_LIMIT, ConfigError, EngineError, is_thread_limit
 from nvembed_deploy.tokenization import TextEncoder, Truncate
 from nvembed_deploy.vectors import OutputDtype, convert
 
@@ -80,7 +80,12 @@ class OpenedBundle:
 
     def _open(self, opener: Opener, query_instruction: str | None) -> None:
         self._opener, self._query_instruction = opener, query_instruction
-        self._bundle, self._text, self._backend = opener()
+        try:
+            self._bundle, self._text, self._backend = opener()
+        except RuntimeError as err:
+            if is_thread_limit(err):
+                raise EngineError(THREAD_LIMIT) from err
+            raise
         self._prompts = self._text.prompts(query_instruction)
         self._coalescer: Coalescer | None = None
         self._process = os.getpid()
