@@ -250,6 +250,35 @@ def test_large_and_small_requests_have_places_of_their_own(encoder: Encoder, gat
         assert len([future.result(20) for future in [first, *small]]) == 101
 
 
+def test_small_and_large_requests_share_each_batch(encoder: Encoder, gated: Gate) -> None:
+    """Even if a single text fills a batch: neither kind waits until there are no requests of the other."""
+    with Coalescer(encoder, group_tokens=1) as coalescer:
+        running = coalescer.submit(encoder.tokenize(["running"]))
+        assert gated.entered.wait(20)
+        large = coalescer.submit(encoder.tokenize([f"text {number}" for number in range(40)]))
+        small = [coalescer.submit(encoder.tokenize([f"query {number}"])) for number in range(3)]
+        order: list[str] = []
+        large.add_done_callback(lambda _: order.append("large"))
+        small[-1].add_done_callback(lambda _: order.append("small"))
+        gated.open.set()
+        assert large.result(20).shape[0] == 40
+        assert [len(future.result(20)) for future in (running, *small)] == [1] * 4
+    assert order == ["small", "large"]
+    assert gated.rows == [1, 2, 2, 2] + [1] * 37
+
+
+def test_a_few_texts_do_not_keep_out_a_request_of_the_maximum_size(encoder: Encoder, gated: Gate) -> None:
+    with Coalescer(encoder, max_waiting=100) as coalescer:
+        coalescer.submit(encoder.tokenize(["running"]))
+        assert gated.entered.wait(20)
+        waiting = [coalescer.reserve(50), coalescer.reserve(100)]
+        with pytest.raises(OverloadedError, match="150 texts are waiting in large requests, the maximum is 100"):
+            coalescer.reserve(50)
+        for reservation in waiting:
+            reservation.release()
+        gated.open.set()
+
+
 class SlowGate(Gate):
     """Takes 5 ms for each token of a batch, so 200 tokens a second."""
 
