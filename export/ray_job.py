@@ -156,7 +156,7 @@ def embed_corpus(bundle: Path, inputs: Sequence[str], out: str, options: BulkOpt
     manifest = opened.manifest
     require_offered(OutputDtype(options.output_dtype), manifest.vectors)
     text_encoder = TextEncoder(opened.read(TOKENIZER), manifest.text)
-    prompt = _prompt(text_encoder, options)
+    prompt = text_encoder.named_prompt(options.instruction, options.prompt_name)
     output = Output.open(out)
     files = input_files(inputs)
     echo(f"reading {len(files)} input file{'s' if len(files) > 1 else ''}")
@@ -210,17 +210,6 @@ def embed_corpus(bundle: Path, inputs: Sequence[str], out: str, options: BulkOpt
     if totals.rejected:
         echo(f"{output.count_rejects()} rows were left out; they are in {out}/{REJECTS}, each with its reason")
     return totals.rows
-
-
-def _prompt(text_encoder: TextEncoder, options: BulkOptions) -> str:
-    """Returns the prefix of every text: the instruction's, or the prompt of a name, `query` and `document` included."""
-    if options.prompt_name and not options.instruction:
-        prompts = text_encoder.prompts(None)
-        if options.prompt_name not in prompts:
-            names = ", ".join(map(repr, prompts))
-            raise ConfigError(f"--prompt-name is {options.prompt_name!r}; this bundle's prompts are: {names}")
-        return prompts[options.prompt_name]
-    return text_encoder.prompt(options.instruction, None, options.prompt_name)
 
 
 def _require_columns(job_plan: Plan, options: BulkOptions) -> None:

@@ -1,9 +1,9 @@
 """`nvembed triton BUNDLE --out REPOSITORY`: a model repository for NVIDIA's Triton Inference Server.
 
-The repository has three models. NAME takes a text and an instruction and returns an embedding; it is an ensemble of
-NAME_tokenizer (in Python, with the bundle's tokenizer and masks) and NAME_engine (the plan, or the graph on ONNX
-Runtime). Both batch requests: the tokenizer pads its batch to one of a few lengths, so that the engine finds requests
-of the same shape.
+The repository has three models. NAME takes a text, and an instruction or the name of a prompt where wanted, and returns
+an embedding; it is an ensemble of NAME_tokenizer (in Python, with the bundle's tokenizer and masks) and NAME_engine
+(the plan, or the graph on ONNX Runtime). The tokenizer takes the requests that are there and pads them to one of a few
+lengths, so that the engine, which alone waits for others, finds requests of the same shape.
 
 Source: Triton Inference Server documentation, "Model configuration" and "Python backend".
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,11 @@ CONTRACT = "contract.json"
 MARKER = "nvembed_triton.json"
 """File that marks a repository as written by this command, which may therefore replace it."""
 MAX_DELAY_US = 2000
+"""Time that the engine waits for further requests. The tokenizer does not wait, or a lone request would wait twice."""
+WARMUP_TEXT = b"a text"
+"""What the tokenizer is sent before it is ready, to notice a Python that cannot exchange texts with this Triton."""
+TEXT_INPUTS = {"text": False, "instruction": True, "prompt_name": True}
+"""Inputs of the ensemble, and whether they may be omitted."""
 MIN_BUCKET = 16
 """Shortest length that the tokenizer pads to, in tokens."""
 
@@ -94,34 +100,47 @@ def _instances(manifest: Manifest, platform: str, count: int) -> dict[str, Any]:
     return {"count": count, "kind": PbEnum("KIND_GPU"), "profile": profiles}
 
 
-def tokenizer_config(manifest: Manifest, name: str) -> dict[str, Any]:
+def _text_inputs() -> list[dict[str, Any]]:
+    return [
+        {"name": key, "data_type": PbEnum("TYPE_STRING"), "dims": [1], **({"optional": True} if optional else {})}
+        for key, optional in TEXT_INPUTS.items()
+    ]
+
+
+def tokenizer_config(manifest: Manifest, name: str, *, instances: int) -> dict[str, Any]:
     """Returns the configuration of the model that turns texts into ids and masks."""
     return {
         "name": f"{name}_tokenizer",
         "backend": "python",
         "max_batch_size": manifest.profile.max.batch,
-        "input": [{"name": key, "data_type": PbEnum("TYPE_STRING"), "dims": [1]} for key in ("text", "instruction")],
+        "input": _text_inputs(),
         "output": [{"name": key, "data_type": PbEnum("TYPE_INT64"), "dims": [-1]} for key in INPUTS],
-        "instance_group": [{"count": 1, "kind": PbEnum("KIND_CPU")}],
-        "dynamic_batching": {"max_queue_delay_microseconds": MAX_DELAY_US},
+        "instance_group": [{"count": instances, "kind": PbEnum("KIND_CPU")}],
+        "dynamic_batching": {"max_queue_delay_microseconds": 0},
+        "model_warmup": [
+            {
+                "name": "text",
+                "batch_size": 1,
+                "inputs": {"text": {"data_type": PbEnum("TYPE_STRING"), "dims": [1], "input_data_file": "text"}},
+            }
+        ],
     }
 
 
 def ensemble_config(manifest: Manifest, name: str) -> dict[str, Any]:
     """Returns the configuration of the model that clients call."""
-    texts = ("text", "instruction")
     return {
         "name": name,
         "platform": "ensemble",
         "max_batch_size": manifest.profile.max.batch,
-        "input": [{"name": key, "data_type": PbEnum("TYPE_STRING"), "dims": [1]} for key in texts],
+        "input": _text_inputs(),
         "output": [{"name": "embedding", "data_type": PbEnum("TYPE_FP32"), "dims": [manifest.dimension]}],
         "ensemble_scheduling": {
             "step": [
                 {
                     "model_name": f"{name}_tokenizer",
                     "model_version": -1,
-                    "input_map": {key: key for key in texts},
+                    "input_map": {key: key for key in TEXT_INPUTS},
                     "output_map": {key: key for key in INPUTS},
                 },
                 {
@@ -163,7 +182,9 @@ def _field(key: str, value: Any, indent: str) -> Iterator[str]:
         yield f"{indent}{key}: {json.dumps(value)}"
 
 
-def write_repository(bundle: Bundle, out: Path, *, name: str, platform: str, instances: int) -> None:
+def write_repository(
+    bundle: Bundle, out: Path, *, name: str, platform: str, instances: int, tokenizer_instances: int = 1
+) -> None:
     """Writes the repository beside its destination, and then moves it there in one step.
 
     Raises:
@@ -190,7 +211,7 @@ def write_repository(bundle: Bundle, out: Path, *, name: str, platform: str, ins
         raise ConfigError(f"--out {out} exists and was not written by this command; choose another folder")
     with staged_folder(out) as folder:
         _write_engine(bundle, folder / f"{name}_engine", name=name, platform=platform, instances=instances)
-        _write_tokenizer(bundle, folder / f"{name}_tokenizer", name=name)
+        _write_tokenizer(bundle, folder / f"{name}_tokenizer", name=name, instances=tokenizer_instances)
         ensemble = folder / name
         (ensemble / "1").mkdir(parents=True)
         (ensemble / "config.pbtxt").write_text(as_text(ensemble_config(manifest, name)), encoding="utf-8")
@@ -217,7 +238,7 @@ def _write_engine(bundle: Bundle, folder: Path, *, name: str, platform: str, ins
     np.ones((usual.batch, usual.tokens), dtype=np.int64).tofile(folder / "warmup" / "ones")
 
 
-def _write_tokenizer(bundle: Bundle, folder: Path, *, name: str) -> None:
+def _write_tokenizer(bundle: Bundle, folder: Path, *, name: str, instances: int) -> None:
     manifest = bundle.manifest
     version = folder / "1"
     version.mkdir(parents=True)
@@ -225,7 +246,11 @@ def _write_tokenizer(bundle: Bundle, folder: Path, *, name: str) -> None:
     contract = {"text": to_json(manifest.text), "buckets": buckets(manifest.profile)}
     (version / CONTRACT).write_text(json.dumps(contract, indent=1) + "\n", encoding="utf-8")
     (version / "model.py").write_text(MODEL, encoding="utf-8")
-    (folder / "config.pbtxt").write_text(as_text(tokenizer_config(manifest, name)), encoding="utf-8")
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / "text").write_bytes(struct.pack("<I", len(WARMUP_TEXT)) + WARMUP_TEXT)
+    (folder / "config.pbtxt").write_text(
+        as_text(tokenizer_config(manifest, name, instances=instances)), encoding="utf-8"
+    )
 
 
 MODEL = '''"""Converts texts to ids and masks in Triton's Python backend, whose Python needs nvembed-deploy."""
@@ -251,19 +276,33 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser.add_argument(
         "--instances", type=int, default=1, help="instances of the engine on each GPU (default: %(default)s)"
     )
+    parser.add_argument(
+        "--tokenizer-instances",
+        type=int,
+        default=1,
+        help="instances of the tokenizer, each a process of one core (default: %(default)s)",
+    )
     flags = parser.parse_args(argv)
 
     def command() -> None:
         if not flags.name.isidentifier():
             raise ConfigError(f"--name {flags.name!r} is not a valid name; use letters, digits and _")
-        if flags.instances < 1:
-            raise ConfigError(f"--instances must be at least 1, got {flags.instances}")
+        for flag in ("instances", "tokenizer_instances"):
+            if (count := getattr(flags, flag)) < 1:
+                raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {count}")
         bundle = Bundle.open(flags.bundle)
         plan = bundle.manifest.plan
         automatic = TENSORRT if plan is not None and plan.runtime == "tensorrt" else ONNXRUNTIME
         platform = automatic if flags.platform == "auto" else flags.platform
         out = Path(os.path.realpath(flags.out))
-        write_repository(bundle, out, name=flags.name, platform=platform, instances=flags.instances)
+        write_repository(
+            bundle,
+            out,
+            name=flags.name,
+            platform=platform,
+            instances=flags.instances,
+            tokenizer_instances=flags.tokenizer_instances,
+        )
         echo(f"done: {flags.name} on {platform}; tritonserver --model-repository={flags.out}")
         sys.stdout.write(f"{flags.out}\n")
 

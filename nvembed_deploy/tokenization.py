@@ -200,6 +200,20 @@ class TextEncoder:
             "document": self.contract.default_prompt if document is None else document,
         }
 
+    def named_prompt(self, instruction: str | None, prompt_name: str | None) -> str:
+        """Returns the prefix of an instruction or of a name; `query` and `document` are names of every model's prompts.
+
+        Raises:
+            ConfigError: Both are given, or the model has no such prompt.
+        """
+        if instruction or not prompt_name:
+            return self.prompt(instruction, None, prompt_name)
+        prompts = self.prompts(None)
+        if prompt_name not in prompts:
+            names = ", ".join(map(repr, prompts))
+            raise ConfigError(f"the prompt name is {prompt_name!r}; this model's prompts are: {names}")
+        return prompts[prompt_name]
+
     def query_prompt(self, instruction: str) -> str:
         """Returns the prompt for queries: the instruction's, or a model's fixed query prompt."""
         if self.contract.instruction_template:

@@ -7,7 +7,10 @@ scheduler can batch requests of the same shape.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,25 @@ from nvembed_deploy.files.records import from_json
 from nvembed_deploy.tokenization import TextContract, TextEncoder, TokenBatch, TokenRow, check_pooled, check_texts
 
 INPUTS = ("input_ids", "attention_mask", "pool_mask")
+TEXT_INPUTS = ("text", "instruction", "prompt_name")
+
+
+def _warn_of_numpy() -> None:
+    """Writes to the server's log which NumPy this Triton may not support.
+
+    If it does not, this process ends at the first text without a word, in the warm-up before the model is ready.
+    """
+    if int(np.__version__.partition(".")[0]) >= 2:
+        sys.stderr.write(
+            f"note: this Python has NumPy {np.__version__}; if the warm-up of the tokenizer ends with 'Stub process is "
+            "not healthy', this Triton supports only NumPy 1, as 2.51 does: install 'numpy<2' there\n"
+        )
+        sys.stderr.flush()
+
+
+def _strings(tensor: Any) -> list[str]:
+    """Returns the texts of an input; none if the input is omitted."""
+    return [] if tensor is None else [text.decode("utf-8") for text in tensor.as_numpy().reshape(-1)]
 
 
 class TritonPythonModel:
@@ -29,6 +51,7 @@ class TritonPythonModel:
         Args:
             args: Triton's arguments; `model_repository` and `model_version` give the folder.
         """
+        _warn_of_numpy()
         folder = Path(args["model_repository"]) / args["model_version"]
         record = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
         contract = from_json(TextContract, record["text"])
@@ -42,14 +65,8 @@ class TritonPythonModel:
         rows: list[list[TokenRow] | DeployError] = []
         for request in requests:
             try:
-                texts, instructions = (
-                    [
-                        text.decode("utf-8")
-                        for text in backend.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
-                    ]
-                    for name in ("text", "instruction")
-                )
-                rows.append(self._rows(texts, instructions))
+                inputs = [backend.get_input_tensor_by_name(request, name) for name in TEXT_INPUTS]
+                rows.append(self._rows(*map(_strings, inputs)))
             except UnicodeDecodeError as err:
                 rows.append(InputError(f"a text is not UTF-8 ({err.reason} at byte {err.start}); encode it as UTF-8"))
             except DeployError as err:
@@ -64,12 +81,15 @@ class TritonPythonModel:
             answers.append(backend.InferenceResponse(output_tensors=tensors))
         return answers
 
-    def _rows(self, texts: list[str], instructions: list[str]) -> list[TokenRow]:
+    def _rows(self, texts: list[str], instructions: list[str], prompt_names: list[str]) -> list[TokenRow]:
+        """Tokenizes the texts of a request; instructions and prompt names are empty lists if they are omitted."""
         rows: list[TokenRow] = []
         max_length = min(self.buckets[-1], self.text.contract.max_tokens)
-        for text, instruction in zip(check_texts(texts), instructions, strict=True):
-            prompt = self.text.prompt(instruction or None, None)
-            rows += self.text.tokenize([text], prompt=prompt, max_length=max_length)
+        no_names = [""] * len(texts)
+        choices = zip(instructions or no_names, prompt_names or no_names, strict=True)
+        prompts = [self.text.named_prompt(instruction or None, name or None) for instruction, name in choices]
+        for prompt, group in groupby(zip(prompts, check_texts(texts), strict=True), key=itemgetter(0)):
+            rows += self.text.tokenize([text for _, text in group], prompt=prompt, max_length=max_length)
         check_pooled(rows, max_length=max_length)
         return rows
 

@@ -25,7 +25,7 @@ from nvembed_deploy.export.bulk_output import RECORD, REJECTS
 from nvembed_deploy.export.bulk_schedule import Job, Progress, ShardQueue, Workers, duration, require_resources
 from nvembed_deploy.export.bulk_shards import Shard, plan
 from nvembed_deploy.export.bulk_worker import Report
-from nvembed_deploy.export.ray_job import EMBEDDING, BulkOptions, _prompt, main
+from nvembed_deploy.export.ray_job import EMBEDDING, main
 
 TEXTS = [f"text number {index} " + "over the water " * (index % 5) for index in range(57)]
 ROWS = [{"id": index, "title": f"title {index}" if index >= 20 else None, "text": TEXTS[index]} for index in range(57)]
@@ -193,7 +193,7 @@ def test_wrong_settings_are_refused_before_ray_starts(
         (["--text-column", "body"], "there is no column 'body', only id, title, text; pass --text-column NAME"),
         (["--text-column", "id"], "column 'id' has values of type int64, not texts"),
         (["--output-column", "id"], "the input has a column 'id' already; pass another --output-column NAME"),
-        (["--prompt-name", "xyz"], "--prompt-name is 'xyz'; this bundle's prompts are: 'query', 'document'"),
+        (["--prompt-name", "xyz"], "the prompt name is 'xyz'; this model's prompts are: 'query', 'document'"),
         (["--prompt-name", "query", "--instruction", "x"], "are mutually exclusive"),
         (["--out", str(full)], f"is not empty and has no {RECORD}"),
         (["--out", "fsspec+memory:///out"], "on which a killed job could leave half a file"),
@@ -224,9 +224,9 @@ def test_prompts_by_name(bundles: dict[str, Path]) -> None:
     ):
         encoder = TextEncoder(bundle.read(TOKENIZER), contract)
         for name, prompt in prompts.items():
-            assert _prompt(encoder, BulkOptions(prompt_name=name)).startswith(prompt)
+            assert encoder.named_prompt(None, name).startswith(prompt)
     with pytest.raises(ConfigError, match="takes no instructions; pass prompt_name"):
-        _prompt(encoder, BulkOptions(instruction="x"))
+        encoder.named_prompt("x", None)
 
 
 @pytest.mark.slow

@@ -76,6 +76,10 @@ def test_names_shapes_and_limits_fit_together(configs: dict, bundle: Bundle) -> 
     types = {tensor.name: tensor.data_type for tensor in tokenizer.output}
     assert types == {tensor.name: tensor.data_type for tensor in engine.input}
     assert list(ensemble.output[0].dims) == [manifest.dimension] == list(engine.output[0].dims)
+    assert [tensor.optional for tensor in ensemble.input] == [False, True, True]
+    # A lone request waits once, at the engine.
+    delays = [config.dynamic_batching.max_queue_delay_microseconds for config in (tokenizer, engine)]
+    assert (delays[0], delays[1] > 0) == (0, True)
     warmup = engine.model_warmup[0]
     usual = manifest.profile.opt
     assert warmup.batch_size == usual.batch
@@ -119,14 +123,17 @@ class Backend:
 
     @staticmethod
     def get_input_tensor_by_name(request: SimpleNamespace, name: str) -> "Backend.Tensor":
-        return Backend.Tensor(name, getattr(request, name))
+        array = getattr(request, name, None)
+        return None if array is None else Backend.Tensor(name, array)
 
 
-def request(texts: list[str], instruction: str = "") -> SimpleNamespace:
+def request(texts: list[str], **optional: str) -> SimpleNamespace:
     """Makes a request as Triton does: bytes in arrays of shape [batch, 1]."""
     shape = (len(texts), 1)
     text = np.array([text.encode() for text in texts], dtype=object).reshape(shape)
-    return SimpleNamespace(text=text, instruction=np.full(shape, instruction.encode(), dtype=object))
+    return SimpleNamespace(
+        text=text, **{name: np.full(shape, value.encode(), dtype=object) for name, value in optional.items()}
+    )
 
 
 @pytest.fixture
@@ -142,23 +149,55 @@ def model(repository: Path, monkeypatch: pytest.MonkeyPatch):
 def test_embeddings_equal_the_encoders(model, bundle: Bundle) -> None:
     encoder = Encoder(bundle.folder, device="cpu")
     _, _, backend = open_parts(bundle.folder, "cpu")
-    queries = [(["the water"], "Find it"), (["a", "passage over the water " * 9], ""), (["question"], "")]
-    responses = model.execute([request(*query) for query in queries])
-    for (texts, instruction), response in zip(queries, responses, strict=True):
+    queries = [
+        (["the water"], {"instruction": "Find it"}),
+        (["a", "passage over the water " * 9], {"instruction": "", "prompt_name": ""}),
+        (["question", "a", "b"], {}),
+        (["question"], {"prompt_name": "query"}),
+    ]
+    responses = model.execute([request(texts, **optional) for texts, optional in queries])
+    for (texts, optional), response in zip(queries, responses, strict=True):
         assert response.error is None
+        prompt = encoder.prompts["query"] if optional.get("prompt_name") else None
         arrays = {tensor.name: tensor.array for tensor in response.output_tensors}
         assert arrays["input_ids"].shape[1] in buckets(bundle.manifest.profile)
         vectors = backend.run(TokenBatch(**arrays)).embeddings
-        np.testing.assert_allclose(vectors, encoder.encode(texts, instruction=instruction), atol=2e-3)
+        np.testing.assert_allclose(
+            vectors, encoder.encode(texts, instruction=optional.get("instruction"), prompt=prompt), atol=2e-3
+        )
 
 
 def test_a_bad_request_does_not_affect_others(model) -> None:
     invalid = request(["x"])
     invalid.text[0, 0] = b"\xff\xfe"
-    responses = model.execute([request(["the water"]), request(["x"], "long words " * 90), request(["in"]), invalid])
-    assert [response.error is None for response in responses] == [True, False, True, False]
+    responses = model.execute(
+        [
+            request(["the water"]),
+            request(["x"], instruction="long words " * 90),
+            request(["in"]),
+            invalid,
+            request(["x"], prompt_name="xyz"),
+            request(["x"], prompt_name="query", instruction="Find it"),
+        ]
+    )
+    assert [response.error is None for response in responses] == [True, False, True, False, False, False]
+    assert "the prompt name is 'xyz'; this model's prompts are: 'query', 'document'" in responses[4].error.message
+    assert "instruction and prompt_name are mutually exclusive" in responses[5].error.message
     assert "a text is not UTF-8" in responses[3].error.message
     assert "no token of text 0 is left to pool" in responses[1].error.message
+
+
+def test_a_new_numpy_is_named_and_the_warm_up_sends_a_text(
+    model, repository: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With NumPy 2, Triton 2.51 loads the model and ends its process at the first text."""
+    folder = repository / "nvembed_tokenizer"
+    for version, is_named in (("1.26.4", False), ("2.1.0", True)):
+        monkeypatch.setattr(np, "__version__", version)
+        model.initialize({"model_repository": str(folder), "model_version": "1"})
+        assert ("supports only NumPy 1, as 2.51 does: install 'numpy<2'" in capfd.readouterr().err) == is_named
+    assert (folder / "warmup" / "text").read_bytes() == b"\x06\0\0\0a text"
+    assert 'input_data_file: "text"' in (folder / "config.pbtxt").read_text()
 
 
 def test_buckets_cover_the_longest_input() -> None:
@@ -188,7 +227,10 @@ def test_a_tensorrt_plan_is_served_by_the_tensorrt_backend(
     monkeypatch.setattr(
         Bundle, "read", lambda self, name: b"plan" if name == PLAN else (self.folder / name).read_bytes()
     )
-    write_repository(bundle, tmp_path / "models", name="nvembed", platform="tensorrt", instances=2)
+    write_repository(
+        bundle, tmp_path / "models", name="nvembed", platform="tensorrt", instances=2, tokenizer_instances=3
+    )
+    assert "count: 3" in (tmp_path / "models" / "nvembed_tokenizer" / "config.pbtxt").read_text()
     config = (tmp_path / "models" / "nvembed_engine" / "config.pbtxt").read_text()
     assert 'platform: "tensorrt_plan"' in config
     assert 'profile: ["0", "1"]' in config
