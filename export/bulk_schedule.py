@@ -15,7 +15,8 @@ from nvembed_deploy.export.bulk_shards import Shard
 from nvembed_deploy.export.bulk_worker import Embedder, Report, Task
 
 MAX_ATTEMPTS = 3
-"""Workers that may die at one shard before it counts as failed; likewise at opening the engine."""
+"""Workers that may die at one shard before it counts as failed; likewise at opening the engine, in a row."""
+OPENING = "opening the bundle"
 PROGRESS_SECONDS = 30.0
 """Time between two lines of progress where stderr is no terminal."""
 
@@ -160,7 +161,8 @@ class Job:
         for _ in range(self._count):
             self._start_worker()
         try:
-            while self._running:
+            # At the end, a worker for which there is no machine may still be waiting.
+            while self._running and (self._queue or any(shard for _, shard in self._running.values())):
                 ready, _ = self._ray.wait(list(self._running), timeout=1)
                 for reference in ready:
                     self._finish(reference)
@@ -183,7 +185,7 @@ class Job:
             self._replace(worker, shard, err)
             return
         except self._ray.exceptions.RayTaskError as err:
-            where = "opening the bundle" if shard is None else f"{shard.file.label}, from row {shard.first_row}"
+            where = OPENING if shard is None else f"{shard.file.label}, from row {shard.first_row}"
             report = Report(error=f"{where}: unexpected {type(err.cause).__name__}: {err.cause}")
         if shard is None:
             self._opened(worker, report)
@@ -196,6 +198,7 @@ class Job:
         if report.error:
             raise EngineError(report.error)
         self._ids[worker] = report.worker
+        self._deaths[OPENING] = 0
         if self._progress.started is None:
             self._progress.started = time.monotonic()
             echo(f"{self._count} worker{'s' if self._count > 1 else ''} on {report.backend}")
@@ -214,8 +217,8 @@ class Job:
         Raises:
             EngineError: No worker survives opening the engine.
         """
-        step = "opening the bundle" if shard is None else f"{shard.file.label}, from row {shard.first_row}"
-        key = "" if shard is None else shard.name
+        step = OPENING if shard is None else f"{shard.file.label}, from row {shard.first_row}"
+        key = OPENING if shard is None else shard.name
         self._deaths[key] += 1
         cause = "out of memory" if "running low on memory" in str(err) else "killed"
         what = f"worker {self._ids.pop(worker, '(new)')} died at {step} ({cause}, or it crashed)"

@@ -73,6 +73,8 @@ class Embedder:
         report = Report(worker=f"{os.getpid()} on {platform.node()}")
         with _noted(report), _timed(report, "open"):
             try:
+                import pyarrow.parquet  # noqa: F401  # here, so that the first shard does not pay for it
+
                 self.encoder = Encoder(self.task.bundle, device=self.task.device, threads=self.task.threads)
                 report.backend = self.encoder.backend
             except (DeployError, OSError) as err:
@@ -161,8 +163,8 @@ class Embedder:
         )
         column_field = pa.field(self.task.output_column, column.type, metadata=self._metadata())
         buffer = pa.BufferOutputStream()
-        # A dictionary and statistics of numbers that do not repeat take longer than writing them.
-        pq.write_table(table.append_column(column_field, column), buffer)
+        # Numbers that do not repeat make a dictionary larger than themselves.
+        pq.write_table(table.append_column(column_field, column), buffer, use_dictionary=table.column_names)
         self.task.output.write(name, memoryview(buffer.getvalue()))
 
     def _metadata(self) -> dict[str, str]:
