@@ -8,7 +8,9 @@ texts at export and stored in the manifest; no range is taken from the user's te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.console import program
 from nvembed_deploy.errors import ConfigError, InputError, NumericsError
+from nvembed_deploy.system import usable_cores
 
 UNIT_TOLERANCE = 1e-3
 NORM_FLOOR = 1e-12
@@ -28,7 +31,15 @@ Of 0.99 to 1.0 this kept most of the ten best documents: 98.9 to 99.4 % on three
 UINT8_OFFSET = 128
 """Difference of uint8 and int8, and of ubinary and binary, as in the interfaces of Cohere, Voyage and NVIDIA's NIM."""
 BLOCK_VECTORS = 16_384
-"""Vectors that `search` compares at a time: their products fit into a processor's cache."""
+"""Documents that `search` compares at a time, before it keeps the best of them."""
+BLOCK_QUERIES = 256
+"""Queries that `search` compares at a time, so that its memory is bounded."""
+BLOCK_FLOATS = 1 << 18
+"""float32 components that are multiplied at a time: 1 MiB, which a core's cache has, and too few for NumPy's BLAS to
+start threads for one query, which cost more than they save."""
+EXACT_PRODUCTS = 1024
+"""A sum of as many products of int8 is at most 2^24, and so exact in float32."""
+BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
 
 class OutputDtype(str, Enum):
@@ -191,14 +202,22 @@ def hamming_distances(queries: NDArray[np.uint8], documents: NDArray[np.uint8]) 
     Returns:
         int32 [Q, N].
     """
-    # Eight bytes at a time where the width allows it.
-    width = np.uint64 if documents.shape[1] % 8 == 0 else np.uint8
-    left, right = (np.ascontiguousarray(vectors).view(width) for vectors in (queries, documents))
-    return np.stack([_count_bits(right ^ row).sum(axis=1, dtype=np.int32) for row in left])
+    size = documents.shape[1]
+    word = np.uint64 if size % 8 == 0 else np.uint8
+    left, right = (np.ascontiguousarray(vectors).view(word) for vectors in (queries, documents))
+    distances = np.empty((len(left), len(right)), dtype=np.int32)
+    rows = max(1, 4 * BLOCK_FLOATS // max(size, 1))
+    for start in range(0, len(right), rows):
+        for query, row in zip(left, distances[:, start : start + rows], strict=True):
+            counts = _count_bits(right[start : start + rows] ^ query).astype(np.float32)
+            row[:] = counts @ np.ones(counts.shape[1], dtype=np.float32)  # exact, and faster than a sum of short rows
+    return distances
 
 
 def search(queries: NDArray[Any], documents: NDArray[Any], *, top_k: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Returns the nearest documents of each query, exactly, by inner product or by the number of equal bits.
+
+    Beside its results it needs some 25 MB for each core, however many documents and queries there are.
 
     Args:
         queries: [Q, D] of float32, float16 or int8, or uint8 [Q, D / 8] for `ubinary`.
@@ -206,8 +225,8 @@ def search(queries: NDArray[Any], documents: NDArray[Any], *, top_k: int) -> tup
         top_k: Number of documents per query, at most N.
 
     Returns:
-        Indices int64 [Q, k], the best first and equal ones in order, and their scores [Q, k]: products, for int8 of
-        up to 1,040 components exact and of more rounded as float32, or minus the number of different bits.
+        Indices int64 [Q, k], the best first and equal ones in order, and their scores [Q, k]: products, as float32 or
+        for int8 as exact int32, or minus the number of different bits, as int32.
 
     Raises:
         ConfigError: The formats or the widths differ.
@@ -218,15 +237,12 @@ def search(queries: NDArray[Any], documents: NDArray[Any], *, top_k: int) -> tup
             f"{list(documents.shape)}; convert both to one format"
         )
     top_k = min(top_k, len(documents))
-    best_indices = np.empty((len(queries), 0), dtype=np.int64)
-    best_scores: NDArray[Any] = np.empty((len(queries), 0), dtype=np.float32)
-    for start in range(0, len(documents), BLOCK_VECTORS):
-        scores = _scores(queries, documents[start : start + BLOCK_VECTORS])
-        indices = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
-        best_indices, best_scores = _best(
-            np.concatenate([best_indices, indices], axis=1), np.concatenate([best_scores, scores], axis=1), top_k
-        )
-    return best_indices, best_scores
+    parts = [
+        _search_all(queries[start : start + BLOCK_QUERIES], documents, top_k)
+        for start in range(0, max(1, len(queries)), BLOCK_QUERIES)
+    ]
+    indices, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return indices, scores
 
 
 def rescore(
@@ -252,31 +268,88 @@ def rescore(
     return _best(candidates, scores, min(top_k, candidates.shape[1]))
 
 
+def _search_all(queries: NDArray[Any], documents: NDArray[Any], top_k: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Searches a few queries in all documents, with a part of these on each core."""
+    blocks = -(-len(documents) // BLOCK_VECTORS)
+    workers = max(1, min(usable_cores(), blocks))
+    bounds = [BLOCK_VECTORS * (blocks * worker // workers) for worker in range(workers)] + [len(documents)]
+    ranges = list(pairwise(bounds))
+
+    def search_range(bounds: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        return _search_range(queries, documents, *bounds, top_k)
+
+    if workers == 1:
+        return search_range(ranges[0])
+    with ThreadPoolExecutor(workers) as pool:
+        indices, scores = zip(*pool.map(search_range, ranges), strict=True)
+    return _best(np.concatenate(indices, axis=1), np.concatenate(scores, axis=1), top_k)
+
+
+def _search_range(
+    queries: NDArray[Any], documents: NDArray[Any], start: int, stop: int, top_k: int
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    indices = np.empty((len(queries), 0), dtype=np.int64)
+    scores = _scores(queries, documents[:0])
+    for block_start in range(start, stop, BLOCK_VECTORS):
+        block = documents[block_start : min(block_start + BLOCK_VECTORS, stop)]
+        block_scores = _scores(queries, np.asarray(block))
+        if scores.shape[1] < top_k:
+            block_indices = np.broadcast_to(np.arange(block_start, block_start + len(block)), block_scores.shape)
+            scores = np.concatenate([scores, block_scores], axis=1)
+            indices, scores = _best(
+                np.concatenate([indices, block_indices], axis=1), scores, min(top_k, scores.shape[1])
+            )
+            continue
+        # Few documents of a later block are better than the worst of the best so far; of equal ones the first stays.
+        for row, worst in enumerate(scores[:, -1]):
+            better = np.flatnonzero(block_scores[row] > worst)
+            if len(better):
+                row_scores = np.concatenate([scores[row], block_scores[row, better]])
+                columns = _best_columns(row_scores, top_k)
+                indices[row] = np.concatenate([indices[row], block_start + better])[columns]
+                scores[row] = row_scores[columns]
+    return indices, scores
+
+
 def _scores(queries: NDArray[Any], documents: NDArray[Any]) -> NDArray[Any]:
+    """Returns products, or minus the numbers of different bits, as [Q, N]."""
     if documents.dtype == np.uint8:
         return -hamming_distances(queries, documents)
-    # int8 as float32, since NumPy's integer products use no BLAS: sums of up to 1,040 products stay below 2^24.
-    scores: NDArray[Any] = queries.astype(np.float32) @ documents.astype(np.float32).T
+    is_int8 = documents.dtype == np.int8
+    scores = np.empty((len(queries), len(documents)), dtype=np.int32 if is_int8 else np.float32)
+    float_queries = queries.astype(np.float32)
+    # NumPy's integer products use no BLAS, so int8 is multiplied as float32, a few rows at a time: in the processor's
+    # cache, and too few for BLAS to start threads of its own. Sums of `EXACT_PRODUCTS` products are exact in float32.
+    dim = documents.shape[1]
+    columns = EXACT_PRODUCTS if is_int8 else max(dim, 1)
+    rows = max(1, BLOCK_FLOATS // max(dim, 1))
+    for start in range(0, len(documents), rows):
+        block = documents[start : start + rows].astype(np.float32, copy=False)
+        target = scores[:, start : start + rows]
+        target[:] = float_queries[:, :columns] @ block[:, :columns].T
+        for column in range(columns, dim, columns):
+            part = float_queries[:, column : column + columns] @ block[:, column : column + columns].T
+            target += part.astype(scores.dtype)
     return scores
 
 
 def _best(indices: NDArray[np.int64], scores: NDArray[Any], top_k: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Returns the best columns of each row, the best first; of equal scores the first index."""
-    columns = np.stack([_best_columns(row, top_k) for row in scores])
+    columns = np.array([_best_columns(row, top_k) for row in scores], dtype=np.int64).reshape(len(scores), top_k)
     return np.take_along_axis(indices, columns, axis=1), np.take_along_axis(scores, columns, axis=1)
 
 
 def _best_columns(scores: NDArray[Any], top_k: int) -> NDArray[np.int64]:
-    worst = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
+    worst = np.partition(scores, len(scores) - top_k)[len(scores) - top_k] if top_k else np.inf
     candidates = np.flatnonzero(scores >= worst)  # in order, with all that equal the worst
     order: NDArray[np.int64] = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
     return order
 
 
 def _count_bits(words: NDArray[Any]) -> NDArray[np.uint8]:
-    """Returns the number of bits that are 1 in each word; NumPy has this from 2.0 on."""
+    """Returns the number of bits that are 1 in each word, or in each byte of it before NumPy 2.0."""
     if hasattr(np, "bitwise_count"):
         counts: NDArray[np.uint8] = np.bitwise_count(words)
         return counts
-    bits = np.unpackbits(words.view(np.uint8).reshape(*words.shape, -1), axis=-1)
-    return np.asarray(bits.sum(axis=-1, dtype=np.uint8))
+    counts = BITS_OF_BYTE[words.view(np.uint8)]
+    return counts

@@ -47,6 +47,14 @@ def test_qdrant_uint8() -> None:
     assert "egg" in run("qdrant_uint8").splitlines()[0]
 
 
+def test_int8_search() -> None:
+    pytest.importorskip("faiss")
+    pytest.importorskip("usearch")
+    lines = run("int8_search").splitlines()
+    assert len(lines) == 4
+    assert all(("egg into" if "boil" in line else "freezing") in line for line in lines)
+
+
 @pytest.mark.slow
 def test_calibrate_on_your_text(checkpoint: Path, tmp_path: Path) -> None:
     texts = [{"text": f"the water over the passage {index}"} for index in range(300)]

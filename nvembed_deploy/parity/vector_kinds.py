@@ -70,13 +70,19 @@ def measured_texts(text: TextEncoder, max_shape: Shape) -> MeasuredTexts | None:
         max_length = min(longest, TEXT_TOKENS + (prompt_tokens if prompt else 0))
         return text.tokenize(texts, prompt=prompt, max_length=max_length)
 
-    fit_summaries, fit_bodies = zip(*_unique_pairs(FIT_PACKAGES)[: FIT_TEXTS // 2], strict=True)
+    fit_queries, fit_passages = fit_texts()
     unique = _unique_pairs(MEASURED_PACKAGES)[:PASSAGES]
     return MeasuredTexts(
-        fit=rows(list(fit_summaries), query_prompt) + rows(list(fit_bodies), prompt),
+        fit=rows(fit_queries, query_prompt) + rows(fit_passages, prompt),
         queries=rows([query for query, _ in unique[:QUERIES]], query_prompt),
         passages=rows([body for _, body in unique], prompt),
     )
+
+
+def fit_texts() -> tuple[list[str], list[str]]:
+    """Returns the queries and the passages that the step of int8 is fitted on."""
+    queries, passages = zip(*_unique_pairs(FIT_PACKAGES)[: FIT_TEXTS // 2], strict=True)
+    return list(queries), list(passages)
 
 
 @functools.cache
