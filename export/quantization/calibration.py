@@ -13,7 +13,7 @@ import json
 import random
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from nvembed_deploy.batching import plan_batches
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.export.layerwise import LayerwiseModel
+from nvembed_deploy.export.quantization import everyday_texts
 from nvembed_deploy.export.quantization.linear_groups import LinearGroup
 from nvembed_deploy.export.quantization.record import decode_ranges
 from nvembed_deploy.files.json_lines import read_rows
+from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.parity.probes import PROBES
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order, library_files, topic_pairs
 from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION, TextEncoder, TokenBatch, TokenRow, check_texts
@@ -39,8 +41,10 @@ SAMPLED_ROWS = 384
 EXTREME_ROWS = 32
 """Rows with the largest values, which a random choice would miss; the search runs on them too."""
 SEED = 0
-SHORT_TEXTS = 12
-"""Short texts per text of each other kind; they have few tokens."""
+SHORT_TEXTS = 8
+"""Texts of one or two words, and one word repeated, per text of most other kinds; they have few tokens."""
+SENTENCES = 10
+"""Short declarative sentences per text of most other kinds."""
 PACKAGES = (
     "json",
     "argparse",
@@ -56,28 +60,6 @@ PACKAGES = (
 """Packages of Python's standard library whose texts are used: enough text, and read in a second."""
 REPEATS = (4, 8, 16, 32)
 """Numbers of repetitions in texts that repeat one word."""
-OTHER_LANGUAGES = (
-    "Der Zug nach München fährt heute von Gleis 7 ab und hat etwa zehn Minuten Verspätung.",
-    "Pourquoi le pain rassis devient-il dur alors que les biscuits deviennent mous ?",
-    "El contrato se renueva automáticamente salvo que una de las partes avise con treinta días de antelación.",
-    "La temperatura dell'acqua deve restare sotto gli ottanta gradi, altrimenti il tè verde diventa amaro.",
-    "Para instalar o programa, descarregue o ficheiro e siga as instruções do assistente.",
-    "De gemeente plant volgend voorjaar tweehonderd bomen langs de nieuwe fietsroute.",
-    "Rozkład jazdy autobusów zmienia się od pierwszego września; proszę sprawdzić godziny odjazdów.",
-    "После дождя дорога стала скользкой, поэтому водителям советуют снизить скорость.",
-    "Чому вода в морі солона, а в річці ні?",
-    "Η βιβλιοθήκη είναι ανοιχτή κάθε μέρα εκτός Κυριακής από τις εννέα το πρωί.",
-    "Toplantı saat üçte başlıyor; sunum dosyasını önceden paylaşır mısınız?",
-    "يجب حفظ الدواء في مكان بارد وجاف بعيدا عن متناول الأطفال.",
-    "המתכון דורש שתי כוסות קמח, ביצה אחת וחצי כפית מלח.",
-    "कृपया आवेदन पत्र के साथ पहचान पत्र की प्रति संलग्न करें।",
-    "この製品を使用する前に、取扱説明書をよくお読みください。",
-    "这本书介绍了如何在没有图形处理器的机器上部署语言模型。",
-    "겨울철에는 수도관이 얼지 않도록 미리 보온 조치를 해야 합니다.",
-    "กรุณาตรวจสอบที่อยู่จัดส่งก่อนยืนยันคำสั่งซื้อ",
-    "Hợp đồng bảo hiểm có hiệu lực kể từ ngày ký và được gia hạn hàng năm.",
-    "Silakan hubungi layanan pelanggan jika paket belum tiba dalam lima hari kerja.",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,24 +82,42 @@ class GroupInputs:
 
 
 def built_in_texts() -> list[CalibrationText]:
-    """Returns queries with instructions, passages, code, other languages and very short texts, interleaved.
+    """Returns texts of many kinds, interleaved so that any number of them from the start is a mixture.
 
-    They are taken from the documentation and the source code that come with Python, and from `OTHER_LANGUAGES`.
+    The everyday texts are this project's; passages, code and some queries come from Python's documentation and source.
     """
     summaries, bodies = zip(*in_mixed_order(docstring_pairs(under=PACKAGES)), strict=True)
-    queries = (CalibrationText(text=text, instruction=DEFAULT_QUERY_INSTRUCTION) for text in summaries)
-    topics = (CalibrationText(text=body) for _, body in in_mixed_order(topic_pairs()))
-    passages = (CalibrationText(text=text) for text in bodies)
-    code = (CalibrationText(text=text) for text in _functions())
-    foreign = (
-        CalibrationText(text=text, instruction=DEFAULT_QUERY_INSTRUCTION if index % 3 == 1 else "")
-        for index, text in enumerate(OTHER_LANGUAGES)
+    kinds: tuple[tuple[int, Iterator[CalibrationText]], ...] = (
+        (1, (_query(text) for text in summaries)),
+        (1, (CalibrationText(text=body) for _, body in in_mixed_order(topic_pairs()))),
+        (1, (CalibrationText(text=text) for text in bodies)),
+        (1, (CalibrationText(text=text) for text in _functions())),
+        (SHORT_TEXTS, (CalibrationText(text=text) for text in _short_texts(summaries))),
+        (SENTENCES, map(_every_third_as_query, itertools.count(), everyday_texts.short_sentences())),
+        (2, _questions()),
+        (1, (CalibrationText(text=text) for text in everyday_texts.MESSAGES)),
+        (1, (CalibrationText(text=text) for text in everyday_texts.HEADLINES)),
+        (1, (CalibrationText(text=text) for text in everyday_texts.PROSE)),
+        (1, map(_every_third_as_query, itertools.count(), everyday_texts.OTHER_LANGUAGES)),
     )
-    short = (CalibrationText(text=text) for text in _short_texts(summaries))
-    short_rounds = itertools.zip_longest(*[short] * SHORT_TEXTS)
-    long_rounds = itertools.zip_longest(queries, topics, passages, code, foreign)
-    rounds = zip(long_rounds, itertools.chain(short_rounds, itertools.repeat(())), strict=False)
-    return [text for long_texts, short_texts in rounds for text in (*long_texts, *short_texts) if text is not None]
+    rounds = []
+    while texts := [text for count, kind in kinds for text in itertools.islice(kind, count)]:
+        rounds.append(texts)
+    return [text for texts in rounds for text in texts]
+
+
+def _query(text: str) -> CalibrationText:
+    return CalibrationText(text=text, instruction=DEFAULT_QUERY_INSTRUCTION)
+
+
+def _every_third_as_query(index: int, text: str) -> CalibrationText:
+    return _query(text) if index % 3 == 1 else CalibrationText(text=text)
+
+
+def _questions() -> Iterator[CalibrationText]:
+    """Yields each question as a query, and another one without an instruction beside it."""
+    for question, other in zip(everyday_texts.QUESTIONS, reversed(everyday_texts.QUESTIONS), strict=True):
+        yield from (_query(question), CalibrationText(text=other))
 
 
 def _short_texts(sentences: Iterable[str]) -> Iterator[str]:
@@ -245,23 +245,49 @@ class InputCollector:
         def collect_into(collector: _GroupCollector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
                 index = self.layerwise.batch_index
-                attention_mask = torch.from_numpy(self.batches[index].attention_mask).bool()
-                collector.add(args[0][attention_mask], self._is_sampled[index])
+                rows = _unpadded(args[0], self.batches[index])
+                collector.add(rows, self._is_sampled[index].to(rows.device))
 
             return hook
 
-        model = self.layerwise.model
-        handles = [
-            model.get_submodule(group.linears[0]).register_forward_pre_hook(collect_into(collectors[group.name]))
-            for group in groups
-        ]
         collected: dict[str, GroupInputs] = {}
-        try:
+        with _pre_hooks(self.layerwise.model, groups, lambda name: collect_into(collectors[name])):
             yield collected
             collected |= {name: collector.finish() for name, collector in collectors.items()}
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    @contextmanager
+    def summing_products(self, groups: Sequence[LinearGroup]) -> Iterator[dict[str, Tensor]]:
+        """Yields x^T x of each group's inputs x, float32 [K, K], by the group's name; to be read in the end."""
+        products: dict[str, Tensor] = {}
+
+        def collect_into(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                rows = _unpadded(args[0], self.batches[self.layerwise.batch_index])
+                products.setdefault(name, rows.new_zeros(rows.shape[1], rows.shape[1])).addmm_(rows.T, rows)
+
+            return hook
+
+        with _pre_hooks(self.layerwise.model, groups, collect_into):
+            yield products
+
+
+def _unpadded(x: Tensor, batch: TokenBatch) -> Tensor:
+    """Returns the rows [n, K] of a layer's input [B, T, K] that are tokens of a text."""
+    return x[torch.from_numpy(batch.attention_mask).bool().to(x.device)]
+
+
+@contextmanager
+def _pre_hooks(
+    model: NVEmbed,
+    groups: Sequence[LinearGroup],
+    make_hook: Callable[[str], Callable[[nn.Module, tuple[Tensor, ...]], None]],
+) -> Iterator[None]:
+    """Calls the hook that `make_hook` returns for a group's name with each input of the group, in the context."""
+    with ExitStack() as stack:
+        for group in groups:
+            layer = model.get_submodule(group.linears[0])
+            stack.callback(layer.register_forward_pre_hook(make_hook(group.name)).remove)
+        yield
 
 
 class _GroupCollector:
@@ -288,7 +314,7 @@ class _GroupCollector:
 
 def pack(array: Tensor) -> str:
     """Encodes float32 [K] as text: base64 of its little-endian bytes."""
-    return base64.b64encode(array.numpy().astype("<f4").tobytes()).decode()
+    return base64.b64encode(array.cpu().numpy().astype("<f4").tobytes()).decode()
 
 
 def unpack(text: str) -> Tensor:

@@ -103,7 +103,7 @@ def compute_reference_outputs(
     Raises:
         ConfigError: The largest batch is so short that too few texts differ in it.
     """
-    names, rows = probe_rows(text, longest_probe(text, max_shape))
+    names, rows = probe_rows(text, longest_probe(text, max_shape), everyday=precision.quantized)
     vectors = _embed(reference, text, rows, [[index] for index in range(len(rows))])
     ranking = None
     if TOLERANCES[precision].min_overlap is not None:
@@ -345,7 +345,10 @@ def _mixed_batches(rows: int, max_rows: int) -> list[list[int]]:
 
 def _embed(backend: Backend, text: TextEncoder, rows: list[TokenRow], batches: list[list[int]]) -> NDArray[np.float64]:
     """Runs the batches and returns the vectors in the order of the rows."""
-    embeddings = [backend.run(text.pad([rows[index] for index in batch])).embeddings for batch in batches]
+    padded = [text.pad([rows[index] for index in batch]) for batch in batches]
+    run_all = getattr(backend, "run_all", None)  # a model that is read once for all batches
+    outputs = run_all(padded) if run_all is not None else map(backend.run, padded)
+    embeddings = [output.embeddings for output in outputs]
     vectors = np.empty((len(rows), embeddings[0].shape[1]))
     for batch, batch_vectors in zip(batches, embeddings, strict=True):
         vectors[batch] = batch_vectors

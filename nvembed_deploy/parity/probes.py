@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nvembed_deploy.bundle.parity_report import TOP_K
 from nvembed_deploy.errors import BundleError, ConfigError, ParityError
+from nvembed_deploy.parity.everyday_probes import EVERYDAY_PROBES
 from nvembed_deploy.sample_texts import docstring_pairs, in_mixed_order
 from nvembed_deploy.spec import Shape
 from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION, TextEncoder, TokenRow
@@ -183,12 +184,13 @@ def _unpack_rows(name: str, arrays: np.lib.npyio.NpzFile) -> list[TokenRow]:
     ]
 
 
-def probe_rows(text: TextEncoder, max_tokens: int) -> tuple[list[str], list[TokenRow]]:
+def probe_rows(text: TextEncoder, max_tokens: int, *, everyday: bool = False) -> tuple[list[str], list[TokenRow]]:
     """Tokenizes the probes; the two longest inputs come first.
 
     Args:
         text: The model's text encoder.
         max_tokens: Length of the longest probe, to which the others are truncated.
+        everyday: Whether to add `EVERYDAY_PROBES`, for quantized precisions.
 
     Returns:
         A description of each row, and the rows. Probes that are equal when they are truncated stand once.
@@ -199,7 +201,8 @@ def probe_rows(text: TextEncoder, max_tokens: int) -> tuple[list[str], list[Toke
     query_prompt, default_prompt = text.query_prompt(DEFAULT_QUERY_INSTRUCTION), text.prompt(None, None)
     long_text = LONG_TEXT * (1 + max_tokens // 40)
     probes: dict[tuple[int, ...], tuple[str, TokenRow]] = {}
-    for instructed, body in ((False, long_text), (True, long_text), *PROBES):
+    all_probes = (*PROBES, *EVERYDAY_PROBES) if everyday else PROBES
+    for instructed, body in ((False, long_text), (True, long_text), *all_probes):
         prompt = query_prompt if instructed else default_prompt
         row = text.tokenize([body], prompt=prompt, max_length=max_tokens)[0]
         if len(row) > row.prompt_tokens:  # a very small --max leaves no room after the instruction
@@ -207,7 +210,7 @@ def probe_rows(text: TextEncoder, max_tokens: int) -> tuple[list[str], list[Toke
             probes.setdefault((row.prompt_tokens, *row.ids), (name, row))
     if len(probes) < MIN_PROBES:
         raise ConfigError(
-            f"--max BATCHx{max_tokens} leaves only {len(probes)} of the {len(PROBES) + 2} texts that engines are "
+            f"--max BATCHx{max_tokens} leaves only {len(probes)} of the {len(all_probes) + 2} texts that engines are "
             f"compared on different from each other, and a comparison needs {MIN_PROBES}; pass a longer --max, or "
             "--no-parity"
         )

@@ -11,7 +11,8 @@ from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.errors import BundleError, ConfigError, MaskError, ParityError
 from nvembed_deploy.model.config import Mask
 from nvembed_deploy.parity.compare import TOLERANCES, compare, compute_reference_outputs, require_mask, require_passed
-from nvembed_deploy.parity.probes import ReferenceOutputs, probe_rows
+from nvembed_deploy.parity.everyday_probes import EVERYDAY_PROBES
+from nvembed_deploy.parity.probes import PROBES, ReferenceOutputs, probe_rows
 from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.spec import Precision, Shape, ShapeProfile
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch
@@ -242,17 +243,21 @@ def test_a_short_plan_is_compared_on_enough_texts_or_refused(
 ) -> None:
     text, backend = correct_backend
     max_shape = Shape(batch=4, tokens=tokens)
+    probes = len(PROBES) + 2 + (len(EVERYDAY_PROBES) if precision.quantized else 0)
     if tokens < 3:
-        message = f"--max BATCHx{tokens} leaves only . of the 26 texts .* a comparison needs 10; pass a longer --max"
+        message = (
+            f"--max BATCHx{tokens} leaves only . of the {probes} texts .* a comparison needs 10; pass a longer --max"
+        )
         with pytest.raises(ConfigError, match=message):
             compute_reference_outputs(backend, text, precision=precision, max_shape=max_shape)
     else:
         report = judge(backend, Short(backend, tokens), text, precision=precision, max_shape=max_shape)
         assert (report.passed, report.longest_tokens) == (True, tokens)
         assert report.texts >= 10
-        assert len({tuple(row.ids) for row in probe_rows(text, tokens)[1]}) == report.texts
+        rows = probe_rows(text, tokens, everyday=precision.quantized)[1]
+        assert len({tuple(row.ids) for row in rows}) == report.texts
     long_reference = compute_reference_outputs(backend, text, precision=precision, max_shape=Shape(batch=2, tokens=128))
-    message = rf"only . of the 26 reference texts have at most {tokens} tokens.* with --max BATCHx{tokens}$"
+    message = rf"only . of the {probes} reference texts have at most {tokens} tokens.* with --max BATCHx{tokens}$"
     with pytest.raises(ParityError, match=message):
         compare(long_reference, Short(backend, tokens), text, precision=precision, max_shape=max_shape)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.export.quantization import everyday_texts
 from nvembed_deploy.export.quantization.calibration import (
     CalibrationText,
     built_in_texts,
@@ -16,6 +17,7 @@ from nvembed_deploy.export.quantization.calibration import (
 )
 from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.text_contract import text_contract
+from nvembed_deploy.parity.everyday_probes import EVERYDAY_PROBES
 from nvembed_deploy.parity.probes import PROBES
 from nvembed_deploy.tokenization import TextEncoder
 
@@ -35,18 +37,33 @@ def test_tokens_are_counted_not_texts(text: TextEncoder) -> None:
     short, long = CalibrationText(text="a"), CalibrationText(text="word " * 200)
     assert len(tokenize([short] * 100, text, tokens=30)) == 10  # <s>, one token, </s>
     assert len(tokenize([long] * 100, text, tokens=30)) == 1
-    texts = built_in_texts()[:10]
-    assert any(calibration.instruction for calibration in texts)
-    assert any(not calibration.text.isascii() for calibration in texts)
-    assert any("def " in calibration.text for calibration in texts)
 
 
-def test_short_texts_are_among_the_calibrations() -> None:
-    """One character, one word, one word repeated: attention has nothing to average. None of them is a probe."""
-    texts = [calibration.text for calibration in built_in_texts()[:400]]
-    assert sum(len(text) == 1 for text in texts) > 60
-    assert sum(len(set(text.split())) == 1 and len(text.split()) >= 8 for text in texts) > 20
-    assert not {text for _, text in PROBES} & set(texts)
+def test_any_number_of_the_built_in_texts_is_a_mixture() -> None:
+    """Sentences, questions with and without an instruction, prose, code, other languages and very short texts.
+
+    None of them is a probe, by which the gate judges.
+    """
+    texts = built_in_texts()
+    for some in (texts[:40], texts[200:240]):
+        assert any(calibration.instruction for calibration in some)
+        assert any(not calibration.text.isascii() for calibration in some)
+        assert any("def " in calibration.text for calibration in some)
+        questions = [calibration for calibration in some if calibration.text in everyday_texts.QUESTIONS]
+        assert {bool(calibration.instruction) for calibration in questions} == {True, False}
+        assert any(len(calibration.text) > 100 and calibration.text.count(". ") for calibration in some)
+        assert sum(len(calibration.text) == 1 for calibration in some) >= 2
+        assert sum(3 <= len(calibration.text.split()) <= 12 for calibration in some) >= 12
+        repeated = [calibration.text for calibration in some if len(set(calibration.text.split())) == 1]
+        assert any(len(text.split()) >= 8 for text in repeated)
+    assert not {text for _, text in (*PROBES, *EVERYDAY_PROBES)} & {calibration.text for calibration in texts}
+
+
+def test_every_subject_meets_every_action_in_the_right_number() -> None:
+    sentences = list(everyday_texts.short_sentences())
+    assert len(set(sentences)) == len(everyday_texts.SUBJECTS) * len(everyday_texts.ACTIONS)
+    assert set(everyday_texts.PLURALS) < set(everyday_texts.SUBJECTS)
+    assert not [sentence for sentence in sentences if sentence.startswith(("People is", "He are", "A cat have"))]
 
 
 @pytest.mark.parametrize(
