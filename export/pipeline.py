@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 import platform
+import shutil
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ from nvembed_deploy.bundle.manifest import (
     GRAPH,
     PLAN,
     POOLING,
-    QUANTIZATION,
-    QUANTIZATION_PICTURE,
     REFERENCE_OUTPUTS,
     TOKENIZER,
     WEIGHTS,
@@ -48,17 +45,16 @@ from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource,
 from nvembed_deploy.export.graph.write import check, describe_graph, write
 from nvembed_deploy.export.layerwise import LayerwiseModel, folded_form
 from nvembed_deploy.export.options import ExportOptions
-from nvembed_deploy.export.quantization.calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from nvembed_deploy.export.quantization.formats import FORMATS
 from nvembed_deploy.export.quantization.qdq import insert_qdq
 from nvembed_deploy.export.quantization.record import (
     QuantizationRecord,
+from nvembed_deploy.export.quantization.quantized_weights import QuantizedWeights
     exclude_fp32,
     exclude_next,
-    read_record,
-    write_record,
 )
-from nvembed_deploy.export.quantization.search import QuantizedWeights, apply_record, quantize
+from nvembed_deploy.export.quantization.rounding import Rounding, rounding_of
+from nvembed_deploy.export.quantization.step import search_or_reuse, weights_sha256, write_with_chart
 from nvembed_deploy.export.request import (
     Checkpoint,
     check_options,
@@ -76,7 +72,7 @@ from nvembed_deploy.parity.probes import longest_probe, probe_rows
 from nvembed_deploy.parity.vector_kinds import measure_vector_kinds
 from nvembed_deploy.spec import Precision
 from nvembed_deploy.system import GIB, installed_versions, peak_memory_bytes, return_large_blocks
-from nvembed_deploy.tokenization import TextEncoder, TokenRow
+from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.version import __version__
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
@@ -84,6 +80,8 @@ RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "t
 
 @dataclass(kw_only=True)
 class ExportState:
+ROUNDED_WEIGHTS = "rounded-weights"
+"""Folder beside the bundle's files that holds GPTQ's results until the graph is written."""
     """The results that the steps of an export pass on; each step describes what it sets."""
 
     options: ExportOptions
@@ -106,6 +104,8 @@ class ExportState:
     plan: PlanInfo | None = None
 
 
+    rounding: Rounding | None = None
+    """How the weights of quantized layers are rounded."""
 def export(options: ExportOptions) -> Manifest:
     """Exports a checkpoint to a bundle.
 
@@ -189,60 +189,13 @@ def _gate(reference: PyTorchBackend, text: TextEncoder, options: ExportOptions) 
 
 
 def _quantize(state: ExportState) -> None:
-    """Sets the quantization record, searched or reused, and smooths the model in place."""
-    options, layerwise, text = state.options, state.layerwise, state.text
+    """Sets the quantization record, searched or reused, and the rounding, and smooths the model in place."""
+    options, layerwise = state.options, state.layerwise
     if layerwise is None or not options.precision.quantized:
         return
-    files = state.source.result().files
-    weight_hashes = {name: entry.sha256 for name, entry in files.items() if name.endswith(".safetensors")}
-    model_sha256 = hashlib.sha256(json.dumps(weight_hashes, sort_keys=True).encode()).hexdigest()
-    rows = _calibration_rows(options, text)
-    if options.reuse is not None:
-        state.record = read_record(
-            options.reuse,
-            precision=options.precision,
-            model_sha256=model_sha256,
-            texts_sha256=texts_sha256(rows) if rows is not None else None,
-        )
-        with step(f"smoothing with the settings of {options.reuse}"):
-            apply_record(layerwise, state.record)
-        return
-    assert rows is not None
-    with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
-        longest = longest_probe(text, options.profile.max)
-        record = quantize(
-            layerwise,
-            text,
-            rows,
-            options.precision,
-            model_sha256=model_sha256,
-            longest=longest,
-            on_forecast=lambda seconds: echo(f"  {_calibration_note(seconds, options.out)}"),
-        )
-    excluded = [group.name for group in record.groups if group.excluded]
-    detail(
-        f"  {len(record.groups) - len(excluded)} of {len(record.groups)} groups of layers quantized; excluded: "
-        f"{', '.join(excluded) or 'none'}"
-    )
-    state.record = record
-
-
-def _calibration_note(seconds: float, out: Path) -> str:
-    """Returns how long a calibration takes, and what is left of it when it is interrupted."""
-    minutes = max(1, round(seconds / 60))
-    duration = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} h"
-    return (
-        f"this takes roughly {duration}, and starts over if it is interrupted: its result is stored with the finished "
-        f"bundle, from where --reuse {out} takes it for another target or dialect"
-    )
-
-
-def _calibration_rows(options: ExportOptions, text: TextEncoder) -> list[TokenRow] | None:
-    """Returns the tokenized calibration texts; None if a record is reused and no texts are given."""
-    if options.calibration is None and options.reuse is not None:
-        return None
-    texts = read_texts(options.calibration) if options.calibration else built_in_texts()
-    return tokenize(texts, text, tokens=options.calibration_tokens)
+    state.rounding = rounding_of(options.precision, state.staging / ROUNDED_WEIGHTS)
+    model_sha256 = weights_sha256(state.source.result())
+    state.record = search_or_reuse(layerwise, state.text, state.rounding, options, model_sha256=model_sha256)
 
 
 def _search_fp16_limit(state: ExportState) -> None:
@@ -279,15 +232,15 @@ def _write_passing_graphs(state: ExportState) -> None:
             echo(f"  {err}; excluding the next most sensitive layers from quantization")
     state.layerwise = None  # frees the model's memory
     if state.record is not None:
-        _write_record(state.record, state.staging)
+        write_with_chart(state.record, state.staging)
 
 
 def _write_graphs(state: ExportState) -> None:
     """Writes the graph that plans are built from and, for some precisions, the CPU's; sets the opset and the hashes."""
     options, weights, staging = state.options, state.checkpoint.weights, state.staging
-    quantized = (
-        None if state.layerwise is None or state.record is None else QuantizedWeights(state.layerwise, state.record)
-    )
+    quantized = None
+    if state.layerwise is not None and state.record is not None and state.rounding is not None:
+        quantized = QuantizedWeights(state.layerwise, state.record, state.rounding)
 
     def weight_source() -> WeightSource:
         return quantized or CheckpointWeights(weights, fold=options.fold)
@@ -322,6 +275,8 @@ def _write_graphs(state: ExportState) -> None:
         check(staging / GRAPH, linked=options.reference_weights)
         if options.precision.has_cpu_graph:
             write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)
+    if state.rounding is not None:
+        shutil.rmtree(state.staging / ROUNDED_WEIGHTS, ignore_errors=True)
             check(staging / CPU_GRAPH, linked=options.reference_weights)
     state.opset = traced.opset_imports[""]
 
@@ -351,14 +306,6 @@ def _graph_properties(state: ExportState) -> dict[str, str]:
         "mask": config.mask.value,
         "pooling": POOLING[config.pooling],
     }
-
-
-def _write_record(record: QuantizationRecord, staging: Path) -> None:
-    """Writes the quantization record, and the chart of its ranking."""
-    from nvembed_deploy.export.quantization.plot import draw_ranking  # matplotlib takes a second to load
-
-    write_record(record, staging / QUANTIZATION)
-    draw_ranking(record, staging / QUANTIZATION_PICTURE)
 
 
 def _linked_shards(staging: Path) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from nvembed_deploy.bundle.manifest import WEIGHTS
 from nvembed_deploy.errors import ConfigError, ExportError
 from nvembed_deploy.export.graph.weights import WeightSource, is_finite, one_thread, require_finite
+from nvembed_deploy.export.quantization.formats import pack_int4
 from nvembed_deploy.files.hashed_file import HashedFile
 from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.model.weights import StoredTensor
@@ -256,7 +257,7 @@ def _chunks(initializer: ir.Value, weight_source: WeightSource, transposer: Tran
     name, dtype = str(initializer.name), _torch_dtype(initializer)
     shape = weight_source.shape(name) or ()
     if dtype in QUANTIZED_DTYPES and initializer.dtype == ir.DataType.INT4:
-        yield _bytes(_packed(weight_source.read(name)))
+        yield _bytes(pack_int4(weight_source.read(name)))
         return
     if _absorb_transposes(initializer):
         yield from transposer.panels(weight_source, name, dtype)
@@ -315,12 +316,6 @@ def _absorb_transposes(initializer: ir.Value) -> bool:
     assert initializer.shape is not None
     initializer.shape = ir.Shape(list(initializer.shape)[::-1])
     return True
-
-
-def _packed(quantized: Tensor) -> Tensor:
-    """Packs 4-bit values two to a byte, the first one in the lower half, as ONNX stores them."""
-    pairs = quantized.reshape(-1, 2).to(torch.uint8) & 0xF  # blocks are of even size, so every value has its pair
-    return pairs[:, 0] | (pairs[:, 1] << 4)
 
 
 def _is_transpose(node: ir.Node) -> bool:

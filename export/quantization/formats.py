@@ -32,8 +32,18 @@ class NumberFormat:
     """Type of the quantized values; 4-bit values are held in int8 until they are written."""
     quantizes_inputs: bool
     """True if inputs are quantized too, with a scale per tensor; False if only weights are."""
+    gptq: bool = False
+    """True if weights are rounded by GPTQ, False if each is rounded to the nearest value.
+
+    Its scales consider the inputs, which leaves nothing to smooth: with smoothing, the mini loses a little more.
+    """
     block_size: int | None = None
     """Number of weights that share a scale, along the inner dimension; None if a whole output channel does."""
+
+    @property
+    def smoothed(self) -> bool:
+        """True if groups are smoothed before they are quantized."""
+        return not self.gptq
 
     def input_scale(self, max_abs: float) -> float:
         """Returns the scale for inputs up to an absolute value."""
@@ -50,28 +60,46 @@ class NumberFormat:
             scaled.round_()
         return scaled.clamp_(self.min_value, self.max_value).to(self.dtype)
 
-    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantizes the weight of a linear layer.
+    def weight_scale(self, weight: Tensor, *, importance: Tensor | None = None) -> Tensor:
+        """Returns the scales in FP32 for the weight of a linear layer.
 
         Args:
             weight: float32 [out, in].
+            importance: float32 [in], how much the error of each input channel counts where a range is clipped; None if
+                all count the same.
 
         Returns:
-            Quantized values [in, out], the way MatMul takes them, and scales in FP32: [out], or [in / block size, out].
+            float32 [out], or [in / block size, out].
         """
-        transposed = weight.T
         if self.block_size is None:
-            scale = rounded_scale(weight.abs().amax(dim=1), self.max_value)
-            return self.quantize(transposed, scale), scale
-        blocks = transposed.reshape(-1, self.block_size, transposed.shape[1])
+            return rounded_scale(weight.abs().amax(dim=1), self.max_value)
+        blocks = weight.T.reshape(-1, self.block_size, len(weight))
         max_abs = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1) * (self.max_value / self.min_value))
         best_error = torch.full_like(max_abs, torch.inf)
         scale = torch.empty_like(max_abs)
         for clip_ratio in BLOCK_CLIP_RATIOS:
             candidate = rounded_scale(max_abs * clip_ratio, self.max_value)
-            error = (self.fake_quantize(blocks, candidate[:, None]) - blocks).square().sum(dim=1)
+            errors = (self.fake_quantize(blocks, candidate[:, None]) - blocks).square_()
+            if importance is not None:
+                errors *= importance.reshape(-1, self.block_size, 1)
+            error = errors.sum(dim=1)
             better = error < best_error
             best_error, scale = torch.where(better, error, best_error), torch.where(better, candidate, scale)
+        return scale
+
+    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantizes the weight of a linear layer, each value to the nearest.
+
+        Args:
+            weight: float32 [out, in].
+
+        Returns:
+            Quantized values [in, out], the way MatMul takes them, and the scales of `weight_scale`.
+        """
+        transposed, scale = weight.T, self.weight_scale(weight)
+        if self.block_size is None:
+            return self.quantize(transposed, scale), scale
+        blocks = transposed.reshape(-1, self.block_size, transposed.shape[1])
         return self.quantize(blocks, scale[:, None]).reshape(transposed.shape), scale
 
     def dequantize_weight(self, quantized: Tensor, scale: Tensor) -> Tensor:
@@ -99,6 +127,18 @@ def rounded_scale(max_abs: Tensor, max_value: float) -> Tensor:
     return (max_abs.float() / max_value).clamp_min(MIN_SCALE).half().float()
 
 
+def pack_int4(quantized: Tensor) -> Tensor:
+    """Packs 4-bit values in int8 two to a byte, the first one in the lower half, as ONNX stores them: uint8 [n / 2]."""
+    pairs = quantized.reshape(-1, 2).to(torch.uint8) & 0xF  # blocks are of even size, so every value has its pair
+    return pairs[:, 0] | (pairs[:, 1] << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Unpacks what `pack_int4` returned: int8 [n]."""
+    halves = torch.stack((packed & 0xF, packed >> 4), dim=1).reshape(-1).to(torch.int8)
+    return halves - 2 * (halves & 8)
+
+
 FORMATS: dict[Precision, NumberFormat] = {
     fmt.precision: fmt
     for fmt in (
@@ -116,6 +156,7 @@ FORMATS: dict[Precision, NumberFormat] = {
             min_value=-8.0,
             dtype=torch.int8,
             quantizes_inputs=False,
+            gptq=True,
             block_size=INT4_BLOCK,
         ),
     )

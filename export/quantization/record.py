@@ -73,6 +73,11 @@ class QuantizationRecord:
     groups: tuple[GroupRecord, ...]
 
 
+def quantized_linears(record: QuantizationRecord) -> tuple[str, ...]:
+    """Returns the module names of the layers that are quantized."""
+    return tuple(linear for group in record.groups if not group.excluded for linear in group.linears)
+
+
 def exclude_next(record: QuantizationRecord, reason: str) -> QuantizationRecord | None:
     """Excludes the quantized group with the highest sensitivity per weight; returns None if it is the only one."""
     quantized = [group for group in record.groups if not group.excluded]
@@ -124,7 +129,7 @@ def read_record(path: Path, *, precision: Precision, model_sha256: str, texts_sh
         record = from_json(QuantizationRecord, fields)
         for problem in _impossible_values(record):
             raise ValueError(problem)
-        _require_listed(path, content)
+        require_listed(path, hashlib.sha256(content).hexdigest())
     except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(f"--reuse {path} cannot be used ({err}); quantize without --reuse") from err
     for field, recorded, required in (
@@ -146,13 +151,17 @@ def _require_version(fields: Any) -> None:
         raise ValueError(f"it has format version {version}, and this release reads version {RECORD_VERSION}")
 
 
-def _require_listed(path: Path, content: bytes) -> None:
-    """Refuses a record in a bundle's folder that is not the one that the bundle was made with."""
+def require_listed(path: Path, sha256: str) -> None:
+    """Refuses a file in a bundle's folder that is not the one that the bundle was made with.
+
+    Raises:
+        ValueError: The manifest beside it has another hash.
+    """
     try:
         entry = json.loads(path.with_name(MANIFEST).read_bytes())["files"][path.name]["sha256"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return  # a record outside a bundle: only its values can be checked
-    if entry != hashlib.sha256(content).hexdigest():
+        return  # a file outside a bundle: only its values can be checked
+    if entry != sha256:
         raise ValueError(f"it was changed: its SHA-256 does not match {MANIFEST}")
 
 

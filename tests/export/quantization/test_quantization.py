@@ -30,8 +30,9 @@ from nvembed_deploy.export.layerwise import LayerwiseModel, block_of, folded_for
 from nvembed_deploy.export.quantization import search as quantization
 from nvembed_deploy.export.quantization.calibration import InputCollector, built_in_texts, tokenize
 from nvembed_deploy.export.quantization.formats import FORMATS, rounded_scale
-from nvembed_deploy.export.quantization.linear_groups import LinearGroup, linear_groups, smooth
+from nvembed_deploy.export.quantization.linear_groups import LinearGroup, linear_groups, smooth, weight_of
 from nvembed_deploy.export.quantization.qdq import QUANTIZED_SUFFIX, SCALE_SUFFIX, insert_qdq
+from nvembed_deploy.export.quantization.quantized_weights import QuantizedWeights
 from nvembed_deploy.export.quantization.record import (
     RECORD_VERSION,
     GroupRecord,
@@ -41,13 +42,10 @@ from nvembed_deploy.export.quantization.record import (
     read_record,
     write_record,
 )
-from nvembed_deploy.export.quantization.search import (
-    QuantizedWeights,
-    apply_record,
-    quantize,
-    simulated,
-    simulation_hook,
-)
+from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding, rounding_of
+from nvembed_deploy.export.quantization.search import quantize
+from nvembed_deploy.export.quantization.simulation import simulated, simulated_alone, simulation_hook
+from nvembed_deploy.export.quantization.smoothing import apply_record
 from nvembed_deploy.export.to_onnx import main as export_graph
 from nvembed_deploy.export.trt import main
 from nvembed_deploy.files.records import to_json
@@ -87,17 +85,27 @@ def plain(checkpoint: Path) -> NVEmbed:
 
 
 Quantized = tuple[NVEmbed, QuantizationRecord]
+INT8 = Rounding(FORMATS[Precision.INT8])
 
 
 @pytest.fixture(scope="module")
-def quantized(plain: NVEmbed, text: TextEncoder) -> Callable[[Precision], Quantized]:
+def roundings(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Rounding]:
+    """The rounding of each precision; that of INT4 has results once `quantized` has made them."""
+    return {precision: rounding_of(precision, tmp_path_factory.mktemp(precision.value)) for precision in QUANTIZED}
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    plain: NVEmbed, text: TextEncoder, roundings: dict[Precision, Rounding]
+) -> Callable[[Precision], Quantized]:
     """Quantizes the model to a precision, once each; returns the smoothed model and the record."""
     rows = tokenize(built_in_texts(), text, tokens=1500)
 
     @functools.cache
     def make(precision: Precision) -> Quantized:
         model = copy.deepcopy(plain)
-        return model, quantize(LayerwiseModel(model), text, rows, precision, model_sha256="0" * 64, longest=LONGEST)
+        rounding = roundings[precision]
+        return model, quantize(LayerwiseModel(model), text, rows, rounding, model_sha256="0" * 64, longest=LONGEST)
 
     return make
 
@@ -168,22 +176,22 @@ def test_sensitivity_is_the_loss_with_one_group_quantized(
     weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
     layerwise = LayerwiseModel.from_checkpoint(weights, fold=True) if streamed else LayerwiseModel(plain)
     smoothed, quantization_record = quantized(Precision.INT8)
-    fmt, rows = FORMATS[Precision.INT8], probe_rows(text, LONGEST)[1][:20]
+    rows = probe_rows(text, LONGEST)[1][:20]
     records, groups = [replace(record, excluded=False) for record in quantization_record.groups], linear_groups(plain)
     layerwise_groups = linear_groups(layerwise.model)
     ranking = quantization._rank_settings(
-        layerwise, text, rows, layerwise_groups, [(record,) for record in records], fmt
+        layerwise, text, rows, layerwise_groups, [(record,) for record in records], INT8
     )
     reference = quantization._embed(LayerwiseModel(plain), text, rows)
     for group, record, ranked in zip(groups, records, ranking, strict=True):
 
         def hook(block: str, group: LinearGroup = group, record: GroupRecord = record) -> AbstractContextManager[None]:
             is_changed = block == block_of(record.name)
-            return quantization.simulated_alone(plain, group, record, fmt) if is_changed else nullcontext()
+            return simulated_alone(plain, group, record, INT8) if is_changed else nullcontext()
 
         alone = quantization._embed(LayerwiseModel(plain), text, rows, hook=hook)
         assert ranked.sensitivity == pytest.approx(1 - float((reference * alone).sum(dim=1).mean()), abs=2e-6)
-        smoothed_hook = simulation_hook(smoothed, [record], fmt)
+        smoothed_hook = simulation_hook(smoothed, [record], INT8)
         alone_in_smoothed = quantization._embed(LayerwiseModel(smoothed), text, rows, hook=smoothed_hook)
         loss = 1 - float((reference * alone_in_smoothed).sum(dim=1).mean())
         assert ranked.sensitivity == pytest.approx(loss, rel=0.3, abs=1e-5)
@@ -198,10 +206,10 @@ def test_the_least_sensitive_setting_is_chosen(
     """Its error may be larger: for the more sensitive half of the groups, and in a large model for none."""
     fine = [replace(record, excluded=False) for record in quantized(Precision.INT8)[1].groups]
     coarse = [replace(record, input_scale=record.input_scale * 50, error=record.error / 2) for record in fine]
-    rows, groups, fmt = probe_rows(text, LONGEST)[1][:8], linear_groups(plain), FORMATS[Precision.INT8]
+    rows, groups = probe_rows(text, LONGEST)[1][:8], linear_groups(plain)
 
     def rank(settings: Sequence[tuple[GroupRecord, ...]]) -> list[GroupRecord]:
-        return quantization._rank_settings(LayerwiseModel(plain), text, rows, groups, settings, fmt)
+        return quantization._rank_settings(LayerwiseModel(plain), text, rows, groups, settings, INT8)
 
     both = list(zip(coarse, fine, strict=True))
     ranked_fine, ranked_coarse = (rank([(record,) for record in records]) for records in (fine, coarse))
@@ -237,7 +245,7 @@ def test_a_model_without_a_quantizable_group_is_refused(
         ParityError,
         match=r"no group of this model's layers can be quantized to int8 .* or export with --precision fp16",
     ):
-        quantize(LayerwiseModel(copy.deepcopy(plain)), text, rows, Precision.INT8, model_sha256="", longest=LONGEST)
+        quantize(LayerwiseModel(copy.deepcopy(plain)), text, rows, INT8, model_sha256="", longest=LONGEST)
 
 
 def collect(model: NVEmbed, groups: Sequence[LinearGroup], text: TextEncoder, rows: list[TokenRow]) -> dict:
@@ -267,6 +275,7 @@ def test_ranges_are_over_every_token(plain: NVEmbed, text: TextEncoder) -> None:
 )
 def test_the_graph_computes_what_was_simulated(
     quantized: Callable[[Precision], Quantized],
+    roundings: dict[Precision, Rounding],
     text: TextEncoder,
     tmp_path: Path,
     precision: Precision,
@@ -275,13 +284,13 @@ def test_the_graph_computes_what_was_simulated(
     model, record = quantized(precision)
     fmt = FORMATS[precision]
     graph = trace(model.config, precision=precision, dialect=dialect, fold=True)
-    weight_source = QuantizedWeights(LayerwiseModel(model), record)
+    weight_source = QuantizedWeights(LayerwiseModel(model), record, roundings[precision])
     insert_qdq(graph, weight_source.input_scales, fmt)
     write(graph, weight_source, tmp_path, name="model.onnx")
     write_cpu_graph(tmp_path / "model.onnx", tmp_path / "model.cpu.onnx")
     rows = probe_rows(text, LONGEST)[1]
     quantized_groups = [group for group in record.groups if not group.excluded]
-    with simulated(model, quantized_groups, fmt):
+    with simulated(model, quantized_groups, roundings[precision]):
         simulated_vectors = LayerwiseModel(model).embed(text, rows).numpy()
     assert weight_source.input_scales
     for name, level in (("model.onnx", "ORT_ENABLE_BASIC"), ("model.cpu.onnx", "ORT_ENABLE_ALL")):
@@ -303,6 +312,19 @@ def test_the_graph_computes_what_was_simulated(
     assert all(types[f"{name}.weight{QUANTIZED_SUFFIX}"] == getattr(onnx.TensorProto, stored_type) for name in linears)
     quantize_nodes = sum(node.op_type == "QuantizeLinear" for node in written.graph.node)
     assert quantize_nodes == (0 if precision is Precision.INT4 else len(quantized_groups))
+    if precision is Precision.INT4:
+        reused = GptqRounding(fmt, tmp_path / "reused")
+        reused.copy_from(tmp_path, model, linears)
+        for name in linears:
+            weight = weight_of(model, name)
+            copied, stored = (rounding.quantize(name, weight) for rounding in (reused, roundings[precision]))
+            assert all(map(torch.equal, copied, stored))
+        message = "reused does not have this model's quantized weights .* pass the folder of a complete bundle"
+        with pytest.raises(ConfigError, match=message):
+            reused.copy_from(tmp_path / "reused", model, linears)
+        (tmp_path / MANIFEST).write_text(json.dumps({"files": {"model.onnx": {"sha256": "0" * 64}}}))
+        with pytest.raises(ConfigError, match=r"it was changed: its SHA-256 does not match manifest\.json"):
+            reused.copy_from(tmp_path, model, linears)
     if dialect is Dialect.PORTABLE:
         assert not {node.op_type for node in written.graph.node} & BEYOND_TENSORRT_10
         assert written.opset_import[0].version == (21 if precision is Precision.INT4 else 20)
@@ -312,7 +334,7 @@ def test_zero_points_are_zero(quantized: Callable[[Precision], Quantized]) -> No
     """TensorRT takes no others."""
     model, record = quantized(Precision.INT8)
     graph = trace(model.config, precision=Precision.INT8, dialect=Dialect.PORTABLE, fold=True)
-    linears = QuantizedWeights(LayerwiseModel(model), record).input_scales
+    linears = QuantizedWeights(LayerwiseModel(model), record, INT8).input_scales
     insert_qdq(graph, dict.fromkeys(linears, 0.5), FORMATS[Precision.INT8])
     zeros = [node.inputs[2] for node in graph.graph if node.op_type == "QuantizeLinear"]
     assert zeros
@@ -335,12 +357,12 @@ def test_no_group_is_excluded_without_need(
         weight[:, 0] = weight[:, 0] + 300 * weight.abs().max()  # one column determines the scale of every row
         model.get_parameter("embedding_model.layers.1.mlp.up_proj.weight")[0] /= 300
     rows = tokenize(built_in_texts(), text, tokens=800)
-    record = quantize(LayerwiseModel(model), text, rows, Precision.INT8, model_sha256="", longest=LONGEST)
-    gate_rows = probe_rows(text, LONGEST)[1]
+    record = quantize(LayerwiseModel(model), text, rows, INT8, model_sha256="", longest=LONGEST)
+    gate_rows = probe_rows(text, LONGEST, everyday=True)[1]
     reference = LayerwiseModel(model).embed(text, gate_rows)
 
     def holds(groups: Sequence[GroupRecord]) -> bool:
-        with simulated(model, groups, FORMATS[Precision.INT8]):
+        with simulated(model, groups, INT8):
             vectors = LayerwiseModel(model).embed(text, gate_rows)
         cosines = (reference * vectors).sum(dim=1)
         scaled_difference = float((reference - vectors).abs().max()) * reference.shape[1] ** 0.5
@@ -386,7 +408,7 @@ def test_a_record_reproduces_the_model(
 ) -> None:
     model, record = quantized(Precision.INT8)
     write_record(record, tmp_path / QUANTIZATION)
-    reread = read_record(tmp_path, precision=Precision.INT8, model_sha256="0" * 64, texts_sha256=record.texts_sha256)
+    reread = read_record(tmp_path, precision=INT8, model_sha256="0" * 64, texts_sha256=record.texts_sha256)
     assert reread == record
     smoothed = copy.deepcopy(plain)
     apply_record(LayerwiseModel(smoothed), reread)
@@ -416,14 +438,14 @@ def test_a_record_of_an_older_version_is_refused(quantized: Callable[[Precision]
     (tmp_path / QUANTIZATION).write_text(json.dumps(fields))
     message = f"it has format version {RECORD_VERSION - 1}, and this release reads version {RECORD_VERSION}"
     with pytest.raises(ConfigError, match=message):
-        read_record(tmp_path, precision=Precision.INT8, model_sha256="0" * 64, texts_sha256=None)
+        read_record(tmp_path, precision=INT8, model_sha256="0" * 64, texts_sha256=None)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"version": 1}', '{"version": "x"}'])
 def test_a_broken_record_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / QUANTIZATION).write_text(content)
     with pytest.raises(ConfigError, match="cannot be used"):
-        read_record(tmp_path, precision=Precision.INT8, model_sha256="", texts_sha256=None)
+        read_record(tmp_path, precision=INT8, model_sha256="", texts_sha256=None)
 
 
 def test_a_record_of_other_layers_is_refused(plain: NVEmbed, quantized: Callable[[Precision], Quantized]) -> None:
@@ -473,7 +495,7 @@ DAMAGED_GROUPS = {
 def reuse(fields: dict, folder: Path, model: NVEmbed) -> None:
     """Reads and applies a record as an export with --reuse does."""
     (folder / QUANTIZATION).write_text(json.dumps(fields))
-    record = read_record(folder, precision=Precision.INT8, model_sha256="0" * 64, texts_sha256=None)
+    record = read_record(folder, precision=INT8, model_sha256="0" * 64, texts_sha256=None)
     apply_record(LayerwiseModel(copy.deepcopy(model)), record)
 
 
@@ -625,7 +647,7 @@ def test_a_streamed_model_is_quantized_the_same(checkpoint: Path, plain: NVEmbed
     probes = probe_rows(text, LONGEST)[1]
     assert torch.allclose(streamed.embed(text, probes), in_memory.embed(text, probes), atol=1e-6)
     records = [
-        quantize(layerwise, text, rows, Precision.INT8, model_sha256="0" * 64, longest=LONGEST)
+        quantize(layerwise, text, rows, INT8, model_sha256="0" * 64, longest=LONGEST)
         for layerwise in (streamed, in_memory)
     ]
     for streamed_group, group in zip(records[0].groups, records[1].groups, strict=True):
@@ -633,7 +655,10 @@ def test_a_streamed_model_is_quantized_the_same(checkpoint: Path, plain: NVEmbed
         assert (streamed_group.alpha, streamed_group.clip_ratio) == (group.alpha, group.clip_ratio)
         assert streamed_group.input_scale == pytest.approx(group.input_scale, rel=2e-3)
     record = replace(records[1], groups=tuple(replace(group, excluded=False) for group in records[1].groups))
-    streamed_weights, memory_weights = QuantizedWeights(streamed, record), QuantizedWeights(in_memory, record)
+    streamed_weights, memory_weights = (
+        QuantizedWeights(streamed, record, INT8),
+        QuantizedWeights(in_memory, record, INT8),
+    )
     for linear in record.groups[3].linears + record.groups[-1].linears + record.groups[0].linears:
         for name in (f"{linear}.weight{QUANTIZED_SUFFIX}", f"{linear}.weight{SCALE_SUFFIX}"):
             streamed_tensor, tensor = streamed_weights.read(name), memory_weights.read(name)

@@ -1,0 +1,138 @@
+"""How the weights of quantized layers are rounded: to the nearest value, or by GPTQ.
+
+The nearest values follow from the weights, and are computed again each time that they are needed. GPTQ's follow from
+the calibration too and take longer, so they are stored: one file a layer, as a model may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nvembed_deploy.bundle.manifest import GRAPH, WEIGHTS
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.export.quantization.formats import FORMATS, NumberFormat, pack_int4, unpack_int4
+from nvembed_deploy.export.quantization.gptq import gptq
+from nvembed_deploy.export.quantization.linear_groups import weight_of
+from nvembed_deploy.export.quantization.qdq import QUANTIZED_SUFFIX, SCALE_SUFFIX
+from nvembed_deploy.export.quantization.record import require_listed
+from nvembed_deploy.files.hashing import hash_file
+from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.spec import Precision
+
+
+class Rounding:
+    """Rounds each weight to the nearest value.
+
+    Args:
+        fmt: The number format.
+    """
+
+    def __init__(self, fmt: NumberFormat) -> None:
+        self.fmt = fmt
+
+    def quantize(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantizes the weight of a linear layer.
+
+        Args:
+            name: Module name of the layer.
+            weight: float32 [out, in], smoothed.
+
+        Returns:
+            See `NumberFormat.quantize_weight`.
+        """
+        return self.fmt.quantize_weight(weight)
+
+    def fake_quantize(self, name: str, weight: Tensor) -> Tensor:
+        """Quantizes and dequantizes the weight of a linear layer."""
+        return self.fmt.dequantize_weight(*self.quantize(name, weight))
+
+
+class GptqRounding(Rounding):
+    """Rounds weights by GPTQ, once, and keeps the results in files.
+
+    Args:
+        fmt: The number format.
+        folder: Where the results are stored; it is created.
+    """
+
+    def __init__(self, fmt: NumberFormat, folder: Path) -> None:
+        super().__init__(fmt)
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def fit(self, name: str, weight: Tensor, hessian: Tensor) -> None:
+        """Rounds the weight of a linear layer and stores the result.
+
+        Args:
+            name: Module name of the layer.
+            weight: float32 [out, in], smoothed.
+            hessian: float32 [in, in], of the smoothed inputs; see `gptq`.
+        """
+        scale = self.fmt.weight_scale(weight, importance=hessian.diagonal())
+        self._save(name, pack_int4(gptq(weight, hessian, scale, self.fmt)), scale)
+
+    def quantize(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the stored result; see `Rounding`."""
+        tensors = load_file(self._path(name), device=str(weight.device))
+        return unpack_int4(tensors["packed"]).reshape(weight.T.shape), tensors["scale"]
+
+    def copy_from(self, bundle: Path, model: NVEmbed, linears: Iterable[str]) -> None:
+        """Stores the quantized weights that are in an earlier bundle.
+
+        Args:
+            bundle: The bundle's folder.
+            model: The model, for the sizes of its layers.
+            linears: Module names of the quantized layers.
+
+        Raises:
+            ConfigError: The bundle is not complete, was changed, or has other layers.
+        """
+        try:
+            for name in (GRAPH, WEIGHTS):
+                require_listed(bundle / name, hash_file(bundle / name).sha256)
+            graph = onnx.load(bundle / GRAPH, load_external_data=False).graph
+            tensors = {tensor.name: tensor for tensor in graph.initializer}
+            for name in linears:
+                outputs, inputs = weight_of(model, name).shape
+                values, scale = (tensors[f"{name}.weight{suffix}"] for suffix in (QUANTIZED_SUFFIX, SCALE_SUFFIX))
+                scale_shape = self.fmt.scale_shape(outputs, inputs)
+                if tuple(values.dims) != (inputs, outputs) or tuple(scale.dims) != scale_shape:
+                    raise ValueError(f"{name} has {list(values.dims)} values and {list(scale.dims)} scales")
+                scales = torch.frombuffer(_stored_bytes(bundle, scale), dtype=torch.float16).reshape(scale_shape)
+                packed = torch.frombuffer(_stored_bytes(bundle, values), dtype=torch.uint8)
+                self._save(name, packed, scales.float())
+        except (OSError, KeyError, ValueError, RuntimeError) as err:
+            raise ConfigError(
+                f"--reuse {bundle} does not have this model's quantized weights ({err}), and rounding them again takes "
+                "the calibration; pass the folder of a complete bundle, or quantize without --reuse"
+            ) from err
+
+    def _save(self, name: str, packed: Tensor, scale: Tensor) -> None:
+        save_file({"packed": packed.cpu(), "scale": scale.cpu().contiguous()}, self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def _stored_bytes(bundle: Path, tensor: onnx.TensorProto) -> bytearray:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    with (bundle / Path(entries["location"]).name).open("rb") as file:
+        file.seek(int(entries["offset"]))
+        return bytearray(file.read(int(entries["length"])))
+
+
+def rounding_of(precision: Precision, folder: Path) -> Rounding:
+    """Returns the rounding of a precision's weights.
+
+    Args:
+        precision: A quantized precision.
+        folder: Where the results are stored if they do not follow from the weights.
+    """
+    fmt = FORMATS[precision]
+    return GptqRounding(fmt, folder) if fmt.gptq else Rounding(fmt)
