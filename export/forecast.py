@@ -17,10 +17,13 @@ from nvembed_deploy.export.graph.write import BLOCK_BYTES, PANEL_BYTES
 from nvembed_deploy.export.layerwise import EMBEDDINGS, block_of
 from nvembed_deploy.export.options import ExportOptions
 from nvembed_deploy.export.quantization.calibration import BATCH_TOKENS, SAMPLED_ROWS
+from nvembed_deploy.export.quantization.formats import FORMATS
+from nvembed_deploy.export.quantization.gptq import MATRICES_IN_WORK
+from nvembed_deploy.export.structure import structure_config
 from nvembed_deploy.files.atomic import free_bytes
 from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.model.weights import StoredTensor, StoredWeights
-from nvembed_deploy.spec import Precision
+from nvembed_deploy.spec import INT4_BLOCK, Precision
 from nvembed_deploy.system import GIB, available_memory_bytes
 
 BASE_BYTES = int(0.41 * GIB)
@@ -63,6 +66,10 @@ class Forecast:
     """GPU memory at run time, with a plan."""
     cpu: int
     """Host memory at run time, without a plan."""
+    device_whole: int
+    """GPU memory while exporting, if PyTorch computes on a GPU and the whole model is there."""
+    device_layerwise: int
+    """The same if its blocks are copied there one after the other."""
 
     def __str__(self) -> str:
         return (
@@ -70,6 +77,11 @@ class Forecast:
             f"{self.disk / GIB:.2f} GiB of disk; at run time about {self.gpu / GIB:.1f} GiB of GPU memory, or "
             f"{self.cpu / GIB:.1f} GiB of memory on a CPU"
         )
+
+    def on_device(self, *, whole: bool) -> str:
+        """Says how much GPU memory the export needs, with the whole model there or layer by layer."""
+        needed = self.device_whole if whole else self.device_layerwise
+        return f"{'as a whole' if whole else 'layer by layer'}: up to {needed / GIB:.2f} GiB of GPU memory"
 
 
 def count_parameters(config: ModelConfig, *, fold: bool) -> int:
@@ -96,25 +108,29 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     weight_bits = linear_weights * precision.bits_per_weight
     weight_bits += (parameters - linear_weights) * precision.base.bits_per_weight
     weight_bytes = int(weight_bits) // 8
-    streaming = _streaming_bytes(weights, options)
+    streaming, layerwise = _streaming_bytes(weights, options), _layerwise_bytes(weights, options)
     comparing = 0
     if options.parity:
         folded = 4 * parameters
         runtime = RUNTIME_BYTES_PER_PARAMETER * parameters
         if precision.quantized:  # more than the simulated weights take during the search
             runtime += int(RUNTIME_BYTES_PER_QUANTIZED_WEIGHT * linear_weights)
-        # First the reference alone; then, its pooler folded, beside the writer or the runtime.
-        comparing = max(4 * count_parameters(config, fold=False), folded + max(streaming, runtime))
+        # First the reference alone; then, its pooler folded, beside the writer, the runtime, or GPTQ.
+        working = max(streaming, runtime, _gptq_bytes(config) if uses_gptq(precision) else 0)
+        comparing = max(4 * count_parameters(config, fold=False), folded + working)
     elif options.runs_model:
-        streaming = max(streaming, _layerwise_bytes(weights, options))
+        streaming = max(streaming, layerwise)
     building = build_memory_bytes(weight_bytes) if plan else 0
     plan_bytes = weight_bytes * PLAN_FACTOR + PLAN_BASE_BYTES if plan else 0
     return Forecast(
         weights=weight_bytes,
         memory=BASE_BYTES + LAYER_BYTES * config.layers + max(comparing, streaming, building),
-        disk=int(_written_bytes(weights, options, weight_bytes) + plan_bytes) + SMALL_FILES_BYTES,
+        disk=int(_written_bytes(weights, options, weight_bytes) + plan_bytes + _temporary_bytes(weights, options))
+        + SMALL_FILES_BYTES,
         gpu=int(weight_bytes * PLAN_FACTOR) + CONTEXTS * _activation_bytes(config, options) + CUDA_BYTES,
         cpu=RUNTIME_BASE_BYTES + _cpu_weight_bytes(parameters, linear_weights, precision),
+        device_whole=CUDA_BYTES + 4 * count_parameters(config, fold=fold and not options.parity) + layerwise,
+        device_layerwise=CUDA_BYTES + layerwise,
     )
 
 
@@ -161,13 +177,13 @@ def _streaming_bytes(weights: StoredWeights, options: ExportOptions) -> int:
 
 def _layerwise_bytes(weights: StoredWeights, options: ExportOptions) -> int:
     """Returns the peak while a model runs block by block: the largest block in FP32, and its tokens' hidden states."""
-    config = weights.config
+    config, precision = weights.config, options.precision
     blocks: dict[str, list[int]] = {}
     for name, tensor in _unfolded_tensors(weights, options):
         blocks.setdefault(block_of(name), []).append(math.prod(tensor.shape))
     activations = 12 * BATCH_TOKENS * max(config.hidden_size * 2, config.intermediate_size)
     loading = max(5 * sum(sizes) for sizes in blocks.values())
-    if not options.precision.quantized:
+    if not precision.quantized:
         return loading + 4 * PROBE_TOKENS * config.hidden_size + activations
     ranked_states = 4 * (4 * config.layers + 2) * RANKED_TOKENS * config.hidden_size
     hidden_states = 4 * max(options.calibration_tokens, PROBE_TOKENS) * config.hidden_size
@@ -178,7 +194,37 @@ def _layerwise_bytes(weights: StoredWeights, options: ExportOptions) -> int:
         for block_name, sizes in blocks.items()
         if block_name != EMBEDDINGS
     )
-    return max(loading, simulating) + ranked_states + hidden_states + sampled_rows
+    # The block, the Hessians of its groups, and GPTQ's work.
+    rounding = max(4 * sum(sizes) for sizes in blocks.values()) + _gptq_bytes(config) if uses_gptq(precision) else 0
+    return max(loading, simulating, rounding) + ranked_states + hidden_states + sampled_rows
+
+
+def uses_gptq(precision: Precision) -> bool:
+    """Returns True if a precision's weights are rounded by GPTQ."""
+    return precision.quantized and FORMATS[precision].gptq
+
+
+def _gptq_bytes(config: ModelConfig) -> int:
+    """Returns the bytes of a block's Hessians, and of what GPTQ makes of the largest one and its weight."""
+    inputs = [config.hidden_size, config.heads * config.head_dim, config.hidden_size, config.intermediate_size]
+    widest = max(config.intermediate_size, config.hidden_size)
+    if config.latent is not None:
+        feed_forward = config.latent.feed_forward_mult * config.hidden_size
+        inputs = max(inputs, [config.hidden_size, feed_forward], key=lambda sizes: sum(K * K for K in sizes))
+        widest = max(widest, 2 * feed_forward)
+    hessians = sum(K * K for K in inputs) + (MATRICES_IN_WORK - 1) * max(inputs) ** 2
+    return 4 * hessians + 9 * config.hidden_size * widest
+
+
+def _temporary_bytes(weights: StoredWeights, options: ExportOptions) -> int:
+    """Returns the largest size of files that do not stay: GPTQ's results, or a graph in FP32 of the first layers."""
+    config = weights.config
+    rounded = 0
+    if uses_gptq(options.precision):
+        rounded = int(count_linear_weights(config) * (0.5 + 4 / INT4_BLOCK))
+    if not options.parity or options.precision is Precision.FP32:
+        return rounded
+    return max(rounded, 4 * count_parameters(structure_config(config), fold=options.fold))
 
 
 def _written_bytes(weights: StoredWeights, options: ExportOptions, weight_bytes: int) -> int:

@@ -2,7 +2,8 @@
 
 The blocks are the embeddings, each decoder layer, the final norm and the pooler. All batches pass through a block
 before the next one starts, so that a model larger than memory is read once for all batches. Hooks, which measure ranges
-and collect inputs of linear layers, see one block at a time.
+and collect inputs of linear layers, see one block at a time. If a GPU's memory is smaller than the model, blocks are
+copied there one after the other.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nvembed_deploy.backends.base import Output
 from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource, one_thread, require_finite
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.latent_attention import LatentAttentionModel
@@ -24,6 +26,7 @@ from nvembed_deploy.tokenization import TextEncoder, TokenBatch, TokenRow
 EMBEDDINGS = "embedding_model.embed_tokens"
 NORM = "embedding_model.norm"
 POOLER = "latent_attention_model"
+CPU = torch.device("cpu")
 BlockHook = Callable[[str], AbstractContextManager[None]]
 """Takes a block's name and returns the context in which the block computes."""
 
@@ -39,10 +42,14 @@ class LayerwiseModel:
     Args:
         model: The model, in memory or on the meta device.
         weight_source: Where the weights of a model on the meta device are read from; None for a model in memory.
+        device: Where blocks compute. A model in memory may be there as a whole, or on the CPU.
     """
 
-    def __init__(self, model: NVEmbed, weight_source: WeightSource | None = None) -> None:
+    def __init__(
+        self, model: NVEmbed, weight_source: WeightSource | None = None, *, device: torch.device = CPU
+    ) -> None:
         self.model = model
+        self.device = device
         self.weight_source = weight_source
         self.batch_index = 0
         """Index of the batch that is being computed."""
@@ -50,11 +57,11 @@ class LayerwiseModel:
         self._loaded = ""
 
     @classmethod
-    def from_checkpoint(cls, weights: StoredWeights, *, fold: bool) -> LayerwiseModel:
+    def from_checkpoint(cls, weights: StoredWeights, *, fold: bool, device: torch.device = CPU) -> LayerwiseModel:
         """Creates a model whose weights stay in the checkpoint's files."""
         with torch.device("meta"):
             model = folded_form(NVEmbed(weights.config).requires_grad_(False).eval(), fold=fold)
-        return cls(model, CheckpointWeights(weights, fold=fold))
+        return cls(model, CheckpointWeights(weights, fold=fold), device=device)
 
     @property
     def streamed(self) -> bool:
@@ -74,26 +81,35 @@ class LayerwiseModel:
 
     @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
-        """Holds a block in memory, in FP32, with its edits applied."""
+        """Holds a block in memory, in FP32 and on the device, with its edits applied."""
         module = self.model.get_submodule(name)
-        if self.weight_source is None or self._loaded == name:
+        if self._loaded == name:
             yield module
             return
+        stored_on = next((parameter.device for parameter in module.parameters()), self.device)
+        if self.weight_source is not None:
+            module.load_state_dict(self._read(name, module), strict=True, assign=True)
+            module.requires_grad_(False)
+        else:
+            module.to(self.device)
+        self._loaded = name
+        try:
+            if self.weight_source is not None:
+                for edit in self._edits.get(name, ()):
+                    edit()
+            yield module
+        finally:
+            module.to(stored_on)
+            self._loaded = ""
+
+    def _read(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """Returns the weights of a streamed block on the device, after a look at their values."""
+        assert self.weight_source is not None
         tensors = {key: self.weight_source.read(f"{name}.{key}").float() for key, _ in module.named_parameters()}
         with one_thread():
             for key, tensor in tensors.items():
                 require_finite(f"{name}.{key}", tensor)
-        module.load_state_dict(tensors, strict=True, assign=True)
-        module.requires_grad_(False)
-        del tensors
-        self._loaded = name
-        try:
-            for edit in self._edits.get(name, ()):
-                edit()
-            yield module
-        finally:
-            module.to("meta")
-            self._loaded = ""
+        return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
     def edit(self, block_name: str, edit: Callable[[], None]) -> None:
         """Changes a block's weights in place, now and each time that the block is loaded again."""
@@ -114,9 +130,9 @@ class LayerwiseModel:
             description: Text of the progress bar, which is shown for streamed models.
 
         Returns:
-            float32 [N, D], rows of unit length, batch after batch.
+            float32 [N, D] on the CPU, rows of unit length, batch after batch.
         """
-        inputs = _tensors(batches)
+        inputs = self._tensors(batches)
         hidden: list[Tensor] = [ids for ids, _, _ in inputs]
         bar = tqdm(
             self.block_names, desc=description, unit="block", disable=None if self.streamed else True, leave=False
@@ -146,7 +162,7 @@ class LayerwiseModel:
         Returns:
             float32 [N, D] of the unchanged model, and of the model with each change.
         """
-        inputs = _tensors(batches)
+        inputs = self._tensors(batches)
         unchanged: list[Tensor] = [ids for ids, _, _ in inputs]
         changed: dict[str, list[Tensor]] = {}
         for name in tqdm(self.block_names, desc=description, unit="block", disable=None, leave=False):
@@ -170,8 +186,11 @@ class LayerwiseModel:
 
     def _pooled(self, hidden: Sequence[Tensor], inputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
         return torch.cat(
-            [self.model.pool(x, pool_mask)[0] for x, (_, _, pool_mask) in zip(hidden, inputs, strict=True)]
+            [self.model.pool(x, pool_mask)[0].cpu() for x, (_, _, pool_mask) in zip(hidden, inputs, strict=True)]
         )
+
+    def _tensors(self, batches: Sequence[TokenBatch]) -> list[tuple[Tensor, ...]]:
+        return [tuple(torch.from_numpy(array).to(self.device) for array in batch) for batch in batches]
 
     def _step(self, name: str, module: nn.Module, x: Tensor, attention_mask: Tensor) -> Tensor:
         if name in (EMBEDDINGS, NORM, POOLER):
@@ -187,8 +206,31 @@ class LayerwiseModel:
         return self.forward([text.pad([row]) for row in rows], hook=hook, description="embedding, layer by layer")
 
 
-def _tensors(batches: Sequence[TokenBatch]) -> list[tuple[Tensor, ...]]:
-    return [tuple(torch.from_numpy(array) for array in batch) for batch in batches]
+class LayerwiseBackend:
+    """A reference that computes block by block, all batches at once: for a GPU that does not hold the whole model.
+
+    Args:
+        layerwise: The model, its pooler not folded.
+    """
+
+    profile = None
+    in_flight = 1
+
+    def __init__(self, layerwise: LayerwiseModel) -> None:
+        self._layerwise = layerwise
+        self.name = f"PyTorch {torch.__version__} fp32 ({str(layerwise.device).upper()}, block by block)"
+
+    def run_all(self, batches: Sequence[TokenBatch]) -> list[Output]:
+        """Embeds batches; see `Backend.run`."""
+        embeddings = self._layerwise.forward(batches, description="embedding, layer by layer")
+        sizes = [len(batch.input_ids) for batch in batches]
+        return [Output(part.numpy(), part.norm(dim=1).numpy()) for part in torch.split(embeddings, sizes)]
+
+    def run(self, batch: TokenBatch) -> Output:
+        """Embeds a batch."""
+        return self.run_all([batch])[0]
+
+    run_concurrent = run
 
 
 def block_of(name: str) -> str:

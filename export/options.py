@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nvembed_deploy.spec import Dialect, Precision, Shape, ShapeProfile
 DEFAULT_MODEL = Path("models") / "nv-embed-mini"
 """The embedded checkpoint, from the root of the repository."""
 COPY, REFERENCE = "copy", "reference"
+AUTO = "auto"
 CALIBRATION_TOKENS = 16_384
 """Default of `--calibration-tokens`: beyond half of it, ranges of the embedded model change by less than 2 %."""
 
@@ -55,6 +57,8 @@ class ExportOptions:
     calibration_tokens: int
     reuse: Path | None
     """An earlier bundle, or its `quantization.json`."""
+    device: str
+    """Where PyTorch computes: auto, cpu, cuda or cuda:N."""
     force: bool
 
     @property
@@ -85,6 +89,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _add_gate_flags(parser.add_argument_group("comparison with PyTorch"))
     _add_quantization_flags(parser.add_argument_group("quantization"))
     add_option_flags(parser.add_argument_group("large engines"))
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default=AUTO,
+        metavar="auto|cpu|cuda[:N]",
+        help="where PyTorch computes the reference, ranges, calibration and rounding; on a GPU that does not hold the "
+        "model, layer by layer (default: auto, a GPU if PyTorch has one with enough memory)",
+    )
     parser.add_argument(
         "--force",
         action="store_true",
@@ -246,6 +258,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda and cuda:N")
+    return text
 
 
 def _shape(text: str) -> Shape:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nvembed_deploy.backends.base import Backend
 from nvembed_deploy.backends.ort import OrtBackend
 from nvembed_deploy.backends.pytorch import PyTorchBackend
 from nvembed_deploy.bundle.manifest import (
@@ -37,19 +38,20 @@ from nvembed_deploy.engines.plan_builder import build_plan
 from nvembed_deploy.engines.targets import local_compute_capability
 from nvembed_deploy.errors import MaskError, ParityError
 from nvembed_deploy.export.background import run_in_background
+from nvembed_deploy.export.device import ON_CPU, Placement, place
 from nvembed_deploy.export.forecast import forecast, note_small_gpus, require_room
 from nvembed_deploy.export.fp16_ranges import FP16_MAX, find_fp32_modules, measure_ranges
 from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
 from nvembed_deploy.export.graph.trace import trace
 from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource, require_finite_parameters
 from nvembed_deploy.export.graph.write import check, describe_graph, write
-from nvembed_deploy.export.layerwise import LayerwiseModel, folded_form
+from nvembed_deploy.export.layerwise import LayerwiseBackend, LayerwiseModel, folded_form
 from nvembed_deploy.export.options import ExportOptions
 from nvembed_deploy.export.quantization.formats import FORMATS
 from nvembed_deploy.export.quantization.qdq import insert_qdq
+from nvembed_deploy.export.quantization.quantized_weights import QuantizedWeights
 from nvembed_deploy.export.quantization.record import (
     QuantizationRecord,
-from nvembed_deploy.export.quantization.quantized_weights import QuantizedWeights
     exclude_fp32,
     exclude_next,
 )
@@ -62,9 +64,12 @@ from nvembed_deploy.export.request import (
     open_checkpoint,
     require_no_plan_lost,
 )
+from nvembed_deploy.export.structure import require_structure, structure_reference
 from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.files.read_ahead import ReadAhead
 from nvembed_deploy.model import source
+from nvembed_deploy.model.config import ModelConfig
+from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.weights import weight_files
 from nvembed_deploy.parity.compare import compute_reference_outputs
 from nvembed_deploy.parity.gate import Gate, closeness, verdict
@@ -75,13 +80,15 @@ from nvembed_deploy.system import GIB, installed_versions, peak_memory_bytes, re
 from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.version import __version__
 
+ROUNDED_WEIGHTS = "rounded-weights"
+"""Folder beside the bundle's files that holds GPTQ's results until the graph is written."""
+STRUCTURE = "structure"
+"""Folder beside the bundle's files for the graph in FP32 that is compared at FP32's bounds."""
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
 
 
 @dataclass(kw_only=True)
 class ExportState:
-ROUNDED_WEIGHTS = "rounded-weights"
-"""Folder beside the bundle's files that holds GPTQ's results until the graph is written."""
     """The results that the steps of an export pass on; each step describes what it sets."""
 
     options: ExportOptions
@@ -92,9 +99,13 @@ ROUNDED_WEIGHTS = "rounded-weights"
     source: Future[Source]
     """The hashed checkpoint."""
     text: TextEncoder
+    placement: Placement
+    """Where PyTorch computes."""
     gate: Gate | None = None
     layerwise: LayerwiseModel | None = None
     record: QuantizationRecord | None = None
+    rounding: Rounding | None = None
+    """How the weights of quantized layers are rounded."""
     fp32_modules: frozenset[str] = frozenset()
     opset: int = 0
     hashes: dict[str, FileEntry] = field(default_factory=dict)
@@ -104,8 +115,6 @@ ROUNDED_WEIGHTS = "rounded-weights"
     plan: PlanInfo | None = None
 
 
-    rounding: Rounding | None = None
-    """How the weights of quantized layers are rounded."""
 def export(options: ExportOptions) -> Manifest:
     """Exports a checkpoint to a bundle.
 
@@ -125,12 +134,15 @@ def export(options: ExportOptions) -> Manifest:
     needs = forecast(checkpoint.weights, options, plan=bindings is not None)
     echo(f"exporting {options.model} as {options.precision.value} to {options.out}")
     detail(f"  forecast: {needs}")
+    placement = place(options.device, needs, force=options.force) if options.runs_model else ON_CPU
+    if placement != ON_CPU:
+        echo(f"  PyTorch computes on {placement.device}, {needs.on_device(whole=placement.whole)}")
     # Where the model does not run, the weights are read once: to be written, or to be checked if they are linked.
     streamed = () if options.runs_model else tuple(weight_files(checkpoint.folder))
     with new_bundle(options.out) as staging, ReadAhead(streamed) as read_ahead:
         require_room(needs, options.out, force=options.force)
         note_small_gpus(needs, options)
-        state = _start(options, checkpoint, staging, read_ahead)
+        state = _start(options, checkpoint, staging, read_ahead, placement)
         _load_model(state)
         _quantize(state)
         _search_fp16_limit(state)
@@ -144,7 +156,9 @@ def export(options: ExportOptions) -> Manifest:
     return manifest
 
 
-def _start(options: ExportOptions, checkpoint: Checkpoint, staging: Path, read_ahead: ReadAhead) -> ExportState:
+def _start(
+    options: ExportOptions, checkpoint: Checkpoint, staging: Path, read_ahead: ReadAhead, placement: Placement
+) -> ExportState:
     """Starts hashing the checkpoint in the background, and writes the tokenizer and the prompts."""
     folder, config = checkpoint.folder, checkpoint.weights.config
     hashing = run_in_background(
@@ -156,7 +170,13 @@ def _start(options: ExportOptions, checkpoint: Checkpoint, staging: Path, read_a
     for file_name, content in module_files(text.prompts(None)).items():
         (staging / file_name).write_bytes(content)
     return ExportState(
-        options=options, checkpoint=checkpoint, staging=staging, read_ahead=read_ahead, source=hashing, text=text
+        options=options,
+        checkpoint=checkpoint,
+        staging=staging,
+        read_ahead=read_ahead,
+        source=hashing,
+        text=text,
+        placement=placement,
     )
 
 
@@ -165,26 +185,50 @@ def _load_model(state: ExportState) -> None:
     options, weights = state.options, state.checkpoint.weights
     if options.runs_model:
         probe_rows(state.text, longest_probe(state.text, options.profile.max))  # refuses a --max that is too short
+    device, fold = state.placement.device, options.fold
     if options.parity:
         with step("reading the checkpoint"):
-            reference = PyTorchBackend(state.checkpoint.folder, config=state.checkpoint.weights.config)
-            require_finite_parameters(reference.model)
-        state.gate = _gate(reference, state.text, options)
+            whole_on = str(device) if state.placement.whole else "cpu"
+            on_device = PyTorchBackend(state.checkpoint.folder, config=weights.config, device=whole_on)
+            require_finite_parameters(on_device.model)
+        model = on_device.model
+        reference: Backend = on_device
+        if not state.placement.whole:
+            reference = LayerwiseBackend(LayerwiseModel(model, device=device))
+        state.gate = _gate(reference, model.config, state.text, options)
+        _require_structure(state, reference, model)
         (state.staging / REFERENCE_OUTPUTS).write_bytes(state.gate.reference.to_bytes())
         # In place: the reference itself is not needed any more.
-        state.layerwise = LayerwiseModel(folded_form(reference.model, fold=options.fold))
+        state.layerwise = LayerwiseModel(folded_form(model, fold=fold), device=device)
         return
     return_large_blocks()  # not for a model in memory, which computes in two thirds of the time without this
     if options.runs_model:
-        state.layerwise = LayerwiseModel.from_checkpoint(weights, fold=options.fold)
+        state.layerwise = LayerwiseModel.from_checkpoint(weights, fold=fold, device=device)
 
 
-def _gate(reference: PyTorchBackend, text: TextEncoder, options: ExportOptions) -> Gate:
+def _require_structure(state: ExportState, reference: Backend, model: NVEmbed) -> None:
+    """Refuses a graph whose structure is wrong: the gate of a coarse precision may not see it."""
+    options = state.options
+    if options.precision is Precision.FP32:
+        return  # the gate itself has FP32's bounds
+    with step("comparing the graph's structure with PyTorch, in fp32"):
+        report = require_structure(
+            state.checkpoint.weights,
+            structure_reference(reference, model, state.text, options.profile.max),
+            state.text,
+            state.staging / STRUCTURE,
+            dialect=options.dialect,
+            fold=options.fold,
+            max_shape=options.profile.max,
+        )
+    detail(f"  {report.summary()}")
+
+
+def _gate(reference: Backend, model: ModelConfig, text: TextEncoder, options: ExportOptions) -> Gate:
     """Embeds the gate's texts with the reference; every graph and plan is compared with these embeddings."""
     max_shape = options.profile.max
     with step("embedding the probes with PyTorch"):
         outputs = compute_reference_outputs(reference, text, precision=options.precision, max_shape=max_shape)
-    model = reference.model.config
     return Gate(reference=outputs, text=text, model=model, precision=options.precision, max_shape=max_shape)
 
 
@@ -231,6 +275,8 @@ def _write_passing_graphs(state: ExportState) -> None:
             state.record = record
             echo(f"  {err}; excluding the next most sensitive layers from quantization")
     state.layerwise = None  # frees the model's memory
+    if state.rounding is not None:
+        shutil.rmtree(state.staging / ROUNDED_WEIGHTS, ignore_errors=True)
     if state.record is not None:
         write_with_chart(state.record, state.staging)
 
@@ -275,8 +321,6 @@ def _write_graphs(state: ExportState) -> None:
         check(staging / GRAPH, linked=options.reference_weights)
         if options.precision.has_cpu_graph:
             write_cpu_graph(staging / GRAPH, staging / CPU_GRAPH)
-    if state.rounding is not None:
-        shutil.rmtree(state.staging / ROUNDED_WEIGHTS, ignore_errors=True)
             check(staging / CPU_GRAPH, linked=options.reference_weights)
     state.opset = traced.opset_imports[""]
 
