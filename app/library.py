@@ -51,7 +51,7 @@ class Library:
         index: Kind of index; see `index.opener`.
 
     Raises:
-        ConfigError: The kind of index does not exist.
+        ConfigError: The kind of index does not exist, or the folder cannot be created.
         MissingExtra: The index needs a package that is not installed.
     """
 
@@ -60,7 +60,12 @@ class Library:
         self._open: dict[str, FolderStore] = {}
         self._open_index = opener(index)
         self._writing = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise ConfigError(
+                f"the folder {folder} cannot be created ({err.strerror}); pass --collections with another one"
+            ) from err
         remove_leftovers(folder)
 
     def names(self) -> list[str]:

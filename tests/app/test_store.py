@@ -59,6 +59,15 @@ def test_another_engine_is_refused(library: Library, bundles: dict[str, Path], t
     assert fp16_library.names() == ["mine"]  # the other engine's copy of Python's documentation is not shown
 
 
+def test_a_folder_that_cannot_be_created_is_named_with_the_option(encoder: Encoder, tmp_path: Path) -> None:
+    """As that of a user whose home is the root folder, in many containers."""
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"file/collections cannot be created \(Not a directory\); pass --collections"
+    ):
+        Library(tmp_path / "file" / "collections", encoder)
+
+
 def test_collections_grow_persist_and_can_be_deleted(library: Library, encoder: Encoder) -> None:
     library.add_python(few_passages())
     assert [done for done, _ in library.add_steps("mine", few_passages()[:1])] == [0, 1]

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from nvembed_deploy.cli import main as cli
 from nvembed_deploy.cli.main import COMMANDS
+from nvembed_deploy.console import interrupt
 from tests.readme import ROOT
 
 NAMES = [name for group in COMMANDS.values() for name in group]
@@ -116,3 +118,21 @@ def test_cures_name_extras_that_exist() -> None:
                     named |= {argument.value for argument in call.args if isinstance(argument, ast.Constant)}
     assert named >= {"export", "cpu", "serve"}
     assert named <= extras
+
+
+def test_sigterm_is_handled_before_a_command_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process of a container ignores signals without a handler."""
+    handlers = []
+
+    def import_module(name: str) -> None:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["nvembed", "show"])
+    monkeypatch.setattr(cli.importlib, "import_module", import_module)
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main() == 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert handlers == [interrupt]

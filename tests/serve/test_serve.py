@@ -354,6 +354,17 @@ def test_a_port_in_use_is_reported_before_the_engine_loads(bundles: dict[str, Pa
     assert time.perf_counter() - started < 30
 
 
+def test_idle_connections_outlive_those_of_proxies(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """nginx keeps a connection for 60 s: one that the server closes earlier may lose the next request."""
+    from nvembed_deploy.serve.command import main
+
+    configs = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: configs.append(server.config))
+    assert main([str(bundles["fp32"]), "--port", "0", "--device", "cpu", "--timeout", "5"]) == 0
+    assert configs[0].timeout_keep_alive > 60
+    assert 5 < configs[0].timeout_graceful_shutdown < 10
+
+
 @pytest.mark.slow
 def test_idle_connections_do_not_block_others(bundles: dict[str, Path]) -> None:
     """The health check and requests are answered while more idle and half-sent connections are open than allowed."""
