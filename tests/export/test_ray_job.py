@@ -123,7 +123,9 @@ def datasets_texts(folder: Path) -> list[str]:
 
 
 def ray_texts(folder: Path) -> list[str]:
-    rows = pytest.importorskip("ray.data").read_parquet(str(folder), override_num_blocks=1).take_all()  # in no particular order
+    rows = (
+        pytest.importorskip("ray.data").read_parquet(str(folder), override_num_blocks=1).take_all()
+    )  # in no particular order
     return [row["text"] for row in sorted(rows, key=lambda row: row["id"])]
 
 
