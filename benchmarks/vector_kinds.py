@@ -55,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 vectors = model.on_set(retrieval_set)
                 with step(f"{model.name}, {retrieval_set.name}"):
                     rows += [{"model": model.name, **row} for row in compare(retrieval_set, vectors, model.on_texts())]
-        data_flag = " --data DIR" if flags.data else ""
+        options = " --data DIR" if flags.data else ""
+        if set(flags.models) != set(OPENERS):
+            options += f" --models {' '.join(flags.models)}"
         record = {
-            "command": f"python -m benchmarks.vector_kinds WORK{data_flag}",
+            "command": f"python -m benchmarks.vector_kinds WORK{options}",
             "date": datetime.date.today().isoformat(),
             "machine": describe_machine(),
             "versions": installed_versions(RECORDED),

@@ -34,7 +34,7 @@ RESULT = ROOT / "benchmarks" / "results" / "vector_search.json"
 SIZES = ((200_000, 384), (1_000_000, 384), (200_000, 4096))
 FORMATS = (OutputDtype.FLOAT32, OutputDtype.INT8, OutputDtype.UBINARY)
 CANDIDATES = (40, 200)
-QUERIES, SECONDS = 100, 20.0
+QUERIES, SECONDS = 100, 12.0
 """Queries of each measurement, and its longest time; a slow one has fewer."""
 NOISE = 0.75
 BLOCK = 10_000

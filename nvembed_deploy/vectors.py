@@ -32,7 +32,7 @@ UINT8_OFFSET = 128
 """Difference of uint8 and int8, and of ubinary and binary, as in the interfaces of Cohere, Voyage and NVIDIA's NIM."""
 BLOCK_VECTORS = 16_384
 """Documents that `search` compares at a time, before it keeps the best of them."""
-BLOCK_QUERIES = 256
+BLOCK_QUERIES = 64
 """Queries that `search` compares at a time, so that its memory is bounded."""
 BLOCK_FLOATS = 1 << 18
 """float32 components that are multiplied at a time: 1 MiB, which a core's cache has, and too few for NumPy's BLAS to
@@ -217,7 +217,7 @@ def hamming_distances(queries: NDArray[np.uint8], documents: NDArray[np.uint8]) 
 def search(queries: NDArray[Any], documents: NDArray[Any], *, top_k: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Returns the nearest documents of each query, exactly, by inner product or by the number of equal bits.
 
-    Beside its results it needs some 25 MB for each core, however many documents and queries there are.
+    Beside its results it needs 25 MB at most for each core that it runs on, however many documents there are.
 
     Args:
         queries: [Q, D] of float32, float16 or int8, or uint8 [Q, D / 8] for `ubinary`.
@@ -271,7 +271,9 @@ def rescore(
 def _search_all(queries: NDArray[Any], documents: NDArray[Any], top_k: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Searches a few queries in all documents, with a part of these on each core."""
     blocks = -(-len(documents) // BLOCK_VECTORS)
-    workers = max(1, min(usable_cores(), blocks))
+    # BLAS has threads of its own for products with several queries.
+    cores = usable_cores() if len(queries) == 1 or documents.dtype == np.uint8 else 1
+    workers = max(1, min(cores, blocks))
     bounds = [BLOCK_VECTORS * (blocks * worker // workers) for worker in range(workers)] + [len(documents)]
     ranges = list(pairwise(bounds))
 

@@ -84,6 +84,7 @@ def test_search_is_exact(vectors: np.ndarray, dtype: str, cores: int, monkeypatc
     if dtype in ("int8", "ubinary"):  # integers: equal scores are equal, and come in order
         np.testing.assert_array_equal(indices, order)
         assert scores.dtype == np.int32
+    np.testing.assert_array_equal(search(converted[:1], converted, top_k=12)[0], indices[:1])  # on all cores
     assert search(converted[:2], converted[:3], top_k=10)[0].shape == (2, 3)
     assert search(converted[:2], converted[:0], top_k=10)[0].shape == (2, 0)
     assert search(converted[:0], converted, top_k=10)[0].shape == (0, 10)

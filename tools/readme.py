@@ -14,7 +14,7 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -74,26 +74,59 @@ def clients_table() -> str:
 
 def vectors_table() -> str:
     """Formats the record of `benchmarks.vector_kinds`: sizes and retrieval with smaller vectors."""
-    record = json.loads((RESULTS / "vector_kinds.json").read_text(encoding="utf-8"))
-    sets = list(dict.fromkeys((row["model"], row["set"]) for row in record["rows"]))
-    kinds = list(dict.fromkeys(row["kind"] for row in record["rows"]))
-    figures = {(row["kind"], row["model"], row["set"]): row for row in record["rows"]}
+    record = _record("vector_kinds")
+    return _kinds_table(
+        record,
+        lambda row: f"{row['ndcg']:.2f}, {row['overlap']:.1%}",
+        "nDCG@10 in points, and the share of float32's ten best documents. " + _made_by(record),
+    )
+
+
+def dimensions_table() -> str:
+    """Formats the record of `benchmarks.fewer_dimensions`: fewer dimensions beside bits."""
+    record = _record("fewer_dimensions")
+    return _kinds_table(
+        record,
+        lambda row: f"{row['overlap']:.1%}, {row['rescored_overlap']:.1%}",
+        "The share of float32's ten best documents: alone, and with the best 40 ranked by int8 vectors of all "
+        "dimensions. " + _made_by(record),
+    )
+
+
+def _kinds_table(record: dict[str, Any], cell: Callable[[dict[str, Any]], str], note: str) -> str:
+    """Formats rows by kind of vectors, a table for each model with a column for each set."""
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in record["rows"]):
+        rows = {(row["kind"], row["set"]): row for row in record["rows"] if row["model"] == model}
+        sets = list(dict.fromkeys(name for _, name in rows))
+        parts += [f"| {model} | bytes | {' | '.join(sets)} |", f"| --- | --- | {' | '.join('---' for _ in sets)} |"]
+        for kind in dict.fromkeys(kind for kind, _ in rows):
+            kind_rows = [rows[kind, name] for name in sets]
+            parts.append(f"| {kind} | {kind_rows[0]['bytes']:g} | {' | '.join(map(cell, kind_rows))} |")
+        parts.append("")
+    return "\n".join([*parts, note, ""])
+
+
+def vector_search_table() -> str:
+    """Formats the record of `benchmarks.vector_search`: memory, time and results of exact search by format."""
+    record = _record("vector_search")
     lines = [
-        f"| vectors | bytes | {' | '.join(f'{model}, {name}' for model, name in sets)} |",
-        f"| --- | --- | {' | '.join('---' for _ in sets)} |",
+        "| vectors | searched by | bytes | p50 | p99 | first, from disk | of float32's ten best |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for kind in kinds:
-        rows = [figures[(kind, *of_set)] for of_set in sets]
-        cells = (f"{row['ndcg']:.2f}, {row['overlap']:.1%}" for row in rows)
-        lines.append(f"| {kind} | {rows[0]['bytes']:g} | {' | '.join(cells)} |")
+    for row in record["rows"]:
+        first = f"{row['first_ms']:.0f} ms" if "first_ms" in row else "-"
+        share = f"{row['overlap']:.1%}" if "overlap" in row else "-"
+        lines.append(
+            f"| {row['vectors']:,} of {row['width']:,} | {row['by']} | {row['bytes'] / 1e6:,.0f} MB | "
+            f"{row['p50_ms']:.1f} ms | {row['p99_ms']:.1f} ms | {first} | {share} |"
+        )
+    return "\n".join([*lines, "", _made_by(record), ""])
+
+
+def _made_by(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines += [
-        "",
-        "nDCG@10 in points, and the share of float32's ten best documents. "
-        f"Made by `{record['command']}` on {record['date']}: {record['machine']}; {versions}.",
-        "",
-    ]
-    return "\n".join(lines)
+    return f"Made by `{record['command']}` on {record['date']}: {record['machine']}; {versions}."
 
 
 def precision_table() -> str:
@@ -452,6 +485,8 @@ def _mean(numbers: Iterable[float]) -> float:
 TABLES = {
     "clients": clients_table,
     "vectors": vectors_table,
+    "dimensions": dimensions_table,
+    "vector_search": vector_search_table,
     "precisions": precision_table,
     "precisions_short": short_precision_table,
     "forecasts": forecasts_table,
