@@ -122,11 +122,13 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
         streaming = max(streaming, layerwise)
     building = build_memory_bytes(weight_bytes) if plan else 0
     plan_bytes = weight_bytes * PLAN_FACTOR + PLAN_BASE_BYTES if plan else 0
+    written = int(_written_bytes(weights, options, weight_bytes) + plan_bytes)
+    if uses_gptq(precision):  # its results stay until the graph is written
+        written += int(linear_weights * (0.5 + 4 / INT4_BLOCK))
     return Forecast(
         weights=weight_bytes,
         memory=BASE_BYTES + LAYER_BYTES * config.layers + max(comparing, streaming, building),
-        disk=int(_written_bytes(weights, options, weight_bytes) + plan_bytes + _temporary_bytes(weights, options))
-        + SMALL_FILES_BYTES,
+        disk=max(written, _structure_bytes(weights, options)) + SMALL_FILES_BYTES,
         gpu=int(weight_bytes * PLAN_FACTOR) + CONTEXTS * _activation_bytes(config, options) + CUDA_BYTES,
         cpu=RUNTIME_BASE_BYTES + _cpu_weight_bytes(parameters, linear_weights, precision),
         device_whole=CUDA_BYTES + 4 * count_parameters(config, fold=fold and not options.parity) + layerwise,
@@ -216,15 +218,11 @@ def _gptq_bytes(config: ModelConfig) -> int:
     return 4 * hessians + 9 * config.hidden_size * widest
 
 
-def _temporary_bytes(weights: StoredWeights, options: ExportOptions) -> int:
-    """Returns the largest size of files that do not stay: GPTQ's results, or a graph in FP32 of the first layers."""
-    config = weights.config
-    rounded = 0
-    if uses_gptq(options.precision):
-        rounded = int(count_linear_weights(config) * (0.5 + 4 / INT4_BLOCK))
+def _structure_bytes(weights: StoredWeights, options: ExportOptions) -> int:
+    """Returns the size of the graph in FP32 that the structure is checked with, which is removed again."""
     if not options.parity or options.precision is Precision.FP32:
-        return rounded
-    return max(rounded, 4 * count_parameters(structure_config(config), fold=options.fold))
+        return 0
+    return 4 * count_parameters(structure_config(weights.config), fold=options.fold)
 
 
 def _written_bytes(weights: StoredWeights, options: ExportOptions, weight_bytes: int) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nvembed_deploy.bundle.manifest import GRAPH, WEIGHTS
-from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.errors import BundleError, ConfigError
 from nvembed_deploy.export.quantization.formats import FORMATS, NumberFormat, pack_int4, unpack_int4
 from nvembed_deploy.export.quantization.gptq import gptq
 from nvembed_deploy.export.quantization.linear_groups import weight_of
@@ -107,7 +107,7 @@ class GptqRounding(Rounding):
                 scales = torch.frombuffer(_stored_bytes(bundle, scale), dtype=torch.float16).reshape(scale_shape)
                 packed = torch.frombuffer(_stored_bytes(bundle, values), dtype=torch.uint8)
                 self._save(name, packed, scales.float())
-        except (OSError, KeyError, ValueError, RuntimeError) as err:
+        except (BundleError, OSError, KeyError, ValueError, RuntimeError) as err:
             raise ConfigError(
                 f"--reuse {bundle} does not have this model's quantized weights ({err}), and rounding them again takes "
                 "the calibration; pass the folder of a complete bundle, or quantize without --reuse"

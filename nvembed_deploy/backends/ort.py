@@ -29,6 +29,9 @@ GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 X64_QUANT_PRECISION = ("session.x64quantprecision", "1")
 """Uses unsigned weights on CPUs whose 8-bit products overflow, see `eight_bit_products_overflow`. Without it, an INT8
 bundle's mean error was 8 times as large at hardly any gain in speed (AMD EPYC, third generation)."""
+FOUR_BIT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""Multiplies by 4-bit weights in FP32. By default inputs are rounded to 8 bits, with a scale that depends on the batch:
+with every layer in INT4, the same text alone and in a batch then had a cosine of 0.9967."""
 COPIES_WHILE_OPENING = 2
 """Copies of the weights in memory while opening: the hashed bytes, and ONNX Runtime's own copy, which stays."""
 _log = logging.getLogger(__name__)
@@ -85,6 +88,7 @@ class OrtBackend:
             options.intra_op_num_threads = threads
         options.log_severity_level = FATAL_SEVERITY
         options.add_session_config_entry(*X64_QUANT_PRECISION)
+        options.add_session_config_entry(*FOUR_BIT_PRODUCTS)
         if as_written:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:

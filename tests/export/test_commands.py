@@ -154,7 +154,7 @@ def test_failed_gate_leaves_the_old_bundle(
 
     read = CheckpointWeights.read
     monkeypatch.setattr(CheckpointWeights, "read", damaged)
-    assert trt.main(arguments(checkpoint, bundle, "--precision", "fp16")) == 1
+    assert trt.main(arguments(checkpoint, bundle, "--precision", "fp32")) == 1
     assert "error: onnxruntime" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
@@ -317,7 +317,7 @@ def test_forecast_refuses_what_cannot_fit(checkpoint: Path, tmp_path: Path) -> N
     )
     linked = forecast(weights, replace(export_options, parity=False, reference_weights=True), plan=False)
     assert compared.memory > streamed.memory >= linked.memory
-    assert compared.disk == streamed.disk > linked.disk
+    assert compared.disk >= streamed.disk > linked.disk
     huge = replace(needs, disk=2**60)
     with pytest.raises(ExportError, match=r"needs about 1073741824\.0 GiB of disk, but only .* GiB are free"):
         require_room(huge, tmp_path / "b", force=False)

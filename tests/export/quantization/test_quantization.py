@@ -408,7 +408,7 @@ def test_a_record_reproduces_the_model(
 ) -> None:
     model, record = quantized(Precision.INT8)
     write_record(record, tmp_path / QUANTIZATION)
-    reread = read_record(tmp_path, precision=INT8, model_sha256="0" * 64, texts_sha256=record.texts_sha256)
+    reread = read_record(tmp_path, precision=Precision.INT8, model_sha256="0" * 64, texts_sha256=record.texts_sha256)
     assert reread == record
     smoothed = copy.deepcopy(plain)
     apply_record(LayerwiseModel(smoothed), reread)
@@ -438,14 +438,14 @@ def test_a_record_of_an_older_version_is_refused(quantized: Callable[[Precision]
     (tmp_path / QUANTIZATION).write_text(json.dumps(fields))
     message = f"it has format version {RECORD_VERSION - 1}, and this release reads version {RECORD_VERSION}"
     with pytest.raises(ConfigError, match=message):
-        read_record(tmp_path, precision=INT8, model_sha256="0" * 64, texts_sha256=None)
+        read_record(tmp_path, precision=Precision.INT8, model_sha256="0" * 64, texts_sha256=None)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"version": 1}', '{"version": "x"}'])
 def test_a_broken_record_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / QUANTIZATION).write_text(content)
     with pytest.raises(ConfigError, match="cannot be used"):
-        read_record(tmp_path, precision=INT8, model_sha256="", texts_sha256=None)
+        read_record(tmp_path, precision=Precision.INT8, model_sha256="", texts_sha256=None)
 
 
 def test_a_record_of_other_layers_is_refused(plain: NVEmbed, quantized: Callable[[Precision], Quantized]) -> None:
@@ -495,7 +495,7 @@ DAMAGED_GROUPS = {
 def reuse(fields: dict, folder: Path, model: NVEmbed) -> None:
     """Reads and applies a record as an export with --reuse does."""
     (folder / QUANTIZATION).write_text(json.dumps(fields))
-    record = read_record(folder, precision=INT8, model_sha256="0" * 64, texts_sha256=None)
+    record = read_record(folder, precision=Precision.INT8, model_sha256="0" * 64, texts_sha256=None)
     apply_record(LayerwiseModel(copy.deepcopy(model)), record)
 
 
