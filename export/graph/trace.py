@@ -74,6 +74,8 @@ def _trace(
         convert_to_fp32(model, fp32_modules)
         if dialect is Dialect.FUSED:
             _use_rotary_operator(model.embedding_model)
+        else:
+            _use_primitive_attention(model.embedding_model)
         # Three separate tensors: if one were passed twice, the tracer would merge the two inputs.
         example = tuple(torch.ones(TRACE_SHAPE, dtype=torch.int64) for _ in INPUTS)
         with _quiet():
@@ -122,6 +124,34 @@ def _use_rotary_operator(backbone: Decoder) -> None:
 
     for layer in backbone.layers:
         layer.self_attn.rotate = rotate
+
+
+def _use_primitive_attention(backbone: Decoder) -> None:
+    """Writes attention in six operators per layer, which TensorRT 10 can fuse, with one mask for all layers.
+
+    PyTorch's own decomposition has 17: it also transposes the keys by their shape, and replaces NaN in the weights,
+    which an infinite mask makes of a query without keys. The mask here is finite, half of the type's minimum: no sum
+    with a score overflows, and a softmax makes exactly 0 of it, since scores above a quarter of FP16's maximum are
+    computed in FP32 (`fp16_ranges.HEADROOM`).
+
+    Queries of heads that share keys are stacked along the tokens, [B, K, H/K x T, h]: two reshapes copy nothing, where
+    repeated keys and values would.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        B, H, T, h = q.shape
+        group = H // k.shape[1]
+        bias = torch.where(mask, 0.0, torch.finfo(q.dtype).min / 2).to(q.dtype)  # equal in all layers, computed once
+        q = q * h**-0.5
+        if group > 1:
+            q = q.reshape(B, k.shape[1], group * T, h)
+            if mask.shape[2] != 1:
+                bias = bias.repeat(1, 1, group, 1)
+        out = (q @ k.transpose(-1, -2) + bias).softmax(dim=-1) @ v
+        return out.reshape(B, H, T, h) if group > 1 else out
+
+    for layer in backbone.layers:
+        layer.self_attn.attend = attend
 
 
 @contextmanager

@@ -112,7 +112,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Computes attention with a fused kernel.
+
+    Args:
+        q: Queries [B, H, T, h].
+        k: Keys [B, K, T, h].
+        v: Values, as the keys.
+        mask: bool [B, 1, T or 1, T], True at the keys that a query attends to.
+
+    Returns:
+        [B, H, T, h].
+    """
+    mask = mask.expand(-1, -1, q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
 Rotary = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
@@ -121,7 +138,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.rotate: Rotary = rotate  # the export replaces it by one operator where the ONNX dialect has one
+        self.rotate: Rotary = rotate  # the export replaces these two by what suits the ONNX dialect
+        self.attend: Attend = attend
         bias = config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
@@ -139,7 +157,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # needed if the residual is FP32 and the heads are not
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        out = self.attend(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
 
 
@@ -218,10 +236,11 @@ class Decoder(nn.Module):
     def visible(self, attention_mask: Tensor, layer: int) -> Tensor:
         """Returns the mask of keys (last axis) that a query attends to in a layer, bool [B, 1, T, T].
 
-        Padding is excluded, with a causal mask also the tokens after the query, and those outside the layer's window.
+        It is [B, 1, 1, T] if all queries of a text attend to the same keys. Padding is excluded, with a causal mask
+        also the tokens after the query, and those outside the layer's window.
         """
-        B, T = attention_mask.shape
-        real = attention_mask.bool()[:, None, None, :].expand(B, 1, T, T)
+        T = attention_mask.shape[1]
+        real = attention_mask.bool()[:, None, None, :]
         is_causal, window = self.config.mask is Mask.CAUSAL, self.config.sliding_window
         if not is_causal and not self.config.has_window(layer):
             return real
