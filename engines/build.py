@@ -34,6 +34,7 @@ from nvembed_deploy.engines.targets import (
     choose_target,
     load_runtime,
     local_compute_capability,
+    version_number,
 )
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import free_bytes
@@ -168,17 +169,34 @@ def build(
 
 
 def _bindings(target: Target, manifest: Manifest) -> Any:
-    """Loads the target's TensorRT, if it supports the dialect of the graph.
+    """Loads the target's TensorRT, if its version supports the dialect of the graph.
 
     Raises:
-        ConfigError: The target cannot parse the graph.
+        ConfigError: The target, or this version, cannot parse the graph.
     """
-    if target.dialect is Dialect.PORTABLE and manifest.dialect is Dialect.FUSED:
+    is_fused, fused_from = manifest.dialect is Dialect.FUSED, target.fused_from
+    again = f"export the bundle again with --target {target.name} --dialect {Dialect.PORTABLE.value}"
+    if is_fused and target.dialect is Dialect.PORTABLE and fused_from is None:
         raise ConfigError(
             f"the bundle's graph has the fused dialect (opset {manifest.opset}), and --target {target.name} supports "
-            f"up to opset {target.dialect.opset}; export the bundle again: {program('export')} --target {target.name}"
+            f"up to opset {target.dialect.opset}; {again}"
         )
-    return load_runtime(target)
+    bindings = load_runtime(target)
+    if fused_from is None:
+        return bindings
+    parses_fused = version_number(bindings.__version__) >= version_number(fused_from)
+    if is_fused and not parses_fused:
+        raise ConfigError(
+            f"the bundle's graph has the fused dialect (opset {manifest.opset}), which --target {target.name} supports "
+            f"from TensorRT {fused_from} on, and {bindings.__version__} is installed; install that (it needs JetPack "
+            f"7.2.2), or {again}, pack it and copy that archive here"
+        )
+    if parses_fused and not is_fused:
+        echo(
+            f"  note: TensorRT {bindings.__version__} also supports the fused dialect on this device, with kernels for "
+            f"attention; for that, pack a bundle exported with --dialect {Dialect.FUSED.value}"
+        )
+    return bindings
 
 
 def _profile(target: Target, manifest: Manifest, max_shape: Shape | None) -> ShapeProfile:

@@ -12,17 +12,17 @@ import io
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
 import nvembed_deploy
-from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, REFERENCE_OUTPUTS
+from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, REFERENCE_OUTPUTS, Manifest
 from nvembed_deploy.bundle.reader import Bundle, bundle_folder
 from nvembed_deploy.console import echo, program, run
-from nvembed_deploy.engines.targets import TARGETS, Target, capable_gpus
+from nvembed_deploy.engines.targets import TARGETS, Target, capable_gpus, version_number
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import staged_file
 from nvembed_deploy.spec import Dialect
@@ -39,6 +39,7 @@ PACKED = (
     "backends/*.py",
     "bundle/*.py",
     "cli/*.py",
+    "encoder/*.py",
     "engines/*.py",
     "files/*.py",
     "integrations/*.py",
@@ -52,12 +53,43 @@ PACKED = (
 checkout are symbolic links, which recursive patterns do not follow."""
 EXCLUDED = ("backends/pytorch.py", "engines/pack.py", "engines/portable_operators.py")
 """Files that match `PACKED` but need PyTorch or ONNX."""
-REQUIREMENTS = {
-    "10": ("numpy>=1.26,<2.3", "tokenizers>=0.20", "tqdm>=4.60", "onnxruntime>=1.23,<1.24", "cuda-bindings~=12.6"),
-    "11": ("numpy>=1.26", "tokenizers>=0.20", "tqdm>=4.60", "onnxruntime>=1.23", "cuda-bindings>=13.0"),
+TENSORRT_10_REQUIREMENTS = (
+    *("numpy>=1.26,<2.3", "tokenizers>=0.20", "tqdm>=4.60", "onnxruntime>=1.23,<1.24", "cuda-bindings~=12.6"),
+)
+"""JetPack 6 has Python 3.10, whose last numpy is 2.2 and, on aarch64, onnxruntime 1.23; its driver is that of CUDA 12.
+onnxruntime checks and runs the graph if the GPU is busy or missing."""
+TENSORRT_11_REQUIREMENTS = (
+    *("numpy>=1.26", "tokenizers>=0.20", "tqdm>=4.60", "onnxruntime>=1.23", "cuda-bindings>=13.0"),
+)
+"""CUDA 13 and Python 3.12, as on JetPack 7."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JetPack:
+    """What an archive for a major version of the Jetsons' system needs and may contain."""
+
+    targets: tuple[str, ...]
+    dialects: tuple[Dialect, ...]
+    requirements: tuple[str, ...]
+    title: str
+
+
+JETPACKS = {
+    6: JetPack(
+        targets=("jetson-orin",),
+        dialects=(Dialect.PORTABLE,),
+        requirements=TENSORRT_10_REQUIREMENTS,
+        title="JetPack 6.2 or newer",
+    ),
+    7: JetPack(
+        targets=("jetson-orin", "jetson-thor"),
+        dialects=(Dialect.PORTABLE, Dialect.FUSED),
+        requirements=TENSORRT_11_REQUIREMENTS,
+        title="JetPack 7",
+    ),
 }
-"""Requirements by the major version of TensorRT. JetPack 6 has Python 3.10, whose last numpy is 2.2 and, on aarch64,
-onnxruntime 1.23; its driver is that of CUDA 12. onnxruntime checks and runs the graph if the GPU is busy or missing."""
+JETSON_TENSORRT = "tensorrt-cu13~=11.4.1"
+"""TensorRT with the fused dialect on JetPack 7.2.2: the package for Arm servers, which JetPack does not contain."""
 PROJECT = """[build-system]
 requires = ["setuptools>=61"]
 build-backend = "setuptools.build_meta"
@@ -76,15 +108,21 @@ STEPS = """# {title}
 {summary}. Model: {model}, {precision}.
 
 ```sh
-python3 -m venv --system-site-packages venv     # with the system's packages: {platform} provides TensorRT
-venv/bin/pip install -r requirements.txt
+python3 -m venv --system-site-packages venv     # with the system's packages
+venv/bin/pip install -r requirements.txt        # TensorRT is from {provider}
 venv/bin/python -m nvembed_deploy build bundle --target {target}
 venv/bin/python -m nvembed_deploy similarity bundle
 ```
 
 `build` checks every file, builds `bundle/engine.plan` with the device's TensorRT ({min_runtime} or newer), compares its
 vectors with PyTorch's in `bundle/reference.npz`, and replaces the bundle. On a device with little memory, add
-`--max 4x256`. To use it in your own program, run `pip install .` and then
+`--max 4x256`. To measure texts per second and, on a GPU, joules per text:
+
+```sh
+venv/bin/python -m nvembed_deploy bench bundle --device cuda --out bench.json
+```
+
+To use it in your own program, run `pip install .` and then
 
 ```python
 from nvembed_deploy import Encoder
@@ -110,32 +148,70 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         + " (default: the target of the bundle)",
     )
     parser.add_argument(
-        "--archive", type=Path, default=None, metavar="FILE.tar", help="archive to write (default: BUNDLE-TARGET.tar)"
+        "--jetpack",
+        type=int,
+        choices=sorted(JETPACKS),
+        help="major version of JetPack on the Jetson: 6 parses the portable dialect, 7 also the fused one from 7.2.2 "
+        "on (default: 6 for a portable graph on jetson-orin, otherwise 7)",
+    )
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        default=None,
+        metavar="FILE.tar",
+        help="archive to write (default: BUNDLE-TARGET.tar, for a Jetson BUNDLE-TARGET-jetpackN.tar)",
     )
     flags = parser.parse_args(argv)
 
     def command() -> None:
-        name = flags.target or Bundle.open(flags.bundle).manifest.target
+        manifest = Bundle.open(flags.bundle).manifest
+        name = flags.target or manifest.target
         if name not in DEVICE_TARGETS:
             raise ConfigError(
                 f"{flags.bundle} was exported for --target {name}, whose plans are not built on the device; pass "
                 f"--target with one of {', '.join(DEVICE_TARGETS)}"
             )
         folder = bundle_folder(flags.bundle)
-        archive = flags.archive or flags.bundle.parent / f"{folder.name}-{name}.tar"
-        pack(folder, TARGETS[name], archive)
+        jetpack = _jetpack(TARGETS[name], manifest, flags.jetpack)
+        suffix = "" if jetpack is None else f"-jetpack{jetpack}"
+        archive = flags.archive or flags.bundle.parent / f"{folder.name}-{name}{suffix}.tar"
+        pack(folder, TARGETS[name], archive, jetpack=jetpack)
         sys.stdout.write(f"{archive}\n")
 
     return run(command)
 
 
-def pack(folder: Path, target: Target, archive: Path) -> None:
+def _jetpack(target: Target, manifest: Manifest, requested: int | None) -> int | None:
+    """Returns the JetPack to pack for, None for other devices; the oldest that supports the graph unless requested.
+
+    Raises:
+        ConfigError: The requested one does not support the device or the graph, or the device is no Jetson.
+    """
+    on_device = [number for number, jetpack in JETPACKS.items() if target.name in jetpack.targets]
+    matching = [number for number in on_device if manifest.dialect in JETPACKS[number].dialects]
+    if requested is None:
+        return min(matching, default=None)
+    if requested in matching:
+        return requested
+    if not on_device:
+        raise ConfigError(f"--jetpack is for Jetsons, and --target is {target.name}; leave it out")
+    if requested not in on_device:
+        raise ConfigError(f"--target {target.name} has no JetPack {requested}; pass --jetpack {min(on_device)}")
+    raise ConfigError(
+        f"the bundle has the fused dialect (opset {manifest.opset}), which JetPack {requested} does not support; pass "
+        f"--jetpack {min(matching)}, or export it again: {program('export')} --target {target.name} --dialect "
+        f"{Dialect.PORTABLE.value}"
+    )
+
+
+def pack(folder: Path, target: Target, archive: Path, *, jetpack: int | None = None) -> None:
     """Writes the archive atomically.
 
     Args:
         folder: Folder of a bundle; a plan in it is not packed.
         target: The device to pack for.
         archive: File to write, an uncompressed tar, since weights hardly compress.
+        jetpack: Major version of a Jetson's JetPack, a key of `JETPACKS`; None for other devices.
 
     Raises:
         ConfigError: The device does not support the dialect of the graph or the precision.
@@ -146,12 +222,13 @@ def pack(folder: Path, target: Target, archive: Path) -> None:
     manifest = bundle.manifest
     # Refuses a precision by the target's GPUs, whatever GPU this machine has.
     capable_gpus(replace(target, on_device=False), manifest.precision)
-    if target.dialect is Dialect.PORTABLE:
-        if manifest.dialect is Dialect.FUSED:
+    if manifest.dialect is Dialect.FUSED:
+        if target.dialect is Dialect.PORTABLE and target.fused_from is None:
             raise ConfigError(
                 f"{folder} has the fused dialect (opset {manifest.opset}), which --target {target.name} does not "
                 f"support; export it again: {program('export')} --target {target.name}"
             )
+    elif target.dialect is Dialect.PORTABLE:
         from nvembed_deploy.engines.portable_operators import require_portable
 
         require_portable(bundle.folder / GRAPH)
@@ -159,7 +236,7 @@ def pack(folder: Path, target: Target, archive: Path) -> None:
     if REFERENCE_OUTPUTS not in manifest.files:
         echo("  note: the bundle was exported with --no-parity, so the device cannot check its engine")
     top = archive.name.removesuffix(".tar")
-    files = dict(_runtime_files(bundle, target, top))
+    files = dict(_runtime_files(bundle, target, top, jetpack))
     archive.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(archive) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for name, content in files.items():
@@ -168,21 +245,30 @@ def pack(folder: Path, target: Target, archive: Path) -> None:
     echo(f"done: {archive} {archive.stat().st_size / 1e6:.1f} MB for {target.summary}; see the README.md in it")
 
 
-def _runtime_files(bundle: Bundle, target: Target, top: str) -> Iterator[tuple[str, bytes]]:
+def _runtime_files(bundle: Bundle, target: Target, top: str, jetpack: int | None) -> Iterator[tuple[str, bytes]]:
     """Yields the names and contents of all files of the archive outside the bundle."""
-    manifest, is_jetson = bundle.manifest, target.name.startswith("jetson")
+    manifest = bundle.manifest
+    has_tensorrt_10 = version_number(target.min_runtime_version) < (11, 0)
+    requirements = TENSORRT_10_REQUIREMENTS if has_tensorrt_10 else TENSORRT_11_REQUIREMENTS
+    summary, provider, min_runtime = target.summary, "NVIDIA's packages or its container", target.min_runtime_version
+    if jetpack is not None:
+        requirements, provider = JETPACKS[jetpack].requirements, "JetPack"
+        system = JETPACKS[jetpack].title
+        if manifest.dialect is Dialect.FUSED and target.fused_from is not None:
+            requirements, provider = (*requirements, JETSON_TENSORRT), "this file"
+            system, min_runtime = "JetPack 7.2.2 or newer", target.fused_from
+        summary = f"For {system} on {target.name}, built on the Jetson itself"
     steps = STEPS.format(
         title=top,
-        summary=target.summary,
+        summary=summary,
         model=manifest.source.name,
         precision=manifest.precision.value,
-        platform="JetPack" if is_jetson else "NVIDIA's packages or its container",
+        provider=provider,
         target=target.name,
-        min_runtime=target.min_runtime_version,
+        min_runtime=min_runtime,
     )
     yield "README.md", steps.encode()
-    major = target.min_runtime_version.split(".")[0]
-    yield "requirements.txt", "".join(f"{line}\n" for line in REQUIREMENTS[major]).encode()
+    yield "requirements.txt", "".join(f"{line}\n" for line in requirements).encode()
     yield "pyproject.toml", PROJECT.format(version=__version__).encode()
     root = Path(nvembed_deploy.__file__).parent
     for path in sorted(path for pattern in PACKED for path in root.glob(pattern)):

@@ -40,6 +40,9 @@ class Target:
     min_runtime_version: str
     """Oldest version of the runtime that supports the dialect and these GPUs, such as `10.3`."""
     dialect: Dialect
+    """Dialect that every version from `min_runtime_version` on supports."""
+    fused_from: str | None = None
+    """Oldest version that also supports the fused dialect on these devices; None if `dialect` is all there is."""
     compute_capabilities: tuple[str, ...]
     """GPUs of this kind. A plan is built for all of them, or for the local GPU if it is built on the device."""
     on_device: bool
@@ -87,6 +90,9 @@ _JETSON_PROFILE = ShapeProfile(
     min=Shape(batch=1, tokens=1), opt=Shape(batch=4, tokens=64), max=Shape(batch=8, tokens=512)
 )
 """At most 4,096 tokens, because activations share the memory of the board with everything else."""
+JETSON_FUSED_FROM = "11.4"
+"""TensorRT 11.4.1 (2026) is the first TensorRT 11 for Jetsons: AGX Orin and Thor with JetPack 7.2.2. Source: NVIDIA
+TensorRT 11.4.1 documentation, "Migrating TensorRT from 10.x to 11.x on Jetson/JetPack"."""
 F16, BF16, I8, F8 = Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8
 
 TARGETS: dict[str, Target] = {
@@ -190,7 +196,7 @@ TARGETS: dict[str, Target] = {
             runtime=TENSORRT,
             min_runtime_version="11.0",
             dialect=Dialect.FUSED,
-            compute_capabilities=("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"),
+            compute_capabilities=("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "10.7", "12.0", "12.1"),
             on_device=True,
             memory_gib=None,
             supported={BuildOption.WEIGHT_STREAMING: _STREAM_SMALL, **_ON_GPU},
@@ -210,10 +216,11 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="jetson-orin",
-            summary="Jetson Orin with JetPack 6 or 7 through TensorRT 10; built on the Jetson itself",
+            summary="Jetson Orin with JetPack 6 or 7 through TensorRT 10 or 11; built on the Jetson itself",
             runtime=TENSORRT,
             min_runtime_version="10.3",  # of JetPack 6.2; JetPack 7.2 has 10.16
             dialect=Dialect.PORTABLE,  # TensorRT 10.3 has neither Attention nor RMSNormalization
+            fused_from=JETSON_FUSED_FROM,
             compute_capabilities=("8.7",),
             on_device=True,
             memory_gib=8,  # Orin Nano; AGX Orin has up to 64
@@ -231,6 +238,7 @@ TARGETS: dict[str, Target] = {
             runtime=TENSORRT,
             min_runtime_version="10.13",  # of JetPack 7.0
             dialect=Dialect.PORTABLE,  # every TensorRT 10 stops at opset 20
+            fused_from=JETSON_FUSED_FROM,
             compute_capabilities=("11.0",),
             on_device=True,
             memory_gib=128,
@@ -244,6 +252,8 @@ TARGETS: dict[str, Target] = {
 
 MIN_COMPUTE_CAPABILITY: dict[Precision, str] = {Precision.BF16: "8.0", Precision.FP8: "8.9"}
 """Oldest compute capability that supports a precision. Source: NVIDIA TensorRT documentation, "Support matrix"."""
+MIN_TENSORRT: dict[str, str] = {"10.7": "11.3"}
+"""Oldest TensorRT for a compute capability that its target's oldest does not support. Source: as above."""
 
 
 def capable_gpus(target: Target, precision: Precision) -> tuple[str, ...]:
@@ -309,7 +319,7 @@ def choose_target(name: str) -> Target:
         for target in TARGETS.values()
         if target.runtime == TENSORRT
         and capability in target.compute_capabilities
-        and version_number(target.min_runtime_version) <= version_number(version)
+        and version_number(oldest_runtime(target, capability)) <= version_number(version)
     ]
     if not matching:
         raise ConfigError(
@@ -320,6 +330,11 @@ def choose_target(name: str) -> Target:
     return max(matching, key=lambda target: (target.dialect.opset, -len(target.compute_capabilities)))
 
 
+def oldest_runtime(target: Target, capability: str | None) -> str:
+    """Returns the oldest version of a target's TensorRT for a GPU; None is any GPU of the target."""
+    return max(target.min_runtime_version, MIN_TENSORRT.get(capability or "", "0.0"), key=version_number)
+
+
 def load_runtime(target: Target) -> Any:
     """Loads the Python bindings of a target's TensorRT.
 
@@ -328,9 +343,10 @@ def load_runtime(target: Target) -> Any:
         EngineError: The installed version is too old.
     """
     bindings = load_bindings(target.runtime)
-    if version_number(bindings.__version__) < version_number(target.min_runtime_version):
+    oldest = oldest_runtime(target, local_compute_capability() if target.on_device else None)
+    if version_number(bindings.__version__) < version_number(oldest):
         raise EngineError(
-            f"--target {target.name} needs {target.runtime} {target.min_runtime_version} or newer, and "
+            f"--target {target.name} needs {target.runtime} {oldest} or newer, and "
             f"{bindings.__version__} is installed; update it, or choose another --target"
         )
     return bindings

@@ -16,11 +16,11 @@ bundle = str(folder / "edge")
 # On the workstation, which needs PyTorch and no GPU.
 export = ["export", "--model", checkpoint, "--target", "jetson-orin", "--precision", "fp16", "--max", "8x256"]
 subprocess.run([*nvembed, *export, "--out", bundle], check=True)
-subprocess.run([*nvembed, "pack", bundle], check=True)  # writes edge-jetson-orin.tar
+subprocess.run([*nvembed, "pack", bundle], check=True)  # writes edge-jetson-orin-jetpack6.tar
 
 # On the device, which needs neither PyTorch nor the checkpoint. `build` compares the engine with PyTorch's vectors.
-with tarfile.open(folder / "edge-jetson-orin.tar") as archive:
+with tarfile.open(folder / "edge-jetson-orin-jetpack6.tar") as archive:
     archive.extractall(folder, filter="data")
-device = folder / "edge-jetson-orin"
+device = folder / "edge-jetson-orin-jetpack6"
 subprocess.run([*nvembed, "build", "bundle", "--target", "rtx"], cwd=device, check=True)
 subprocess.run([*nvembed, "similarity", "bundle"], cwd=device, check=True)

@@ -23,7 +23,7 @@ from nvembed_deploy.export.structure import structure_config
 from nvembed_deploy.files.atomic import free_bytes
 from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.model.weights import StoredTensor, StoredWeights
-from nvembed_deploy.spec import INT4_BLOCK, Precision
+from nvembed_deploy.spec import INT4_BLOCK, Dialect, Precision
 from nvembed_deploy.system import GIB, available_memory_bytes
 
 BASE_BYTES = int(0.41 * GIB)
@@ -103,11 +103,8 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
         plan: Whether a plan is built.
     """
     config, precision, fold = weights.config, options.precision, options.fold
-    parameters = count_parameters(config, fold=fold)
-    linear_weights = count_linear_weights(config)
-    weight_bits = linear_weights * precision.bits_per_weight
-    weight_bits += (parameters - linear_weights) * precision.base.bits_per_weight
-    weight_bytes = int(weight_bits) // 8
+    parameters, linear_weights = count_parameters(config, fold=fold), count_linear_weights(config)
+    weight_bytes = stored_bytes(config, options)
     streaming, layerwise = _streaming_bytes(weights, options), _layerwise_bytes(weights, options)
     comparing = 0
     if options.parity:
@@ -129,19 +126,37 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
         weights=weight_bytes,
         memory=BASE_BYTES + LAYER_BYTES * config.layers + max(comparing, streaming, building),
         disk=max(written, _structure_bytes(weights, options)) + SMALL_FILES_BYTES,
-        gpu=int(weight_bytes * PLAN_FACTOR) + CONTEXTS * _activation_bytes(config, options) + CUDA_BYTES,
+        gpu=gpu_bytes(config, options),
         cpu=RUNTIME_BASE_BYTES + _cpu_weight_bytes(parameters, linear_weights, precision),
         device_whole=CUDA_BYTES + 4 * count_parameters(config, fold=fold and not options.parity) + layerwise,
         device_layerwise=CUDA_BYTES + layerwise,
     )
 
 
+def stored_bytes(config: ModelConfig, options: ExportOptions) -> int:
+    """Returns the size of the weights in a bundle."""
+    linear_weights, precision = count_linear_weights(config), options.precision
+    bits = linear_weights * precision.bits_per_weight
+    bits += (count_parameters(config, fold=options.fold) - linear_weights) * precision.base.bits_per_weight
+    return int(bits) // 8
+
+
+def gpu_bytes(config: ModelConfig, options: ExportOptions) -> int:
+    """Returns the GPU memory of a plan at run time: weights, the activations of all contexts, and CUDA."""
+    plan_bytes = int(stored_bytes(config, options) * PLAN_FACTOR)
+    return plan_bytes + CONTEXTS * _activation_bytes(config, options) + CUDA_BYTES
+
+
 def _activation_bytes(config: ModelConfig, options: ExportOptions) -> int:
-    """Returns the bytes of one context's activations: the residual and a block's at the largest batch, no scores."""
-    tokens = options.profile.max.batch * options.profile.max.tokens
+    """Returns the bytes of one context's activations at the largest batch: the residual and a block's.
+
+    A fused attention holds no scores. That of a portable graph may run as separate operators, which hold them twice.
+    """
+    shape, itemsize = options.profile.max, DTYPES[options.precision.base].itemsize
     pooler_dim = (config.latent.feed_forward_mult * 3 if config.latent else 0) * config.hidden_size
     block_dim = max(3 * config.intermediate_size, pooler_dim)
-    return tokens * (4 * config.hidden_size + block_dim) * DTYPES[options.precision.base].itemsize
+    scores = 2 * config.heads * shape.tokens if options.dialect is Dialect.PORTABLE else 0
+    return shape.batch * shape.tokens * (4 * config.hidden_size + max(block_dim, scores)) * itemsize
 
 
 def _cpu_weight_bytes(parameters: int, linear_weights: int, precision: Precision) -> int:

@@ -22,7 +22,7 @@ from unittest import mock
 from nvembed_deploy.backends.bindings import TENSORRT_RTX
 from nvembed_deploy.cli.main import COMMANDS
 from nvembed_deploy.console import echo
-from nvembed_deploy.engines.targets import TARGETS, BuildOption, runs_on
+from nvembed_deploy.engines.targets import TARGETS, BuildOption, Target, runs_on
 from nvembed_deploy.model.config import Pooling
 from nvembed_deploy.model.family import MODEL_FAMILIES
 from nvembed_deploy.parity.compare import TOLERANCES
@@ -193,6 +193,27 @@ def forecasts_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def boards_table() -> str:
+    """Formats the Jetsons in the record of `benchmarks.forecasts`."""
+    record = _record("forecasts")
+    sizes = list(dict.fromkeys((row["target"], row["board_gb"]) for row in record["boards"]))
+    names = [f"{target.removeprefix('jetson-').capitalize()}, {size} GB" for target, size in sizes]
+    lines = [
+        f"| model | precision | weights | to build | {' | '.join(names)} |",
+        "| --- | --- | --- | --- |" + " --- |" * len(names),
+    ]
+    for model, precision in dict.fromkeys((row["model"], row["precision"]) for row in record["boards"]):
+        rows = [row for row in record["boards"] if (row["model"], row["precision"]) == (model, precision)]
+        cells = []
+        for row in rows:
+            batch = f"{row['largest_batch']}x512" if row["largest_batch"] else "-"
+            cells.append(batch if row["builds"] or not row["largest_batch"] else f"({batch})")
+        sizes_gb = f"{rows[0]['weights'] / 1e9:.1f} GB | {rows[0]['building'] / 1e9:.1f} GB"
+        lines.append(f"| {model} | {precision} | {sizes_gb} | {' | '.join(cells)} |")
+    lines += ["", f"A forecast, made by `{record['command']}` on {record['date']}; no board was measured."]
+    return "\n".join(lines) + "\n"
+
+
 def _matrix_share(record: dict[str, Any]) -> float:
     sizes = {row["precision"]: row["matrix_bytes"] for row in record["rows"]}
     return float(sizes["int8"] / sizes["fp16"])
@@ -292,11 +313,16 @@ def targets_table() -> str:
         )
         device = target.summary.split(";")[0].split(" through ")[0].rstrip(",")
         lines.append(
-            f"| `{target.name}` | {device} | {runtime} {target.min_runtime_version}+ | {target.dialect.value} | "
+            f"| `{target.name}` | {device} | {runtime} {target.min_runtime_version}+ | {_dialects(target)} | "
             f"{', '.join(target.compute_capabilities)} | {'on the device' if target.on_device else 'anywhere'} | "
             f"{target.profile} | {options or '-'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _dialects(target: Target) -> str:
+    newer = f", fused from {target.fused_from} on" if target.fused_from else ""
+    return f"{target.dialect.value}{newer}"
 
 
 def reasons_table() -> str:
@@ -331,7 +357,7 @@ def compatibility_table() -> str:
                 else "no"
             )
             cells.append(support)
-        graph = f"opset {target.dialect.opset}, {target.dialect.value}"
+        graph = f"opset {target.dialect.opset}, {_dialects(target)}"
         lines.append(f"| `{target.name}` | {graph} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -490,6 +516,7 @@ TABLES = {
     "precisions": precision_table,
     "precisions_short": short_precision_table,
     "forecasts": forecasts_table,
+    "boards": boards_table,
     "mteb": mteb_table,
     "family": family_table,
     "full_size": full_size_table,

@@ -91,5 +91,3 @@ def ndcg(gains: Sequence[float], judged: Mapping[str, float]) -> float:
 
 def _discounted(gains: Sequence[float]) -> float:
     return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
-
-

@@ -15,13 +15,14 @@ import pytest
 from nvembed_deploy import Encoder
 from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, PLAN, REFERENCE_OUTPUTS, WEIGHTS
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.engines import build
+from nvembed_deploy.engines import build, targets
 from nvembed_deploy.engines.targets import SINGLE_QUERIES, TARGETS
 from nvembed_deploy.errors import ConfigError, EngineError
 from nvembed_deploy.parity.probes import ReferenceOutputs
 from nvembed_deploy.spec import Shape
 from tests.bundle.test_reader import snapshot
 from tests.conftest import ROOT, needs_rtx
+from tests.engines.test_plan_builder import FakeTensorRT
 from tests.test_loading import rebuild
 
 JETSON = ["--target", "jetson-orin", "--max", "8x128"]
@@ -110,7 +111,7 @@ def test_impossible_builds_are_refused_with_the_reason(
 ) -> None:
     orin = TARGETS["jetson-orin"]
     with pytest.raises(ConfigError, match=r"fused dialect \(opset 23\), .* supports up to opset 20"):
-        build.build(bundles["fp16"], orin)
+        build.build(bundles["fp16"], TARGETS["tensorrt10"])
     old = type("Old", (), {"__version__": "10.0.1"})
     monkeypatch.setattr("nvembed_deploy.engines.targets.load_bindings", lambda name: old)
     with pytest.raises(EngineError, match=r"needs tensorrt 10\.3 or newer, and 10\.0\.1 is installed; update it"):
@@ -127,6 +128,55 @@ def test_impossible_builds_are_refused_with_the_reason(
     (copy / WEIGHTS).write_bytes(b"x" * (copy / WEIGHTS).stat().st_size)
     assert build.main([str(copy), "--target", "rtx"]) == 1
     assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "11.4.1"])
+def test_the_dialect_that_a_jetsons_tensorrt_supports(
+    bundles: dict[str, Path],
+    portable: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """JetPack 6 has TensorRT 10; JetPack 7.2.2 may have 11.4.1, which parses both dialects."""
+    fake = FakeTensorRT()
+    fake.__version__ = version
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(targets, "load_bindings", lambda name: fake)
+    for module in (targets, build):
+        monkeypatch.setattr(module, "local_compute_capability", lambda: "8.7")
+
+    def build_for_orin(bundle: Path) -> str:
+        out = build.build(bundle, targets.choose_target("jetson-orin"), out=tmp_path / bundle.name)
+        assert Bundle.open(out).manifest.plan.version == version
+        return capsys.readouterr().err
+
+    if version == "10.3.0":
+        words = (
+            r"supports from TensorRT 11\.4 on, and 10\.3\.0 is installed; install that .* --dialect portable, pack it"
+        )
+        with pytest.raises(ConfigError, match=words):
+            build_for_orin(bundles["fp16"])
+        assert "note: TensorRT" not in build_for_orin(portable)
+    else:
+        assert "note: TensorRT" not in build_for_orin(bundles["fp16"])
+        assert "note: TensorRT 11.4.1 also supports the fused dialect on this device" in build_for_orin(portable)
+
+
+def test_a_gpu_that_needs_a_newer_tensorrt_than_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTensorRT()
+    monkeypatch.setattr(targets, "load_bindings", lambda name: fake)
+    monkeypatch.setattr(targets, "local_compute_capability", lambda: "10.7")
+    for version, is_supported in (("11.2.0", False), ("11.3.0", True)):
+        fake.__version__ = version
+        if is_supported:
+            assert targets.load_runtime(TARGETS["datacenter"]) is fake
+        else:
+            with pytest.raises(
+                EngineError, match=r"--target datacenter needs tensorrt 11\.3 or newer, and 11\.2\.0 is"
+            ):
+                targets.load_runtime(TARGETS["datacenter"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The archive for a device: packed, unpacked, built and run as its README describes, with TensorRT-RTX for TensorRT."""
 
+import ast
+import json
 import os
 import re
 import subprocess
@@ -16,9 +18,15 @@ from nvembed_deploy import Encoder
 from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.engines import pack as archive
-from nvembed_deploy.engines.pack import DEVICE_TARGETS, REQUIREMENTS, main
+from nvembed_deploy.engines.pack import (
+    DEVICE_TARGETS,
+    JETPACKS,
+    JETSON_TENSORRT,
+    TENSORRT_10_REQUIREMENTS,
+    TENSORRT_11_REQUIREMENTS,
+    main,
+)
 from nvembed_deploy.engines.portable_operators import require_portable, unsupported
-from nvembed_deploy.engines.targets import TARGETS
 from nvembed_deploy.errors import ExportError
 from nvembed_deploy.export.trt import main as export
 from tests.conftest import needs_rtx
@@ -30,16 +38,16 @@ def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--precision", "int8", "--calibration-tokens", "2048", "--max", "8x128", "--out", str(folder / "tiny")]
     assert export(["--model", str(checkpoint), "--target", "jetson-orin", *flags]) == 0
     assert main([str(folder / "tiny")]) == 0
-    assert [path.name for path in folder.iterdir() if path.is_file()] == ["tiny-jetson-orin.tar"]
-    return folder / "tiny-jetson-orin.tar"
+    assert [path.name for path in folder.iterdir() if path.is_file()] == ["tiny-jetson-orin-jetpack6.tar"]
+    return folder / "tiny-jetson-orin-jetpack6.tar"
 
 
 @pytest.fixture
 def device(packed: Path, tmp_path: Path) -> Path:
     with tarfile.open(packed) as tar:
         tar.extractall(tmp_path, filter="data")
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny-jetson-orin"]
-    return tmp_path / "tiny-jetson-orin"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-jetson-orin-jetpack6"]
+    return tmp_path / "tiny-jetson-orin-jetpack6"
 
 
 def run(device: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -72,18 +80,33 @@ def test_the_instructions_for_the_device(packed: Path, device: Path) -> None:
     )
     similarity = run(device, "-m", "nvembed_deploy", "similarity", "bundle", "--device", "cpu")
     assert similarity.returncode == 0, similarity.stderr
+    # The figures of a board: `bench` needs nothing that is not in the archive.
+    assert "venv/bin/python -m nvembed_deploy bench bundle --device cuda --out bench.json" in steps
+    bench = ("bench", "bundle", "--device", "cpu", "--texts", "2", "--repeats", "2", "--out", "bench.json")
+    measured = run(device, "-m", "nvembed_deploy", *bench)
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads((device / "bench.json").read_text())["sides"][0]["texts_per_second"] > 0
     expected = Encoder(packed.parent / "tiny", device="cpu").encode(["a text"])
     np.testing.assert_array_equal(expected, Encoder(device / "bundle", device="cpu").encode(["a text"]))
 
 
 def test_contents(device: Path) -> None:
     assert not (device / "bundle" / "engine.plan").exists()
-    assert (device / "requirements.txt").read_text().splitlines() == list(REQUIREMENTS["10"])
+    assert (device / "requirements.txt").read_text().splitlines() == list(TENSORRT_10_REQUIREMENTS)
     names = {path.relative_to(device).as_posix() for path in device.rglob("*.py")}
     assert {"nvembed_deploy/engines/build.py", "nvembed_deploy/backends/trt.py", "nvembed_deploy/serve/api.py"} <= names
     sources = [path.read_text() for path in device.rglob("*.py")]
     assert not [text for text in sources if re.search(r"^(import|from) torch", text, flags=re.MULTILINE)]
     assert not [name for name in names if "/training/" in name or "/export/" in name]
+
+
+def test_every_module_that_is_imported_is_packed(device: Path) -> None:
+    """The library installed here would stand in for one that is missing."""
+    for path in sorted((device / "nvembed_deploy").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("nvembed_deploy."):
+                module = device.joinpath(*str(node.module).split("."))
+                assert module.with_suffix(".py").is_file() or (module / "__init__.py").is_file(), (path, node.module)
 
 
 def test_the_packed_library_installs(device: Path, tmp_path: Path) -> None:
@@ -101,7 +124,36 @@ def test_a_finished_bundle_is_packed_without_its_plan(bundles: dict[str, Path], 
         assert not [name for name in tar.getnames() if name.endswith("engine.plan")]
         tar.extractall(tmp_path, filter="data")
     assert Bundle.open(tmp_path / "x" / "bundle").manifest.plan is None
-    assert (tmp_path / "x" / "requirements.txt").read_text().splitlines() == list(REQUIREMENTS["11"])
+    assert (tmp_path / "x" / "requirements.txt").read_text().splitlines() == list(TENSORRT_11_REQUIREMENTS)
+
+
+@needs_rtx
+def test_an_archive_for_jetpack_7(
+    bundles: dict[str, Path], packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One archive has one graph: the fused one with a newer TensorRT, or the portable one."""
+    fused = tmp_path / "fused.tar"
+    assert main([str(bundles["fp16"]), "--target", "jetson-orin", "--archive", str(fused)]) == 0
+    with tarfile.open(fused) as tar:
+        tar.extractall(tmp_path, filter="data")
+    device = tmp_path / "fused"
+    requirements = (device / "requirements.txt").read_text().splitlines()
+    assert requirements == [*TENSORRT_11_REQUIREMENTS, JETSON_TENSORRT]
+    assert "For JetPack 7.2.2 or newer on jetson-orin" in (device / "README.md").read_text()
+    done = run(device, "-m", "nvembed_deploy", "build", "bundle", "--target", "rtx")
+    assert done.returncode == 0, done.stderr
+    assert Bundle.open(device / "bundle").manifest.opset == 23
+    assert main([str(packed.parent / "tiny"), "--jetpack", "7"]) == 0
+    assert Path(capsys.readouterr().out.strip()).name == "tiny-jetson-orin-jetpack7.tar"
+    with tarfile.open(packed.parent / "tiny-jetson-orin-jetpack7.tar") as tar:
+        content = tar.extractfile("tiny-jetson-orin-jetpack7/requirements.txt")
+        assert content is not None
+        assert content.read().decode().splitlines() == list(TENSORRT_11_REQUIREMENTS)
+
+
+def test_every_jetson_has_a_jetpack() -> None:
+    jetsons = {name for name in DEVICE_TARGETS if name.startswith("jetson")}
+    assert jetsons == {name for jetpack in JETPACKS.values() for name in jetpack.targets}
 
 
 def test_bundles_that_cannot_be_packed_are_refused(
@@ -115,8 +167,14 @@ def test_bundles_that_cannot_be_packed_are_refused(
         "was exported for --target rtx, whose plans are not built on the device; pass --target"
         in capsys.readouterr().err
     )
-    assert main([str(bundles["fp16"]), "--target", "jetson-orin"]) == 1
-    assert "has the fused dialect (opset 23), which --target jetson-orin does not support" in capsys.readouterr().err
+    for flags, words in (
+        (["tensorrt10"], "has the fused dialect (opset 23), which --target tensorrt10 does not support"),
+        (["jetson-orin", "--jetpack", "6"], "which JetPack 6 does not support; pass --jetpack 7, or export it again: "),
+        (["jetson-thor", "--jetpack", "6"], "--target jetson-thor has no JetPack 6; pass --jetpack 7"),
+        (["h100", "--jetpack", "7"], "--jetpack is for Jetsons, and --target is h100; leave it out"),
+    ):
+        assert main([str(bundles["fp16"]), "--target", *flags]) == 1
+        assert words in capsys.readouterr().err
     assert main([str(tmp_path / "none")]) == 1
     assert "does not exist" in capsys.readouterr().err
     out = tmp_path / "x.tar"
@@ -169,8 +227,3 @@ def test_operators_that_tensorrt_10_does_not_parse(bundles: dict[str, Path], tmp
         assert list(unsupported(graph_of(path, *nodes, **extra))) == words
     with pytest.raises(ExportError, match=r"cannot parse model\.onnx: .*Attention.*Export with --dialect portable"):
         require_portable(bundles["fp16"] / GRAPH)
-
-
-def test_every_target_has_requirements() -> None:
-    for name in DEVICE_TARGETS:
-        assert TARGETS[name].min_runtime_version.split(".")[0] in REQUIREMENTS
