@@ -174,7 +174,7 @@ def _faiss(
 
     count, width = documents[dtype].shape
     if dtype is OutputDtype.UBINARY:
-        index = faiss.IndexBinaryFlat(8 * width)
+        index: Any = faiss.IndexBinaryFlat(8 * width)
     elif dtype is OutputDtype.INT8:
         kind = faiss.ScalarQuantizer.QT_8bit_direct_signed
         index = faiss.IndexScalarQuantizer(width, kind, faiss.METRIC_INNER_PRODUCT)

@@ -249,7 +249,7 @@ def _runtime_files(bundle: Bundle, target: Target, top: str, jetpack: int | None
     """Yields the names and contents of all files of the archive outside the bundle."""
     manifest = bundle.manifest
     has_tensorrt_10 = version_number(target.min_runtime_version) < (11, 0)
-    requirements = TENSORRT_10_REQUIREMENTS if has_tensorrt_10 else TENSORRT_11_REQUIREMENTS
+    requirements: tuple[str, ...] = TENSORRT_10_REQUIREMENTS if has_tensorrt_10 else TENSORRT_11_REQUIREMENTS
     summary, provider, min_runtime = target.summary, "NVIDIA's packages or its container", target.min_runtime_version
     if jetpack is not None:
         requirements, provider = JETPACKS[jetpack].requirements, "JetPack"
