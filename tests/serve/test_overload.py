@@ -29,6 +29,8 @@ OVER = 10
 """Multiple of the load that the server can handle."""
 MOST_MIB = 100
 """Limit of the growth of the process's memory."""
+LEAST_REQUESTS = 100
+"""Enough for a leak of 2 MiB each to show, however slow the machine is at the moment."""
 CLIENTS = 64
 TEXT = "a text that takes its time, " * 20
 HEAVY = {"model": "tiny", "input": [TEXT] * 64}
@@ -64,7 +66,7 @@ class Overload:
         before = _resident_mib(server)
         self.statuses: Counter[int] = Counter()
         self.refused: list[float] = []
-        self.sent = round(seconds / pause)
+        self.sent = max(LEAST_REQUESTS, round(seconds / pause))
         lock = threading.Lock()
 
         def ask(_: int) -> None:

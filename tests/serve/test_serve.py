@@ -387,7 +387,7 @@ def test_idle_connections_do_not_block_others(bundles: dict[str, Path]) -> None:
         started = time.perf_counter()
         assert running.get("/health")[0] == 200
         assert running.post({"model": "tiny", "input": "a text"})[0] == 200
-        assert time.perf_counter() - started < 10
+        assert time.perf_counter() - started < 30  # without limits it hangs for minutes; the machine may be busy
         time.sleep(4)
         connections[-1].settimeout(5)
         assert connections[-1].recv(1) == b""  # closed: its headers never ended
