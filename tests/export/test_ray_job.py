@@ -4,6 +4,9 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -171,6 +174,28 @@ def test_an_interrupted_job_continues_and_another_is_refused(
         file.write(b'{"id": 9')
     assert run(bundles["fp32"], inputs, out, *flags) == 1
     assert "(inputs differs, see its _job.json)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_driver_loses_no_row(cluster: None, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """The driver of another process is killed on the same cluster; its worker may be in the middle of a shard."""
+    import ray
+
+    path, out = write_lines(tmp_path / "a.jsonl", ROWS), tmp_path / "out"
+    flags = [str(bundles["fp32"]), "--input", str(path), "--out", str(out), "--shard-rows", "2"]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with subprocess.Popen([sys.executable, "-m", "nvembed_deploy", "bulk", *flags], env=environment) as driver:
+        while driver.poll() is None and len(list(out.glob("*.parquet"))) < 3:
+            time.sleep(0.01)
+        driver.kill()
+    written_at = {file: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
+    assert 3 <= len(written_at) < 29
+    assert main(flags) == 0
+    assert {file: file.stat().st_mtime_ns for file in written_at} == written_at
+    table = pq.read_table(out)
+    assert table.select(["id", "title", "text"]).to_pylist() == ROWS
+    expected = Encoder(bundles["fp32"], device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(np.array(table.column(EMBEDDING).to_pylist()), expected, atol=1e-6)
 
 
 @pytest.mark.slow
