@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from nvembed_deploy.console import clear_status, status
 from nvembed_deploy.errors import InputError
 from nvembed_deploy.export.bulk_columns import Rejects, infer_schema, one_schema, to_table
 from nvembed_deploy.export.bulk_inputs import GZIP, PARQUET, InputFile
@@ -89,8 +90,10 @@ def plan(files: Sequence[InputFile], shard_rows: int, *, skip_invalid: bool = Fa
             for shard, schema in read_shards(file, stem, shard_rows, content, skip_invalid):
                 shards.append(shard)
                 schemas[schema] = None
+                status(f"  {file.label}: {shard.first_row + shard.rows:,} rows")
         except OSError as err:
             raise InputError(f"{file.label} cannot be read ({err}); check the file") from err
+        clear_status()
         inputs.append({"name": file.name, "bytes": content.size, "sha256": content.digest.hexdigest()})
     return Plan(shards=shards, schema=one_schema(list(schemas)), inputs=inputs)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nvembed_deploy.bundle.manifest import TOKENIZER
 from nvembed_deploy.bundle.reader import Bundle
@@ -24,9 +25,12 @@ from nvembed_deploy.console import echo, install_command, program, run
 from nvembed_deploy.errors import ConfigError, InputError, MissingExtra
 from nvembed_deploy.export.bulk_inputs import SUFFIXES, input_files
 from nvembed_deploy.export.bulk_output import REJECTS, Output
-from nvembed_deploy.export.bulk_shards import Plan, plan
+from nvembed_deploy.export.bulk_shards import Plan, Shard, plan
 from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.vectors import OutputDtype
+
+if TYPE_CHECKING:
+    from nvembed_deploy.export.bulk_schedule import Totals
 
 EMBEDDING, TEXT = "embedding", "text"
 SHARD_ROWS = 10_000
@@ -145,13 +149,7 @@ def embed_corpus(bundle: Path, inputs: Sequence[str], out: str, options: BulkOpt
         MissingExtra: Ray is not installed.
     """
     options = options or BulkOptions()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's behaviour from 2.60 on, without a warning
-    try:
-        import pyarrow  # noqa: F401
-        import ray  # noqa: F401
-    except ImportError as err:
-        raise MissingExtra(f"bulk jobs run on Ray ({err}); {install_command('ray')}") from err
+    _import_ray()
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     require_offered(OutputDtype(options.output_dtype), manifest.vectors)
@@ -179,15 +177,48 @@ def embed_corpus(bundle: Path, inputs: Sequence[str], out: str, options: BulkOpt
     if not missing:
         return 0
 
+    totals = _embed(missing, opened, output, job_plan.schema, prompt, options)
+    steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in totals.seconds.items())
+    echo(f"workers' time: {steps}")
+    if totals.errors:
+        raise InputError(
+            f"{len(totals.errors)} of {len(missing)} shards failed; the first: {totals.errors[0]}; the others are "
+            "complete, and the same command continues"
+        )
+    if totals.rejected:
+        echo(f"{output.count_rejects()} rows were left out; they are in {out}/{REJECTS}, each with its reason")
+    return totals.rows
+
+
+def _import_ray() -> None:
+    """Imports Ray with settings that it reads on import.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would hide GPUs from workers that take none, and warn that it will not in future; they use the CPU anyway.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import pyarrow  # noqa: F401
+        import ray  # noqa: F401
+    except ImportError as err:
+        raise MissingExtra(f"bulk jobs run on Ray ({err}); {install_command('ray')}") from err
+
+
+def _embed(
+    shards: Sequence[Shard], bundle: Bundle, output: Output, schema: Any, prompt: str, options: BulkOptions
+) -> Totals:
+    """Embeds shards on workers of this machine or of the cluster."""
     from nvembed_deploy.export.bulk_schedule import Job, Workers, require_resources
     from nvembed_deploy.export.bulk_worker import Task
 
     cpus = options.cpus or max(1, (os.cpu_count() or 1) // options.workers)
     workers = Workers(count=options.workers, cpus=cpus, gpus=options.gpus)
     task = Task(
-        bundle=str(bundle.resolve()),
+        bundle=str(bundle.folder.resolve()),
         output=output,
-        schema=job_plan.schema,
+        schema=schema,
         text_columns=options.text_columns,
         output_column=options.output_column,
         prompt=prompt,
@@ -199,17 +230,7 @@ def embed_corpus(bundle: Path, inputs: Sequence[str], out: str, options: BulkOpt
     with _ray() as was_started:
         if was_started:
             require_resources(workers)
-        totals = Job(missing, task, workers).run()
-    steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in totals.seconds.items())
-    echo(f"workers' time: {steps}")
-    if totals.errors:
-        raise InputError(
-            f"{len(totals.errors)} of {len(missing)} shards failed; the first: {totals.errors[0]}; the others are "
-            "complete, and the same command continues"
-        )
-    if totals.rejected:
-        echo(f"{output.count_rejects()} rows were left out; they are in {out}/{REJECTS}, each with its reason")
-    return totals.rows
+        return Job(shards, task, workers).run()
 
 
 def _require_columns(job_plan: Plan, options: BulkOptions) -> None:
