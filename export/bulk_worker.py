@@ -73,8 +73,9 @@ class Embedder:
         report = Report(worker=f"{os.getpid()} on {platform.node()}")
         with _noted(report), _timed(report, "open"):
             try:
-                import pyarrow.parquet  # noqa: F401  # here, so that the first shard does not pay for it
+                import pyarrow.parquet
 
+                pyarrow.array([""])  # the first one imports pandas where it is installed, for which no shard should pay
                 self.encoder = Encoder(self.task.bundle, device=self.task.device, threads=self.task.threads)
                 report.backend = self.encoder.backend
             except (DeployError, OSError) as err:
