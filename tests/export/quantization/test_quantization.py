@@ -670,6 +670,34 @@ def test_a_streamed_model_is_quantized_the_same(checkpoint: Path, plain: NVEmbed
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
 
 
+def test_a_streamed_model_is_rounded_the_same(
+    checkpoint: Path, plain: NVEmbed, text: TextEncoder, tmp_path: Path
+) -> None:
+    """GPTQ with one block in memory: the same values, and the errors of each group's setting."""
+    rows = tokenize(built_in_texts(), text, tokens=300)
+    weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
+    roundings, errors = [], []
+    for name, layerwise in (
+        ("streamed", LayerwiseModel.from_checkpoint(weights, fold=True)),
+        ("in memory", LayerwiseModel(plain)),
+    ):
+        rounding = rounding_of(Precision.INT4, tmp_path / name)
+        collector = InputCollector(layerwise, text, rows)
+        settings = quantization._search_settings(layerwise, linear_groups(layerwise.model), collector, rounding)
+        assert {len(group_settings) for group_settings in settings} == {1}
+        errors.append([group_settings[0].error for group_settings in settings])
+        roundings.append(rounding)
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+    for group in linear_groups(plain):
+        for linear in group.linears:
+            weight = weight_of(plain, linear)
+            if not FORMATS[Precision.INT4].fits(weight):
+                continue
+            (values, scale), (expected, expected_scale) = (rounding.quantize(linear, weight) for rounding in roundings)
+            assert torch.allclose(scale, expected_scale, rtol=2e-3)
+            assert (values != expected).float().mean() < 0.05
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
 def test_an_export_that_never_loads_the_model(
     checkpoint: Path, bundles: dict[str, Path], tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
