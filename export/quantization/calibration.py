@@ -98,6 +98,7 @@ def built_in_texts() -> list[CalibrationText]:
         (1, (CalibrationText(text=text) for text in everyday_texts.MESSAGES)),
         (1, (CalibrationText(text=text) for text in everyday_texts.HEADLINES)),
         (1, (CalibrationText(text=text) for text in everyday_texts.PROSE)),
+        (1, (CalibrationText(text=text) for text in everyday_texts.ABSTRACTS)),
         (1, map(_every_third_as_query, itertools.count(), everyday_texts.OTHER_LANGUAGES)),
     )
     rounds = []

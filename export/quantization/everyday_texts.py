@@ -1,7 +1,7 @@
 """Everyday texts to calibrate on, of the kinds that people search and compare: written for this project, like its code.
 
 Python's documentation, the other source of calibration texts, has no short declarative sentences, no questions of daily
-life and no encyclopedic prose. The gate's texts of these kinds, `EVERYDAY_PROBES`, are others.
+life, no encyclopedic prose and no abstracts. The gate's texts of these kinds, `EVERYDAY_PROBES`, are others.
 """
 
 from __future__ import annotations
@@ -93,6 +93,10 @@ MESSAGES = (
     "Error when deploying the package to the test server",
     "Sorting a table by two columns in a spreadsheet macro",
     "How to unit test a private method",
+    "It depends on which version you have.",
+    "I would not worry too much about that.",
+    "There may be a simpler way to do it, but this should work.",
+    "You are right, that was not the question.",
 )
 HEADLINES = (
     "Storm leaves thousands without power along the west coast",
@@ -105,6 +109,30 @@ HEADLINES = (
     "New species of frog found in a mountain stream",
     "The court rejected the appeal by five votes to four, the spokesman said.",
     "Rover sends its first pictures from the crater's rim",
+)
+ABSTRACTS = (
+    "Background: Macrophages of the spleen take up apoptotic cells, but the receptors that are involved are not "
+    "known. We show that deletion of a scavenger receptor in myeloid cells delays clearance and raises serum "
+    "levels of interleukin-6 and TNF-alpha in mice that were injected with lipopolysaccharide.",
+    "We isolated a cDNA that encodes a 62-kDa tyrosine kinase by reverse transcription-PCR with degenerate "
+    "primers. Northern blots showed transcripts of 2.8 and 4.1 kb in kidney, liver and brain. When it was "
+    "expressed in COS-7 cells, the protein phosphorylated itself and was stimulated threefold by epidermal growth "
+    "factor.",
+    "Insulin resistance in obese subjects is associated with infiltration of adipose tissue by lymphocytes. Here "
+    "we measured fasting glucose, adiponectin and C-reactive protein in 86 patients before and after bariatric "
+    "surgery.",
+    "Histone deacetylases are recruited to promoters by corepressor complexes. Using chromatin "
+    "immunoprecipitation followed by sequencing, we mapped HDAC3 and RNA polymerase II in hepatocytes, and found "
+    "that binding correlates with active transcription rather than with repression.",
+    "Haematopoietic stem cells reside in niches of the bone marrow, where cytokines and adhesion molecules "
+    "regulate their quiescence. Conditional knockout of the ligand in endothelial cells reduced their number and "
+    "their ability to reconstitute irradiated recipients.",
+    "The assembly of the small ribosomal subunit begins in the nucleolus. We identify an RNA helicase whose "
+    "depletion leads to accumulation of 20S pre-rRNA in the cytoplasm of yeast.",
+    "Injection of the peptide into the hippocampus of transgenic rats impaired spatial memory and reduced the "
+    "expression of synaptophysin; both effects were prevented by an inhibitor of calpain.",
+    "Randomised trials of vitamin K antagonists for atrial fibrillation were reviewed. The pooled relative risk "
+    "of ischaemic stroke was 0.38 (95% CI 0.28 to 0.52), at the price of more major bleeding.",
 )
 PROSE = (
     "The Aral Sea was once the fourth-largest lake in the world. After the rivers that fed it were diverted for "

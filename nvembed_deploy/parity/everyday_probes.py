@@ -70,6 +70,18 @@ EVERYDAY_PROBES: tuple[tuple[bool, str], ...] = (
             "the 1980s after cracks were found in the hangers.",
             "The equations of motion for a viscous gas are linearised about a uniform stream. Pressure "
             "distributions are given for wedges of small angle.",
+            "There are several explanations for this.",
+            "This does not answer what you asked, but it may help.",
+            "Dendritic cells of the lymph node present antigens that they take up from the afferent lymph. In "
+            "this study we examined the role of a chemokine receptor and its ligand CCL21 in T cell priming, and "
+            "found that mice without the receptor had fewer germinal centres and lower titres of IgG after "
+            "immunisation.",
+            "Leptin plays a pivotal role in the regulation of energy balance. Secretion of resistin by "
+            "adipocytes, however, contributes to hepatic insulin resistance in the development of type 2 "
+            "diabetes.",
+            "Cloning and intracellular localisation of a novel human phosphodiesterase: transcripts were detected "
+            "by reverse transcription-polymerase chain reaction in testis and lung.",
+            "Methylation of H3K4 marks the promoters of transcribed genes.",
             "Er ist gestern nicht gekommen.",
             "La niña come una manzana.",
             "Il fait froid ce matin.",
