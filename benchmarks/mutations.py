@@ -31,14 +31,19 @@ from nvembed_deploy.model.config import Mask, ModelConfig
 from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.text_contract import text_contract
-from nvembed_deploy.parity.compare import compare, compute_reference_outputs, require_mask
-from nvembed_deploy.parity.probes import ReferenceOutputs
+from nvembed_deploy.parity.compare import (
+    Differences,
+    compute_reference_outputs,
+    make_report,
+    measure_differences,
+    require_mask,
+)
 from nvembed_deploy.spec import Precision, Shape
 from nvembed_deploy.system import describe_machine
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch
 
 RECORD_PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "mutations.json"
-MAX_SHAPE = Shape(batch=16, tokens=256)
+MAX_SHAPE = Shape(batch=16, tokens=128)
 CONFIGS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
     "none": lambda config: config,
     "causal mask": lambda config: replace(config, mask=Mask.CAUSAL),
@@ -94,15 +99,13 @@ def tanh_gelu() -> Iterator[None]:
         setattr(F, "gelu", exact)  # noqa: B010
 
 
-def judge(
-    candidate: Backend, reference: ReferenceOutputs, text: TextEncoder, precision: Precision, shape: Shape
-) -> str:
-    """Returns "caught" or "passed", and the lowest cosine."""
+def has_mask(candidate: Backend, text: TextEncoder) -> bool:
+    """Returns True if the candidate's mask is the model's."""
     try:
-        require_mask(candidate, text, Mask.BIDIRECTIONAL, max_shape=shape)
+        require_mask(candidate, text, Mask.BIDIRECTIONAL)
     except MaskError:
-        return "caught"
-    return "passed" if compare(reference, candidate, text, precision=precision, max_shape=shape).passed else "caught"
+        return False
+    return True
 
 
 def measure() -> Iterator[dict[str, Any]]:
@@ -111,22 +114,35 @@ def measure() -> Iterator[dict[str, Any]]:
     config = read_checkpoint_architecture(folder)
     text = TextEncoder((folder / "tokenizer.json").read_bytes(), text_contract(folder, config))
     unchanged = PyTorchBackend(folder)
-    references = {
-        precision: compute_reference_outputs(unchanged, text, precision=precision, max_shape=MAX_SHAPE)
-        for precision in Precision
-    }
-    shape = structure_shape(MAX_SHAPE)
-    structure = compute_reference_outputs(unchanged, text, precision=Precision.FP32, max_shape=shape)
+    # The probes and the ranking of a quantized precision, and the probes of the others.
+    coarse, fine, structure = (
+        compute_reference_outputs(unchanged, text, precision=precision, max_shape=shape)
+        for precision, shape in (
+            (Precision.INT8, MAX_SHAPE),
+            (Precision.FP16, MAX_SHAPE),
+            (Precision.FP32, structure_shape(MAX_SHAPE)),
+        )
+    )
 
     def row(fault: str, candidate: Backend) -> dict[str, Any]:
-        report = compare(references[Precision.FP32], candidate, text, precision=Precision.FP32, max_shape=MAX_SHAPE)
+        measured = {
+            quantized: measure_differences(reference, candidate, text, max_shape=MAX_SHAPE)
+            for quantized, reference in ((True, coarse), (False, fine))
+        }
+        in_fp32 = measure_differences(structure, candidate, text, max_shape=structure_shape(MAX_SHAPE))
+        mask = has_mask(candidate, text)
+
+        def judge(differences: Differences, precision: Precision) -> str:
+            report = make_report(differences, reference="unchanged", candidate="changed", precision=precision)
+            return "passed" if mask and report.passed else "caught"
+
         result = {
             "fault": fault,
-            "min_cosine": round(report.min_cosine, 7),
-            "gate": {name.value: judge(candidate, references[name], text, name, MAX_SHAPE) for name in Precision},
-            "structure": judge(candidate, structure, text, Precision.FP32, shape),
+            "min_cosine": round(measured[True].min_cosine, 7),
+            "gate": {name.value: judge(measured[name.quantized], name) for name in Precision},
+            "structure": judge(in_fp32, Precision.FP32),
         }
-        echo(f"{fault}: {result}")
+        echo(json.dumps(result))
         return result
 
     for fault, change in CONFIGS.items():
