@@ -1,10 +1,13 @@
 """Instructions for each task and each side of it.
 
 Source: NVIDIA's `instructions.json` of NV-Embed-v2, revision c50d55f, for the tasks it lists; for the others the
-prompts in mteb's metadata, which are those of e5-mistral, as NV-Embed's are.
+prompts in mteb's metadata, which are those of e5-mistral, as NV-Embed's are. A variant of a set, such as its version
+with fewer documents, has the instruction of the set: names are compared by `set_stem`.
 """
 
 from __future__ import annotations
+
+import re
 
 from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
 
@@ -17,8 +20,8 @@ BY_TYPE = {
     "Summarization": "Given a news summary, retrieve other semantically similar summaries",
 }
 """Instructions that NVIDIA uses for all tasks of a type."""
-BOTH_SIDES = frozenset(("QuoraRetrieval",))
-"""Retrieval among similar texts: NVIDIA instructs the documents as well."""
+BOTH_SIDES = frozenset(("quora",))
+"""Stems of retrieval sets among similar texts: NVIDIA instructs the documents as well."""
 OFFICIAL = {
     "ClimateFEVER": "Given a claim about climate change, retrieve documents that support or refute the claim",
     "HotpotQA": "Given a multi-hop question, retrieve documents that can help answer the question",
@@ -35,6 +38,29 @@ OFFICIAL = {
     "ArguAna": "Given a claim, retrieve documents that support or refute the claim",
     "FiQA2018": "Given a financial question, retrieve relevant passages that answer the query",
 }
+STACKEXCHANGE = "Given a question paragraph at StackExchange, retrieve a question duplicated paragraph"
+"""For CQADupstack's parts, which NVIDIA's file does not list; source: prompt files of others for NV-Embed-v2."""
+_VARIANT = re.compile(r"(hardnegatives|retrieval|\.v\d+|v\d)$")
+
+
+def set_stem(name: str) -> str:
+    """Returns a data set's name without what marks a variant of it, in lower case.
+
+    `ClimateFEVERHardNegatives`, `NanoClimateFeverRetrieval` and `climate-fever` all have the stem `climatefever`.
+    """
+    stem = re.sub(r"[-_ ]", "", name).lower().removeprefix("nano")
+    while match := _VARIANT.search(stem):
+        stem = stem[: match.start()]
+    return "cqadupstack" if stem.startswith("cqadupstack") else stem
+
+
+BY_STEM = {
+    **{set_stem(name): instruction for name, instruction in OFFICIAL.items()},
+    "cqadupstack": STACKEXCHANGE,
+    "fiqa": OFFICIAL["FiQA2018"],
+    "naturalquestions": OFFICIAL["NQ"],
+}
+"""Instruction by the stem of a retrieval set."""
 
 
 def instruction_for(name: str, kind: str, *, is_document: bool, default: str) -> str:
@@ -46,6 +72,7 @@ def instruction_for(name: str, kind: str, *, is_document: bool, default: str) ->
         is_document: True if the texts are documents that queries look for.
         default: The prompt in the task's metadata.
     """
-    if is_document and kind not in SYMMETRIC_TYPES and name not in BOTH_SIDES:
+    stem = set_stem(name)
+    if is_document and kind not in SYMMETRIC_TYPES and stem not in BOTH_SIDES:
         return ""
-    return OFFICIAL.get(name) or BY_TYPE.get(kind) or default
+    return BY_STEM.get(stem) or BY_TYPE.get(kind) or default

@@ -16,7 +16,7 @@ from nvembed_deploy import Encoder
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.command import main
 from nvembed_deploy.evaluation.compare import TOLERANCES, Comparison, TaskResult, as_table, tolerance_of
-from nvembed_deploy.evaluation.instructions import OFFICIAL, instruction_for
+from nvembed_deploy.evaluation.instructions import OFFICIAL, STACKEXCHANGE, instruction_for
 from nvembed_deploy.evaluation.model import MtebModel
 from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.tasks import folder_tasks, reranking_data
@@ -30,6 +30,11 @@ from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
         ("SciFact", "Retrieval", False, OFFICIAL["SciFact"]),
         ("SciFact", "Retrieval", True, ""),
         ("QuoraRetrieval", "Retrieval", True, OFFICIAL["QuoraRetrieval"]),
+        ("NanoQuoraRetrieval", "Retrieval", True, OFFICIAL["QuoraRetrieval"]),
+        ("ClimateFEVERHardNegatives", "Retrieval", False, OFFICIAL["ClimateFEVER"]),
+        ("FEVERHardNegatives.v2", "Retrieval", False, OFFICIAL["FEVER"]),
+        ("Touche2020Retrieval.v3", "Retrieval", False, OFFICIAL["Touche2020"]),
+        ("CQADupstackUnixRetrieval", "Retrieval", False, STACKEXCHANGE),
         ("STS12", "STS", False, "Retrieve semantically similar text"),
         ("SummEval", "Summarization", True, "Given a news summary, retrieve other semantically similar summaries"),
         ("Banking77Classification", "Classification", False, "own"),
