@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
+import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from nvembed_deploy.bundle.manifest import MANIFEST, Manifest
-from nvembed_deploy.bundle.reader import bundle_folder
+from nvembed_deploy import ConfigError, Encoder, MissingExtra, __version__
 from nvembed_deploy.console import echo, install_command, program, run, url_host
-from nvembed_deploy.encoder import Encoder
-from nvembed_deploy.errors import ConfigError, MissingExtra
-from nvembed_deploy.version import __version__
 
+if TYPE_CHECKING:
+    from nvembed_deploy.app.page import Page
+
+MANIFEST = "manifest.json"
 DEFAULT_BUNDLE = Path("bundles") / "nv-embed-mini-fp16"
 INT8_BUNDLE = Path("bundles") / "nv-embed-mini-int8"
-MAX_FILE_SIZE = "20mb"
-MAX_QUEUE = 64
-THREADS = 32
 QUIET = {
     # Read when Gradio is imported: no analytics, no version check, no hub.
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -78,6 +77,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         metavar="FILE",
         help="file with NAME:PASSWORD in each line; the page then requires a login",
     )
+    parser.add_argument(
+        "--public-url",
+        metavar="URL",
+        help="address that visitors type, with its path, if a proxy stands before the page "
+        "(https://search.example.com/docs); see docs/search-page.md",
+    )
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
     flags = parser.parse_args(argv)
     if not 0 <= flags.port < 65536:
@@ -91,37 +96,38 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
                 f"--host {flags.host} opens the page to other machines; set a password: --password-file FILE"
             )
         try:
-            import gradio
+            import gradio  # noqa: F401
         except ImportError as err:
             raise MissingExtra(f"the page needs Gradio ({err}); install it: {install_command('app')}") from err
+        if flags.public_url is not None:
+            from nvembed_deploy.app.guard import parse_public_url
+
+            parse_public_url(flags.public_url)
+        port = listen_port(flags.host, flags.port)
         bundle = flags.bundle or default_bundle()
         reference = flags.reference or (_default_checkpoint() if flags.bundle is None else None)
-        demo = make_page(
-            bundle, flags.device, flags.collections, index=flags.index, compare=flags.compare, reference=reference
+        page = make_page(
+            bundle,
+            flags.device,
+            flags.collections,
+            index=flags.index,
+            compare=flags.compare,
+            reference=reference,
+            has_login=accounts is not None,
         )
-        demo.queue(max_size=MAX_QUEUE)
-        from nvembed_deploy.app.page import CSS
+        from nvembed_deploy.app.server import PageServer
 
-        port = listen_port(flags.host, flags.port)
-        _, url, _ = demo.launch(
-            server_name=url_host(flags.host),
-            server_port=port,
-            inbrowser=not flags.no_browser,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            auth=accounts,
-            max_file_size=MAX_FILE_SIZE,
-            max_threads=THREADS,
-            footer_links=[],
-            theme=gradio.themes.Soft(),
-            css=CSS,
-            prevent_thread_lock=True,
-        )
+        server = PageServer(page, flags.host, port, accounts=accounts, public_url=flags.public_url)
         echo(f"nvembed-deploy {__version__}; stop it with Ctrl-C")
-        sys.stdout.write(f"{url}\n")
+        sys.stdout.write(f"{flags.public_url or server.url}\n")
         sys.stdout.flush()
-        demo.block_thread()
+        page.start()
+        if not flags.no_browser:
+            webbrowser.open(flags.public_url or server.url)
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            server.close()
 
     return run(command)
 
@@ -134,8 +140,9 @@ def make_page(
     index: str,
     compare: Sequence[Path],
     reference: Path | None,
-) -> Any:
-    """Makes the page for a bundle, with Python's documentation indexed; returns a `gradio.Blocks`."""
+    has_login: bool = False,
+) -> Page:
+    """Makes the page for a bundle, whose `start` indexes Python's documentation in the background."""
     from nvembed_deploy.app.library import Library, default_folder
     from nvembed_deploy.app.page import Page
     from nvembed_deploy.app.search import Searcher
@@ -143,8 +150,8 @@ def make_page(
     encoder = Encoder(bundle, device=device)
     echo(f"searching with {encoder!r}")
     library = Library(collections or default_folder(), encoder, index=index)
-    library.add_python()
-    return Page(Searcher(encoder), library, compare_engines(encoder, bundle, device, compare, reference)).build()
+    engines = compare_engines(encoder, bundle, device, compare, reference)
+    return Page(Searcher(encoder), library, engines, has_login=has_login)
 
 
 def compare_engines(
@@ -153,11 +160,9 @@ def compare_engines(
     """Returns functions that open the engines of the Compare tab, by name."""
     engines: dict[str, Callable[[], Encoder]] = {f"{bundle.name} ({encoder.manifest.precision.value})": lambda: encoder}
     for path in other_bundles:
-        manifest = Manifest.from_bytes((bundle_folder(path) / MANIFEST).read_bytes())  # files are checked when opened
-        name = f"{path.name} ({manifest.precision.value})"
-        if name in engines:
-            name = f"{path} ({manifest.precision.value})"
-        engines[name] = partial(Encoder, path, device=device)
+        if not ((path if path.is_dir() else path.parent) / MANIFEST).is_file():  # it is checked when it is opened
+            raise ConfigError(f"--compare {path} is not a bundle: it has no {MANIFEST}")
+        engines[path.name if path.name not in engines else str(path)] = partial(Encoder, path, device=device)
     if bundle == DEFAULT_BUNDLE:
         engines[f"{INT8_BUNDLE.name} (int8, exported when first used)"] = partial(_int8, device)
     if reference is not None:
@@ -182,13 +187,9 @@ def default_bundle() -> Path:
 
 def _export_if_missing(bundle: Path, precision: str) -> None:
     if not (bundle / MANIFEST).is_file():
-        try:
-            from nvembed_deploy.export.trt import main as export
-        except ImportError as err:
-            raise ConfigError(
-                f"the embedded model is only in the repository; pass a bundle: {program('app')} BUNDLE"
-            ) from err
-        if export(["--precision", precision, "--out", str(bundle)]):
+        command = [sys.executable, "-m", "nvembed_deploy", "export", "--precision", precision, "--out", str(bundle)]
+        # In a process of its own: it needs PyTorch and far more memory than the page.
+        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
             raise ConfigError(f"exporting {bundle} failed; pass a bundle: {program('app')} BUNDLE")
 
 

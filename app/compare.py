@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nvembed_deploy import Encoder
-from nvembed_deploy.app.search import Searcher, check_query
+from nvembed_deploy.app.search import Searcher
 from nvembed_deploy.app.store import FolderStore
 
 CANDIDATES = 40
@@ -56,10 +56,9 @@ def compare(
     Raises:
         InputError: The query is empty or too long.
     """
-    check_query(query, instruction)
-    vector = searcher.embed([query], instruction=instruction)[0]
+    vector = searcher.embed_query(query, instruction)
     hits = store.search(searcher.engine, vector, count=CANDIDATES)
-    texts = [hit.passage.text for hit in hits]
+    texts = [hit.passage.embedded_text for hit in hits]
     engines = [
         (encoder, encoder.query_prompt(instruction) if instruction else None)
         for encoder in (first_engine, second_engine)
@@ -82,7 +81,7 @@ def compare(
                 f"{scores[0][index]:.4f}",
                 str(ranks[1][index] + 1),
                 f"{scores[1][index]:.4f}",
-                hits[index].passage.title,
+                hits[index].passage.label,
             ]
             for index in best
         ],

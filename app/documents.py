@@ -1,24 +1,25 @@
-"""Reads uploaded files as text within limits, and splits text into passages by tokens."""
+"""Reads uploaded files within limits, file by file, and splits their records into passages by tokens."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import hashlib
 import lzma
+import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
+from nvembed_deploy import InputError, MissingExtra
 from nvembed_deploy.app.passages import Passage
-from nvembed_deploy.console import install_command
-from nvembed_deploy.errors import InputError, MissingExtra
+from nvembed_deploy.app.readers import FileRecord, ReadContext, file_type, read_records
 
 CHUNK_TOKENS, OVERLAP_TOKENS = 160, 32
 """Tokens of a passage, and tokens that it shares with the next one, so that no sentence is lost at a boundary."""
+MAX_SNAP_CHARS = 24
+"""Maximum number of characters by which the end of a passage is moved to white space."""
+HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,56 +33,130 @@ class Limits:
     chars: int = 5_000_000
     """Total number of characters of all texts."""
 
+    def __str__(self) -> str:
+        """Returns the limits in words."""
+        return (
+            f"{self.files} files, {self.file_bytes / 2**20:.0f} MB each, "
+            f"{self.chars / 1e6:.2g} million characters together"
+        )
 
-def read_files(paths: list[Path], limits: Limits) -> list[tuple[str, str]]:
-    """Returns the names and texts of files, including files inside archives.
 
-    Raises:
-        InputError: A file has an unsupported type, is damaged, contains no text, or exceeds the limits.
-    """
-    texts: list[tuple[str, str]] = []
-    unpacked = 0
+@dataclass(frozen=True, kw_only=True)
+class ReadFile:
+    """A file that was read."""
+
+    name: str
+    """Name with its path inside an archive."""
+    bytes: int
+    sha256: str
+    records: list[FileRecord]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedFile:
+    """A file that was not read, and why; the reason continues a sentence that begins with the name."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class _Remaining:
+    """What is left of the limits of an upload."""
+
+    files: int
+    unpacked_bytes: int
+    chars: int
+
+
+def read_files(paths: Sequence[Path], limits: Limits) -> Iterator[ReadFile | SkippedFile]:
+    """Reads files and the files in archives one after the other; no file refuses another one."""
+    remaining = _Remaining(limits.files, limits.unpacked_bytes, limits.chars)
+    names: set[str] = set()
     for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path.name} no longer exists: uploaded files are kept for one hour; choose it again")
-        if path.stat().st_size > limits.file_bytes:
-            raise InputError(f"{path.name} is larger than {limits.file_bytes // 2**20} MiB; split it")
-        if path.suffix.lower() == ".zip":
-            for name, content in _members(path, limits, limits.unpacked_bytes - unpacked):
-                unpacked += len(content)
-                texts += _texts(name, content, limits)
-                _check_text_count(texts, limits)
+        name = _unused(path.name, names)
+        try:
+            size = path.stat().st_size
+        except OSError:
+            yield SkippedFile(name=name, reason="no longer exists: uploads are kept for one hour; choose it again")
+            continue
+        if size > limits.file_bytes:
+            reason = f"has {size / 2**20:.1f} MB; the maximum is {limits.file_bytes / 2**20:.0f} MB, split it"
+            yield SkippedFile(name=name, reason=reason)
+        elif path.suffix.lower() == ".zip":
+            for member_name, read in _members(path, name, limits, remaining):
+                yield _read(member_name, read, remaining)
         else:
-            texts += _texts(path.name, path.read_bytes(), limits)
-            _check_text_count(texts, limits)
-    return [(name, text) for name, text in texts if text.strip()]
+            yield _read(name, path.read_bytes, remaining)
 
 
-def _check_text_count(texts: list[tuple[str, str]], limits: Limits) -> None:
-    if len(texts) > limits.files:
-        raise InputError(f"there are more than {limits.files} texts; upload fewer at a time")
-    _check_chars(sum(len(text) for _, text in texts), limits)
+def _unused(name: str, names: set[str]) -> str:
+    """Returns a name that no other file of the upload has."""
+    unused, number = name, 2
+    while unused in names:
+        unused, number = f"{PurePosixPath(name).stem} ({number}){PurePosixPath(name).suffix}", number + 1
+    names.add(unused)
+    return unused
 
 
-def _check_chars(chars: int, limits: Limits) -> None:
-    if chars > limits.chars:
-        raise InputError(f"the texts have more than {limits.chars:,} characters; upload fewer at a time")
-
-
-def _members(path: Path, limits: Limits, budget: int) -> Iterator[tuple[str, bytes]]:
+def _read(name: str, read: Callable[[], bytes], remaining: _Remaining) -> ReadFile | SkippedFile:
+    if not remaining.files:
+        return SkippedFile(name=name, reason="is beyond the number of files of one upload; add it separately")
+    context = ReadContext(max_chars=remaining.chars)
     try:
-        with zipfile.ZipFile(path) as archive:
-            for member_info in archive.infolist():
-                member = PurePosixPath(member_info.filename)
-                hidden = member.name.startswith(".") or "__MACOSX" in member.parts  # macOS adds these
-                if member_info.is_dir() or hidden or member.suffix.lower() not in READERS:
-                    continue
-                with archive.open(member_info) as file:  # the sizes that the archive states are not trusted
-                    content = file.read(min(limits.file_bytes, budget) + 1)
-                budget -= len(content)
-                if len(content) > limits.file_bytes or budget < 0:
-                    raise InputError(f"{path.name} unpacks to more than the limit; upload fewer files at a time")
-                yield member.name, content
+        if not name.lower().endswith(".zip"):  # an archive that cannot be read says so itself
+            file_type(name)
+        content = read()
+        records = read_records(name, content, context)
+    except (InputError, MissingExtra) as err:
+        return SkippedFile(name=name, reason=str(err))
+    remaining.files -= 1
+    remaining.chars -= context.chars
+    sha256 = hashlib.sha256(content).hexdigest()
+    return ReadFile(name=name, bytes=len(content), sha256=sha256, records=records, note="; ".join(context.notes))
+
+
+def _members(path: Path, name: str, limits: Limits, remaining: _Remaining) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yields the names of an archive's members and how to read each, at most as far as the limits allow."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, NotImplementedError) as err:
+        yield name, _raises(f"is not a readable archive ({err}); create it again")
+        return
+    with archive:
+        members = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
+        if not members:
+            yield name, _raises("is an archive without files")
+        for info in members:
+
+            def read(info: zipfile.ZipInfo = info) -> bytes:
+                if PurePosixPath(info.filename).suffix.lower() == ".zip":
+                    raise InputError("is an archive in an archive; add it separately")
+                return _unpacked(archive, info, limits, remaining)
+
+            yield f"{name}/{info.filename}", read
+
+
+def _is_hidden(member: str) -> bool:
+    """Returns whether a member is one of those that macOS adds."""
+    return PurePosixPath(member).name.startswith(".") or "__MACOSX" in PurePosixPath(member).parts
+
+
+def _raises(reason: str) -> Callable[[], bytes]:
+    def read() -> bytes:
+        raise InputError(reason)
+
+    return read
+
+
+def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limits: Limits, remaining: _Remaining) -> bytes:
+    """Unpacks a member; the sizes that the archive states are not trusted."""
+    if info.flag_bits & 1:
+        raise InputError("is encrypted; create the archive without a password")
+    try:
+        with archive.open(info) as file:
+            content = file.read(min(limits.file_bytes, remaining.unpacked_bytes) + 1)
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -92,102 +167,71 @@ def _members(path: Path, limits: Limits, budget: int) -> Iterator[tuple[str, byt
         OSError,
         UnicodeDecodeError,  # in a member's name
     ) as err:
-        raise InputError(f"{path.name} is damaged or encrypted ({err}); create the archive again") from err
+        raise InputError(f"is damaged in the archive ({err}); create it again") from err
+    remaining.unpacked_bytes = max(0, remaining.unpacked_bytes - len(content))
+    if len(content) > limits.file_bytes or not remaining.unpacked_bytes:
+        raise InputError("unpacks to more than the limit; add it separately")
+    return content
 
 
-def _texts(name: str, content: bytes, limits: Limits) -> list[tuple[str, str]]:
-    reader = READERS.get(Path(name).suffix.lower())
-    if reader is None:
-        raise InputError(f"unsupported file type: {name}. Supported: {', '.join(sorted([*READERS, '.zip']))}")
-    return reader(name, content, limits)
-
-
-def _decoded(name: str, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        raise InputError(f"{name} is not UTF-8 text (byte {err.start}); save it as UTF-8") from err
-
-
-def _plain(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
-    return [(name, _decoded(name, content))]
-
-
-def _rows(name: str, content: bytes, limits: Limits) -> list[tuple[str, str]]:
-    """Reads a CSV file: one paragraph per row, each cell after its column's name if the column has one."""
-    head: list[str] = []
-    texts: list[str] = []
-    chars = 0
-    try:
-        for row in csv.reader(io.StringIO(_decoded(name, content), newline="")):
-            if not head:
-                head = row if any(row) else []
-                continue
-            pairs = zip_longest(head, row, fillvalue="")
-            texts.append("; ".join(f"{key}: {cell}" if key else cell for key, cell in pairs if cell))
-            chars += len(texts[-1])
-            _check_chars(chars, limits)  # a short row becomes long if the column name is long
-    except csv.Error as err:
-        raise InputError(f"{name} is not valid CSV ({err}); export it again, or save it as .txt") from err
-    return [(name, "\n\n".join(texts) or ", ".join(head))]
-
-
-def _json_lines(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
-    """Reads JSON lines: the `text` of each line, or all its strings; lone surrogates are replaced."""
-    texts = []
-    for line_number, line in enumerate(_decoded(name, content).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            parsed = json.loads(line)
-        except (ValueError, RecursionError) as err:
-            raise InputError(
-                f"line {line_number} of {name} is not valid JSON ({err}); write one object per line"
-            ) from err
-        fields = parsed if isinstance(parsed, dict) else {"text": parsed}
-        strings = (field for field in fields.values() if isinstance(field, str))
-        texts.append(str(fields.get("text") or " ".join(strings)))
-    text = "\n\n".join(texts)
-    return [(name, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))]
-
-
-def _pdf(name: str, content: bytes, _: Limits) -> list[tuple[str, str]]:
-    try:
-        import pypdf
-    except ImportError as err:
-        raise MissingExtra(f"reading PDF files needs pypdf; install it: {install_command('app')}") from err
-    try:
-        pages = [page.extract_text() for page in pypdf.PdfReader(io.BytesIO(content)).pages]
-    except Exception as err:  # pypdf raises errors of every type on damaged files
-        raise InputError(f"{name} cannot be read as PDF ({type(err).__name__}); open and save it again") from err
-    text = "\n\n".join(pages)
-    if not text.strip():
-        raise InputError(f"{name} contains no text, perhaps only scanned pages; run OCR on it first")
-    return [(name, text)]
-
-
-READERS: dict[str, Callable[[str, bytes, Limits], list[tuple[str, str]]]] = {
-    ".txt": _plain,
-    ".md": _plain,
-    ".csv": _rows,
-    ".jsonl": _json_lines,
-    ".pdf": _pdf,
-}
-
-
-def chunks(name: str, text: str, spans: list[tuple[int, int]], *, max_tokens: int = CHUNK_TOKENS) -> Iterator[Passage]:
-    """Splits a text into passages of `CHUNK_TOKENS` tokens that overlap by `OVERLAP_TOKENS`.
+def file_passages(
+    file: ReadFile, spans: Callable[[str], list[tuple[int, int]]], *, max_tokens: int = CHUNK_TOKENS
+) -> Iterator[Passage]:
+    """Splits the records of a file into passages: one each, or several if a record is long.
 
     Args:
-        name: Name of the file, which becomes the passages' source.
-        text: Text to split.
-        spans: First character of each token, and the character after its last; empty spans are special tokens.
+        file: The file.
+        spans: Returns the first character of each token of a text and the one after its last; see
+            `Encoder.token_spans`.
         max_tokens: Maximum number of tokens that the engine accepts, if lower than `CHUNK_TOKENS`.
     """
-    size = max(1, min(CHUNK_TOKENS, max_tokens))
+    is_markdown = file.name.lower().endswith(".md")
+    for record in file.records:
+        size = max(1, min(CHUNK_TOKENS, max_tokens))
+        is_short = len(record.text.encode()) + len(record.title.encode()) <= size  # a token has at least one byte
+        pieces = [(0, record.text.strip())] if is_short else list(chunks(record.text, spans(record.text), size))
+        headings = list(HEADING.finditer(record.text)) if is_markdown else []
+        for number, (start, text) in enumerate(pieces, 1):
+            if not text:
+                continue
+            part = f"part {number} of {len(pieces)}" if len(pieces) > 1 else ""
+            above = next((match[1] for match in reversed(headings) if match.start() <= start), "")
+            title = record.title or above
+            yield Passage(
+                source=file.name,
+                title=title,
+                text=text,
+                prefix=title if title and not text.lstrip("# ").startswith(title) else "",
+                place=", ".join(filter(None, [record.place, part])),
+                record_id=record.record_id,
+                link=record.link,
+            )
+
+
+def chunks(text: str, spans: list[tuple[int, int]], size: int = CHUNK_TOKENS) -> Iterator[tuple[int, str]]:
+    """Splits a text into pieces of up to `size` tokens that overlap, and yields where each starts.
+
+    Pieces begin and end at white space where there is some nearby, and are not blank.
+    """
     overlap = min(OVERLAP_TOKENS, size // 4)
-    text_spans = [span for span in spans if span[0] < span[1]]
-    for index, start in enumerate(range(0, max(1, len(text_spans) - overlap), size - overlap), 1):
-        chunk = text_spans[start : start + size]
-        if chunk and (body := text[chunk[0][0] : chunk[-1][1]].strip()):
-            yield Passage(source=name, title=f"{name}, part {index}", text=body)
+    text_spans = [span for span in spans if span[0] < span[1]]  # empty spans are special tokens
+    for first in range(0, max(1, len(text_spans) - overlap), size - overlap):
+        chunk = text_spans[first : first + size]
+        if not chunk:
+            continue
+        start, end = chunk[0][0], chunk[-1][1]
+        if first and not text[start].isspace() and not text[start - 1].isspace():
+            start = _word_start(text, start)
+        if end < len(text) and not text[end].isspace() and not text[end - 1].isspace():
+            end = _word_start(text, end)
+        piece = text[start:end]
+        if body := piece.strip():
+            yield start + len(piece) - len(piece.lstrip()), body
+
+
+def _word_start(text: str, position: int) -> int:
+    """Moves a position back to the start of its word, unless the word is long, as in scripts without white space."""
+    for moved in range(position, max(0, position - MAX_SNAP_CHARS), -1):
+        if text[moved - 1].isspace():
+            return moved
+    return position

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from nvembed_deploy import ConfigError, DeployError, MissingExtra
 from nvembed_deploy.console import install_command
-from nvembed_deploy.errors import ConfigError, DeployError, MissingExtra
 from nvembed_deploy.files.atomic import move_into_place, staged_folder
 
 EXACT, QDRANT_EDGE = "exact", "qdrant"
@@ -201,9 +201,17 @@ class ServerIndex:
     def _fill(self, content: Content) -> None:
         models = self._models
         if not self._call(self._client.collection_exists, self._name):
-            parameters = models.VectorParams(size=content.vectors.shape[1], distance=models.Distance.DOT)
+            parameters = models.VectorParams(size=content.vectors.shape[1], distance=models.Distance.DOT, on_disk=True)
             hnsw = models.HnswConfigDiff(m=HNSW_LINKS, ef_construct=HNSW_CANDIDATES)
-            self._call(self._client.create_collection, self._name, vectors_config=parameters, hnsw_config=hnsw)
+            # One byte a number in memory, a quarter; candidates are rescored with the vectors on the server's disk.
+            scalar = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
+            self._call(
+                self._client.create_collection,
+                self._name,
+                vectors_config=parameters,
+                hnsw_config=hnsw,
+                quantization_config=models.ScalarQuantization(scalar=scalar),
+            )
             self._call(self._client.create_payload_index, self._name, SOURCE, models.PayloadSchemaType.KEYWORD)
         for start, block, sources in _blocks(content):  # points have the rows' numbers, so a retry adds nothing
             batch = models.Batch(
@@ -228,7 +236,10 @@ class ServerIndex:
             query_filter=source_filter,
             limit=OVERSAMPLING * count,
             with_payload=False,
-            search_params=models.SearchParams(hnsw_ef=max(HNSW_CANDIDATES, OVERSAMPLING * count)),
+            search_params=models.SearchParams(
+                hnsw_ef=max(HNSW_CANDIDATES, OVERSAMPLING * count),
+                quantization=models.QuantizationSearchParams(rescore=True),
+            ),
         )
         return np.array([point.id for point in response.points], dtype=np.int64)
 

@@ -1,32 +1,43 @@
-"""The search page, made of Gradio's components: texts of users and documents are shown as text, never as HTML."""
+"""The search page: functions that the page's script calls on the server, and the API for programs.
+
+The page is one HTML component. Its script (page.js) sends what a visitor does to the functions here, one at a time for
+each kind, and shows only the answer to the last one; the HTML of an answer is made by `cards`.
+"""
 
 from __future__ import annotations
 
 import csv
 import html
-import tempfile
+import io
+import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas
+from gradio.utils import get_upload_folder
 
-from nvembed_deploy import DeployError, Encoder
+from nvembed_deploy import DeployError, Encoder, InputError
+from nvembed_deploy.app import cards
 from nvembed_deploy.app.compare import compare
-from nvembed_deploy.app.documents import Limits, chunks, read_files
-from nvembed_deploy.app.library import PYTHON, Library
-from nvembed_deploy.app.passages import Passage
-from nvembed_deploy.app.plane import OTHERS, QUERY, RESULT, Plane, draw
-from nvembed_deploy.app.search import MATCH, MAX_QUERY_CHARS, MAX_RESULTS, Searcher, SearchResult
-from nvembed_deploy.engines.show import lines
-from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
+from nvembed_deploy.app.documents import Limits
+from nvembed_deploy.app.engine_view import engine_view
+from nvembed_deploy.app.jobs import Jobs
+from nvembed_deploy.app.library import PYTHON, CollectionState, Library
+from nvembed_deploy.app.plane import Plane, draw
+from nvembed_deploy.app.readers import READERS
+from nvembed_deploy.app.search import MAX_QUERY_CHARS, MAX_RESULTS, MEANING, Searcher
+from nvembed_deploy.app.store import FolderStore, Hit
 
+PYTHON_INSTRUCTION = "Given a question about Python, retrieve documentation that answers the question"
+DEFAULT_INSTRUCTION = "Given a question, retrieve passages that answer the question"
 PRESETS = {
-    "Questions about Python": "Given a question about Python, retrieve documentation that answers the question",
-    "Questions": DEFAULT_QUERY_INSTRUCTION,
+    "Questions": DEFAULT_INSTRUCTION,
+    "Questions about Python": PYTHON_INSTRUCTION,
     "Claims": "Given a claim, find documents that refute the claim",
     "Similar texts": "Retrieve semantically similar text.",
     "No instruction": "",
@@ -38,32 +49,16 @@ EXAMPLES = (
     "compress data with gzip",
     "what does the with statement do?",
 )
-DEFAULT_RESULTS = 5
-MAX_UPLOADS, MAX_QUEUED_UPLOADS = 2, 8
-"""Uploads that are embedded at a time, and uploads that can be started; a waiting one can be cancelled too."""
-CANCELLED = "cancelled; nothing was added"
+DEFAULT_RESULTS = 10
+FACET_HITS, MAX_FACETS = 100, 8
+"""Number of best passages whose sources are counted, and of sources that are offered as filters."""
+LIVE_MS = 50.0
+"""The page searches while a query is typed if the engine embeds one in less than this."""
 HOUR = 3600
-"""Seconds for which uploaded files and exports are kept."""
-MARK_COLOURS = {MATCH: "#f2c94c"}
-PLANE_COLOURS = {OTHERS: "#c3c9d4", RESULT: "#d62828", QUERY: "#c800c8"}
-SOURCE_COLOURS = ("#4e79a7", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
-"""Colours of the named sources in the map."""
-SPECIAL_TOKENS = 8
-"""Tokens of a passage reserved for special tokens, and for a split that tokenizes into more tokens."""
+"""Seconds for which uploaded files are kept."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-CSS = """
-.results textarea, .results .textfield { font-size: 0.95rem; }
-#plane { overflow: visible; padding-bottom: 32px; }
-#times { opacity: 0.75; }
-#engine-details textarea { font-family: monospace; }
-.results * { overflow-wrap: anywhere !important; word-break: normal !important; }
-@media (max-width: 640px) { .gradio-container main { padding: 4px !important; } }
-"""
-
-
-def refusal(message: str) -> gr.Error:
-    """Returns an error that the page shows; escaped, since Gradio renders messages as HTML and they name files."""
-    return gr.Error(html.escape(message, quote=False), print_exception=False)
+FOLDER = Path(__file__).parent
+_log = logging.getLogger(__name__)
 
 
 def safe_cell(text: str) -> str:
@@ -71,15 +66,15 @@ def safe_cell(text: str) -> str:
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
-@contextmanager
-def shown_errors() -> Iterator[None]:
-    """Shows expected errors on the page, in one sentence; a context manager or a decorator."""
-    try:
-        yield
-    except DeployError as err:
-        raise refusal(str(err)) from err
-    except OSError as err:
-        raise refusal(f"{err.strerror or err}: the server could not read or write a file; check its disk") from err
+def default_instruction(collection: str) -> str:
+    """Returns the instruction of a collection's queries where none is given."""
+    return PYTHON_INSTRUCTION if collection == PYTHON else DEFAULT_INSTRUCTION
+
+
+@cache
+def asset(name: str) -> str:
+    """Returns a file of the page."""
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 class Page:
@@ -88,8 +83,9 @@ class Page:
     Args:
         searcher: Searches with the engine.
         library: The collections.
-        engines: Functions that open the engines of the Compare tab, by name; called at first use.
+        engines: Functions that open the engines of the Compare view, by name; called at first use.
         limits: Limits of an upload.
+        has_login: Whether visitors log in, so that they can log out.
     """
 
     def __init__(
@@ -98,345 +94,445 @@ class Page:
         library: Library,
         engines: Mapping[str, Callable[[], Encoder]],
         limits: Limits | None = None,
+        *,
+        has_login: bool = False,
     ) -> None:
         self.searcher, self.library, self.limits = searcher, library, limits or Limits()
-        self._engines = dict(engines)
+        self.jobs = Jobs(library, self.limits)
+        self._engines, self._has_login = dict(engines), has_login
         self._opened: dict[str, Encoder] = {}
         self._planes: dict[str, tuple[str, Plane]] = {}
         """Map of each collection by name, with the identity of the content that it was made from."""
         self._opening = threading.Lock()
-        self._stops: dict[str, threading.Event] = {}
-        """Event that `Cancel` sets, for each session that adds documents."""
-        self._uploads = threading.Semaphore(MAX_UPLOADS)
-        self._exports = tempfile.TemporaryDirectory(prefix="nvembed-results-")
+
+    def start(self) -> None:
+        """Starts to index Python's documentation and to prepare the first search, in the background."""
+        self.jobs.add_python()
+        threading.Thread(target=self._prepare, name="prepare", daemon=True).start()
+
+    def _prepare(self) -> None:
+        """Measures the engine's speed, and what unrelated queries reach, before somebody waits for it."""
+        try:
+            for text in EXAMPLES[:3]:
+                self.searcher.embed_query(text, PYTHON_INSTRUCTION)
+            if self.library.is_indexed(PYTHON):
+                self.searcher.threshold(self.library.open(PYTHON), PYTHON_INSTRUCTION)
+        except DeployError as err:
+            _log.warning("the page's first search was not prepared: %s", err)
 
     def build(self) -> gr.Blocks:
-        """Builds the components and their event handlers."""
+        """Builds the page's component and its API."""
+        functions = (
+            self.state,
+            self.search,
+            self.marks,
+            self.export,
+            self.add,
+            self.cancel,
+            self.delete,
+            self.compare,
+            self.map,
+            self.passage,
+        )
         with gr.Blocks(title="Semantic search", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
-            gr.Markdown("# Semantic search\nAsk in your own words: passages are found by meaning, not by shared words.")
-            with gr.Row():
-                collection = gr.Dropdown(
-                    self.library.names(), value=PYTHON, label="Collection", elem_id="collection", scale=2
-                )
-                last_search = gr.State(None)
-            with gr.Tab("Search", id="search"):
-                sources = self._search_tab(collection, last_search)
-            with gr.Tab("Your documents", id="documents"):
-                unwanted = self._documents_tab(collection)
-            with gr.Tab("Compare", id="compare"):
-                self._compare_tab(collection)
-            with gr.Tab("Map", id="map"):
-                self._map_tab(collection, last_search)
-            with gr.Tab("Engine", id="engine"):
-                manifest = self.searcher.encoder.manifest
-                gr.Textbox(
-                    "\n".join([f"backend    {self.searcher.encoder.backend}", *lines(manifest)]),
-                    label="Engine details",
-                    lines=22,
-                    interactive=False,
-                    elem_id="engine-details",
-                )
-            page.load(self._refresh, None, [collection, sources, unwanted], api_visibility="private")
+            gr.HTML(
+                html_template=self._template(),
+                js_on_load=asset("page.js"),
+                apply_default_css=False,
+                elem_id="page",
+                server_functions=[_server_function(function) for function in functions],
+            )
+            gr.api(self.api_search, api_name="search", concurrency_limit=8, concurrency_id="engine")
+            gr.api(self.api_collections, api_name="collections")
+            gr.api(self.api_compare, api_name="compare", concurrency_limit=1)
         return page
 
-    def _refresh(self) -> Any:
-        """Updates the lists of collections and sources, which may have changed since the page was built."""
-        names = self.library.names()
-        return (
-            gr.update(choices=names, value=PYTHON),
-            self._sources(PYTHON),
-            gr.update(choices=self._user_collections()),
+    def _template(self) -> str:
+        """Returns the page's HTML with what does not change while it runs."""
+        options = "".join(f"<option>{cards.escape(name)}</option>" for name in self._engines)
+        presets = "".join(
+            f'<option value="{cards.escape(text)}">{cards.escape(name)}</option>' for name, text in PRESETS.items()
         )
+        examples = "".join(
+            f'<li><button type="button" class="example">{cards.escape(text)}</button></li>' for text in EXAMPLES
+        )
+        values = {
+            "ENGINES": options,
+            "PRESETS": presets,
+            "EXAMPLES": examples,
+            "LOGOUT": '<a href="logout" id="logout">Log out</a>' if self._has_login else "",
+            "ENGINE_VIEW": engine_view(self.searcher.encoder),
+            "TYPES": ",".join(sorted([*READERS, ".zip"])),
+            "TYPES_IN_WORDS": ", ".join(sorted([*READERS, ".zip"])),
+            "LIMITS": cards.escape(str(self.limits)),
+            "MAX_QUERY_CHARS": str(MAX_QUERY_CHARS),
+        }
+        template = asset("page.html")
+        for name, value in values.items():
+            # The component reads its HTML as a template too: no text of an engine may be a part of one.
+            template = template.replace(f"<!--{name}-->", value.replace("{{", "{ {").replace("${", "$ {"))
+        return template
 
-    def _search_tab(self, collection: gr.Dropdown, last_search: gr.State) -> gr.Dropdown:
-        """Builds the search tab; returns the filter for sources."""
-        with gr.Row():
-            query = gr.Textbox(
-                label="Query",
-                placeholder=EXAMPLES[0],
-                max_length=MAX_QUERY_CHARS,
-                scale=5,
-                elem_id="query",
-                autofocus=True,
-            )
-            button = gr.Button("Search", variant="primary", scale=1, elem_id="search-button")
-        gr.Examples([[text] for text in EXAMPLES], [query], label="Examples")
-        with gr.Accordion("Instruction and filters", open=False):
-            with gr.Row():
-                preset = gr.Dropdown(list(PRESETS), value=next(iter(PRESETS)), label="Task")
-                instruction = gr.Textbox(
-                    next(iter(PRESETS.values())),
-                    label="Instruction",
-                    max_length=MAX_QUERY_CHARS,
-                    scale=3,
-                    elem_id="instruction",
-                )
-            with gr.Row():
-                count = gr.Slider(1, MAX_RESULTS, DEFAULT_RESULTS, step=1, label="Results")
-                sources = gr.Dropdown([], multiselect=True, label="Only from these sources", elem_id="sources", scale=3)
-        times = gr.Textbox(label="Time", interactive=False, elem_id="times", visible=False)
-        bars = gr.Label(
-            label="Cosine to the query", num_top_classes=MAX_RESULTS, show_heading=False, visible=False, elem_id="bars"
-        )
-        slots = [
-            gr.HighlightedText(
-                visible=False,
-                color_map=MARK_COLOURS,
-                show_legend=False,
-                show_inline_category=False,
-                elem_id=f"result-{rank}",
-                elem_classes="results",
-            )
-            for rank in range(1, MAX_RESULTS + 1)
-        ]
-        with gr.Row():
-            export = gr.Button("Results as CSV", visible=False, elem_id="export")
-            file = gr.File(label="CSV", visible=False, elem_id="csv")
-        preset.change(lambda name: PRESETS.get(name, ""), preset, instruction, api_visibility="private")
-        collection.change(self._sources, collection, sources, api_visibility="private")
-        gr.on(
-            [button.click, query.submit],
-            self._search,
-            [query, instruction, count, sources, collection],
-            [last_search, times, bars, export, file, *slots],
-            api_visibility="private",
-            concurrency_limit=8,
-            concurrency_id="engine",
-        )
-        export.click(self._csv, last_search, file, api_visibility="private")
-        gr.api(self.api_search, api_name="search", concurrency_limit=8, concurrency_id="engine")
-        return sources
+    def state(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the page shows besides results: collections, files and uploads."""
+        owner, collection = _text(data, "client"), _text(data, "collection")
+        jobs = self.jobs.all()
+        states = self.library.states()
+        names = [state.name for state in states]
+        chosen = collection if collection in names else next(iter(names), PYTHON)
+        active = [job for job in jobs if job.is_active and job.collection == chosen]
+        query_ms = self.searcher.query_ms
+        return {
+            "collections": [self._collection(state) for state in states],
+            "chosen": chosen,
+            "files": self._files(chosen),
+            "jobs": cards.jobs(jobs, owner),
+            "busy": any(job.is_active for job in jobs),
+            "growing": f"{chosen}: {cards.progress_line(active[0])}" if active else "",
+            "failed": next((job.message for job in jobs if job.state == "failed" and job.collection == PYTHON), ""),
+            "live": query_ms is not None and query_ms < LIVE_MS,
+        }
 
-    @shown_errors()
-    def _search(self, query: str, instruction: str, count: int, sources: list[str], collection: str) -> list[Any]:
-        search_result = self.searcher.search(
-            self.library.open(collection), query, instruction=instruction, count=int(count), sources=sources or ()
-        )
-        hits = search_result.hits
-        titles = [f"{rank}. {hit.passage.title}" for rank, hit in enumerate(hits, 1)]
-        slots: list[Any] = [
-            gr.update(value=marked, label=f"{title}   ·   {hit.score:.3f}   ·   {hit.passage.source}", visible=True)
-            for title, hit, marked in zip(titles, hits, search_result.marked, strict=True)
-        ]
-        slots += [gr.update(visible=False, value=[])] * (MAX_RESULTS - len(slots))
-        bars = {title: max(0.0, hit.score) for title, hit in zip(titles, hits, strict=True)}
-        times = ", ".join(f"{step} {milliseconds} ms" for step, milliseconds in search_result.milliseconds.items())
-        return [
-            search_result,
-            gr.update(value=times, visible=True),
-            gr.update(value=bars, visible=bool(bars)),
-            gr.update(visible=bool(bars)),
-            gr.update(value=None, visible=False),
-            *slots,
-        ]
+    def _collection(self, state: CollectionState) -> dict[str, Any]:
+        detail = cards.plural(state.rows, "passage")
+        if not state.is_usable:
+            detail = f"of another engine: {state.engine}"
+        return {
+            "name": state.name,
+            "label": f"{state.name} ({detail})",
+            "rows": state.rows,
+            "identity": state.identity,
+            "usable": state.is_usable,
+            "instruction": default_instruction(state.name),
+        }
 
-    @shown_errors()
-    def api_search(
-        self, query: str, instruction: str = "", count: int = DEFAULT_RESULTS, collection: str = PYTHON
-    ) -> list[dict[str, Any]]:
-        """Returns title, source, text and cosine of the nearest passages, for programs."""
-        if not all(isinstance(text, str) for text in (query, instruction, collection)) or not isinstance(count, int):
-            raise refusal("query, instruction and collection must be strings, and count an integer")
+    def _files(self, collection: str) -> str:
+        entries = self.library.files(collection)
+        if collection == PYTHON:
+            return cards.files(entries, unnamed=0, can_delete=False)
+        state = next((state for state in self.library.states() if state.name == collection), None)
+        unnamed = 0 if state is None else state.rows - sum(entry.rows for entry in entries)
+        return cards.files(entries, unnamed=unnamed, can_delete=True)
+
+    def _request(self, data: Mapping[str, Any]) -> tuple[FolderStore, str, str, list[str], int]:
+        """Returns the collection, query, instruction, sources and count that a search names."""
+        collection = _text(data, "collection")
+        instruction = data.get("instruction")
+        if not isinstance(instruction, str):
+            instruction = default_instruction(collection)
+        sources = data.get("sources") or []
+        count = data.get("count", DEFAULT_RESULTS)
+        if not (isinstance(sources, list) and all(isinstance(source, str) for source in sources)):
+            raise InputError("sources must be a list of names")
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_RESULTS:
+            raise InputError(f"count must be a whole number from 1 to {MAX_RESULTS}, got {count!r}")
         store = self.library.open(collection)
-        hits = self.searcher.search(store, query, instruction=instruction, count=count).hits
-        return [
-            {"title": hit.passage.title, "source": hit.passage.source, "text": hit.passage.text, "score": hit.score}
-            for hit in hits
-        ]
+        if unknown := set(sources) - set(store.sources()):
+            raise InputError(f"there is no source {min(unknown)!r} in {collection!r}")
+        return store, _text(data, "query"), instruction, sources, count
 
-    def _csv(self, last_search: SearchResult | None) -> Any:
-        if last_search is None:
-            raise refusal("there are no results to export; search first")
-        with tempfile.NamedTemporaryFile(
-            "w", suffix=".csv", prefix="results-", dir=self._exports.name, delete=False, newline="", encoding="utf-8"
-        ) as file:
-            writer = csv.writer(file)
-            writer.writerow(["rank", "cosine", "source", "title", "text"])
-            for rank, hit in enumerate(last_search.hits, 1):
-                cells = (hit.passage.source, hit.passage.title, hit.passage.text)
-                writer.writerow([rank, f"{hit.score:.6f}", *map(safe_cell, cells)])
-        return gr.update(value=file.name, visible=True)
-
-    def _documents_tab(self, collection: gr.Dropdown) -> gr.Dropdown:
-        """Builds the documents tab; returns the list of collections to delete."""
-        files = gr.File(
-            label="Files: .txt, .md, .pdf, .csv, .jsonl, or a .zip of them",
-            file_count="multiple",
-            file_types=[".txt", ".md", ".pdf", ".csv", ".jsonl", ".zip"],
-            elem_id="files",
-        )
-        with gr.Row():
-            name = gr.Textbox("my documents", label="Collection to add to", max_length=40, elem_id="collection-name")
-            add = gr.Button("Add", variant="primary", elem_id="add")
-            stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
-        state = gr.Textbox(label="State", interactive=False, elem_id="state")
-        with gr.Row():
-            unwanted = gr.Dropdown(self._user_collections(), label="Collection to delete", elem_id="unwanted")
-            delete = gr.Button("Delete", variant="stop", elem_id="delete")
-        add.click(
-            self._add,
-            [files, name],
-            [state, collection, unwanted],
-            api_visibility="private",
-            concurrency_limit=MAX_QUEUED_UPLOADS,
-        )
-        stop.click(self._cancel, None, None, api_visibility="private")
-        delete.click(self._delete, unwanted, [state, collection, unwanted], api_visibility="private")
-        return unwanted
-
-    def _add(
-        self,
-        files: list[str] | None,
-        name: str,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> Any:
-        """Adds files to a collection step by step; `_cancel` stops it between two steps."""
-        if not files:
-            raise refusal("no files are chosen; choose files to add")
-        session = str(request.session_hash)
-        stop = self._stops[session] = threading.Event()
-        try:
-            while not self._uploads.acquire(timeout=0.5):
-                yield "waiting for other uploads", gr.update(), gr.update()
-                if stop.is_set():
-                    yield CANCELLED, gr.update(), gr.update()
-                    return
-            try:
-                yield from self._add_until(stop, files, name.strip(), progress)
-            finally:
-                self._uploads.release()
-        finally:
-            if self._stops.get(session) is stop:  # another upload of the same session may have started
-                del self._stops[session]
-
-    def _cancel(self, request: gr.Request) -> None:
-        if (stop := self._stops.get(str(request.session_hash))) is None:
-            raise refusal("no documents are being added, so there is nothing to cancel")
-        stop.set()
-
-    def _add_until(self, stop: threading.Event, files: list[str], name: str, progress: gr.Progress) -> Any:
-        with shown_errors():
-            texts = read_files([Path(path) for path in files], self.limits)
-            passages = [passage for title, text in texts for passage in self._chunks(title, text)]
-            amount = f"{len(passages)} passages from {len(texts)} {'text' if len(texts) == 1 else 'texts'}"
-            yield f"embedding {amount}", gr.update(), gr.update()
-            steps = self.library.add_steps(name, passages)
-            for done, total in steps:
-                if stop.is_set():
-                    steps.close()
-                    yield CANCELLED, gr.update(), gr.update()
-                    return
-                progress((done, total), desc="embedding", unit="passages")
-                yield f"{done} of {total} passages embedded", gr.update(), gr.update()
-            yield (
-                f"{amount} were added to {name!r}",
-                gr.update(choices=self.library.names(), value=name),
-                gr.update(choices=self._user_collections()),
+    def _hits(self, data: Mapping[str, Any]) -> tuple[FolderStore, list[Hit], dict[str, float]]:
+        store, query, instruction, sources, count = self._request(data)
+        row = data.get("similar")
+        if row is None:
+            mode = _text(data, "mode") or MEANING
+            result = self.searcher.search(
+                store, query, instruction=instruction, count=count, sources=sources, mode=mode
             )
+            return store, result.hits, result.milliseconds
+        self._require_current(store, data)
+        if not isinstance(row, int) or not 0 <= row < len(store):
+            raise InputError("there is no such passage; search again")
+        hits = store.search(self.searcher.engine, store.vectors[row], count=count + 1, sources=sources)
+        return store, [hit for hit in hits if hit.row != row][:count], {}
 
-    def _chunks(self, title: str, text: str) -> list[Passage]:
-        encoder = self.searcher.encoder
-        return list(chunks(title, text, encoder.token_spans(text), max_tokens=encoder.max_length - SPECIAL_TOKENS))
+    def _require_current(self, store: FolderStore, data: Mapping[str, Any]) -> None:
+        if store.record.lineage != data.get("lineage"):
+            raise InputError("the collection has changed in the meantime; search again")
 
-    @shown_errors()
-    def _delete(self, name: str | None) -> Any:
-        if not name:
-            raise refusal("choose a collection to delete")
-        self.library.delete(name)
-        names = self.library.names()
+    def search(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the nearest passages, without marks, which `marks` gives later."""
+        started = time.perf_counter()
+        store, hits, times = self._hits(data)
+        collection, query = _text(data, "collection"), _text(data, "query")
+        instruction = self._request(data)[2]
+        is_by_meaning = data.get("mode", MEANING) == MEANING  # a passage with the query's words is no chance
+        threshold = self.searcher.known_threshold(store, instruction) if is_by_meaning else None
+        summary = f"{len(hits)} of {cards.plural(len(store), 'passage')} in {collection}"
+        if (row := data.get("similar")) is not None:
+            summary += f" like “{store.passages[row].label}”"
+        else:
+            summary += f" for “{query.strip()}”"
+        return {
+            "html": cards.results(hits, threshold=threshold if data.get("similar") is None else None),
+            "summary": summary,
+            "rows": [hit.row for hit in hits],
+            "identity": store.identity,
+            "lineage": store.record.lineage,
+            "facets": self._facets(data, store, hits),
+            "far": not hits or (threshold is not None and all(hit.score < threshold for hit in hits)),
+            "nothing": self._nothing(store, query, collection)
+            if hits
+            else f"No passage of {collection} has these words",
+            "times": {**times, "server": round((time.perf_counter() - started) * 1000, 1)},
+            "live": (self.searcher.query_ms or LIVE_MS) < LIVE_MS,
+        }
+
+    def _facets(self, data: Mapping[str, Any], store: FolderStore, hits: list[Hit]) -> list[tuple[str, int]]:
+        """Returns the sources of the best passages with their number, those chosen first; none if there is only one."""
+        chosen = data.get("sources") or []
+        best = self._hits({**data, "sources": [], "count": FACET_HITS})[1] if chosen or len(hits) < FACET_HITS else hits
+        counts = Counter(hit.passage.source for hit in best)
+        names = [*chosen, *(name for name, _ in counts.most_common() if name not in chosen)][:MAX_FACETS]
+        return [(name, counts[name]) for name in names] if len(names) > 1 or chosen else []
+
+    def _nothing(self, store: FolderStore, query: str, collection: str) -> str:
         return (
-            f"{name!r} was deleted",
-            gr.update(choices=names, value=PYTHON),
-            gr.update(choices=self._user_collections(), value=None),
+            f"Nothing near “{query.strip()}” in {collection}: the closest of "
+            f"{cards.plural(len(store), 'passage')} are no nearer than to unrelated queries"
         )
 
-    def _user_collections(self) -> list[str]:
-        return [name for name in self.library.names() if name != PYTHON]
+    def marks(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the snippets of found passages with their best sentences marked, and which ones are near at all."""
+        store, query, instruction, _, _ = self._request(data)
+        self._require_current(store, data)
+        rows = data.get("rows")
+        if not isinstance(rows, list) or len(rows) > MAX_RESULTS:
+            raise InputError("rows must be a list of row numbers")
+        if not all(isinstance(row, int) and 0 <= row < len(store) for row in rows):
+            raise InputError("there is no such passage; search again")
+        vector = self.searcher.embed_query(query, instruction)
+        marked = self.searcher.mark(store, vector, rows)
+        is_by_meaning = data.get("mode", MEANING) == MEANING
+        threshold = self.searcher.threshold(store, instruction) if is_by_meaning else -1.0
+        scores = store.vectors[rows] @ vector
+        return {
+            "marks": [
+                [
+                    row,
+                    cards.snippet(sentences),
+                    cards.whole(store.passages[row].prefix, sentences),
+                    bool(score < threshold),
+                ]
+                for row, sentences, score in zip(rows, marked, scores, strict=True)
+            ],
+            "far": bool((scores < threshold).all()),
+        }
 
-    @shown_errors()
-    def _sources(self, collection: str) -> Any:
-        return gr.update(choices=self.library.open(collection).sources(), value=[])
-
-    def _compare_tab(self, collection: gr.Dropdown) -> None:
-        names = list(self._engines)
-        with gr.Row():
-            query = gr.Textbox(label="Query to compare", placeholder=EXAMPLES[1], scale=3, elem_id="compare-query")
-            button = gr.Button("Compare", variant="primary", elem_id="compare-button")
-        with gr.Row():
-            left_engine = gr.Dropdown(names, value=names[0], label="Left", elem_id="left")
-            right_engine = gr.Dropdown(names, value=names[-1], label="Right", elem_id="right")
-        summary = gr.Textbox(label="Difference", interactive=False, elem_id="difference")
-        table = gr.Dataframe(
-            headers=["rank left", "cosine left", "rank right", "cosine right", "passage"],
-            datatype="str",
-            interactive=False,
-            wrap=True,
-            elem_id="rankings",
+    def export(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the results of a search as CSV, with their query, collection and instruction in every row."""
+        store, hits, _ = self._hits(data)
+        _, query, instruction, _, _ = self._request(data)
+        if (row := data.get("similar")) is not None:
+            query, instruction = f"like: {store.passages[row].label}", ""
+        file = io.StringIO(newline="")
+        writer = csv.writer(file)
+        columns = (
+            "query",
+            "collection",
+            "instruction",
+            "rank",
+            "cosine",
+            "source",
+            "place",
+            "id",
+            "title",
+            "link",
+            "text",
         )
-        gr.on(
-            [button.click, query.submit],
-            self._compare,
-            [query, left_engine, right_engine, collection],
-            [summary, table],
-            api_name="compare",
-            concurrency_limit=1,
-        )
+        writer.writerow(columns)
+        for rank, hit in enumerate(hits, 1):
+            passage = hit.passage
+            request = [safe_cell(text) for text in (query, _text(data, "collection"), instruction)]
+            cells = (passage.source, passage.place, passage.record_id, passage.title, passage.link, passage.text)
+            writer.writerow([*request, rank, f"{hit.score:.6f}", *map(safe_cell, cells)])
+        return {"csv": file.getvalue()}
 
-    @shown_errors()
-    def _compare(self, query: str, left: str, right: str, collection: str = PYTHON) -> Any:
+    def passage(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the card of one passage, which the map opens."""
+        store = self.library.open(_text(data, "collection"))
+        self._require_current(store, data)
+        row = data.get("row")
+        if not isinstance(row, int) or not 0 <= row < len(store):
+            raise InputError("there is no such passage; draw the map again")
+        passage = store.passages[row]
+        return {"title": passage.label, "source": passage.source, "html": cards.whole("", [(passage.text, False)])}
+
+    def add(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Starts to add uploaded files to a collection."""
+        paths = data.get("paths")
+        if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
+            raise InputError("no files are chosen; choose files to add")
+        folder = Path(get_upload_folder()).resolve()
+        resolved = [Path(path).resolve() for path in paths]
+        if not all(path.is_relative_to(folder) for path in resolved):
+            raise InputError("only uploaded files can be added")
+        job = self.jobs.add_files(_text(data, "collection").strip(), resolved, _text(data, "client"))
+        return {"job": job.number}
+
+    def cancel(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Stops an upload of this visitor."""
+        number = data.get("job")
+        self.jobs.cancel(number if isinstance(number, int) else -1, _text(data, "client"))
+        return {}
+
+    def delete(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Deletes a collection, or one of its files."""
+        collection = _text(data, "collection")
+        if data.get("file") is None:
+            self.library.delete(collection)
+            return {"message": f"{collection} was deleted"}
+        self.library.delete_file(collection, _text(data, "file"))
+        return {"message": f"{_text(data, 'file')} was deleted from {collection}"}
+
+    def compare(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns two rankings of the same passages."""
+        store, query, instruction, _, _ = self._request(data)
+        left, right = _text(data, "left"), _text(data, "right")
         comparison = compare(
             self.searcher,
-            self.library.open(collection),
+            store,
             self._compare_engine(left),
             self._compare_engine(right),
             query,
-            instruction=next(iter(PRESETS.values())),
+            instruction=instruction,
         )
-        left_ms, right_ms = comparison.milliseconds
-        summary = (
-            f"{comparison.overlap:.0%} of the top ten are the same, out of {comparison.candidates} candidates of the "
-            f"page's engine; largest cosine difference {comparison.largest_difference:.4f}; embedding the query: "
-            f"{left} {left_ms:.1f} ms, {right} {right_ms:.1f} ms"
-        )
-        if left == right:
-            summary = f"Both engines are the same; start the page with --compare BUNDLE for another one. {summary}"
-        return summary, comparison.rows
+        return {"html": cards.comparison(comparison, left, right, instruction)}
 
     def _compare_engine(self, name: str) -> Encoder:
         with self._opening:
             if name not in self._opened:
                 if name not in self._engines:
-                    raise refusal(f"there is no engine {name!r}; choose one from the list")
+                    raise InputError(f"there is no engine {name!r}; available: {', '.join(self._engines)}")
                 self._opened[name] = self._engines[name]()
             return self._opened[name]
 
-    def _map_tab(self, collection: gr.Dropdown, last_search: gr.State) -> None:
-        button = gr.Button("Draw the collection and the last search", variant="primary", elem_id="draw")
-        plot = gr.ScatterPlot(
-            x="x",
-            y="y",
-            color="source",
-            tooltip=["title", "source"],
-            color_title=" ",
-            x_title=" ",
-            y_title=" ",
-            label="Nearby points are similar. Red: results, magenta: your query, gray: smaller sources",
-            height=520,
-            elem_id="plane",
-        )
-        button.click(self._draw, [collection, last_search], plot, api_visibility="private")
-
-    @shown_errors()
-    def _draw(self, collection: str, last_search: SearchResult | None) -> Any:
+    def map(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the map of a collection with the last results, if they are of its present content."""
+        collection = _text(data, "collection")
         store = self.library.open(collection)
         identity, plane = self._planes.get(collection, ("", None))
         if plane is None or identity != store.identity:
             plane = Plane.of(store.vectors)
             self._planes[collection] = (store.identity, plane)
-        if last_search is not None and store.engine != self.searcher.engine:
-            last_search = None  # the query's vector is not comparable with another engine's vectors
-        columns = draw(store, plane, last_search)
-        named_sources = sorted(set(columns["source"]) - PLANE_COLOURS.keys())
-        colours = PLANE_COLOURS | dict(zip(named_sources, SOURCE_COLOURS, strict=False))
-        return gr.ScatterPlot(pandas.DataFrame(columns), color_map=colours)
+        rows, query = data.get("rows"), _text(data, "query")
+        hits = [row for row in rows if isinstance(row, int) and 0 <= row < len(store)] if isinstance(rows, list) else []
+        if data.get("lineage") != store.record.lineage:
+            hits = []
+        vector = None
+        if query.strip() and store.engine == self.searcher.engine:  # vectors of different engines are not comparable
+            vector = self.searcher.embed_query(query, self._request(data)[2])
+        return {**draw(store, plane, hits[:MAX_RESULTS], vector), "lineage": store.record.lineage, "total": len(store)}
+
+    def api_search(
+        self,
+        query: str,
+        instruction: str | None = None,
+        count: int = 5,
+        collection: str = PYTHON,
+        sources: list[str] | None = None,
+        mode: str = MEANING,
+    ) -> list[dict[str, Any]]:
+        """Returns the nearest passages, for programs, with their cosine and whether it is near for this collection.
+
+        Without an instruction the collection's own is used, as in the page; an empty one means none.
+        """
+        if not all(isinstance(text, str) for text in (query, collection)) or not isinstance(instruction, str | None):
+            raise _refusal("query, instruction and collection must be strings")
+        data = {"collection": collection, "query": query, "instruction": instruction, "count": count}
+        with _ApiErrors():
+            store, hits, _ = self._hits(data | {"sources": sources, "mode": mode})
+            threshold = self.searcher.threshold(store, self._request(data)[2])
+        return [
+            {
+                "title": hit.passage.label,
+                "source": hit.passage.source,
+                "place": hit.passage.place,
+                "id": hit.passage.record_id,
+                "link": hit.passage.link,
+                "text": hit.passage.text,
+                "score": hit.score,
+                "near": hit.score >= threshold,
+            }
+            for hit in hits
+        ]
+
+    def api_collections(self) -> list[dict[str, Any]]:
+        """Returns the collections, for programs, with their sources and the instruction of their queries."""
+        collections = []
+        for state in self.library.states():
+            with _ApiErrors():
+                sources = self.library.open(state.name).sources() if state.is_usable else []
+            collections.append(
+                {
+                    "name": state.name,
+                    "passages": state.rows,
+                    "sources": sources,
+                    "instruction": default_instruction(state.name),
+                    "searchable": state.is_usable,
+                    "complete": state.is_complete,
+                }
+            )
+        return collections
+
+    def api_compare(
+        self, query: str, left: str, right: str, collection: str = PYTHON, instruction: str | None = None
+    ) -> dict[str, Any]:
+        """Returns two engines' rankings of the same passages, for programs."""
+        data = {"collection": collection, "query": query, "instruction": instruction}
+        with _ApiErrors():
+            store, _, used_instruction, _, _ = self._request(data)
+            comparison = compare(
+                self.searcher,
+                store,
+                self._compare_engine(left),
+                self._compare_engine(right),
+                query,
+                instruction=used_instruction,
+            )
+        return vars(comparison)
+
+
+def _text(data: Mapping[str, Any], name: str) -> str:
+    """Returns a text field of a call, empty if it is missing.
+
+    Raises:
+        InputError: It is no text.
+    """
+    value = data.get(name, "")
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be a string")
+    return value
+
+
+def _server_function(function: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Makes a method callable by the page's script; an expected error is an answer with one sentence."""
+
+    def call(data: Any) -> dict[str, Any]:
+        try:
+            return function(data if isinstance(data, dict) else {})
+        except DeployError as err:
+            return {"error": str(err)}
+        except OSError as err:
+            return {"error": f"{err.strerror or err}: the server could not read or write a file; check its disk"}
+
+    call.__name__ = function.__name__
+    return call
+
+
+def _refusal(message: str) -> gr.Error:
+    """Returns an error for a program; escaped, since Gradio's own pages render messages as HTML."""
+    return gr.Error(html.escape(message, quote=False), print_exception=False)
+
+
+class _ApiErrors:
+    """Converts expected errors to those that a program gets, in one sentence."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, err: BaseException | None, __: Any) -> None:
+        if isinstance(err, DeployError):
+            raise _refusal(str(err)) from err
+        if isinstance(err, OSError):
+            raise _refusal(f"{err.strerror or err}: the server could not read or write a file; check its disk") from err

@@ -29,15 +29,34 @@ class Passage:
     """One text that a search can find."""
 
     source: str
-    """Origin of the passage: a kind of documentation, or a file."""
+    """Origin of the passage: a module of Python, or a file with its path."""
     title: str
+    """Title of the passage, or of its record; empty if it has none."""
     text: str
+    prefix: str = ""
+    """Text that is embedded before `text`, so that a passage is found by its name too."""
+    place: str = ""
+    """Where in its source the passage stands: a row, a page, or a part."""
+    record_id: str = ""
+    """Identifier that the record states."""
+    link: str = ""
+    """Address that the record states."""
+
+    @property
+    def embedded_text(self) -> str:
+        """The text that is embedded."""
+        return f"{self.prefix}\n{self.text}" if self.prefix else self.text
+
+    @property
+    def label(self) -> str:
+        """The title, or the name of the file."""
+        return self.title or self.source.rpartition("/")[2]
 
 
 def library_passages(library: Path | None = None) -> Iterator[Passage]:
     """Yields the docstrings of the running Python's public library and the sections of its language reference.
 
-    A passage begins with its name in words, so that "csv reader" is close to `csv.reader`.
+    A passage is embedded behind its name in words, so that "csv reader" is close to `csv.reader`.
     """
     root = library or library_root()
     for path in library_files(root):
@@ -71,8 +90,7 @@ def compiled() -> Iterator[Passage]:
             is_public = not name or (not name.startswith("_") and getattr(member, "__module__", module) == module)
             if doc and is_public and len(doc) >= MIN_DOC_CHARS:
                 title = f"{module}.{name}".removesuffix(".")
-                text = f"{title}: {re.sub(r'[._]+', ' ', title)}.\n{doc}"[:MAX_TEXT_CHARS]
-                yield Passage(source=module, title=title, text=text)
+                yield _named(module, title, title, doc)
 
 
 def topics() -> Iterator[Passage]:
@@ -101,15 +119,16 @@ def _documented(tree: ast.Module, module: str) -> Iterator[Passage]:
         node, name = stack.pop()
         doc = ast.get_docstring(node)
         if doc and len(doc) >= MIN_DOC_CHARS:
-            yield Passage(source=module.split(".")[0], title=name, text=_text(node, name, inspect.cleandoc(doc)))
+            signature = name
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                signature = f"{name}({ast.unparse(node.args)})"
+            yield _named(module.split(".")[0], name, signature, inspect.cleandoc(doc))
         for child in reversed(node.body):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name[0] != "_":
                 stack.append((child, f"{name}.{child.name}"))
 
 
-def _text(node: _Documented, name: str, doc: str) -> str:
-    words = re.sub(r"[._]+", " ", name)
-    head = f"{name}: {words}."
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        head = f"{name}({ast.unparse(node.args)}): {words}."
-    return f"{head}\n{doc}"[:MAX_TEXT_CHARS]
+def _named(source: str, title: str, signature: str, doc: str) -> Passage:
+    """Returns the passage of a documented name, cut to `MAX_TEXT_CHARS` with its prefix."""
+    prefix = f"{signature}: {re.sub(r'[._]+', ' ', title)}."[: MAX_TEXT_CHARS // 2]
+    return Passage(source=source, title=title, prefix=prefix, text=doc[: MAX_TEXT_CHARS - len(prefix) - 1])

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import echo, run
 from nvembed_deploy.errors import BundleError, DeployError, ExportError
@@ -70,17 +72,19 @@ def archive_state(path: Path) -> str:
 
 
 def collection_state(folder: Path) -> str:
-    """Returns "whole" for a collection whose passages and vectors belong together, in steps of a whole run.
+    """Returns "whole" for a collection whose passages are the first ones of the run, each with a vector.
 
     Raises:
-        BundleError: A part of a run was added.
+        BundleError: They are not.
     """
     from nvembed_deploy.app.index import opener
     from nvembed_deploy.app.store import FolderStore
 
     store = FolderStore(folder, opener("exact"))
-    if len(store.passages) != len(store.vectors) or len(store.passages) % 400:
-        raise BundleError(f"{folder} has {len(store.passages)} passages and {len(store.vectors)} vectors")
+    texts = [f"passage {number} of a collection that grows" for number in range(len(store.vectors))]
+    lengths = np.linalg.norm(store.vectors, axis=1)
+    if [passage.text for passage in store.passages] != texts or not np.allclose(lengths, 1, atol=1e-3):
+        raise BundleError(f"{folder} has {len(store.passages)} passages that are not the first ones with their vectors")
     return "whole"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import nvembed_deploy
 from tests.readme import ROOT
 
 LIBRARY = ROOT / "nvembed_deploy"
@@ -27,6 +28,8 @@ ABOVE = {  # what may import a package, of those that stand above the library
     "nvembed_deploy.export": {"nvembed_deploy.export", "nvembed_deploy.app"},
     "nvembed_deploy.engines": {"nvembed_deploy.engines", "nvembed_deploy.export", "nvembed_deploy.app"},
 }
+SHARED_SHELVES = ("nvembed_deploy.console", "nvembed_deploy.files.", "nvembed_deploy.sample_texts")
+"""What every part of the project uses besides the library's public names: messages, atomic files, Python's texts."""
 DEVELOPERS = ("benchmarks", "recipes", "tools", "tests")
 
 
@@ -114,6 +117,20 @@ def test_dependencies_point_one_way() -> None:
                     assert any(name == importer or name.startswith(f"{importer}.") for importer in importers), (
                         f"{name} -> {dependency}"
                     )
+
+
+def test_the_page_imports_public_names_only() -> None:
+    """It shows what a program can build on the library: whatever the page needs, the library offers."""
+    for path in (LIBRARY / "app").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("nvembed_deploy") for alias in node.names), path.name
+            elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("nvembed_deploy"):
+                module = f"{node.module}."
+                names = {alias.name for alias in node.names}
+                is_own = module.startswith("nvembed_deploy.app.")
+                is_public = node.module == "nvembed_deploy" and names <= set(nvembed_deploy.__all__)
+                assert is_own or is_public or module.startswith(SHARED_SHELVES), f"{path.name}: {module}{names}"
 
 
 def test_the_library_does_not_import_developer_packages() -> None:

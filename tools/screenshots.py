@@ -15,82 +15,75 @@ from nvembed_deploy.console import echo, run
 
 OUT = Path("docs") / "app"
 QUERY = "how do I read a CSV file?"
-DESKTOP, PHONE = {"width": 1100, "height": 1150}, {"width": 390, "height": 1500}
+DESKTOP, PHONE = {"width": 1280, "height": 720}, {"width": 390, "height": 844}
 
 
 def take_screenshots(bundle: Path, collections: Path, reference: Path | None, chromium: Path) -> None:
     """Opens the page and takes a screenshot of each view."""
     os.environ.update(QUIET)
-    import gradio
     from playwright.sync_api import sync_playwright
 
-    from nvembed_deploy.app.page import CSS
+    from nvembed_deploy.app.server import PageServer
 
-    demo = make_page(bundle, "cpu", collections, index="exact", compare=[], reference=reference)
-    _, url, _ = demo.queue().launch(
-        server_name="127.0.0.1",
-        server_port=listen_port("127.0.0.1", 0),
-        prevent_thread_lock=True,
-        quiet=True,
-        ssr_mode=False,
-        theme=gradio.themes.Soft(),
-        css=CSS,
-        footer_links=[],
-    )
+    page = make_page(bundle, "cpu", collections, index="exact", compare=[], reference=reference)
+    page.library.add_python()
+    server = PageServer(page, "127.0.0.1", listen_port("127.0.0.1", 0))
+    page.start()
     OUT.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=str(chromium), headless=True, args=["--no-sandbox"])
         for name, size, scheme in (("search", DESKTOP, "light"), ("dark", DESKTOP, "dark"), ("phone", PHONE, "light")):
-            page = browser.new_context(viewport=size, color_scheme=scheme).new_page()
-            page.goto(url)
-            _search(page)
-            _save_screenshot(page, name)
+            tab = browser.new_context(viewport=size, color_scheme=scheme).new_page()
+            tab.goto(server.url)
+            _search(tab)
+            _save_screenshot(tab, name)
             if name == "search":
-                _other_views(page)
+                _other_views(tab, page.searcher.encoder.manifest.source.name)
         browser.close()
-    demo.close()
+    server.close()
 
 
-def _search(page: Any) -> None:
-    box = page.get_by_label("Query", exact=True)
+def _search(tab: Any) -> None:
+    tab.wait_for_function("document.querySelector('#collection')?.value")
+    box = tab.get_by_label("Query", exact=True)
     box.fill(QUERY)
     box.press("Enter")
-    page.wait_for_function("document.querySelector('#times textarea, #times input')?.value.includes('searching')")
-    page.wait_for_timeout(1500)
+    tab.locator("#results mark").first.wait_for()
 
 
-def _other_views(page: Any) -> None:
-    page.get_by_role("tab", name="Your documents").click()
-    page.locator("#files input[type=file]").set_input_files("CHANGELOG.md")
-    page.locator("#files").get_by_text("CHANGELOG").first.wait_for()
-    page.locator("#add").click()
-    page.wait_for_function("document.querySelector('#state textarea, #state input').value.includes('were added to')")
-    page.wait_for_timeout(1500)
-    _save_screenshot(page, "documents")
-    page.get_by_label("Collection to delete").click()
-    page.get_by_role("option", name="my documents").click()
-    page.locator("#delete").click()
-    page.wait_for_function("document.querySelector('#state textarea, #state input').value.includes('was deleted')")
-    page.get_by_role("tab", name="Engine").click()
-    page.wait_for_timeout(1500)
-    _save_screenshot(page, "engine")
-    page.get_by_role("tab", name="Compare").click()
-    box = page.get_by_label("Query to compare")
-    box.fill(QUERY)
-    box.press("Enter")
-    page.wait_for_function("document.querySelector('#difference textarea, #difference input').value.includes('top')")
-    page.wait_for_timeout(1500)
-    _save_screenshot(page, "compare")
-    page.get_by_role("tab", name="Map").click()
-    page.locator("#draw").click()
-    page.locator("#plane canvas, #plane svg.marks").first.wait_for()
-    page.wait_for_timeout(3000)
-    _save_screenshot(page, "map")
+def _other_views(tab: Any, model: str) -> None:
+    _open(tab, "documents")
+    tab.locator("#files").set_input_files(["CHANGELOG.md", "constraints.txt", "LICENSE"])
+    tab.locator("#add").click()
+    tab.get_by_text("my documents: 2 added, 1 skipped").wait_for()
+    tab.wait_for_function("document.querySelector('#collection').value === 'my documents'")
+    tab.locator("#file-list").get_by_text("CHANGELOG.md").wait_for()
+    _save_screenshot(tab, "documents")
+    tab.locator("#delete").click()
+    tab.locator("#confirm-yes").click()
+    tab.wait_for_function("document.querySelector('#state').textContent.includes('was deleted')")
+    tab.wait_for_function("document.querySelector('#collection').value.startsWith('Python')")
+    _open(tab, "search")
+    _search(tab)
+    _open(tab, "engine")
+    tab.locator("#engine-details").get_by_text(model).first.wait_for()
+    _save_screenshot(tab, "engine")
+    _open(tab, "compare")
+    tab.locator("#compare-button").click()
+    tab.locator("#rankings").wait_for()
+    _save_screenshot(tab, "compare")
+    _open(tab, "map")
+    tab.locator("#legend li").first.wait_for()
+    _save_screenshot(tab, "map")
 
 
-def _save_screenshot(page: Any, name: str) -> None:
+def _open(tab: Any, view: str) -> None:
+    tab.locator(f'nav a[href="#{view}"]').click()
+
+
+def _save_screenshot(tab: Any, name: str) -> None:
     path = OUT / f"{name}.png"
-    page.screenshot(path=path)
+    tab.screenshot(path=path)
     echo(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -70,14 +70,14 @@ def test_a_local_index_is_built_once_and_deleted_with_its_collection(encoder: En
     list(library.add_steps("mine", few_passages()[2:]))
     assert (library.folder / "mine" / FOLDER).is_dir()
     assert library.names() == ["mine"]
-    assert {path.name for path in library.folder.iterdir()} == {"mine", LOCK}
+    assert {path.name for path in library.folder.iterdir()} == {"mine", f".mine{LOCK}"}
     assert len(library.open("mine").search(library.engine, encoder.encode("rows"), count=9)) == 3
     inode = (library.folder / "mine" / FOLDER).stat().st_ino
     reopened = Library(library.folder, encoder, index="qdrant")
     reopened.open("mine")
     assert (library.folder / "mine" / FOLDER).stat().st_ino == inode
     reopened.delete("mine")
-    assert [path.name for path in library.folder.iterdir()] == [LOCK]
+    assert [path.name for path in library.folder.iterdir()] == [f".mine{LOCK}"]
 
 
 def test_a_damaged_index_error_says_how_to_rebuild_it(written_collection: Path, tmp_path: Path) -> None:

@@ -1,13 +1,9 @@
-"""The page in a real browser, and its API."""
+"""The page in a real browser."""
 
 import csv
-import errno
-import os
+import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +11,16 @@ from typing import Any
 import pytest
 
 CHROMIUM = Path("/usr/bin/chromium")
-for library in ("gradio", "pandas", "gradio_client"):
+for library in ("gradio", "gradio_client"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[app]")
 
 from tests.app.conftest import DANGER  # noqa: E402
-from tests.app.test_store import make_zip  # noqa: E402
+from tests.app.test_documents import make_zip  # noqa: E402
 
 TIMEOUT_MS = 30_000
 """Timeout in milliseconds: two loaded cores are slow."""
+DESKTOP, PHONE = {"width": 1280, "height": 720}, {"width": 390, "height": 844}
+VIEWS = ("search", "documents", "compare", "map", "engine")
 
 
 @pytest.fixture(scope="module")
@@ -38,263 +36,328 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
-@pytest.fixture
-def tab(browser: Any, page: SimpleNamespace) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
+@pytest.fixture(scope="module")
+def shared_tab(browser: Any, page: SimpleNamespace) -> Iterator[Any]:
+    """One open page for all tests of this file: opening one takes most of a test's time."""
+    context = browser.new_context(viewport=DESKTOP)
     opened = open_tab(context, page)
     yield opened
     outside = [url for url in opened.requested if not url.startswith((page.url, "data:", "blob:"))]
     context.close()
-    assert outside == []
+    assert outside == []  # no request leaves the machine
+    assert opened.errors == []
 
 
-def open_tab(context: Any, page: SimpleNamespace) -> Any:
+@pytest.fixture
+def tab(shared_tab: Any) -> Any:
+    """The open page, with no results and the first collection."""
+    view(shared_tab, "search")
+    choose(shared_tab, "Python documentation")
+    shared_tab.get_by_label("Query", exact=True).fill("")
+    shared_tab.locator("#result-1").wait_for(state="detached")
+    return shared_tab
+
+
+def open_tab(context: Any, page: SimpleNamespace, address: str = "") -> Any:
     opened = context.new_page()
-    opened.requested = []
+    opened.requested, opened.errors = [], []
     opened.on("request", lambda request: opened.requested.append(request.url))
+    opened.on("pageerror", lambda error: opened.errors.append(str(error)))
     opened.set_default_timeout(TIMEOUT_MS)
-    opened.goto(page.url)
+    opened.goto(f"{page.url}{address}")
     opened.get_by_label("Query", exact=True).wait_for()
+    opened.wait_for_function("document.querySelector('#collection').value !== ''")
     return opened
+
+
+def view(tab: Any, name: str) -> None:
+    tab.locator(f'nav a[href="#{name}"]').click()
+    tab.locator(f"#view-{name}").wait_for()
+
+
+def choose(tab: Any, collection: str) -> None:
+    tab.wait_for_function(
+        "name => [...document.querySelector('#collection').options].some(option => option.value === name)",
+        arg=collection,
+    )
+    if tab.locator("#collection").input_value() != collection:
+        tab.locator("#collection:visible, #documents-collection:visible").select_option(collection)
 
 
 def search(tab: Any, query: str) -> None:
     box = tab.get_by_label("Query", exact=True)
     box.fill(query)
     box.press("Enter")
-    tab.locator("#result-1").wait_for(state="visible")
-    tab.wait_for_function("document.querySelector('#times textarea, #times input').value.includes('searching')")
+    status_has(tab, f"“{query}”")
 
 
-def test_enter_searches(tab: Any, page: SimpleNamespace) -> None:
+def status_has(tab: Any, text: str, name: str = "status") -> None:
+    tab.wait_for_function(
+        "([name, text]) => document.querySelector(`#${name}`).textContent.includes(text)", arg=[name, text]
+    )
+
+
+def add(tab: Any, collection: str, *paths: Path) -> None:
+    view(tab, "documents")
+    tab.locator("#files").set_input_files([str(path) for path in paths])
+    tab.get_by_label("Collection to add to").fill(collection)
+    tab.locator("#add").click()
+
+
+def test_results_are_seen_at_once_and_name_their_query(tab: Any, page: SimpleNamespace) -> None:
     search(tab, "rows of a table")
-    expected = page.searcher.search(page.library.add_python(), "rows of a table", instruction="", count=3)
-    assert tab.locator("[id^=result-]:visible").count() == 3
-    assert "ms" in tab.locator("#times textarea, #times input").first.input_value()
-    titles = {hit.passage.title for hit in expected.hits}
-    shown = [tab.locator(f"#result-{rank}").inner_text() for rank in (1, 2, 3)]
-    assert all(any(title in text for text in shown) for title in titles)
-    assert tab.locator("#bars").is_visible()
+    expected = page.searcher.search(
+        page.library.open("Python documentation"), "rows of a table", instruction=python_instruction(), count=3
+    )
+    titles = [text.split(" ", 1)[1] for text in tab.locator("#results h3").all_inner_texts()]
+    assert titles == [hit.passage.label for hit in expected.hits]  # the instruction is the page's
+    text = tab.locator("#status").inner_text()
+    assert "3 of 3 passages in Python documentation for “rows of a table”, " in text
+    assert text.endswith(" s")
+    first = tab.locator("#result-1").bounding_box()
+    assert first["y"] + first["height"] < DESKTOP["height"] / 2
+    tab.locator("#results mark").first.wait_for()
+    tab.locator("#result-1 .title").click()
+    assert tab.locator("#result-1 .whole").is_visible()
+    tab.get_by_role("button", name="More like this").first.click()
+    status_has(tab, "like “")
+    assert tab.locator(".hit").count() == 2
+    assert tab.evaluate("document.activeElement.className") == "title"
+
+
+def python_instruction() -> str:
+    from nvembed_deploy.app.page import default_instruction
+
+    return default_instruction("Python documentation")
+
+
+def test_the_last_query_wins(tab: Any, page: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the answer to an earlier one arrives later, and old results are dimmed until then."""
+    embed = page.searcher.embed_query
+
+    def slow(query: str, instruction: str) -> Any:
+        time.sleep({"first": 1.5, "second": 0.4}.get(query, 0))
+        return embed(query, instruction)
+
+    search(tab, "rows")
+    monkeypatch.setattr(page.searcher, "embed_query", slow)
+    box = tab.get_by_label("Query", exact=True)
+    for query in ("first", "second"):
+        box.fill(query)
+        box.press("Enter")
+        assert "old" in (tab.locator("#results").get_attribute("class") or "")
+    status_has(tab, "“second”")
+    tab.wait_for_timeout(1500)
+    status_has(tab, "“second”")
+    assert tab.locator(".hit").count() == 3
+
+
+def test_results_go_when_the_query_or_the_collection_changes(
+    tab: Any, page: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvembed_deploy.app.passages import Passage
+
+    list(page.library.add_steps("other", [Passage(source="o.txt", title="", text="Something else entirely.")]))
+    tab.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    search(tab, "rows")
+    choose(tab, "other")
+    status_has(tab, "1 of 1 passage in other for “rows”")  # asked again, in the chosen collection
+    assert tab.locator("#instruction").input_value() != python_instruction()
+    monkeypatch.setattr("nvembed_deploy.app.page.LIVE_MS", 0.0)  # an engine too slow to search while one types
+    search(tab, "cells")
+    tab.get_by_label("Query", exact=True).press_sequentially("x")
+    tab.locator("#result-1").wait_for(state="detached")
+    assert tab.locator("#status").inner_text() == ""
+    page.library.delete("other")
+
+
+def test_it_searches_as_one_types_where_the_engine_is_fast(
+    tab: Any, monkeypatch: pytest.MonkeyPatch, page: SimpleNamespace
+) -> None:
+    monkeypatch.setattr("nvembed_deploy.app.page.LIVE_MS", 1e6)
+    search(tab, "rows")  # its answer tells the page that the engine is fast
+    tab.get_by_label("Query", exact=True).press_sequentially(" of a file", delay=20)
+    status_has(tab, "“rows of a file”")
 
 
 def test_hostile_text_is_shown_as_text(tab: Any) -> None:
     search(tab, f"what is {DANGER}?")
-    assert DANGER in "".join(tab.locator(f"#result-{rank}").inner_text() for rank in (1, 2, 3)).replace("\n", " ")
+    assert DANGER in tab.locator("#results").inner_text().replace("\n", " ")
     assert tab.title() == "Semantic search"
-    assert tab.locator("img[src=x]").count() == 0
+    assert tab.locator("img").count() == 0
 
 
-def test_results_can_be_filtered_by_source(tab: Any) -> None:
-    tab.get_by_role("button", name="Instruction and filters").click()
-    tab.get_by_label("Only from these sources").click()
-    tab.get_by_role("option", name="gzip").click()
-    search(tab, "anything")
-    assert tab.locator("[id^=result-]:visible").count() == 1
-    assert "gzip" in tab.locator("#result-1").inner_text()
-
-
-def test_an_empty_query_is_explained(tab: Any) -> None:
+def test_mistakes_are_told_in_the_status_line(tab: Any) -> None:
     tab.locator("#search-button").click()
-    tab.get_by_text("the query is empty; enter a search query").first.wait_for()
+    status_has(tab, "Enter a query first")
+    view(tab, "documents")
+    tab.locator("#add").click()
+    status_has(tab, "Choose files to add first", "state")
+    assert tab.locator(".toast-body").count() == 0
 
 
-def test_an_example_fills_in_the_query(tab: Any) -> None:
-    tab.get_by_text("compress data with gzip").first.click()
-    tab.wait_for_function("document.querySelector('#query textarea, #query input').value.includes('gzip')")
+def test_nothing_near_is_said(tab: Any, page: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page.searcher, "threshold", lambda *_: 2.0)
+    search(tab, "bread")
+    status_has(tab, "Nothing near “bread” in Python documentation: the closest of 3 passages")
+    assert tab.locator(".hit.far").count() == 3
 
 
-def test_documents_are_added_found_and_deleted(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
+def test_keys_and_address(tab: Any, browser: Any, page: SimpleNamespace) -> None:
+    search(tab, "rows of a table")
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowDown")
+    assert tab.evaluate("document.activeElement.closest('.hit').id") == "result-2"
+    tab.keyboard.press("Enter")
+    assert tab.locator("#result-2 .whole").is_visible()
+    tab.keyboard.press("Escape")
+    assert tab.evaluate("document.activeElement.id") == "query"
+    tab.keyboard.press("Escape")
+    assert tab.get_by_label("Query", exact=True).input_value() == ""
+    tab.locator("#examples button").first.wait_for()
+    tab.locator("#search-button").focus()
+    tab.keyboard.press("/")
+    assert tab.evaluate("document.activeElement.id") == "query"
+    context = browser.new_context(viewport=PHONE)
+    second = open_tab(context, page, "?q=compressed+file&in=Python+documentation")
+    status_has(second, "“compressed file”")
+    first = second.locator("#result-1").bounding_box()
+    assert first["y"] < PHONE["height"] / 2
+    assert second.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    context.close()
+
+
+def test_documents_are_added_found_exported_and_deleted(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "=note.txt").write_text("The spare key lies under the third flower pot.")
-    upload(tab, tmp_path / "=note.txt", "keys")
-    tab.get_by_role("tab", name="Search").click()
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 broken")
+    hostile = "<img src=&#47;&#47;evil.example&#47;x.png>.txt"
+    make_zip(tmp_path / "more.zip", {hostile: b"\xff\xfe\x00", "2023/a.txt": b"A rat.", "2024/a.txt": "Köln".encode()})
+    add(tab, "keys", *(tmp_path / name for name in ("=note.txt", "broken.pdf", "more.zip")))
+    tab.get_by_text("keys: 3 added, 2 skipped").wait_for()
+    outcomes = tab.locator(".outcomes li").all_inner_texts()
+    assert [text for text in outcomes if text.startswith("broken.pdf skipped: cannot be read as PDF")]
+    assert [text for text in outcomes if "<img src=" in text and "skipped" in text]
+    assert tab.locator("#chosen").inner_text() == ""  # the box is empty for the next files
+    choose(tab, "keys")
+    tab.get_by_role("rowheader", name="more.zip/2024/a.txt").wait_for()
+    add(tab, "keys", tmp_path / "=note.txt")
+    tab.get_by_text("keys: 0 added, 1 skipped").wait_for()
+    tab.get_by_text("has the same content as =note.txt, which is there already").wait_for()
+    view(tab, "search")
     search(tab, "where is the key?")
-    assert "flower pot" in tab.locator("#result-1").inner_text()
-    tab.locator("#export").click()
-    link = tab.locator("#csv").get_by_role("link").first
-    link.wait_for()
+    assert "=note.txt" in tab.locator("#results").inner_text()
+    tab.locator("#options summary").click()
     with tab.expect_download() as download:
-        link.click()
-    rows = list(csv.reader(Path(download.value.path()).read_text(encoding="utf-8").splitlines()))
-    assert rows[0] == ["rank", "cosine", "source", "title", "text"]
-    assert rows[1][2] == "'=note.txt"  # no formula for a spreadsheet
-    tab.get_by_role("tab", name="Your documents").click()
-    tab.get_by_label("Collection to delete").click()
-    tab.get_by_role("option", name="keys").click()
+        tab.locator("#export").click()
+    rows = list(csv.reader(Path(download.value.path()).read_text(encoding="utf-8-sig").splitlines()))
+    assert rows[0][:4] == ["query", "collection", "instruction", "rank"]
+    assert {row[0] for row in rows[1:]} == {"where is the key?"}
+    assert any(row[5] == "'=note.txt" for row in rows)  # no formula for a spreadsheet
+    tab.locator("#options summary").click()
+    view(tab, "documents")
+    tab.locator('[data-delete-file="more.zip/2023/a.txt"]').click()
+    tab.get_by_role("button", name="Keep").click()
+    assert len(page.library.open("keys")) == 3
+    tab.locator('[data-delete-file="more.zip/2023/a.txt"]').click()
+    tab.locator("#confirm-yes").click()
+    status_has(tab, "was deleted from keys", "state")
+    assert len(page.library.open("keys")) == 2
     tab.locator("#delete").click()
-    state_is(tab, "'keys' was deleted")
+    tab.locator("#confirm-yes").click()
+    status_has(tab, "keys was deleted", "state")
     assert "keys" not in page.library.names()
 
 
-def upload(tab: Any, path: Path, name: str, *, wait: bool = True) -> None:
-    tab.get_by_role("tab", name="Your documents").click()
-    tab.locator("#files input[type=file]").set_input_files(str(path))
-    tab.locator("#files").get_by_text(path.stem).first.wait_for()
-    tab.get_by_label("Collection to add to").fill(name)
-    tab.locator("#add").click()
-    if wait:
-        state_is(tab, "were added to")
-
-
-def state_is(tab: Any, text: str) -> None:
-    tab.wait_for_function(f"document.querySelector('#state textarea, #state input').value.includes({text!r})")
-
-
-def test_adding_can_be_cancelled(
+def test_adding_is_seen_searched_meanwhile_and_cancelled(
     tab: Any, page: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
     encode = page.encoder.encode
 
-    def counted(texts: Any, **options: Any) -> Any:
-        calls.append(len(texts))
+    def slow(texts: Any, **options: Any) -> Any:
         time.sleep(0.2)  # a tiny model would be done before the button is pressed
         return encode(texts, **options)
 
-    monkeypatch.setattr(page.encoder, "encode", counted)
-    (tmp_path / "long.txt").write_text("a sentence that is one of many. " * 12_000)
-    upload(tab, tmp_path / "long.txt", "long", wait=False)
-    state_is(tab, "passages embedded")
-    tab.locator("#cancel").click()
-    state_is(tab, "cancelled; nothing was added")
-    stopped = len(calls)
-    time.sleep(1)
-    assert len(calls) == stopped
+    monkeypatch.setattr(page.encoder, "encode", slow)
+    monkeypatch.setattr("nvembed_deploy.app.library.COMMIT_SECONDS", 0.1)
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps({"text": f"sentence {i}"}) for i in range(1500)))
+    add(tab, "long", tmp_path / "long.jsonl")
+    tab.wait_for_function("/\\d+ of 1,500 passages, .*left/.test(document.querySelector('#jobs').textContent)")
+    choose(tab, "long")
+    view(tab, "search")
+    search(tab, "sentence")
+    assert " passages in long for “sentence”" in tab.locator("#status").inner_text()
+    tab.wait_for_function("document.querySelector('#growing').textContent.includes('of 1,500 passages')")
+    view(tab, "documents")
+    tab.get_by_role("button", name="Cancel").click()
+    tab.get_by_text("– cancelled").wait_for()
     assert "long" not in page.library.names()
-    tab.locator("#cancel").click()
-    tab.get_by_text("no documents are being added, so there is nothing to cancel").first.wait_for()
 
 
-def test_an_upload_that_waits_for_others_can_be_cancelled(tab: Any, page: SimpleNamespace, tmp_path: Path) -> None:
-    from nvembed_deploy.app.page import MAX_UPLOADS
-
-    (tmp_path / "short.txt").write_text("a sentence")
-    for _ in range(MAX_UPLOADS):
-        page.search_page._uploads.acquire()
-    try:
-        upload(tab, tmp_path / "short.txt", "waiting", wait=False)
-        state_is(tab, "waiting for other uploads")
-        tab.locator("#cancel").click()
-        state_is(tab, "cancelled; nothing was added")
-    finally:
-        page.search_page._uploads.release(MAX_UPLOADS)
-    assert "waiting" not in page.library.names()
-
-
-def test_file_names_are_not_rendered_as_html(tab: Any, tmp_path: Path) -> None:
-    """This includes messages: Gradio renders them as HTML, and would request an image."""
-    name = "<img src=&#47;&#47;evil.example&#47;x.png>.txt"
-    upload(tab, make_zip(tmp_path / "hostile.zip", {name: b"\xff\xff"}), name[:38], wait=False)
-    tab.get_by_text("is not UTF-8 text").first.wait_for()
-    assert tab.locator("img[src*=evil]").count() == 0  # and `tab` looks at every request
-    assert "<img src=" in tab.get_by_text("is not UTF-8 text").first.inner_text()
-
-
-def test_wrong_files_are_explained(tab: Any, tmp_path: Path) -> None:
-    bomb = make_zip(tmp_path / "bomb.zip", {"a.txt": b"0" * 3_000_000})
-    upload(tab, bomb, "bomb", wait=False)
-    tab.get_by_text("unpacks to more than the limit").first.wait_for()
-
-
-def test_compare_shows_both_rankings(tab: Any) -> None:
-    tab.get_by_role("tab", name="Compare").click()
-    box = tab.get_by_label("Query to compare")
-    box.fill("rows of a table")
-    box.press("Enter")
-    tab.wait_for_function(
-        "document.querySelector('#difference textarea, #difference input').value.includes('of the top ten')"
-    )
-    assert "csv.reader" in tab.locator("#rankings").inner_text()
-
-
-def test_the_map_is_drawn(tab: Any) -> None:
+def test_compare_map_and_engine(tab: Any) -> None:
     search(tab, "rows of a table")
-    tab.get_by_role("tab", name="Map").click()
-    tab.locator("#draw").click()
-    tab.locator("#plane canvas, #plane svg.marks").first.wait_for()
+    view(tab, "compare")
+    assert tab.get_by_label("Query to compare").input_value() == "rows of a table"
+    tab.locator("#compare-button").click()
+    tab.locator("#rankings").get_by_text("csv.reader").wait_for()
+    assert f"Instruction: {python_instruction()}" in tab.locator("#difference").inner_text()
+    view(tab, "map")
+    status_has(tab, "3 passages of Python documentation", "map-status")
+    inked = "const {width, height} = plane; return plane.getContext('2d').getImageData(0, 0, width, height).data"
+    assert tab.evaluate(f"(() => {{ const plane = document.querySelector('#plane'); {inked}.some(Boolean) }})()")
+    view(tab, "engine")
+    assert "onnxruntime" in tab.locator("#engine-details").inner_text()
+    assert "Lowest cosine" in tab.locator("#engine-details").inner_text()
 
 
-def test_the_engine_tab_shows_the_engines_details(tab: Any) -> None:
-    tab.get_by_role("tab", name="Engine").click()
-    card = tab.get_by_label("Engine details").input_value()
-    assert "onnxruntime" in card
-    assert "lowest cosine" in card
-
-
-def test_the_page_works_in_dark_mode_and_on_narrow_screens(browser: Any, page: SimpleNamespace) -> None:
-    dark = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark")
-    tab = open_tab(dark, page)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser: Any, page: SimpleNamespace, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    context = browser.new_context(viewport=DESKTOP if scheme == "light" else PHONE, color_scheme=scheme)
+    tab = open_tab(context, page)
+    background = tab.evaluate(
+        "getComputedStyle(document.querySelector('.page')).backgroundColor.match(/[0-9.]+/g).slice(0, 3).map(Number)"
+    )
+    assert (sum(background) < 3 * 100) == (scheme == "dark")
     search(tab, "rows of a table")
-    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert tab.locator("#search-button").bounding_box()["width"] >= 44
-    light = sum(
-        tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9.]+/g).slice(0, 3).map(Number)")
-    )
-    dark.close()
-    assert light < 3 * 100
+    tab.locator("#results mark").first.wait_for()
+    tab.locator("#options summary").click()
+    serious = []
+    for name in VIEWS:
+        view(tab, name)
+        if name == "compare":
+            tab.locator("#compare-button").click()
+            tab.locator("#rankings").wait_for()
+        found = axe.Axe().run(tab).response["violations"]
+        serious += [
+            (name, fault["id"], [node["html"][:120] for node in fault["nodes"]][:3])
+            for fault in found
+            if fault["impact"] in ("serious", "critical")
+        ]
+        if scheme == "dark":
+            assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
+    context.close()
+    assert serious == []
 
 
-def test_two_users_at_once(browser: Any, page: SimpleNamespace) -> None:
-    contexts = [browser.new_context() for _ in range(2)]
-    tabs = [open_tab(context, page) for context in contexts]
-    for tab, query in zip(tabs, ("rows of a table", "compressed file"), strict=True):
-        tab.get_by_label("Query", exact=True).fill(query)
-    for tab in tabs:
-        tab.locator("#search-button").click()
-    for tab in tabs:
-        tab.locator("#result-1").wait_for(state="visible")
-    shown = [tab.locator("#result-1").inner_text() for tab in tabs]
-    for context in contexts:
-        context.close()
-    table_title, file_title = (
-        page.searcher.search(page.library.add_python(), query, instruction=preset(), count=1).hits[0].passage.title
-        for query in ("rows of a table", "compressed file")
-    )
-    assert table_title in shown[0]
-    assert file_title in shown[1]
+def test_a_screen_reader_finds_headings_list_and_status(tab: Any) -> None:
+    search(tab, "rows of a table")
+    assert tab.get_by_role("list", name="Results").get_by_role("listitem").count() == 3
+    assert tab.get_by_role("heading", level=1).count() == 1
+    assert tab.get_by_role("search").count() == 1
+    assert tab.locator("#results").get_by_role("heading", level=3).count() == 3
+    assert tab.get_by_role("status").filter(has_text="3 of 3 passages").count() == 1
+    assert tab.evaluate("document.activeElement.id") == "query"  # stays where it was
+    view(tab, "map")
+    assert tab.evaluate("document.activeElement.id") == "heading-map"
 
 
-def preset() -> str:
-    from nvembed_deploy.app.page import PRESETS
-
-    return next(iter(PRESETS.values()))
-
-
-def test_programs_can_search(page: SimpleNamespace) -> None:
-    from gradio_client import Client
-
-    client = Client(page.url, verbose=False)
-    expected = page.searcher.search(page.library.add_python(), "rows", instruction="", count=2)
-    with ThreadPoolExecutor(4) as pool:
-        for hits in pool.map(lambda _: client.predict(query="rows", count=2, api_name="/search"), range(8)):
-            assert [hit["title"] for hit in hits] == [hit.passage.title for hit in expected.hits]
-    with pytest.raises(Exception, match="there is no collection 'none'"):
-        client.predict(query="rows", collection="none", api_name="/search")
-    with pytest.raises(Exception, match="the query has 3000 characters"):
-        client.predict(query="x" * 3000, api_name="/search")
-    for wrong in ({"query": None}, {"query": "rows", "instruction": None}, {"query": "rows", "count": 2.5}):
-        with pytest.raises(Exception, match="must be strings, and count an integer"):
-            client.predict(**wrong, api_name="/search")
-
-
-def test_a_full_disk_is_reported() -> None:
-    from nvembed_deploy.app.page import shown_errors
-
-    with pytest.raises(Exception, match=r"No space left on device: .* check its disk"), shown_errors():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize(
-    "path", ["/etc/passwd", "..%2f..%2fetc%2fpasswd", "http://169.254.169.254/latest", "/proc/self/environ"]
-)
-def test_no_file_of_this_machine_is_served(page: SimpleNamespace, path: str) -> None:
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(f"{page.url}gradio_api/file={path}", timeout=20)
-    assert caught.value.code in (400, 403, 404)
-
-
-def test_cells_that_look_like_formulas_are_escaped() -> None:
-    from nvembed_deploy.app.page import safe_cell
-
-    for start in "=+-@\t\r":
-        assert safe_cell(f"{start}1") == f"'{start}1"
-    assert safe_cell("a=1") == "a=1"
+def test_two_users_at_once(tab: Any, browser: Any, page: SimpleNamespace) -> None:
+    context = browser.new_context()
+    other = open_tab(context, page)
+    other.get_by_label("Query", exact=True).fill("compressed file")
+    tab.get_by_label("Query", exact=True).fill("rows of a table")
+    for one in (other, tab):
+        one.locator("#search-button").click()
+    status_has(other, "“compressed file”")
+    status_has(tab, "“rows of a table”")
+    context.close()

@@ -1,23 +1,23 @@
-"""Passages, uploads and collections, tested without the page."""
+"""Passages and collections, tested without the page."""
 
-import io
 import json
 import shutil
-import zipfile
+import threading
+from collections import OrderedDict
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
-from nvembed_deploy import BundleError, ConfigError, Encoder, InputError
+from nvembed_deploy import BundleError, ConfigError, Encoder
 from nvembed_deploy.app.compare import compare
-from nvembed_deploy.app.documents import CHUNK_TOKENS, OVERLAP_TOKENS, Limits, chunks, read_files
 from nvembed_deploy.app.index import Content, ExactIndex
-from nvembed_deploy.app.library import PYTHON, Library
+from nvembed_deploy.app.library import PYTHON, BusyError, Library
 from nvembed_deploy.app.passages import MAX_TEXT_CHARS, Passage, library_passages
-from nvembed_deploy.app.plane import QUERY, RESULT, Plane, draw
-from nvembed_deploy.app.search import MATCH, Searcher, sentences
-from nvembed_deploy.app.store import PASSAGES, RECORD, VECTORS, Engine, FolderStore
+from nvembed_deploy.app.plane import MAX_POINTS, Plane, draw, sampled_rows
+from nvembed_deploy.app.search import Searcher, sentences
+from nvembed_deploy.app.store import PASSAGES, RECORD, VECTORS, Engine, FolderStore, StoredFile
 from tests.app.conftest import few_passages
 
 
@@ -38,7 +38,7 @@ def test_the_library_contains_pythons_documentation() -> None:
 def test_search_is_exact_and_filters_by_source(library: Library, encoder: Encoder) -> None:
     store = library.add_python(few_passages())
     query = encoder.encode("some rows of a file")
-    scores = encoder.encode([passage.text for passage in few_passages()]) @ query
+    scores = encoder.encode([passage.embedded_text for passage in few_passages()]) @ query
     hits = store.search(library.engine, query, count=3)
     assert [hit.passage.title for hit in hits] == [few_passages()[i].title for i in np.argsort(-scores)]
     np.testing.assert_allclose([hit.score for hit in hits], np.sort(scores)[::-1], atol=2e-6)
@@ -125,10 +125,10 @@ def test_an_unfinished_folder_is_not_a_collection(library: Library, encoder: Enc
     assert not leftovers.exists()
 
 
-def test_a_failed_index_leaves_the_collection_unchanged(encoder: Encoder, tmp_path: Path) -> None:
-    """Adding again must not store the same passages twice."""
+def test_a_failed_index_loses_and_doubles_nothing(encoder: Encoder, tmp_path: Path) -> None:
     library = Library(tmp_path, encoder)
-    ends = iter([ConfigError("down"), None, ConfigError("down"), None])
+    library._index_kind = "qdrant"  # an index that is built when the passages are stored
+    ends = iter([ConfigError("down"), None])
 
     def open_index(content: Content) -> ExactIndex:
         if (err := next(ends)) is not None:
@@ -136,15 +136,83 @@ def test_a_failed_index_leaves_the_collection_unchanged(encoder: Encoder, tmp_pa
         return ExactIndex(content)
 
     library._open_index = open_index
-    for size in (0, len(few_passages())):
-        with pytest.raises(ConfigError, match="down"):
-            list(library.add_steps("mine", few_passages()))
-        assert library.names() == (["mine"] if size else [])
-        if size:
-            assert len(library.open("mine")) == size
-        else:
-            list(library.add_steps("mine", few_passages()))
-            assert len(library.open("mine")) == len(few_passages())
+    with pytest.raises(ConfigError, match="down"):
+        list(library.add_steps("mine", few_passages()))
+    assert len(library.open("mine")) == len(few_passages())
+
+
+def test_a_killed_run_goes_on_where_it_stopped(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvembed_deploy.app import library as module
+
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "FIRST_BLOCK", 2)
+    monkeypatch.setattr(module, "MAX_BLOCK", 2)
+    passages = [Passage(source="m", title=f"m.{i}", text=f"text number {i}") for i in range(7)]
+    steps = Library(tmp_path, encoder).add_python_steps(passages)
+    assert [next(steps) for _ in range(3)] == [(0, 7), (2, 7), (2, 7)]
+    next(steps)
+    steps.close()  # as a kill: nothing of what was stored is taken back
+    folder = next(tmp_path.glob(f"{PYTHON}*"))
+    for name in (PASSAGES, VECTORS):  # what a kill in the middle of a write leaves
+        with (folder / name).open("ab") as file:
+            file.write(b"half a row")
+    library = Library(tmp_path, encoder)
+    assert not library.is_indexed(PYTHON)
+    assert len(library.open(PYTHON)) in (2, 4)  # it can be searched
+    encoded: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(encoder, name)
+
+        def encode(self, texts: list[str]) -> object:
+            encoded.append(len(texts))
+            return encoder.encode(texts)
+
+    library.encoder = Counting()
+    store = library.add_python(passages)
+    assert sum(encoded) < len(passages)
+    assert store.passages == passages
+    expected = encoder.encode([passage.embedded_text for passage in passages])
+    np.testing.assert_allclose(store.vectors, expected, atol=2e-6)
+    np.testing.assert_array_equal(np.load(folder / VECTORS), store.vectors)
+    changed = [*passages, Passage(source="m", title="new", text="added by another Python")]
+    assert library.is_indexed(PYTHON)
+    assert library.add_python(changed) is store  # complete: it is not indexed again
+
+
+def test_files_are_replaced_by_name_and_removed(library: Library) -> None:
+    first, second, third = few_passages()
+    for name, passages in (("a", [first]), ("b", [second, third])):
+        list(library.add_steps("mine", passages, file_record(name, passages)))
+    list(library.add_steps("mine", [third], file_record("a", [third], sha256="other")))
+    assert library.open("mine").passages == [second, third, third]
+    assert [(file.name, file.rows) for file in library.files("mine")] == [("b", 2), ("a", 1)]
+    library.delete_file("mine", "b")
+    assert library.open("mine").passages == [third]
+    with pytest.raises(ConfigError, match="there is no file 'b' in 'mine'"):
+        library.delete_file("mine", "b")
+    library.delete_file("mine", "a")
+    assert library.names() == []
+
+
+def file_record(name: str, passages: list[Passage], sha256: str = "") -> StoredFile:
+    return StoredFile(name=name, bytes=9, sha256=sha256 or name, passages=len(passages), rows=0)
+
+
+def test_a_collection_of_an_earlier_version_opens_and_grows(library: Library) -> None:
+    list(library.add_steps("mine", few_passages()[:2]))
+    folder = library.folder / "mine"
+    record = json.loads((folder / RECORD).read_text())
+    old = {name: record[name] for name in ("identity", "model", "precision", "manifest_sha256", "dimension")}
+    (folder / RECORD).write_text(json.dumps(old))
+    assert len(Library(library.folder, library.encoder).open("mine")) == 2
+    list(library.add_steps("mine", few_passages()[2:]))
+    store = library.open("mine")
+    assert store.passages == few_passages()
+    assert store.file_rows("danger") == range(2, 3)
 
 
 def test_two_pages_on_one_folder_lose_no_passages(encoder: Encoder, tmp_path: Path) -> None:
@@ -159,13 +227,14 @@ def test_two_pages_on_one_folder_lose_no_passages(encoder: Encoder, tmp_path: Pa
         first_library.open("mine")
 
 
-def test_two_pages_started_together_index_pythons_documentation_once(encoder: Encoder, tmp_path: Path) -> None:
+def test_two_writers_of_one_collection_wait_for_each_other(encoder: Encoder, tmp_path: Path) -> None:
     first_library, second_library = (Library(tmp_path, encoder) for _ in range(2))
-    steps = second_library._add(PYTHON, few_passages())
+    steps = second_library.add_python_steps(few_passages())
     next(steps)
-    first_library.add_python(few_passages())
+    with pytest.raises(BusyError, match="is being added to or deleted"):
+        first_library.add_python(few_passages())
     list(steps)
-    assert second_library.open(PYTHON).passages == few_passages()
+    assert first_library.add_python(few_passages()).passages == few_passages()
 
 
 def test_an_index_that_cannot_be_removed_is_reported(
@@ -180,21 +249,32 @@ def test_an_index_that_cannot_be_removed_is_reported(
     library.open("mine").drop_index = refuse
     library.delete("mine")
     assert library.names() == []
-    assert "its index outside the folder may remain: the server is down" in caplog.text
+    assert "its previous index outside the folder may remain: the server is down" in caplog.text
 
 
-def test_a_stopped_upload_leaves_nothing(library: Library) -> None:
-    steps = library.add_steps("mine", few_passages())
-    next(steps)
-    steps.close()
-    assert library.names() == []
+def test_a_stopped_upload_leaves_nothing_of_its_file(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvembed_deploy.app import library as module
+
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "FIRST_BLOCK", 1)
+    monkeypatch.setattr(module, "MAX_BLOCK", 1)
+    for before in ([], few_passages()[:1]):
+        if before:
+            list(library.add_steps("mine", before))
+        steps = library.add_steps("mine", few_passages(), file_record("b", few_passages()))
+        assert [done for done, _ in (next(steps), next(steps), next(steps))][-1] >= 1
+        next(steps)
+        steps.close()
+        assert library.names() == (["mine"] if before else [])
+        if before:
+            assert library.open("mine").passages == before
 
 
 @pytest.mark.parametrize("name", [RECORD, PASSAGES, VECTORS])
 def test_damaged_files_are_named(library: Library, encoder: Encoder, name: str) -> None:
     list(library.add_steps("mine", few_passages()))
     path = library.folder / "mine" / name
-    path.write_bytes(path.read_bytes()[:-9])
+    path.write_bytes(path.read_bytes()[:-9] if name != RECORD else b"{}")
     with pytest.raises(BundleError, match=r"collection mine is damaged .*delete it and index again"):
         FolderStore(library.folder / "mine")
 
@@ -204,77 +284,6 @@ def test_nothing_is_unpickled(library: Library) -> None:
     np.save(library.folder / "mine" / VECTORS, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(BundleError, match="is damaged"):
         FolderStore(library.folder / "mine")
-
-
-def test_blank_text_is_not_a_passage(encoder: Encoder) -> None:
-    text = "intro" + "\n" * 2000 + "end"
-    passages = list(chunks("a.txt", text, encoder.token_spans(text)))
-    assert [passage.text for passage in passages] == ["intro", "end"]
-
-
-def test_chunks_overlap_and_lose_no_text(encoder: Encoder) -> None:
-    text = " ".join(f"word{index}" for index in range(900))
-    spans = encoder.token_spans(text)
-    passages = list(chunks("a.txt", text, spans))
-    assert all(passage.text in text for passage in passages)
-    assert all(f"word{index}" in " ".join(passage.text for passage in passages) for index in range(900))
-    assert len(passages) == -(-(len(spans) - OVERLAP_TOKENS) // (CHUNK_TOKENS - OVERLAP_TOKENS))
-    assert [passage.title for passage in passages[:2]] == ["a.txt, part 1", "a.txt, part 2"]
-    assert [passage.text for passage in chunks("b.txt", "one", encoder.token_spans("one"))] == ["one"]
-
-
-def make_zip(path: Path, members: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return path
-
-
-def make_pdf(text: str) -> bytes:
-    """Returns a PDF of one page with a line of text."""
-    stream = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET".encode()
-    objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
-        b"/Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
-        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
-    ]
-    out, offsets = b"%PDF-1.4\n", []
-    for object_number, pdf_object in enumerate(objects, 1):
-        offsets.append(len(out))
-        out += b"%d 0 obj\n%s\nendobj\n" % (object_number, pdf_object)
-    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
-    return (
-        out
-        + b"xref\n0 5\n0000000000 65535 f \n"
-        + table
-        + (b"trailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(out))
-    )
-
-
-def test_mac_archives_and_line_breaks_within_strings(tmp_path: Path) -> None:
-    row = json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False).encode()
-    path = make_zip(
-        tmp_path / "mac.zip",
-        {"a.txt": b"text", "__MACOSX/._a.txt": b"\x00\xff", ".hidden.txt": b"\xff", "b.jsonl": row},
-    )
-    assert read_files([path], Limits()) == [("a.txt", "text"), ("b.jsonl", "one\u2028two\u0085three")]
-
-
-def test_a_zip_with_a_corrupt_stream_is_named(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "bad.zip", {"a.txt": bytes(range(256)) * 400})
-    content = bytearray(path.read_bytes())
-    content[60:90] = b"\xff" * 30
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"bad\.zip is damaged or encrypted"):
-        read_files([path], Limits())
-
-
-def test_chunks_fit_a_short_engine(encoder: Encoder) -> None:
-    text = "a word and another one " * 200
-    for passage in chunks("a.txt", text, encoder.token_spans(text), max_tokens=40):
-        assert len(encoder.tokenize([passage.text])[0]) <= 40 + 8
 
 
 def test_two_engines_side_by_side(library: Library, encoder: Encoder, bundles: dict[str, Path]) -> None:
@@ -289,114 +298,56 @@ def test_two_engines_side_by_side(library: Library, encoder: Encoder, bundles: d
     assert (self_comparison.overlap, self_comparison.largest_difference, self_comparison.candidates) == (1.0, 0.0, 3)
     assert [row[0] for row in comparison.rows] == ["1", "2", "3"]
     prompt = encoder.query_prompt("Find passages")
-    texts = [passage.text for passage in few_passages()]
+    texts = [passage.embedded_text for passage in few_passages()]
     scores = [side.encode(texts) @ side.encode("rows of a table", prompt=prompt) for side in (encoder, int8_encoder)]
     assert comparison.largest_difference == pytest.approx(np.abs(scores[0] - scores[1]).max(), abs=1e-6)
     assert comparison.largest_difference > 0
     assert [row[1] for row in comparison.rows] == [f"{score:.4f}" for score in sorted(scores[0], reverse=True)]
 
 
-def test_the_unscored_end_of_a_long_passage_is_not_highlighted(encoder: Encoder) -> None:
-    searcher = Searcher(encoder)
+def test_marks_keep_the_text_and_are_cached(
+    library: Library, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_text = "Another sentence. " * 10 + "The rest of it. " * 20
+    texts = [passage.text for passage in few_passages()] + ["no end", "a.b c! d?\n\n\n e", long_text]
+    passages = [Passage(source="s", title="", text=text) for text in texts]
+    list(library.add_steps("mine", passages))
+    store, searcher = library.open("mine"), Searcher(encoder)
     try:
-        text = "Another sentence. " * 10 + "The rest of it. " * 20
-        marked = searcher.mark(encoder.encode("The rest of it."), [text])[0]
-    finally:
-        searcher.close()
-    assert "".join(sentence for sentence, _ in marked) == text
-    assert marked[-1][1] is None
-
-
-def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
-    pytest.importorskip("pypdf", reason="pypdf is not installed: pip install nvembed-deploy[app]")
-    contents = {
-        "a.txt": "plain ü".encode(),
-        "b.md": b"\xef\xbb\xbf# marked",
-        "c.csv": b'name,age\nAda,36\n"Bob, Jr",4\n',
-        "d.jsonl": b'{"text": "first"}\n\n{"title": "second", "n": 2}\n"third"\n',
-        "e.pdf": make_pdf("from a page"),
-    }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    packed = make_zip(tmp_path / "f.zip", {"in/side.txt": b"packed", "skipped.png": b"\x89PNG", "in/": b""})
-    texts = dict(read_files([*(tmp_path / name for name in contents), packed], Limits()))
-    assert texts == {
-        "a.txt": "plain ü",
-        "b.md": "# marked",
-        "c.csv": "name: Ada; age: 36\n\nname: Bob, Jr; age: 4",
-        "d.jsonl": "first\n\nsecond\n\nthird",
-        "e.pdf": "from a page",
-        "side.txt": "packed",
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "text"),
-    [
-        ("a.csv", b"\n,\nReport 2024\na,b\n", "Report 2024: a; b"),  # a title line, blank lines before it
-        ("a.csv", b"x\n1,2,3\n", "x: 1; 2; 3"),
-        ("a.csv", b"x,y\n1\n", "x: 1"),
-        ("a.jsonl", rb'{"text": "cut \ud83d"}', "cut \ufffd"),
-        ("a.jsonl", rb'{"text": "\ud83d\ude00"}', "\U0001f600"),
-    ],
-)
-def test_no_text_is_lost(tmp_path: Path, name: str, content: bytes, text: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert read_files([tmp_path / name], Limits()) == [(name, text)]
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone.txt no longer exists: .* choose it again"):
-        read_files([tmp_path / "gone.txt"], Limits())
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", b"h" * 1000 + b"\nx" * 100_000, "more than 5,000,000 characters"),
-        ("a.csv", b"h\n" + b"x" * 200_000, "a.csv is not valid CSV .*or save it as .txt"),
-        ("a.exe", b"MZ", r"unsupported file type: a.exe. Supported: .csv, .jsonl, .md, .pdf, .txt, .zip"),
-        ("a.txt", b"\xff\xfe\x00", "a.txt is not UTF-8 text .*save it as UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{', "line 2 of a.jsonl is not valid JSON"),
-        ("a.jsonl", b"[" * 100_000, "line 1 of a.jsonl is not valid JSON"),
-        ("a.pdf", b"%PDF-1.4 broken", "a.pdf cannot be read as PDF"),
-        ("a.zip", b"PK\x03\x04 broken", "a.zip is damaged or encrypted"),
-        ("a.txt", b"x" * 2000, "a.txt is larger than 0 MiB; split it"),
-    ],
-)
-def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    if name.endswith(".pdf"):
-        pytest.importorskip("pypdf", reason="pypdf is not installed: pip install nvembed-deploy[app]")
-    (tmp_path / name).write_bytes(content)
-    limits = Limits(file_bytes=1000) if len(content) == 2000 else Limits()
-    with pytest.raises(InputError, match=message):
-        read_files([tmp_path / name], limits)
-
-
-def test_zip_bombs_and_archives_of_too_many_files_are_refused(tmp_path: Path) -> None:
-    limits = Limits(file_bytes=10_000, unpacked_bytes=20_000, files=5, chars=30_000)
-    bomb = make_zip(tmp_path / "bomb.zip", {"a.txt": b"0" * 1_000_000})
-    crowd = make_zip(tmp_path / "crowd.zip", {f"{index}.txt": b"0" * 9_000 for index in range(4)})
-    many = make_zip(tmp_path / "many.zip", {f"{index}.txt": b"0" for index in range(6)})
-    for path, message in ((bomb, "unpacks to more"), (crowd, "unpacks to more"), (many, "more than 5 texts")):
-        with pytest.raises(InputError, match=message):
-            read_files([path], limits)
-    nested = io.BytesIO()
-    make_zip(tmp_path / "inner.zip", {"a.txt": b"in"})
-    nested.write((tmp_path / "inner.zip").read_bytes())
-    assert read_files([make_zip(tmp_path / "outer.zip", {"inner.zip": nested.getvalue()})], limits) == []
-
-
-def test_highlighting_keeps_the_text(encoder: Encoder) -> None:
-    searcher = Searcher(encoder)
-    try:
-        texts = [passage.text for passage in few_passages()] + ["", "no end", "a.b c! d?\n\n\n e"]
-        for text, marked_sentences in zip(texts, searcher.mark(encoder.encode("rows"), texts), strict=True):
-            assert "".join(sentence for sentence, _ in marked_sentences) == text
-            assert any(label == MATCH for _, label in marked_sentences)
+        query = searcher.embed_query("rows", "")
+        marked = searcher.mark(store, query, range(len(texts)))
+        assert ["".join(sentence for sentence, _ in parts) for parts in marked] == texts
+        assert all(any(is_marked for _, is_marked in parts) for parts in marked)
+        assert marked[-1][-1] == ("The rest of it. " * 20, False)  # not compared, so not marked
+        monkeypatch.setattr(searcher, "embed", None)  # nothing is embedded a second time
+        assert searcher.mark(store, query, [1, 0]) == [marked[1], marked[0]]
         assert sentences("One. Two.") == ["One. ", "Two."]
     finally:
         searcher.close()
+
+
+def test_the_threshold_is_above_unrelated_and_below_related_queries() -> None:
+    """It follows from the collection: vectors that are all alike need a higher one."""
+    rng = np.random.default_rng(0)
+
+    def unit(rows: np.ndarray) -> np.ndarray:
+        return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+    unrelated = unit(rng.normal(size=(24, 64)))
+    thresholds = []
+    for common in (0.0, 2.0):
+        vectors = unit(rng.normal(size=(500, 64)) + common)
+        store = MagicMock(identity=f"{common}", vectors=vectors)
+        store.__len__.return_value = len(vectors)
+        searcher = object.__new__(Searcher)
+        searcher.__dict__ |= {"_lock": threading.Lock(), "_thresholds": OrderedDict(), "_unrelated": {"": unrelated}}
+        threshold = searcher.threshold(store, "")
+        best = (vectors @ unrelated.T).max(axis=0)
+        assert np.mean(best < threshold) > 0.9
+        assert threshold < 0.95
+        assert searcher.known_threshold(store, "") == threshold
+        thresholds.append(threshold)
+    assert thresholds[0] < 0.7
 
 
 def test_the_map_is_the_plane_of_the_principal_components(library: Library, encoder: Encoder) -> None:
@@ -407,21 +358,17 @@ def test_the_map_is_the_plane_of_the_principal_components(library: Library, enco
     expected = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
     np.testing.assert_allclose(np.abs(plane.points(vectors)), np.abs(expected), rtol=1e-3, atol=1e-2)
     store = library.add_python(few_passages())
-    searcher = Searcher(encoder)
-    try:
-        search_result = searcher.search(store, "rows", instruction="", count=2)
-    finally:
-        searcher.close()
-    columns = draw(store, Plane.of(store.vectors), search_result)
-    assert columns["source"].count(RESULT) == 2
-    assert columns["source"][-1] == QUERY
-    assert len({len(column) for column in columns.values()}) == 1
+    drawn = draw(store, Plane.of(store.vectors), [1], store.vectors[0])
+    assert [point[3:] for point in drawn["points"]] == [[row, store.passages[row].label] for row in range(3)]
+    assert (drawn["hits"], len(drawn["query"]), len(drawn["sources"])) == ([1], 2, 3)
+    rows = sampled_rows(5999)
+    assert len(rows) == len(set(rows.tolist())) == MAX_POINTS
+    assert {row % 2 for row in rows.tolist()} == {0, 1}  # a regular step would miss sources that alternate
 
 
 def test_the_record_names_the_engine(library: Library, encoder: Encoder) -> None:
     list(library.add_steps("mine", few_passages()))
     record = json.loads((library.folder / "mine" / RECORD).read_text())
-    assert record.pop("identity")
-    assert record == vars(Engine.of(encoder))
+    engine = vars(Engine.of(encoder))
+    assert {name: record[name] for name in engine} == engine
     assert FolderStore(library.folder / "mine").passages == few_passages()
-    assert isinstance(few_passages()[0], Passage)
