@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install nvembed-deploy[openvino]")
 
-from nvembed_deploy import ConfigError, Encoder, EngineError, select_backend
+from nvembed_deploy import ConfigError, Encoder, EngineError, cpu_runtime, select_backend
 from nvembed_deploy.backends import ov
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.backends.ov import OvBackend
@@ -101,7 +101,7 @@ def test_the_choice_is_measured_once(
     assert choice["backend"] == encoder.backend.split()[0]
     assert choice["min_cosine"] >= 0.999999
     assert "one query and a batch of" in caplog.text
-    monkeypatch.setattr(select_backend, "measure_cpu_runtimes", None)  # a call would fail
+    monkeypatch.setattr(cpu_runtime, "measure_cpu_runtimes", None)  # a call would fail
     assert Encoder(bundles["fp32"], device="cpu").backend == encoder.backend
     slower = {"onnxruntime": "openvino", "openvino": "onnxruntime"}[choice["backend"]]
     choice_file.write_text(json.dumps(choice | {"backend": slower}))
@@ -127,13 +127,13 @@ def test_a_faster_runtime_with_different_vectors_is_not_chosen(
         return Output(np.roll(output.embeddings, 1, axis=1), output.norms)
 
     monkeypatch.setattr(OvBackend, "run", rolled)
-    monkeypatch.setattr(select_backend, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
+    monkeypatch.setattr(cpu_runtime, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
     assert Encoder(bundles["fp32"], device="cpu").backend.startswith("onnxruntime")
     monkeypatch.setattr(OvBackend, "run", run)
 
 
 def test_the_faster_runtime_is_chosen(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select_backend, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
+    monkeypatch.setattr(cpu_runtime, "_run_ms", lambda backend, _: 1.0 if isinstance(backend, OvBackend) else 9.0)
     assert Encoder(bundles["fp32"], device="cpu").backend.startswith("openvino")
 
 
