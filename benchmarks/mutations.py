@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nvembed_deploy.backends.base import Backend, Output
@@ -79,13 +79,13 @@ class Changed:
 
 def causal_in_first_layer(model: NVEmbed) -> None:
     """Makes the first layer's mask causal."""
-    visible = model.embedding_model.visible
 
-    def changed(attention_mask: Tensor, layer: int) -> Tensor:
-        mask = visible(attention_mask, layer)
-        return mask if layer else mask & torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
+    def change(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, cos, sin, mask = args
+        tokens = x.shape[1]
+        return x, cos, sin, mask & torch.ones(tokens, tokens, dtype=torch.bool).tril()
 
-    setattr(model.embedding_model, "visible", changed)  # noqa: B010 - on this instance only
+    model.embedding_model.layers[0].register_forward_pre_hook(change)
 
 
 @contextmanager
