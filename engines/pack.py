@@ -19,6 +19,7 @@ from typing import IO
 from tqdm import tqdm
 
 import nvembed_deploy
+from nvembed_deploy.backends.bindings import TENSORRT_RTX
 from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, REFERENCE_OUTPUTS, Manifest
 from nvembed_deploy.bundle.reader import Bundle, bundle_folder
 from nvembed_deploy.console import echo, program, run
@@ -31,7 +32,7 @@ from nvembed_deploy.version import __version__
 DEFAULT_TARGET = "jetson-orin"
 DEVICE_TARGETS = (
     DEFAULT_TARGET,
-    *(target.name for target in TARGETS.values() if target.on_device and target.name != DEFAULT_TARGET),
+    *(name for name, target in TARGETS.items() if (target.on_device or target.platform) and name != DEFAULT_TARGET),
 )
 PACKED = (
     "*.py",
@@ -43,25 +44,32 @@ PACKED = (
     "engines/*.py",
     "files/*.py",
     "integrations/*.py",
-    "model/__init__.py",
-    "model/config.py",
-    "model/family.py",
+    "model/*.py",
     "parity/*.py",
     "serve/*.py",
+    "serve/dialects/*.py",
 )
 """Files of the library that a device needs to run a bundle. Each pattern names its folder, because some folders of a
 checkout are symbolic links, which recursive patterns do not follow."""
-EXCLUDED = ("backends/pytorch.py", "engines/pack.py", "engines/portable_operators.py")
+EXCLUDED = (
+    *("backends/pytorch.py", "engines/pack.py", "engines/portable_operators.py"),
+    *(
+        f"model/{name}.py"
+        for name in ("checkpoint", "decoder", "fold", "latent_attention", "nvembed", "source", "weights")
+    ),
+)
 """Files that match `PACKED` but need PyTorch or ONNX."""
-TENSORRT_10_REQUIREMENTS = (
+TENSORRT_10_REQUIREMENTS: tuple[str, ...] = (
     *("numpy>=1.26,<2.3", "tokenizers>=0.20", "tqdm>=4.60", "onnxruntime>=1.23,<1.24", "cuda-bindings~=12.6"),
 )
 """JetPack 6 has Python 3.10, whose last numpy is 2.2 and, on aarch64, onnxruntime 1.23; its driver is that of CUDA 12.
 onnxruntime checks and runs the graph if the GPU is busy or missing."""
-TENSORRT_11_REQUIREMENTS = (
+TENSORRT_11_REQUIREMENTS: tuple[str, ...] = (
     *("numpy>=1.26", "tokenizers>=0.20", "tqdm>=4.60", "onnxruntime>=1.23", "cuda-bindings>=13.0"),
 )
 """CUDA 13 and Python 3.12, as on JetPack 7."""
+RTX_REQUIREMENTS = (*TENSORRT_11_REQUIREMENTS, "tensorrt-rtx-cu13-bindings>=1.7", "tensorrt-rtx-cu13-libs>=1.7")
+"""TensorRT-RTX for Arm processors, which is built for CUDA 13 only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,25 +250,40 @@ def pack(folder: Path, target: Target, archive: Path, *, jetpack: int | None = N
         for name, content in files.items():
             _add(tar, f"{top}/{name}", io.BytesIO(content), len(content))
         _add_bundle(tar, bundle, f"{top}/bundle")
-    echo(f"done: {archive} {archive.stat().st_size / 1e6:.1f} MB for {target.summary}; see the README.md in it")
+    echo(
+        f"done: {archive} {archive.stat().st_size / 1e6:.1f} MB for {_device(bundle.manifest, target, jetpack)}; see "
+        "the README.md in it"
+    )
+
+
+def _needs_tensorrt_11(manifest: Manifest, target: Target) -> bool:
+    """Returns True if the graph needs a newer TensorRT than the one that the Jetson's JetPack contains."""
+    return manifest.dialect is Dialect.FUSED and target.fused_from is not None
+
+
+def _device(manifest: Manifest, target: Target, jetpack: int | None) -> str:
+    """Describes the device of an archive in words."""
+    if jetpack is None:
+        return target.summary
+    system = "JetPack 7.2.2 or newer" if _needs_tensorrt_11(manifest, target) else JETPACKS[jetpack].title
+    return f"{target.name} with {system}; built on the Jetson itself"
 
 
 def _runtime_files(bundle: Bundle, target: Target, top: str, jetpack: int | None) -> Iterator[tuple[str, bytes]]:
     """Yields the names and contents of all files of the archive outside the bundle."""
-    manifest = bundle.manifest
-    has_tensorrt_10 = version_number(target.min_runtime_version) < (11, 0)
-    requirements: tuple[str, ...] = TENSORRT_10_REQUIREMENTS if has_tensorrt_10 else TENSORRT_11_REQUIREMENTS
-    summary, provider, min_runtime = target.summary, "NVIDIA's packages or its container", target.min_runtime_version
+    manifest, provider, min_runtime = bundle.manifest, "NVIDIA's packages or its container", target.min_runtime_version
+    has_tensorrt_10 = version_number(min_runtime) < (11, 0)
+    requirements = TENSORRT_10_REQUIREMENTS if has_tensorrt_10 else TENSORRT_11_REQUIREMENTS
+    if target.runtime == TENSORRT_RTX:
+        requirements, provider = RTX_REQUIREMENTS, "this file"
     if jetpack is not None:
         requirements, provider = JETPACKS[jetpack].requirements, "JetPack"
-        system = JETPACKS[jetpack].title
-        if manifest.dialect is Dialect.FUSED and target.fused_from is not None:
-            requirements, provider = (*requirements, JETSON_TENSORRT), "this file"
-            system, min_runtime = "JetPack 7.2.2 or newer", target.fused_from
-        summary = f"For {system} on {target.name}, built on the Jetson itself"
+    if _needs_tensorrt_11(manifest, target):
+        requirements, provider = (*requirements, JETSON_TENSORRT), "this file"
+        min_runtime = target.fused_from or min_runtime
     steps = STEPS.format(
         title=top,
-        summary=summary,
+        summary=_device(manifest, target, jetpack),
         model=manifest.source.name,
         precision=manifest.precision.value,
         provider=provider,

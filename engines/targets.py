@@ -8,8 +8,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from nvembed_deploy.backends.bindings import RTX_GPUS, TENSORRT, TENSORRT_RTX, load_bindings
+from nvembed_deploy.backends.bindings import (
+    AARCH64,
+    RTX_GPUS,
+    SPARK_GPU,
+    TENSORRT,
+    TENSORRT_RTX,
+    load_bindings,
+    this_platform,
+)
 from nvembed_deploy.backends.cuda import CudaRuntime
+from nvembed_deploy.console import program
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, EngineError, MissingExtra
 from nvembed_deploy.spec import Dialect, Precision, Shape, ShapeProfile
 
@@ -47,6 +56,8 @@ class Target:
     """GPUs of this kind. A plan is built for all of them, or for the local GPU if it is built on the device."""
     on_device: bool
     """True if only the device itself can build the plan."""
+    platform: str | None = None
+    """The only operating system and processor that these devices have, if a plan for them can be built elsewhere."""
     memory_gib: float | None
     """Memory of the smallest device of this kind; None if they differ too much."""
     tflops: Mapping[Precision, float] = field(default_factory=dict)
@@ -83,6 +94,12 @@ _STREAM_SMALL = "14.7 GB of weights leave little memory for batches on a GPU of 
 _STREAM_LARGE = "14.7 GB of weights fit, with room for batches: streaming them would only cost time"
 _STREAM_SHARED = "CPU and GPU share one memory, so nothing is gained"
 _ON_GPU = {BuildOption.STRIP_WEIGHTS: _STRIP, BuildOption.TIMING_CACHE: _TIMING}
+_RTX_UNSUPPORTED = {
+    # Tried with 1.7.1: "graph_jit ... CUDA_SUCCESS".
+    BuildOption.STRIP_WEIGHTS: "a plan without weights needs a GPU to be built, and this one needs none",
+    BuildOption.WEIGHT_STREAMING: "its plans are compiled again on the GPU that loads them",
+    BuildOption.TIMING_CACHE: "no kernels are measured ahead of time",
+}
 _BULK = ShapeProfile(min=Shape(batch=1, tokens=1), opt=Shape(batch=32, tokens=256), max=Shape(batch=64, tokens=512))
 """A profile for GPUs that 8 x 64 tokens do not saturate: with 8,192 tokens, products of width 4,096 are limited by
 arithmetic instead of memory bandwidth, which on an H100 happens above about 300 operations per byte."""
@@ -107,12 +124,7 @@ TARGETS: dict[str, Target] = {
             compute_capabilities=RTX_GPUS,
             on_device=False,
             memory_gib=None,
-            unsupported={
-                # Tried with 1.7.1: "graph_jit ... CUDA_SUCCESS".
-                BuildOption.STRIP_WEIGHTS: "a plan without weights needs a GPU to be built, and this one needs none",
-                BuildOption.WEIGHT_STREAMING: "its plans are compiled again on the GPU that loads them",
-                BuildOption.TIMING_CACHE: "no kernels are measured ahead of time",
-            },
+            unsupported=_RTX_UNSUPPORTED,
             source="built here with TensorRT-RTX 1.7.1",
         ),
         Target(
@@ -189,6 +201,19 @@ TARGETS: dict[str, Target] = {
             supported=_ON_GPU,
             unsupported={BuildOption.WEIGHT_STREAMING: _STREAM_SHARED},
             source="NVIDIA DGX Spark datasheet, which lists FP4 operations only",
+        ),
+        Target(
+            name="spark-rtx",
+            summary="DGX Spark through TensorRT-RTX; built on any Linux with an Arm processor, without a GPU",
+            runtime=TENSORRT_RTX,
+            min_runtime_version="1.7",
+            dialect=Dialect.FUSED,
+            compute_capabilities=(SPARK_GPU,),
+            on_device=False,
+            platform=AARCH64,
+            memory_gib=128,
+            unsupported=_RTX_UNSUPPORTED,
+            source="NVIDIA TensorRT-RTX documentation, Support matrix",
         ),
         Target(
             name="datacenter",
@@ -307,10 +332,10 @@ def choose_target(name: str) -> Target:
         if name not in TARGETS:
             raise ConfigError(f"--target {name!r} is unknown; choose one of auto, {', '.join(TARGETS)}")
         return TARGETS[name]
-    rtx = TARGETS["rtx"]
+    capability = local_compute_capability()
+    rtx = TARGETS["spark-rtx" if capability == SPARK_GPU else "rtx"]
     if importlib.util.find_spec(TENSORRT) is None:
         return rtx
-    capability = local_compute_capability()
     if capability is None or (capability in rtx.compute_capabilities and _has_rtx()):
         return rtx
     version = load_bindings(TENSORRT).__version__
@@ -340,8 +365,13 @@ def load_runtime(target: Target) -> Any:
 
     Raises:
         MissingExtra: The bindings are not installed.
-        EngineError: The installed version is too old.
+        EngineError: The installed version is too old, or the devices have another processor than this machine.
     """
+    if target.platform not in (None, this_platform()):
+        raise EngineError(
+            f"--target {target.name} builds its plan on {target.platform}, and this machine is {this_platform()}; "
+            f"build it there from an archive: {program('pack')} BUNDLE --target {target.name}"
+        )
     bindings = load_bindings(target.runtime)
     oldest = oldest_runtime(target, local_compute_capability() if target.on_device else None)
     if version_number(bindings.__version__) < version_number(oldest):

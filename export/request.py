@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvembed_deploy.backends.bindings import this_platform
 from nvembed_deploy.bundle.manifest import PLAN
 from nvembed_deploy.console import program
 from nvembed_deploy.engines.targets import load_runtime, local_compute_capability
@@ -76,6 +77,12 @@ def load_bindings(options: ExportOptions) -> tuple[Any, str]:
             None,
             f"--target {target.name} is built on the device itself{local_gpu}; pack the bundle for it with: "
             f"{program('pack')} BUNDLE",
+        )
+    if target.platform not in (None, this_platform()):
+        return (
+            None,
+            f"--target {target.name} is built on {target.platform}, and this machine is {this_platform()}; pack the "
+            f"bundle for it with: {program('pack')} BUNDLE",
         )
     try:
         return load_runtime(target), ""

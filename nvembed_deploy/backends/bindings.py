@@ -20,6 +20,9 @@ RUNTIMES = (TENSORRT, TENSORRT_RTX)
 RTX_GPUS = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities that TensorRT-RTX 1.7 builds for ahead of time by default; 7.5 and 12.1 are optional. It does
 not support 9.0 (H200)."""
+SPARK_GPU = "12.1"
+"""DGX Spark's GPU. TensorRT-RTX 1.6 and newer also run on its Arm processor."""
+AARCH64 = "linux_aarch64"
 MAX_KEPT_ERRORS = 100
 
 _log = logging.getLogger(__name__)
@@ -28,7 +31,7 @@ _log = logging.getLogger(__name__)
 def install_runtime(runtime: str) -> str:
     """Returns how a TensorRT is installed, for messages."""
     if runtime == TENSORRT_RTX:
-        return f"{install_command('rtx')} (on Linux, x86-64)"
+        return f"{install_command('rtx')} (on Linux, x86-64 or aarch64)"
     return (
         f"{install_command('trt')}, or on a Jetson use JetPack's own package in a virtual environment made with "
         "--system-site-packages"

@@ -164,6 +164,23 @@ def test_the_dialect_that_a_jetsons_tensorrt_supports(
         assert "note: TensorRT 11.4.1 also supports the fused dialect on this device" in build_for_orin(portable)
 
 
+def test_a_plan_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DGX Spark has an Arm processor, and any of those builds its plan."""
+    spark, fake = TARGETS["spark-rtx"], FakeTensorRT()
+    fake.__version__ = "1.7.1.116"
+    monkeypatch.setattr(targets, "load_bindings", lambda name: fake)
+    monkeypatch.setattr(targets, "this_platform", lambda: "linux_x86_64")
+    with pytest.raises(
+        EngineError, match=r"on linux_aarch64, and this machine is linux_x86_64; .* --target spark-rtx$"
+    ):
+        targets.load_runtime(spark)
+    monkeypatch.setattr(targets, "this_platform", lambda: "linux_aarch64")
+    assert targets.load_runtime(spark) is fake
+    monkeypatch.setattr(targets, "local_compute_capability", lambda: "12.1")
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)  # TensorRT itself is not installed
+    assert targets.choose_target("auto") is spark
+
+
 def test_a_gpu_that_needs_a_newer_tensorrt_than_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTensorRT()
     monkeypatch.setattr(targets, "load_bindings", lambda name: fake)

@@ -139,7 +139,7 @@ def test_an_archive_for_jetpack_7(
     device = tmp_path / "fused"
     requirements = (device / "requirements.txt").read_text().splitlines()
     assert requirements == [*TENSORRT_11_REQUIREMENTS, JETSON_TENSORRT]
-    assert "For JetPack 7.2.2 or newer on jetson-orin" in (device / "README.md").read_text()
+    assert "jetson-orin with JetPack 7.2.2 or newer" in (device / "README.md").read_text()
     done = run(device, "-m", "nvembed_deploy", "build", "bundle", "--target", "rtx")
     assert done.returncode == 0, done.stderr
     assert Bundle.open(device / "bundle").manifest.opset == 23
