@@ -25,11 +25,11 @@ from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.training.ablation import VARIANTS, Variant
 from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.examples import Example
-from nvembed_deploy.training.loop import Trainable
 from nvembed_deploy.training.options import StageOptions
 from nvembed_deploy.training.scores import Vectors, score_folder
 from nvembed_deploy.training.stage import base_digest, claim_work_folder, examples_digest, train_student
 from nvembed_deploy.training.student import Student, read_base
+from nvembed_deploy.training.trainable import Trainable
 
 EVAL_BATCH = 64
 EVAL_TOKENS = 128
@@ -66,7 +66,7 @@ def run(
         by seed and their mean.
     """
     examples = {
-        name: [example for example in stage_examples if example.positive or example.label][:max_examples]
+        name: _sample([example for example in stage_examples if example.positive or example.label], max_examples)
         for name, stage_examples in examples.items()
     }
     settings = {
@@ -95,7 +95,7 @@ def run(
         )
     reported_settings = {
         "steps": stage.max_steps,
-        "batch_tokens": stage.batch_tokens,
+        "batch_queries": stage.batch_queries,
         "learning_rate": stage.learning_rate,
         "temperature": stage.temperature,
         "negatives": stage.negatives,
@@ -140,6 +140,11 @@ def _run(
     record = {"scores": scores, "seconds": time.monotonic() - started}
     write_file(record_path, json.dumps(record).encode())
     return record
+
+
+def _sample(examples: list[Example], count: int) -> list[Example]:
+    """Returns `count` examples drawn at random over all sets; always the same ones."""
+    return random.Random(0).sample(examples, min(count, len(examples)))
 
 
 def _stage_examples(examples: dict[str, list[Example]], name: str, *, mined: bool, seed: int) -> list[Example]:

@@ -1,76 +1,110 @@
-"""Makes the tensors of a training step from groups of rows: ids, masks, pairs, and the teacher's inputs.
+"""Makes the batches of a stage: which examples each step sees on each device, and their tensors.
 
-The data set that `Trainer` reads has one row per batch, made beforehand and in order, so that sharding over devices and
-skipping to the step of a resumed run work without code of our own.
+The order of all steps is made beforehand from the seed, the texts and tokens of a step only when it comes: sharding
+over devices and skipping to the step of a resumed run work without code of our own, and no time passes before step 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, List, Value
 from torch import Tensor
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
+from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.tokenization import TextEncoder, TokenRow
 from nvembed_deploy.training.alignment import overlaps, student_spans
-from nvembed_deploy.training.blend import Group, Row, length_batches
+from nvembed_deploy.training.groups import Group, Groups, Row
+from nvembed_deploy.training.options import BLENDED
 from nvembed_deploy.training.teacher import Teacher
 
-FEATURES = Features(
-    {
-        "text": List(Value("string")),
-        "prompt": List(Value("string")),
-        "question": List(Value("bool")),
-        "group": List(Value("int32")),
-    }
-)
-"""Columns of a batch. Rows of a group are adjacent, in the order query, positive, negatives."""
 PLAIN = ("plain_ids", "plain_attention_mask", "plain_pool_mask")
 """Keys of a collated batch for its instructed texts without their instruction, int64 [I, T]; optional."""
+Batch = list[tuple[int, int]]
+"""One device's share of a step: epoch and number of each example."""
 
 
-def batch_dataset(
-    epochs: Iterable[Sequence[Group]],
-    encoder: TextEncoder,
-    *,
-    max_rows: int,
-    max_tokens: int,
-    max_length: int,
-    seed: int,
-) -> Dataset:
-    """Packs epochs of groups into batches of similar length, epoch after epoch.
+class Batches(Dataset[list[Group]]):
+    """The batches of a stage, in the order of training, with one device's share of a step after the other.
 
     Args:
-        epochs: The groups of each epoch.
-        encoder: The model's tokenizer.
-        max_rows: Maximum number of rows of a batch.
-        max_tokens: Maximum number of padded tokens of a batch.
-        max_length: Maximum number of tokens of a row; longer rows are truncated.
-        seed: Seed of the batches' order.
+        groups: Makes the rows of an example.
+        batches: See `plan`.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    for epoch_index, epoch in enumerate(epochs):
-        progress_bar = tqdm(epoch, desc=f"tokens, epoch {epoch_index + 1}", unit="example", disable=None)
-        row_lengths = [
-            [len(row) for row in tokenize_rows(group, encoder, max_length=max_length)] for group in progress_bar
-        ]
-        batches = length_batches(
-            [sum(group_lengths) / len(group_lengths) for group_lengths in row_lengths],
-            [len(group_lengths) for group_lengths in row_lengths],
-            max_rows=max_rows,
-            max_tokens=max_tokens,
-            seed=seed + epoch_index,
+
+    def __init__(self, groups: Groups, batches: Sequence[Batch]) -> None:
+        self.groups = groups
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> list[Group]:
+        return [self.groups.group(number, epoch) for epoch, number in self.batches[index]]
+
+
+def plan(sources: Sequence[str], *, queries: int, order: str, epochs: int, processes: int, seed: int) -> list[Batch]:
+    """Orders the examples of a stage in batches, at random.
+
+    Args:
+        sources: The data set of each example.
+        queries: Examples of a step, over all processes.
+        order: `options.BLENDED`: each step draws from all sets. `options.BY_SET`: each step has the examples of one
+            set, the last of a set's steps fewer.
+        epochs: Passes over the examples.
+        processes: Number of processes; each has an equal share of a step.
+        seed: Seed of the order.
+
+    Returns:
+        The shares of all steps, those of a step next to each other. A last step with fewer examples is left out, unless
+        it is the only one.
+
+    Raises:
+        ConfigError: The queries cannot be divided by the processes, or there are fewer examples than processes.
+    """
+    if queries % processes:
+        raise ConfigError(
+            f"--batch-queries {queries} cannot be shared by {processes} processes; choose a multiple of {processes}"
         )
-        for batch in batches:
-            rows = [(row, group) for group, index in enumerate(batch) for row in epoch[index]]
-            columns["text"].append([row.text for row, _ in rows])
-            columns["prompt"].append([row.prompt for row, _ in rows])
-            columns["question"].append([row.question for row, _ in rows])
-            columns["group"].append([group for _, group in rows])
-    return Dataset.from_dict(columns, features=FEATURES)
+    rng = random.Random(seed)
+    steps: list[Batch] = []
+    stream: Batch = []
+    for epoch in range(epochs):
+        numbers = list(range(len(sources)))
+        rng.shuffle(numbers)
+        if order == BLENDED:
+            stream += [(epoch, number) for number in numbers]
+            continue
+        by_set: dict[str, Batch] = {}
+        for number in numbers:
+            by_set.setdefault(sources[number], []).append((epoch, number))
+        epoch_steps = [step for members in by_set.values() for step in _chunks(members, queries)]
+        rng.shuffle(epoch_steps)
+        steps += epoch_steps
+    if order == BLENDED:
+        steps = _chunks(stream, queries)
+        steps = steps[:-1] if len(steps) > 1 and len(steps[-1]) < queries else steps
+    shares = [len(step) // processes for step in steps]
+    if not any(shares):
+        raise ConfigError(f"{len(sources)} examples are too few for {processes} processes; add examples")
+    return [
+        step[start : start + share]
+        for step, share in zip(steps, shares, strict=True)
+        for start in range(0, share * processes, max(1, share))
+    ]
+
+
+def in_order(count: int, queries: int) -> list[Batch]:
+    """Returns batches that hold each of `count` examples once, in their order."""
+    return _chunks([(0, number) for number in range(count)], queries)
+
+
+def _chunks(entries: Batch, size: int) -> list[Batch]:
+    return [entries[start : start + size] for start in range(0, len(entries), size)]
 
 
 def tokenize_rows(
@@ -104,23 +138,18 @@ class Collator:
         self.teacher = teacher
         self.plain = plain
 
-    def __call__(self, dataset_rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        rows: list[Row] = []
-        group_ids: list[int] = []
-        for batch_row in dataset_rows:
-            offset = group_ids[-1] + 1 if group_ids else 0
-            columns = zip(batch_row["text"], batch_row["prompt"], batch_row["question"], strict=True)
-            rows += [Row(text=text, prompt=prompt, question=question) for text, prompt, question in columns]
-            group_ids += [group + offset for group in batch_row["group"]]
+    def __call__(self, batches: Sequence[Sequence[Group]]) -> dict[str, Tensor]:
+        groups = [group for batch in batches for group in batch]
+        rows = [row for group in groups for row in group]
+        group_ids = [number for number, group in enumerate(groups) for _ in group]
         token_rows = tokenize_rows(rows, self.encoder, max_length=self.max_length, with_spans=self.teacher is not None)
         input_ids, attention_mask, pool_mask = self.encoder.pad(token_rows)
         queries, positives = pair_rows(group_ids)
-        text_ids: dict[str, int] = {}
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             "pool_mask": torch.from_numpy(pool_mask),
-            "text_ids": torch.tensor([text_ids.setdefault(row.text, len(text_ids)) for row in rows]),
+            "text_ids": torch.tensor([text_id(row.text) for row in rows]),
             "group_ids": torch.tensor(group_ids),
             "questions": torch.tensor([index for index, row in enumerate(rows) if row.question], dtype=torch.int64),
             "queries": queries,
@@ -133,11 +162,23 @@ class Collator:
             batch |= {name: torch.from_numpy(array) for name, array in zip(PLAIN, arrays, strict=True)}
             batch["instructed"] = torch.tensor(instructed)
         if self.teacher is not None:
-            ids, mask, teacher_spans = self.teacher.tokenize([row.text for row in rows])
-            spans = [student_spans(row, self.encoder.contract) for row in token_rows]
-            weights, has_target = overlaps(spans, teacher_spans, tokens=input_ids.shape[1], teacher_tokens=ids.shape[1])
-            batch |= {"teacher_ids": ids, "teacher_mask": mask, "overlaps": weights, "has_target": has_target}
+            batch |= self._teacher_inputs(rows, token_rows, tokens=input_ids.shape[1])
         return batch
+
+    def _teacher_inputs(self, rows: Sequence[Row], token_rows: Sequence[TokenRow], *, tokens: int) -> dict[str, Any]:
+        if self.teacher is None:
+            return {}
+        ids, mask, teacher_spans = self.teacher.tokenize([row.text for row in rows])
+        spans = [student_spans(row, self.encoder.contract) for row in token_rows]
+        weights, has_target = overlaps(spans, teacher_spans, tokens=tokens, teacher_tokens=ids.shape[1])
+        return {"teacher_ids": ids, "teacher_mask": mask, "overlaps": weights, "has_target": has_target}
+
+
+def text_id(text: str) -> int:
+    """Returns a number of 64 bits that is the same in every process, and for equal texts only."""
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True
+    )
 
 
 def pair_rows(group_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

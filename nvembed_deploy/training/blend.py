@@ -1,40 +1,89 @@
-"""Selects examples and arranges them: instructions, negatives, and batches of similar length.
+"""Selects examples: how many of each set, what is held out, and which texts share an answer.
 
-Everything is determined by the seed, so that a resumed run sees the same rows in the same order.
+A blend file is a JSON object with one entry for each set that is trained on; sets that it does not name are left out:
+    {"hotpotqa": {"max_examples": 80000, "instruction": "Given a multi-hop question, ..."},
+     "msmarco": {"kind": "retrieval"},
+     "scifact": {}}
+`max_examples` is the number of examples drawn at random, by default all; `instruction` and `kind` replace those of the
+examples. Everything is determined by the seed.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.training.examples import Example
-from nvembed_deploy.training.instructions import WORDINGS, Kind
-
-INSTRUCTED: dict[Kind, float] = {Kind.RETRIEVAL: 0.7, Kind.SIMILARITY: 0.7, Kind.LABEL: 0.3, Kind.TEXT: 0.2}
-"""Fraction of the examples whose query gets an instruction."""
-SYMMETRIC = (Kind.SIMILARITY, Kind.LABEL)
-"""Kinds that are instructed on both sides or on neither; documents of the other kinds are never instructed."""
+from nvembed_deploy.training.instructions import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One text with its prompt, as the model sees it."""
+class Source:
+    """What a blend takes from one set; the module's docstring describes the fields."""
 
-    text: str
-    prompt: str = ""
-    """Prefix that is attended to and not pooled; empty without an instruction."""
-    question: bool = False
-    """True for an instructed query of kind `retrieval`, which looks for an answer."""
+    max_examples: int | None = None
+    instruction: str = ""
+    kind: Kind | None = None
 
 
-Group = tuple[Row, ...]
-"""The rows of one example: a single text; or a query, its positive, and its negatives."""
+def read_blend(path: Path) -> dict[str, Source]:
+    """Reads a blend file.
+
+    Raises:
+        ConfigError: The file cannot be read, or an entry is not valid; the message names file, set and field.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        raise ConfigError(f"--blend {path} cannot be read as JSON ({err}); docs/training.md shows a blend") from err
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"--blend {path} names no set; docs/training.md shows a blend")
+    return {name: _source(entry, f"--blend {path}, set {name!r}") for name, entry in content.items()}
 
 
-def select(examples: Iterable[Example], *, mix: Mapping[str, int], seed: int) -> list[Example]:
-    """Draws up to `mix[source]` examples at random from each source that the mix names, and shuffles them."""
+def _source(entry: Any, location: str) -> Source:
+    fields = Source.__dataclass_fields__.keys()
+    if not isinstance(entry, dict) or entry.keys() - fields:
+        raise ConfigError(f"{location}: an entry is an object with the fields {', '.join(fields)}")
+    max_examples, instruction = entry.get("max_examples"), entry.get("instruction", "")
+    if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
+        raise ConfigError(f"{location}: max_examples must be a whole number from 1, got {max_examples!r}")
+    if not isinstance(instruction, str):
+        raise ConfigError(f"{location}: instruction must be a string, got {instruction!r}")
+    try:
+        kind = Kind(entry["kind"]) if "kind" in entry else None
+    except ValueError as err:
+        kinds = ", ".join(kind.value for kind in Kind)
+        raise ConfigError(f"{location}: kind is {entry['kind']!r}; use {kinds}") from err
+    return Source(max_examples=max_examples, instruction=instruction, kind=kind)
+
+
+def apply_blend(examples: Iterable[Example], blend: Mapping[str, Source], *, seed: int) -> list[Example]:
+    """Returns the examples of the sets that a blend names, up to its number of each, in random order."""
+    selected = select(examples, mix={name: source.max_examples for name, source in blend.items()}, seed=seed)
+    return [
+        replace(
+            example,
+            instruction=blend[example.source].instruction or example.instruction,
+            kind=blend[example.source].kind or example.kind,
+        )
+        for example in selected
+    ]
+
+
+def select(examples: Iterable[Example], *, mix: Mapping[str, int | None], seed: int) -> list[Example]:
+    """Draws up to `mix[source]` examples (None: all) at random from each source that the mix names, and shuffles them.
+
+    Equal examples count once.
+    """
     by_source: dict[str, dict[Example, None]] = {}
     for example in examples:
         if example.source in mix:
@@ -49,99 +98,62 @@ def select(examples: Iterable[Example], *, mix: Mapping[str, int], seed: int) ->
     return chosen
 
 
-def text_table(examples: Iterable[Example]) -> dict[str, int]:
-    """Numbers the distinct texts in order of appearance."""
+def answer_clusters(pairs: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Numbers the texts that share an answer: those connected by pairs of a query and its answer, over any distance.
+
+    Args:
+        pairs: Query and answer, both counted as texts; a query without an answer is paired with itself.
+
+    Returns:
+        The number of each text's cluster.
+    """
     table: dict[str, int] = {}
-    for example in examples:
-        for text in example.texts:
-            table.setdefault(text, len(table))
-    return table
+    rows, columns = [], []
+    for query, answer in pairs:
+        rows.append(table.setdefault(query, len(table)))
+        columns.append(table.setdefault(answer, len(table)))
+    if not table:
+        return {}
+    graph = coo_array(([True] * len(rows), (rows, columns)), shape=(len(table), len(table)))
+    _, clusters = connected_components(graph, directed=False)
+    return dict(zip(table, clusters.tolist(), strict=True))
 
 
-def groups(
-    examples: Sequence[Example], *, template: str, negatives: int, seed: int, main_wording: float = 0.0
-) -> Iterator[Group]:
-    """Yields the rows of each example, with this epoch's choice of instruction, negatives, and texts of a class.
+def hold_out(examples: Sequence[Example], count: int, *, seed: int) -> tuple[list[Example], list[Example]]:
+    """Draws examples at random over all sets for evaluation during training.
+
+    Examples that share an answer are held out together or not at all, so that no query and no positive that is held out
+    is trained on, as a negative neither. Held-out negatives may be trained on: they are documents of the corpus.
 
     Args:
         examples: In any order.
-        template: The model's prompt with the placeholder `{instruction}`.
-        negatives: Maximum number of negatives of a query.
-        seed: Seed of this epoch; different for each epoch.
-        main_wording: Fraction of the instructed texts that get the first wording of their kind. Labels belong to many
-            tasks, none of which is the usual one.
-    """
-    rng = random.Random(seed)
-    classes = _classes(examples)
-    for example in examples:
-        positive, wrong_texts = example.positive, list(example.negatives)
-        if example.kind is Kind.LABEL and not positive:
-            positive, wrong_texts = _class_pair(example, classes.get(example.source, {}), negatives, rng)
-        prompt = ""
-        if rng.random() < INSTRUCTED[example.kind]:
-            wordings = WORDINGS[example.kind]
-            if main_wording and example.kind is not Kind.LABEL and rng.random() < main_wording:
-                wordings = wordings[:1]
-            prompt = template.format(instruction=example.instruction or rng.choice(wordings))
-        document_prompt = prompt if example.kind in SYMMETRIC else ""
-        rng.shuffle(wrong_texts)
-        texts = [text for text in (positive, *wrong_texts[:negatives]) if text]
-        question = bool(prompt) and example.kind is Kind.RETRIEVAL
-        query = Row(text=example.query, prompt=prompt, question=question)
-        yield (query, *(Row(text=text, prompt=document_prompt) for text in texts))
-
-
-def _classes(examples: Iterable[Example]) -> dict[str, dict[str, list[str]]]:
-    """Returns the texts by source and label."""
-    texts_by_class: dict[str, dict[str, list[str]]] = {}
-    for example in examples:
-        if example.kind is Kind.LABEL and example.label:
-            texts_by_class.setdefault(example.source, {}).setdefault(example.label, []).append(example.query)
-    return texts_by_class
-
-
-def _class_pair(
-    example: Example, labels: Mapping[str, Sequence[str]], negatives: int, rng: random.Random
-) -> tuple[str, list[str]]:
-    """Draws another text of the example's class, and texts of other classes: example-based, as in NV-Embed v2."""
-    same_class = [text for text in labels.get(example.label, ()) if text != example.query]
-    if not same_class:
-        return "", []
-    other_labels = [label for label in labels if label != example.label]
-    wrong_texts = [rng.choice(labels[label]) for label in rng.sample(other_labels, min(negatives, len(other_labels)))]
-    while other_labels and len(wrong_texts) < negatives:  # fewer classes than negatives: several texts of a class
-        wrong_texts.append(rng.choice(labels[rng.choice(other_labels)]))
-    return rng.choice(same_class), wrong_texts
-
-
-def length_batches(
-    lengths: Sequence[float], sizes: Sequence[int], *, max_rows: int, max_tokens: int, seed: int
-) -> list[list[int]]:
-    """Packs groups of similar length into batches, in random order.
-
-    Args:
-        lengths: Tokens of each group's rows: the maximum or the mean.
-        sizes: Number of rows of each group.
-        max_rows: Maximum number of rows of a batch; a larger group gets a batch of its own.
-        max_tokens: Maximum number of padded tokens of a batch.
-        seed: Seed of the order, and of ties in length.
+        count: Maximum number of held-out examples; fewer where the remaining clusters are larger.
+        seed: Seed of the draw.
 
     Returns:
-        Lists of group indices; every index is in exactly one of them.
+        The held-out examples and those to train on, in their order.
     """
-    rng = random.Random(seed)
-    order = sorted(range(len(lengths)), key=lambda index: (lengths[index] * (1 + 0.1 * rng.random()), index))
-    batches: list[list[int]] = []
-    batch: list[int] = []
-    batch_rows, batch_length = 0, 0.0
+    if count <= 0:
+        return [], list(examples)
+    clusters = answer_clusters((example.query, example.positive or example.query) for example in examples)
+    by_cluster: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        by_cluster.setdefault(clusters[example.query], []).append(index)
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    chosen: set[int] = set()
+    seen: set[int] = set()
     for index in order:
-        new_length = max(batch_length, lengths[index])
-        if batch and (batch_rows + sizes[index] > max_rows or (batch_rows + sizes[index]) * new_length > max_tokens):
-            batches.append(batch)
-            batch, batch_rows, new_length = [], 0, lengths[index]
-        batch.append(index)
-        batch_rows, batch_length = batch_rows + sizes[index], new_length
-    if batch:
-        batches.append(batch)
-    rng.shuffle(batches)
-    return batches
+        cluster = clusters[examples[index].query]
+        if cluster not in seen and len(chosen) + len(by_cluster[cluster]) <= count:
+            chosen.update(by_cluster[cluster])
+        seen.add(cluster)
+    held_out = [examples[index] for index in sorted(chosen)]
+    secret = {text for example in held_out for text in (example.query, example.positive) if text}
+    return held_out, [_without(example, secret) for index, example in enumerate(examples) if index not in chosen]
+
+
+def _without(example: Example, texts: set[str]) -> Example:
+    if texts.isdisjoint(example.negatives):
+        return example
+    return replace(example, negatives=tuple(text for text in example.negatives if text not in texts))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import move_into_place, staged_folder
@@ -18,13 +19,19 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 
 
 def write_checkpoint(
-    out: Path, model: nn.Module, *, config: dict[str, Any], tokenizer_json: str, max_length: int, card: str = ""
+    out: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    config: dict[str, Any],
+    tokenizer_json: str,
+    max_length: int,
+    card: str = "",
 ) -> Path:
     """Writes a complete checkpoint folder: FP16 weights in one file, tokenizer, and sentence-transformers' files.
 
     Args:
         out: Destination; an existing folder is replaced in one step, its README.md is kept unless `card` is given.
-        model: The trained model.
+        weights: The trained weights under NVIDIA's names.
         config: Content of `config.json`, as from `student.nvembed_config`.
         tokenizer_json: Content of `tokenizer.json`.
         max_length: Maximum number of tokens of a text in training.
@@ -36,7 +43,7 @@ def write_checkpoint(
     Raises:
         ConfigError: A weight is not finite in FP16.
     """
-    tensors = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in weights.items()}
     non_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if non_finite:
         raise ConfigError(

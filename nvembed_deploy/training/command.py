@@ -1,7 +1,7 @@
 """`nvembed train`: NV-Embed's training recipe, step by step.
 
-    data      data sets and documentation        -> examples (JSON lines)
-    mine      examples                           -> examples with hard negatives
+    data      data sets                          -> examples and documents (JSON lines)
+    mine      examples and documents             -> examples with hard negatives
     stage     a base and examples                -> a checkpoint in NVIDIA's layout; run it once for each stage
     ablate    examples and a base                -> a table and a plot of the effect of each part of the recipe
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from nvembed_deploy import console
 from nvembed_deploy.errors import ConfigError, MissingExtra
-from nvembed_deploy.training.options import STAGE_1, STAGE_2, Lora, LossWeights, StageOptions
+from nvembed_deploy.training.options import BLENDED, BY_SET, STAGE_1, STAGE_2, Lora, LossWeights, StageOptions
 
 PREPARED_SHAPES = "20000"
 """Number of shapes whose matrix products a CPU keeps prepared; a run has more shapes than the default of 1,024."""
@@ -51,7 +51,8 @@ def run_step(step: Callable[[], Path]) -> int:
             raise MissingExtra(
                 f"training needs {err.name}; install the extra: {console.install_command('train')}"
             ) from err
-        sys.stdout.write(f"{output_path}\n")
+        if os.environ.get("RANK", "0") == "0":  # one process of a launch speaks for all
+            sys.stdout.write(f"{output_path}\n")
 
     return console.run(run, verbose=True)
 
@@ -91,17 +92,11 @@ def add_path(parser: argparse.ArgumentParser, name: str, text: str) -> None:
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that name the data."""
-    add_path(parser, "--data", "folder of data sets, in the layouts of nvembed_deploy/training/corpora.py")
+    add_path(parser, "--data", "folder with one folder for each data set; docs/training.md lists the layouts")
     parser.add_argument(
         "--exclude",
         type=Path,
         help="folder of evaluation sets; equal texts and near-duplicates are left out of training",
-    )
-    parser.add_argument(
-        "--wordnet", type=Path, help="folder of WordNet's files, such as /usr/share/wordnet; adds its definitions"
-    )
-    parser.add_argument(
-        "--packages", type=Path, help="output of apt-cache dumpavail; adds the descriptions of Debian's packages"
     )
 
 
@@ -111,31 +106,61 @@ def add_teacher_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
-    """Converts data sets into one examples file."""
+    """Converts data sets into one examples file, and their corpora into a file for `mine`."""
     add_source_flags(parser)
-    add_path(parser, "--out", "examples file to write")
+    add_path(parser, "--out", "examples file to write; the corpora go beside it, to OUT with the suffix .corpus.jsonl")
+    add = parser.add_argument
+    add("--blend", type=Path, help="JSON file: sets, examples of each, instructions; docs/training.md shows one")
+    add("--split", default="train", help="split of the judgements, for sets with a folder qrels")
+    add("--python-docs", action="store_true", help="add pairs from the documentation of the running Python")
+    add("--seed", type=int, default=1, help="seed of the examples that a blend draws")
     parser.set_defaults(command=_run_data)
 
 
 def _run_data(options: argparse.Namespace) -> Path:
-    from nvembed_deploy.training import corpora
-    from nvembed_deploy.training.examples import read_exclusion, write_examples
+    from itertools import chain
 
-    examples = corpora.read_data(options.data, wordnet=options.wordnet, packages=options.packages)
+    from nvembed_deploy.training import corpora
+    from nvembed_deploy.training.blend import apply_blend, read_blend
+    from nvembed_deploy.training.examples import Example, corpus_path, read_exclusion, write_examples
+    from nvembed_deploy.training.instructions import instruction_for
+
+    blend = read_blend(options.blend) if options.blend else None
+    examples = corpora.read_data(options.data, split=options.split)
+    documents = corpora.read_documents(options.data, split=options.split)
+    if options.python_docs:
+        examples = chain(examples, corpora.python_documentation())
     if options.exclude:
-        examples = read_exclusion(options.exclude).filter(examples)
-    count = write_examples(options.out, examples)
-    console.echo(f"{count} examples")
+        exclusion = read_exclusion(options.exclude)
+        examples, documents = exclusion.filter(examples), exclusion.filter_documents(documents)
+    if blend is not None:
+        examples = iter(apply_blend(examples, blend, seed=options.seed))
+        documents = (document for document in documents if document.source in blend)
+    counts: dict[str, int] = {}
+
+    def instructed(example: Example) -> Example:
+        counts[example.source] = counts.get(example.source, 0) + 1
+        return replace(example, instruction=example.instruction or instruction_for(example.source, example.kind))
+
+    write_examples(options.out, map(instructed, examples))
+    document_count = write_examples(corpus_path(options.out), documents)
+    for source, count in sorted(counts.items()):
+        console.echo(f"{source}: {count} examples")
+    missing_sets = sorted(blend.keys() - counts.keys()) if blend else []
+    if missing_sets:
+        console.echo(f"sets of the blend without examples in --data: {', '.join(missing_sets)}")
+    console.echo(f"{sum(counts.values())} examples, {document_count} documents")
     out: Path = options.out
     return out
 
 
 def _mine(parser: argparse.ArgumentParser) -> None:
-    """Adds hard negatives: texts that a teacher ranks close to the query, but below 95 % of the positive's score."""
+    """Adds hard negatives: documents that a teacher ranks close to the query, below 95 % of the positive's score."""
     from nvembed_deploy.training.options import NEGATIVE_MARGIN, NEGATIVES
 
     add_path(parser, "--examples", "examples file to read")
     add_path(parser, "--out", "examples file to write")
+    parser.add_argument("--corpus", type=Path, help="corpus file; by default the one beside the examples, if it exists")
     parser.add_argument("--negatives", type=int, default=NEGATIVES, help="negatives for each query")
     parser.add_argument(
         "--margin",
@@ -148,8 +173,8 @@ def _mine(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_mine(options: argparse.Namespace) -> Path:
-    from nvembed_deploy.training import blend, mining
-    from nvembed_deploy.training.examples import read_examples, write_examples
+    from nvembed_deploy.training import mining
+    from nvembed_deploy.training.examples import corpus_path, read_documents, read_examples, write_examples
     from nvembed_deploy.training.teacher import Teacher
 
     if options.negatives < 1 or not 0 < options.margin <= 1:
@@ -157,10 +182,19 @@ def _run_mine(options: argparse.Namespace) -> Path:
             f"--negatives must be at least 1 and --margin in (0, 1], got {options.negatives} and {options.margin}"
         )
     examples = read_examples(options.examples)
-    table = blend.text_table(example for example in examples if example.positive)
-    vectors = Teacher(options.teacher).embed(list(table))
-    mined = mining.mine(examples, vectors, table, negatives=options.negatives, margin=options.margin)
+    corpus = options.corpus or corpus_path(options.examples)
+    has_corpus = options.corpus is not None or corpus.is_file()
+    if not has_corpus:
+        console.echo(f"{corpus} does not exist: negatives come from the positives of each set alone")
+    mined, report = mining.mine(
+        examples,
+        Teacher(options.teacher),
+        documents=read_documents(corpus) if has_corpus else (),
+        negatives=options.negatives,
+        margin=options.margin,
+    )
     write_examples(options.out, mined)
+    console.echo(str(report))
     out: Path = options.out
     return out
 
@@ -202,6 +236,8 @@ def _stage(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="steps relative to the size of each row: for a base made by `python -m recipes.mini start`",
     )
+    add("--order", choices=(BLENDED, BY_SET), default=BLENDED, help="each step has examples of all sets, or of one")
+    add("--queries-compete", action="store_true", help="stage 1: other queries are negatives too, not documents alone")
     add("--no-bf16", action="store_true", help="train in FP32 throughout")
     add("--distillation", type=float, default=0.0, help="weight of 1 - cosine to the teacher")
     add("--token-distillation", type=float, default=0.0, help="weight of the error to the teacher's token states")
@@ -240,12 +276,13 @@ STAGE_FLAGS = (
     StageFlag("warmup_steps", "steps with a rising learning rate", minimum=0),
     StageFlag("temperature", "divides the cosines in the loss"),
     StageFlag("negatives", "maximum number of negatives of a query", minimum=0),
-    StageFlag("batch_rows", "maximum number of texts of a batch on each device, negatives included"),
-    StageFlag("batch_tokens", "maximum number of tokens of a batch on each device"),
+    StageFlag("batch_queries", "queries of a step over all devices, each with its positive and negatives"),
+    StageFlag("chunk_tokens", "maximum number of tokens of one forward pass on a device; the gradient is the same"),
+    StageFlag("instructed", "fraction of the queries that are instructed"),
     StageFlag("max_length", "maximum number of tokens of a text, instruction included"),
     StageFlag("epochs", "passes over the examples, each with other instructions"),
     StageFlag("max_steps", "stop after this many steps; -1 trains on all data", minimum=-1),
-    StageFlag("held_out", "number of examples held out for evaluation during training", minimum=0),
+    StageFlag("held_out", "number of examples held out at random for evaluation during training", minimum=0),
     StageFlag("save_steps", "steps between two training states on disk"),
     StageFlag("seed", "seed of order, instructions and new weights", minimum=0),
 )
@@ -267,6 +304,8 @@ def stage_options(options: argparse.Namespace) -> StageOptions:
         **changes,
         weights=weights,
         relative_steps=options.relative_steps,
+        order=options.order,
+        queries_compete=options.queries_compete,
         bf16=not options.no_bf16,
         gradient_checkpointing=options.gradient_checkpointing,
     )
@@ -305,7 +344,7 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     add("--work", type=Path, help="folder for one folder per run; by default OUT with the suffix -work")
     add("--seeds", type=int, nargs="+", default=[1, 2], help="each variant is trained once per seed")
     add("--steps", type=int, default=120, help="steps of a run, both stages together")
-    add("--batch-tokens", type=int, default=3072, help="maximum number of tokens of a batch")
+    add("--batch-queries", type=int, default=24, help="queries of a step")
     add(
         "--learning-rate",
         type=float,
@@ -330,8 +369,7 @@ def _run_ablate(options: argparse.Namespace) -> Path:
     stage = replace(
         STAGE_1,
         max_steps=options.steps,
-        batch_tokens=options.batch_tokens,
-        batch_rows=options.batch_tokens,
+        batch_queries=options.batch_queries,
         learning_rate=options.learning_rate,
         muon_learning_rate=2 * options.learning_rate,
         temperature=options.temperature,

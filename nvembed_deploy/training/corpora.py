@@ -1,22 +1,23 @@
-"""Reads training text and pairs: a folder of data sets, Python's documentation, and WordNet where it is installed.
+"""Reads training pairs and corpora from a folder that contains one folder for each data set.
 
-Layouts (UTF-8), recognized by the files in a data set's folder:
-    pairs.jsonl                      {"a", "b"}: a query or title and its passage
-    corpus.jsonl, queries.jsonl,
-        qrels.tsv                    {"id", "title", "text"}, {"id", "text"}, and a table query, document, score
-    triplets*.jsonl                  {"query", "positive", "negative"}
-    *.jsonl with premise             {"premise", "hypothesis", "label"}: a pair where the label is entailment
+Layouts (UTF-8), recognized by the files in a data set's folder; the folder's name is the name of the set:
+    corpus.jsonl, queries.jsonl      {"_id" or "id", "title", "text"} and {"_id" or "id", "text"}, with judgements in
+                                     qrels.tsv or qrels/train.tsv (see `nvembed_deploy/files/qrels.py`): BEIR's and
+                                     MTEB's layout
+    *.jsonl with a, b                {"a", "b"}: a query or title and its passage; with "score" (0 to 5) or "label"
+                                     (0 or 1): similar texts, in both directions, from a score of 4 or where it is 1
+    triplets*.jsonl                  {"query", "positive", "negative"}: similar texts; a blend can say otherwise
+    *.jsonl with premise             {"premise", "hypothesis", "label"}: a premise, what it entails, and as negatives
+                                     what contradicts it
     *.jsonl with text, label         {"text", "label"}: a text and its class
     examples*.jsonl                  lines as in `examples.py`
-    *.txt                            articles: a title line, paragraphs, an empty line
 """
 
 from __future__ import annotations
 
-import random
-import re
+import logging
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,143 +25,146 @@ from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.json_lines import read_rows
 from nvembed_deploy.files.qrels import read_qrels
 from nvembed_deploy.sample_texts import docstring_pairs, topic_pairs
-from nvembed_deploy.training.debian import package_descriptions
-from nvembed_deploy.training.examples import Example, read_examples
+from nvembed_deploy.training.examples import Document, Example, read_examples
 from nvembed_deploy.training.instructions import Kind
-from nvembed_deploy.training.wordnet import definitions
 
 MIN_CHARS = 3
 MAX_CHARS = 2400
 """About 600 tokens; training would truncate longer texts anyway."""
-HALVES_FROM_CHARS = 240
-"""Paragraphs of at least this length also become a pair (first half, second half)."""
-ENTAILMENT = "entailment"
-WORDNET = "wordnet"
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])")
+ENTAILMENT, CONTRADICTION = "entailment", "contradiction"
+SIMILAR_SCORE = 4
+"""Lowest score of a pair that counts as similar, on the scale of the STS sets. Source: NV-Embed, section 4."""
+SPLIT = "train"
+"""Split whose judgements are trained on."""
+
+log = logging.getLogger(__name__)
 
 
-def read_data(folder: Path, *, wordnet: Path | None = None, packages: Path | None = None) -> Iterator[Example]:
-    """Yields every data set of a folder, Python's documentation, WordNet and package descriptions, in a fixed order.
+def read_data(folder: Path, *, split: str = SPLIT) -> Iterator[Example]:
+    """Yields the examples of every data set of a folder, set by set.
 
     Args:
-        folder: Holds a folder for each data set.
-        wordnet: Folder of WordNet's database files (`data.noun` and others), as Debian's package wordnet-base
-            installs them.
-        packages: File with the output of `apt-cache dumpavail`; the packages' descriptions are added as texts.
+        folder: Contains one folder for each data set.
+        split: Split of the judgements, for sets with one file of judgements for each split.
 
     Raises:
-        ConfigError: The folder does not exist or holds no data set of a known layout.
+        ConfigError: The folder does not exist, has no data set of a known layout, or a set lacks the split.
+    """
+    is_empty = True
+    for path in set_folders(folder):
+        count = 0
+        for example in read_set(path, split=split):
+            count += 1
+            yield from trimmed(example)
+        if not count:
+            log.warning("%s contains no data set in a supported layout and is left out", path)
+        is_empty &= not count
+    if is_empty:
+        raise ConfigError(
+            f"--data {folder} contains no data set in a supported layout; see nvembed_deploy/training/corpora.py"
+        )
+
+
+def read_documents(folder: Path, *, split: str = SPLIT) -> Iterator[Document]:
+    """Yields the documents of every corpus of a folder, with the queries that each answers; see `read_data`."""
+    for path in set_folders(folder):
+        if (path / "corpus.jsonl").is_file():
+            yield from _documents(path, split)
+
+
+def python_documentation() -> Iterator[Example]:
+    """Yields pairs from the documentation that this Python brings: a summary or a topic, and its text."""
+    for source, pairs in (("python_docstrings", docstring_pairs()), ("python_topics", topic_pairs())):
+        for query, positive in pairs:
+            yield from trimmed(Example(query=query, positive=positive, kind=Kind.RETRIEVAL, source=source))
+
+
+def set_folders(folder: Path) -> list[Path]:
+    """Returns the folders of the data sets, by name.
+
+    Raises:
+        ConfigError: The folder does not exist.
     """
     if not folder.is_dir():
         raise ConfigError(
             f"--data {folder} is not a folder; pass the folder that contains one folder for each data set"
         )
-    is_empty = True
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            for example in _read_set(path):
-                is_empty = False
-                yield from _trimmed(example)
-    if is_empty:
-        raise ConfigError(
-            f"--data {folder} contains no data set in a supported layout; see nvembed_deploy/training/corpora.py"
-        )
-    yield from _system_examples(wordnet, packages)
+    return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def _system_examples(wordnet: Path | None, packages: Path | None) -> Iterator[Example]:
-    """Yields examples from Python's documentation and, where given, from WordNet and Debian's packages."""
-    pairs = [("python_docstrings", docstring_pairs()), ("python_topics", topic_pairs())]
-    if wordnet is not None:
-        pairs.append((WORDNET, definitions(wordnet)))
-    for source, texts in pairs:
-        for query, positive in texts:
-            yield from _trimmed(Example(query=query, positive=positive, kind=Kind.RETRIEVAL, source=source))
-            if source == WORDNET:
-                yield from _trimmed(Example(query=f"{query}: {positive}", kind=Kind.TEXT, source=f"{source}_entries"))
-    for _, description in () if packages is None else package_descriptions(packages):
-        yield from _trimmed(Example(query=description, kind=Kind.TEXT, source="debian_packages"))
-
-
-def _trimmed(example: Example) -> Iterator[Example]:
-    query, positive = (text.strip()[:MAX_CHARS] for text in (example.query, example.positive))
-    negatives = tuple(text.strip()[:MAX_CHARS] for text in example.negatives)
+def trimmed(example: Example) -> Iterator[Example]:
+    """Yields the example with texts of at most `MAX_CHARS`, or nothing if one has less than `MIN_CHARS`."""
+    query, positive = _trimmed_text(example.query), _trimmed_text(example.positive)
+    negatives = tuple(map(_trimmed_text, example.negatives))
     texts = [query, *([positive] if example.positive else []), *negatives]
     if min(map(len, texts)) >= MIN_CHARS:
-        yield Example(
-            query=query,
-            positive=positive,
-            negatives=negatives,
-            kind=example.kind,
-            source=example.source,
-            label=example.label,
-            instruction=example.instruction,
-        )
+        yield replace(example, query=query, positive=positive, negatives=negatives)
 
 
-def _read_set(folder: Path) -> Iterator[Example]:
+def _trimmed_text(text: str) -> str:
+    return text.strip()[:MAX_CHARS]
+
+
+def read_set(folder: Path, *, split: str = SPLIT) -> Iterator[Example]:
+    """Yields the examples of one data set."""
     if (folder / "corpus.jsonl").is_file():
-        yield from _retrieval(folder)
+        for document in _documents(folder, split):
+            for query in document.queries:
+                yield Example(query=query, positive=document.text, kind=Kind.RETRIEVAL, source=folder.name)
         return
     for path in sorted(folder.glob("*.jsonl")):
         if path.name.startswith("examples"):
             yield from read_examples(path)
             continue
+        yield from _inferences(path, folder.name)
         for row in read_rows(path):
             yield from _row_examples(row, folder.name)
-    for path in sorted(folder.glob("*.txt")):
-        yield from _articles(path, folder.name)
 
 
 def _row_examples(row: dict[str, Any], source: str) -> Iterator[Example]:
     if "a" in row and "b" in row:
-        yield Example(query=row["a"], positive=row["b"], kind=Kind.RETRIEVAL, source=source)
+        if "score" not in row and "label" not in row:
+            yield Example(query=row["a"], positive=row["b"], kind=Kind.RETRIEVAL, source=source)
+        elif float(row.get("score", 5 * float(row.get("label", 1)))) >= SIMILAR_SCORE:
+            for query, positive in ((row["a"], row["b"]), (row["b"], row["a"])):
+                yield Example(query=query, positive=positive, kind=Kind.SIMILARITY, source=source)
     elif "positive" in row:
         negatives = (row["negative"],) if row.get("negative") else ()
         kind = Kind.SIMILARITY
         yield Example(query=row["query"], positive=row["positive"], negatives=negatives, kind=kind, source=source)
-    elif "premise" in row and row.get("label") == ENTAILMENT:
-        yield Example(query=row["hypothesis"], positive=row["premise"], kind=Kind.SIMILARITY, source=source)
-    elif "premise" in row:  # a premise occurs in several rows; equal texts count once
-        for text in (row["hypothesis"], row["premise"]):
-            yield Example(query=text, kind=Kind.TEXT, source=source)
     elif "text" in row:
         yield Example(query=row["text"], kind=Kind.LABEL, source=source, label=str(row.get("label", "")))
 
 
-def _retrieval(folder: Path) -> Iterator[Example]:
-    corpus = {row["id"]: row for row in read_rows(folder / "corpus.jsonl")}
-    queries = {row["id"]: row["text"] for row in read_rows(folder / "queries.jsonl")}
-    relevant: dict[str, list[str]] = {}
-    for query, document, _ in read_qrels(folder):
-        if query in queries and document in corpus:
-            relevant.setdefault(document, []).append(queries[query])
-    for document, document_queries in relevant.items():
-        text = f"{corpus[document].get('title', '')} {corpus[document]['text']}".strip()
-        for query in document_queries:
-            yield Example(query=query, positive=text, kind=Kind.RETRIEVAL, source=folder.name)
-        for query, next_query in pairwise(document_queries):
-            yield Example(query=query, positive=next_query, kind=Kind.SIMILARITY, source=folder.name)
+def _inferences(path: Path, source: str) -> Iterator[Example]:
+    """Yields a premise with each hypothesis that it entails; those that contradict it are negatives."""
+    by_premise: dict[str, dict[str, list[str]]] = {}
+    for row in read_rows(path):
+        if "premise" in row:
+            by_label = by_premise.setdefault(row["premise"], {})
+            by_label.setdefault(str(row.get("label", "")), []).append(row["hypothesis"])
+    for premise, by_label in by_premise.items():
+        negatives = tuple(dict.fromkeys(by_label.get(CONTRADICTION, ())))
+        for hypothesis in dict.fromkeys(by_label.get(ENTAILMENT, ())):
+            kind = Kind.SIMILARITY
+            yield Example(query=premise, positive=hypothesis, negatives=negatives, kind=kind, source=source)
 
 
-def _articles(path: Path, source: str) -> Iterator[Example]:
-    """Yields single sentences, runs of sentences, halves of paragraphs, and whole articles."""
-    rng = random.Random(path.name)
-    for article in path.read_text(encoding="utf-8").split("\n\n"):
-        title, _, body = article.strip().partition("\n")
-        for paragraph in body.split("\n"):
-            sentences = [text for text in _SENTENCE_END.split(paragraph) if len(text) >= MIN_CHARS * 5]
-            for sentence in sentences:
-                if rng.random() < 0.5:
-                    yield Example(query=sentence, kind=Kind.TEXT, source=source)
-            if len(sentences) > 1 and rng.random() < 0.5:
-                start = rng.randrange(len(sentences) - 1)
-                run = " ".join(sentences[start : start + rng.randint(2, 4)])
-                yield Example(query=run, kind=Kind.TEXT, source=f"{source}_runs")
-            if len(paragraph) >= HALVES_FROM_CHARS and len(sentences) > 1:
-                middle = len(sentences) // 2
-                first_half, second_half = " ".join(sentences[:middle]), " ".join(sentences[middle:])
-                yield Example(query=first_half, positive=second_half, kind=Kind.RETRIEVAL, source=f"{source}_halves")
-        if len(body) > HALVES_FROM_CHARS:
-            article_text = f"{title}\n{body}" if rng.random() < 0.5 else body.replace("\n", " ")
-            yield Example(query=article_text, kind=Kind.TEXT, source=f"{source}_whole")
+def _documents(folder: Path, split: str) -> Iterator[Document]:
+    queries = {_row_id(row, folder): row["text"] for row in read_rows(folder / "queries.jsonl")}
+    relevant: dict[str, dict[str, None]] = {}
+    for query, document, _ in read_qrels(folder, split=split):
+        if query in queries:
+            relevant.setdefault(document, {})[_trimmed_text(queries[query])] = None
+    for row in read_rows(folder / "corpus.jsonl"):
+        text = _trimmed_text(f"{row.get('title') or ''} {row['text']}")
+        answered = tuple(query for query in relevant.get(_row_id(row, folder), ()) if len(query) >= MIN_CHARS)
+        if len(text) >= MIN_CHARS:
+            yield Document(text=text, source=folder.name, queries=answered)
+
+
+def _row_id(row: dict[str, Any], folder: Path) -> str:
+    for name in ("_id", "id"):
+        if name in row:
+            return str(row[name])
+    raise ConfigError(f"{folder}: a row of corpus.jsonl or queries.jsonl has neither '_id' nor 'id'")

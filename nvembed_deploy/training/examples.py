@@ -1,11 +1,16 @@
-"""Training examples as JSON lines, and the exclusion of evaluation texts from them.
+"""Training examples and documents as JSON lines, and the exclusion of evaluation texts from them.
 
 A line of an examples file:
     {"query": "who wrote Emma", "positive": "Emma is a novel by Jane Austen.", "negatives": ["Emma is a given name."],
      "kind": "retrieval", "source": "my_set", "label": "", "instruction": ""}
 Only `query`, `kind` and `source` are required. `kind` decides which sides are instructed (see `instructions.py`); a
 text without a positive teaches by distillation alone; `label` is the class of a text of kind `label`, whose positive
-and negatives are drawn from other texts of the same source; `instruction` fixes the wording of the task.
+and negatives are drawn from other texts of the same source; `instruction` is the task in words, by default that of the
+set or the kind.
+
+A line of a corpus file, which `data` writes beside the examples for `mine`:
+    {"text": "Emma is a novel by Jane Austen.", "source": "my_set", "queries": ["who wrote Emma"]}
+`queries` are the queries that the document is judged to answer, also those that no example was made of.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +47,20 @@ class Example:
         return tuple(text for text in (self.query, self.positive, *self.negatives) if text)
 
 
-def write_examples(path: Path, examples: Iterable[Example]) -> int:
-    """Writes an examples file in one step; empty fields are left out.
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One document of a corpus that negatives are mined from; the module's docstring describes the fields."""
+
+    text: str
+    source: str
+    queries: tuple[str, ...] = ()
+
+
+def write_examples(path: Path, examples: Iterable[Example | Document]) -> int:
+    """Writes a file of examples or documents in one step; empty fields are left out.
 
     Returns:
-        The number of examples.
+        The number of lines.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
@@ -56,6 +70,25 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
             out.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
             count += 1
     return count
+
+
+def corpus_path(examples_path: Path) -> Path:
+    """Returns the corpus file that belongs to an examples file: `x.jsonl` has `x.corpus.jsonl`."""
+    return examples_path.with_suffix(f".corpus{examples_path.suffix}")
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Yields the documents of a corpus file.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line is not a document; the message names file and line.
+    """
+    for number, row in enumerate(read_rows(path), 1):
+        queries = row.get("queries", [])
+        strings = [row.get("text"), row.get("source"), *(queries if isinstance(queries, list) else [None])]
+        if not all(isinstance(text, str) for text in strings):
+            raise ConfigError(f"{path}, line {number}: a document needs strings 'text' and 'source'")
+        yield Document(text=row["text"], source=row["source"], queries=tuple(queries))
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -138,6 +171,12 @@ class Exclusion:
     def filter(self, examples: Iterable[Example]) -> Iterator[Example]:
         """Yields the examples of which no text is excluded."""
         return (example for example in examples if not any(text in self for text in example.texts))
+
+    def filter_documents(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Yields the documents whose text is not excluded, without the excluded ones of their queries."""
+        for document in documents:
+            if document.text not in self:
+                yield replace(document, queries=tuple(query for query in document.queries if query not in self))
 
     def _rarest(self, bag: frozenset[str]) -> list[str]:
         """Returns enough of the rarest words that two bags at least `SIMILARITY` alike share one (prefix filtering)."""

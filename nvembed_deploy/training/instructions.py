@@ -1,75 +1,71 @@
-"""Wordings of the instructions in training: many of them, so that no single one is memorized."""
+"""Kinds of examples, and the instruction of a data set that brings none of its own."""
 
 from __future__ import annotations
 
 from enum import Enum
 
+from nvembed_deploy.evaluation.instructions import BY_STEM, BY_TYPE, set_stem
+from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
+
 
 class Kind(str, Enum):
-    """Kind of an example; decides the instruction and the sides that get it."""
+    """Kind of an example; decides the sides that are instructed."""
 
     RETRIEVAL = "retrieval"
     """A question or a title, and the passage that answers it: only the query is instructed."""
     SIMILARITY = "similarity"
-    """Two texts that mean the same: both sides are instructed, or neither."""
+    """Two texts that mean the same: both sides are instructed."""
     LABEL = "label"
-    """A text that belongs to a class; sometimes instructed."""
+    """A text that belongs to a class: both sides are instructed."""
     TEXT = "text"
-    """A single text; rarely instructed."""
+    """A single text, for distillation; never instructed."""
 
 
-WORDINGS: dict[Kind, tuple[str, ...]] = {
-    Kind.RETRIEVAL: (
-        "Given a question, retrieve passages that answer the question",
-        "Given a web search query, retrieve relevant passages that answer the query",
-        "Given a question, retrieve Wikipedia passages that answer the question",
-        "Given a multi-hop question, retrieve documents that can help answer the question",
-        "Given a claim, retrieve documents that support or refute the claim",
-        "Given a scientific claim, retrieve documents that support or refute the claim",
-        "Given a scientific paper title, retrieve paper abstracts that are cited by the given paper",
-        "Given a financial question, retrieve relevant passages that answer the query",
-        "Given a question about a medical topic, retrieve documents that best answer the question",
-        "Given a query on a technical topic, retrieve documents that answer the query",
-        "Given a word or a term, retrieve its definition",
-        "Given a title, retrieve the article that it belongs to",
-        "Given the name of an entity, retrieve its description",
-        "Given a programming question, retrieve documentation that answers it",
-        "Given a short description of a function, retrieve its documentation",
-        "Given a user question, retrieve the matching answer from a list of frequently asked questions",
-        "Given the beginning of a passage, retrieve its continuation",
-        "Find the document that answers this",
-        "Search the manual for the part that explains this",
-        "Retrieve relevant documents for the query",
-        "Represent this query for searching relevant passages",
-    ),
-    Kind.SIMILARITY: (
-        "Retrieve semantically similar text.",
-        "Retrieve semantically similar text",
-        "Given a sentence, retrieve sentences with the same meaning",
-        "Given a question, retrieve questions that are semantically equivalent to the given question",
-        "Given a premise, retrieve a hypothesis that is entailed by the premise",
-        "Find a paraphrase of this text",
-        "Given a question paragraph at StackExchange, retrieve a question duplicated paragraph",
-        "Compare the meaning of short texts",
-    ),
-    Kind.LABEL: (
-        "Given an online banking query, find the corresponding intents",
-        "Given a user utterance as query, find the user intents",
-        "Classify the intent of the given utterance",
-        "Classify the sentiment expressed in the given movie review text",
-        "Classify the emotion expressed in the given message",
-        "Classify the kind of answer that the question asks for",
-        "Identify the topic or theme of the given text",
-        "Identify the category of the given question",
-        "Given a command to an assistant, find the scenario that it belongs to",
-    ),
-    Kind.TEXT: (
-        "Retrieve semantically similar text.",
-        "Identify the topic or theme of the given text",
-        "Identify the topic or theme of the given news articles",
-        "Identify the main category of the given abstract based on its title",
-        "Represent the text",
-        "Summarize the text in one vector",
-    ),
+SYMMETRIC = (Kind.SIMILARITY, Kind.LABEL)
+"""Kinds that are instructed on both sides or on neither; documents of the other kinds are never instructed."""
+BY_KIND = {
+    Kind.RETRIEVAL: DEFAULT_QUERY_INSTRUCTION,
+    Kind.SIMILARITY: BY_TYPE["STS"],
+    Kind.LABEL: "Identify the category of the given text",
+    Kind.TEXT: "",
 }
-"""Source of the style and of several wordings: NVIDIA's `instructions.json` and the prompts of the MTEB benchmark."""
+"""Instructions for sets that are not in `BY_SET`; those of retrieval and similarity are NVIDIA's for their kind."""
+BY_SET = {
+    **BY_STEM,
+    "stackexchange": BY_STEM["cqadupstack"],
+    "amazoncounterfactual": "Classify a given Amazon customer review text as either counterfactual or"
+    " not-counterfactual",
+    "amazonpolarity": "Classify Amazon reviews into positive or negative sentiment",
+    "amazonreviews": "Classify the given Amazon review into its appropriate rating category",
+    "banking77": "Given a online banking query, find the corresponding intents",
+    "emotion": "Classify the emotion expressed in the given Twitter message into one of the six emotions: anger,"
+    " fear, joy, love, sadness, and surprise",
+    "imdb": "Classify the sentiment expressed in the given movie review text from the IMDB dataset",
+    "mtopdomain": "Classify the intent domain of the given utterance in task-oriented conversation",
+    "mtopintent": "Classify the intent of the given utterance in task-oriented conversation",
+    "massiveintent": "Given a user utterance as query, find the user intents",
+    "massivescenario": "Given a user utterance as query, find the user scenarios",
+    "toxicconversations": "Classify the given comments as either toxic or not toxic",
+    "tweetsentimentextraction": "Classify the sentiment of a given tweet as either positive, negative, or neutral",
+    "arxivclusteringp2p": "Identify the main and secondary category of Arxiv papers based on the titles and abstracts",
+    "arxivclusterings2s": "Identify the main and secondary category of Arxiv papers based on the titles",
+    "biorxivclusteringp2p": "Identify the main category of Biorxiv papers based on the titles and abstracts",
+    "biorxivclusterings2s": "Identify the main category of Biorxiv papers based on the titles",
+    "medrxivclusteringp2p": "Identify the main category of Medrxiv papers based on the titles and abstracts",
+    "medrxivclusterings2s": "Identify the main category of Medrxiv papers based on the titles",
+    "redditclustering": "Identify the topic or theme of Reddit posts based on the titles",
+    "redditclusteringp2p": "Identify the topic or theme of Reddit posts based on the titles and posts",
+    "stackexchangeclustering": "Identify the topic or theme of StackExchange posts based on the titles",
+    "stackexchangeclusteringp2p": "Identify the topic or theme of StackExchange posts based on the given paragraphs",
+    "twentynewsgroups": "Identify the topic or theme of the given news articles",
+}
+"""Instruction of the paper's sets by stem: NVIDIA's file for retrieval, for classes mteb's prompts, which are those of
+e5-mistral. The paper's own table of training instructions was not at hand."""
+
+
+def instruction_for(source: str, kind: Kind) -> str:
+    """Returns the instruction of a set that brings none: the set's by its name, or else its kind's."""
+    if kind is Kind.TEXT:
+        return ""
+    stem = set_stem(source)
+    return BY_SET.get(stem) or BY_SET.get(stem.removesuffix("classification")) or BY_KIND[kind]

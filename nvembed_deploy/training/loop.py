@@ -5,99 +5,34 @@ The command is the same for one device, several devices and several machines: st
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
-from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainingArguments
 
-from nvembed_deploy.model.config import Pooling
-from nvembed_deploy.model.nvembed import masked_mean
-from nvembed_deploy.training.batches import PLAIN, Collator
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.training.batch_loss import batch_loss
+from nvembed_deploy.training.batches import PLAIN, Batches, Collator
+from nvembed_deploy.training.chunks import INPUTS, RandomState, split_rows, take_rows
 from nvembed_deploy.training.device import bf16_is_fast
-from nvembed_deploy.training.length_buckets import length_buckets
-from nvembed_deploy.training.losses import (
-    centered,
-    distillation,
-    find_positives,
-    in_batch_blocked,
-    match_targets,
-    own_only_blocked,
-    token_distillation,
-)
 from nvembed_deploy.training.optimizer import MuonWithAdamW, RelativeAdamW
 from nvembed_deploy.training.options import StageOptions
 from nvembed_deploy.training.student import POOLER
 from nvembed_deploy.training.teacher import Teacher
+from nvembed_deploy.training.trainable import Trainable
 
-MAX_MATH_ATTENTION_TOKENS = 96
-"""On a CPU, rows up to this length use plain matrix products instead of fused attention."""
 STATE_NAME = "trainer_state.json"
 """Last file that `Trainer` writes into a checkpoint."""
 
 log = logging.getLogger(__name__)
-
-
-class Trainable(nn.Module):
-    """Encoder that also returns its token outputs; computes rows in buckets of similar length.
-
-    Args:
-        encoder: An `NVEmbed`, or a variant of it from `variants.py`.
-    """
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self._recomputes = False
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns unit vectors float32 [R, D], and the pooler's token outputs [R, T, D].
-
-        Args:
-            input_ids: int64 [R, T].
-            attention_mask: int64 [R, T], 1 for real tokens.
-            pool_mask: int64 [R, T], 1 for tokens that are pooled.
-        """
-        vectors, states = [], []
-        buckets = length_buckets(attention_mask.sum(dim=1).tolist())
-        for bucket in buckets:
-            ids, mask, pooled = (bucket.take(array) for array in (input_ids, attention_mask, pool_mask))
-            with nullcontext() if self._recomputes else _fastest_attention(ids):
-                hidden = self.encoder.embedding_model(ids, mask)
-                hidden = self.encoder.latent_attention_model(hidden)
-            bucket_vectors = F.normalize(masked_mean(hidden, self._pooled(mask, pooled)), dim=-1)
-            vectors.append(bucket_vectors[: len(bucket.rows)])
-            tokens = hidden[: len(bucket.rows), : input_ids.shape[1]]
-            states.append(F.pad(tokens, (0, 0, 0, input_ids.shape[1] - tokens.shape[1])))
-        bucket_rows = torch.tensor([row for bucket in buckets for row in bucket.rows], device=input_ids.device)
-        original_order = bucket_rows.argsort()
-        return torch.cat(vectors)[original_order], torch.cat(states)[original_order]
-
-    def _pooled(self, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
-        if self.encoder.config.pooling is Pooling.LAST:
-            last_token = attention_mask.sum(dim=1, keepdim=True) - 1
-            pool_mask = torch.zeros_like(pool_mask).scatter_(1, last_token, 1)
-        return pool_mask
-
-    def activation_checkpointing_enable(self, **_: Any) -> None:
-        """Recomputes each decoder layer's activations in the backward pass; called by `Trainer`."""
-        self._recomputes = True  # recomputation would not see an attention kernel chosen around the forward pass
-        for layer in self.encoder.embedding_model.layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-
-    gradient_checkpointing_enable = activation_checkpointing_enable
-    """Name of the same hook in transformers 5."""
 
 
 class EmbeddingTrainer(Trainer):
@@ -107,9 +42,84 @@ class EmbeddingTrainer(Trainer):
         super().__init__(**settings)
         self.stage = stage
         self.teacher = teacher
+        self._evaluated = -1
+        self._metrics: dict[str, float] = {}
         self.centre = None if centre is None else centre.to(self.args.device)
         if teacher is not None:
             teacher.model.to(self.args.device)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Computes the gradient of one step, in chunks if the batch is large; returns the loss of all processes."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        chunks = self._chunks(inputs)
+        if len(chunks) == 1:
+            with self.compute_loss_context_manager():
+                loss: Tensor = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+            return loss.detach()
+        return self._cached_step(model, inputs, chunks)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes a training state without the weights that do not change: of an adapted model, its frozen base."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        tensors = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: tensor for name, tensor in tensors.items() if name in trained})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        missing_names = sorted(trained.intersection(load_result.missing_keys))
+        if missing_names or load_result.unexpected_keys:
+            name = (missing_names or load_result.unexpected_keys)[0]
+            raise ConfigError(
+                f"the training state in {self.args.output_dir} does not fit this model ({name}); delete the folder to "
+                "start again"
+            )
+
+    def _chunks(self, inputs: dict[str, Tensor]) -> list[list[int]]:
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        if self.stage.weights.tokens or self.stage.weights.consistency:  # these need more than each row's vector
+            return [list(range(len(lengths)))]
+        return split_rows(lengths, self.stage.chunk_tokens, self.args.device)
+
+    def _cached_step(self, model: nn.Module, inputs: dict[str, Tensor], chunks: list[list[int]]) -> Tensor:
+        """Computes the gradient chunk by chunk; see `chunks.py`."""
+        states: list[RandomState] = []
+        vectors = self._vectors(model, inputs, chunks, states).requires_grad_()
+        with self.compute_loss_context_manager():
+            loss = self._loss(vectors, vectors, inputs)
+        self.accelerator.backward(loss)
+        gradients = vectors.grad
+        if gradients is None:
+            raise RuntimeError("the loss has no gradient")
+        for index, (rows, state) in enumerate(zip(chunks, states, strict=True)):
+            is_last = index == len(chunks) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(model), state.again():
+                with self.compute_loss_context_manager():
+                    chunk_vectors, _ = model(*take_rows(inputs, rows))
+                    product = (chunk_vectors[: len(rows)].float() * gradients[rows]).sum() + 0.0 * chunk_vectors.sum()
+                self.accelerator.backward(product)
+        return loss.detach()
+
+    def _vectors(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        chunks: list[list[int]],
+        states: list[RandomState] | None = None,
+    ) -> Tensor:
+        """Returns the vectors of all rows, float32 [R, D], without a graph; adds the random state of each chunk."""
+        parts: list[Tensor] = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for rows in chunks:
+                arrays = take_rows(inputs, rows)
+                if states is not None:
+                    states.append(RandomState(arrays[0]))
+                parts.append(model(*arrays)[0][: len(rows)].float())
+        order = torch.tensor([row for rows in chunks for row in rows], device=parts[0].device).argsort()
+        return torch.cat(parts)[order]
 
     def compute_loss(
         self,
@@ -119,158 +129,71 @@ class EmbeddingTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Returns the weighted sum of the losses of one batch."""
-        vectors, states = model(inputs["input_ids"], inputs["attention_mask"], inputs["pool_mask"])
+        vectors, states = model(*(inputs[name] for name in INPUTS))
         plain: Tensor | None = None
         if self.stage.weights.consistency and "instructed" in inputs:
             with torch.no_grad():
                 plain, _ = model(*(inputs[name] for name in PLAIN))
-        loss = batch_loss(
-            vectors, states, inputs, stage=self.stage, teacher=self.teacher, centre=self.centre, plain=plain
-        )
+        loss = self._loss(vectors, states, inputs, plain)
         return (loss, {"vectors": vectors}) if return_outputs else loss
+
+    def _loss(
+        self,
+        vectors: Tensor,
+        states: Tensor,
+        inputs: dict[str, Tensor],
+        plain: Tensor | None = None,
+        *,
+        is_shared: bool = True,
+    ) -> Tensor:
+        options = {"stage": self.stage, "teacher": self.teacher, "centre": self.centre, "plain": plain}
+        return batch_loss(vectors, states, inputs, **options, is_shared=is_shared)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Returns the loss on the held-out batches and the share of queries whose positive ranks first in its batch."""
+        if self._evaluated == self.state.global_step:  # `Trainer` evaluates the last step twice
+            return self._metrics
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        self.model.eval()
+        model = self.model_wrapped  # a sharded model has its weights behind its wrapper only
+        model.eval()
         losses, correct, query_count = [], 0, 0
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for row in dataset:
-                inputs = self._prepare_inputs(self.data_collator([row]))
-                loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
-                losses.append(float(loss))
-                queries, positives = inputs["queries"], inputs["positives"]
-                scores = outputs["vectors"][queries] @ outputs["vectors"].T
-                scores[torch.arange(len(queries), device=queries.device), queries] = float("-inf")
-                correct += int((scores.argmax(dim=1) == positives).sum())
-                query_count += len(queries)
-        self.model.train()
-        metrics = {f"{metric_key_prefix}_loss": sum(losses) / max(1, len(losses))}
+        for batch in dataset:
+            inputs = self._prepare_inputs(self.data_collator([batch]))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                if self.stage.weights.tokens or self.stage.weights.consistency:
+                    loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                    vectors = outputs["vectors"]
+                else:
+                    vectors = self._vectors(model, inputs, self._chunks(inputs))
+                    loss = self._loss(vectors, vectors, inputs, is_shared=False)
+            queries, positives = inputs["queries"], inputs["positives"]
+            losses.append((float(loss), max(1, len(queries))))
+            scores = vectors[queries] @ vectors.T
+            scores[torch.arange(len(queries), device=queries.device), queries] = float("-inf")
+            correct += int((scores.argmax(dim=1) == positives).sum())
+            query_count += len(queries)
+        model.train()
+        weight_sum = sum(weight for _, weight in losses)
+        metrics = {f"{metric_key_prefix}_loss": sum(loss * weight for loss, weight in losses) / max(1, weight_sum)}
         if query_count:
             metrics[f"{metric_key_prefix}_accuracy"] = correct / query_count
         self.log(metrics)
+        self._evaluated, self._metrics = self.state.global_step, metrics
         return metrics
-
-
-def _fastest_attention(input_ids: Tensor) -> AbstractContextManager[Any]:
-    """Selects plain matrix products for short rows on a CPU, where torch's fused attention is slower backwards."""
-    if input_ids.device.type == "cpu" and input_ids.shape[1] <= MAX_MATH_ATTENTION_TOKENS:
-        context: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
-        return context
-    return nullcontext()
-
-
-def batch_loss(
-    vectors: Tensor,
-    states: Tensor,
-    inputs: dict[str, Tensor],
-    *,
-    stage: StageOptions,
-    teacher: Teacher | None,
-    centre: Tensor | None = None,
-    plain: Tensor | None = None,
-) -> Tensor:
-    """Computes the loss of a batch made by `Collator`.
-
-    Args:
-        vectors: float32 [R, D], the student's unit vectors.
-        states: [R, T, D], the student's token outputs.
-        inputs: The batch.
-        stage: Weights of the terms (a term of weight 0 is not computed), and which rows compete.
-        teacher: Required if a term compares with it.
-        centre: float32 [D], subtracted from the targets of instructed questions; see `losses.centered`.
-        plain: float32 [I, D], the student's unit vectors of the instructed rows without their instruction; for
-            `options.LossWeights.consistency`.
-    """
-    weights = stage.weights
-    targets = None if teacher is None else _teacher_targets(teacher, inputs, centre)
-    terms = [] if targets is None else _teacher_terms(vectors, states, inputs, targets, stage)
-    if plain is not None:
-        terms.append((weights.consistency, _consistency_loss(vectors, plain, inputs, centre)))
-    if weights.pairs and len(inputs["queries"]):
-        terms.append((weights.pairs, _pair_loss(vectors, inputs, targets, stage)))
-    loss = vectors.sum() * 0.0
-    for weight, term in terms:
-        loss = loss + weight * term
-    return loss
-
-
-class _TeacherTargets(NamedTuple):
-    """The teacher's view of a batch."""
-
-    vectors: Tensor
-    """[R, D], the teacher's unit vectors."""
-    centered_vectors: Tensor
-    """float32 [R, D], with the centre subtracted from the rows of instructed questions."""
-    tokens: Tensor
-    """float32 [R, U, D], token states with the same rows centered."""
-
-
-def _teacher_targets(teacher: Teacher, inputs: dict[str, Tensor], centre: Tensor | None) -> _TeacherTargets:
-    vectors, tokens = teacher.forward(inputs["teacher_ids"], inputs["teacher_mask"])
-    centered_vectors, tokens = vectors.float(), tokens.float()
-    if centre is not None:
-        questions = inputs["questions"]
-        question_vectors = F.normalize(centered(centered_vectors[questions], centre), dim=-1)
-        centered_vectors = centered_vectors.index_copy(0, questions, question_vectors)
-        lengths = masked_mean(tokens[questions], inputs["teacher_mask"][questions]).norm(dim=-1)[:, None, None]
-        tokens = tokens.index_copy(0, questions, centered(tokens[questions], centre, lengths))
-    return _TeacherTargets(vectors, centered_vectors, tokens)
-
-
-def _teacher_terms(
-    vectors: Tensor, states: Tensor, inputs: dict[str, Tensor], targets: _TeacherTargets, stage: StageOptions
-) -> list[tuple[float, Tensor]]:
-    """Returns (weight, loss) of each term that compares with the teacher and has a weight."""
-    weights = stage.weights
-    terms: list[tuple[float, Tensor]] = []
-    if weights.distillation:
-        terms.append((weights.distillation, distillation(vectors, targets.centered_vectors)))
-    if weights.tokens:
-        aligned_tokens = torch.bmm(inputs["overlaps"], targets.tokens)
-        has_target = inputs["has_target"] & inputs["attention_mask"].bool()
-        terms.append((weights.tokens, token_distillation(states, aligned_tokens, has_target)))
-    if weights.match:
-        match = match_targets(vectors, targets.centered_vectors, inputs["text_ids"], temperature=stage.temperature)
-        terms.append((weights.match, match))
-    return terms
-
-
-def _consistency_loss(vectors: Tensor, plain: Tensor, inputs: dict[str, Tensor], centre: Tensor | None) -> Tensor:
-    """Returns 1 - cosine of the instructed rows to their vectors without the instruction, questions centered."""
-    instructed = inputs["instructed"]
-    targets = plain.float()
-    if centre is not None:
-        is_question = torch.isin(instructed, inputs["questions"])[:, None]
-        targets = torch.where(is_question, F.normalize(centered(targets, centre), dim=-1), targets)
-    return distillation(vectors[instructed], targets)
-
-
-def _pair_loss(
-    vectors: Tensor, inputs: dict[str, Tensor], targets: _TeacherTargets | None, stage: StageOptions
-) -> Tensor:
-    """Returns the contrastive loss of finding each query's positive among its candidates."""
-    pairs = {"queries": inputs["queries"], "positives": inputs["positives"]}
-    if stage.in_batch:
-        teacher_vectors = None if targets is None else targets.vectors
-        blocked = in_batch_blocked(inputs["group_ids"], inputs["text_ids"], **pairs, targets=teacher_vectors)
-    else:
-        blocked = own_only_blocked(inputs["group_ids"], **pairs)
-    return find_positives(vectors, **pairs, blocked=blocked, temperature=stage.temperature)
 
 
 def train(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: Batches,
     collator: Collator,
     *,
     folder: Path,
     stage: StageOptions,
     teacher: Teacher | None = None,
     centre: Tensor | None = None,
-    held_out: Dataset | None = None,
+    held_out: Batches | None = None,
 ) -> list[dict[str, float]]:
     """Trains the model in place, from the last checkpoint in `folder` if there is one.
 
@@ -288,7 +211,17 @@ def train(
         The log: for each step `step`, `loss`, `grad_norm`, `learning_rate`, or `step`, `eval_loss`, `eval_accuracy`.
     """
     resumed_from = last_checkpoint(folder)
-    trainable = Trainable(model)
+    trainable = Trainable(model, bucketed=process_count() == 1)
+    if stage.gradient_checkpointing:
+        trainable.recompute_activations()
+    step_count = stage.max_steps if stage.max_steps > 0 else len(dataset) // process_count()
+    if stage.warmup_steps >= step_count:
+        log.warning(
+            "the warm-up of %d steps is no shorter than the run of %d: the learning rate of %g is never reached",
+            stage.warmup_steps,
+            step_count,
+            stage.learning_rate,
+        )
     optimizer: torch.optim.Optimizer | None = None
     if stage.relative_steps:
         optimizer = RelativeAdamW(
@@ -319,7 +252,14 @@ def train(
         teacher=teacher,
         centre=centre,
     )
-    log.info("training on %s, %d batches, from %s", trainer.args.device, len(dataset), resumed_from or "the start")
+    _check_sharding(trainer)
+    log.info(
+        "training on %d x %s, %d steps, from %s",
+        process_count(),
+        trainer.args.device.type,
+        step_count,
+        resumed_from or "the start",
+    )
     hooks = add_noise(trainable, stage.noise) if stage.noise else []
     trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
     for hook in hooks:
@@ -327,9 +267,44 @@ def train(
     return [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
 
 
+def _check_sharding(trainer: EmbeddingTrainer) -> None:
+    """Refuses what could not be written after training.
+
+    Raises:
+        ConfigError: The launch shards the model in a way that is not supported.
+    """
+    is_old = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+    if is_old or trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            f"this launch uses {'FSDP 1' if is_old else 'DeepSpeed'}, whose weights cannot be gathered here; use "
+            "accelerate launch --use_fsdp --fsdp_version 2"
+        )
+    if trainer.is_fsdp_enabled and not all(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise ConfigError("adapters cannot be merged into a sharded model; train with --lora and without FSDP")
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights of a model, gathered if they are sharded; every process has to call it.
+
+    Returns:
+        The weights on the CPU in the main process; in the others, nothing if there are several.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
+
+
+def _process_state() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def is_main_process() -> bool:
     """Returns True in the one process of a launch that writes files."""
-    return bool(PartialState().is_main_process)
+    return bool(_process_state().is_main_process)
+
+
+def process_count() -> int:
+    """Returns the number of processes of the launch."""
+    return int(_process_state().num_processes)
 
 
 def add_noise(model: nn.Module, noise_ratio: float) -> list[RemovableHandle]:
@@ -367,9 +342,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def arguments(folder: Path, stage: StageOptions, *, rows: int = 1, has_evaluation: bool = False) -> TrainingArguments:
     """Returns `Trainer`'s settings: one pass over a data set in its order, `rows` of it per step and device."""
-    checkpointing = {"gradient_checkpointing": True} if stage.gradient_checkpointing else {}
     return TrainingArguments(
-        **checkpointing,
         output_dir=str(folder),
         per_device_train_batch_size=rows,
         num_train_epochs=1,
@@ -391,6 +364,7 @@ def arguments(folder: Path, stage: StageOptions, *, rows: int = 1, has_evaluatio
         logging_steps=stage.log_steps,
         logging_first_step=True,
         report_to="none",
+        ddp_find_unused_parameters=False,
         seed=stage.seed,
         label_names=[],
     )

@@ -120,12 +120,13 @@ def in_batch_blocked(
     positives: Tensor,
     targets: Tensor | None = None,
     margin: float = NEGATIVE_MARGIN,
+    queries_compete: bool = False,
 ) -> Tensor:
-    """Blocks only rows that are likely to be correct answers: stage one, in-batch negatives on.
+    """Blocks rows that are no documents or are likely to be correct answers: stage one, in-batch negatives on.
 
-    Blocked are the query, rows of the same text as the query or its positive, and, if there is a teacher, rows that it
-    scores at or above `margin` of the positive. A query's own negatives always compete: they were mined by that rule
-    or are labelled.
+    Blocked are other queries and single texts (unless they compete), rows of the same text as the query or as an answer
+    that it shares with another query of the batch, and, if there is a teacher, rows that it scores at or above `margin`
+    of the positive. A query's own negatives always compete: they were mined by that rule or are labelled.
 
     Args:
         group_ids: int64 [R], group of each row.
@@ -134,14 +135,21 @@ def in_batch_blocked(
         positives: int64 [P], rows of their positives.
         targets: [R, D], the teacher's vectors, or None.
         margin: Fraction of the positive's score from which a row of another group is blocked.
+        queries_compete: Other queries and single texts are candidates too.
 
     Returns:
         bool [P, R], True where a row is blocked; never at the positive.
     """
-    same_text = (text_ids[queries][:, None] == text_ids[None, :]) | (text_ids[positives][:, None] == text_ids[None, :])
-    other_group = group_ids[queries][:, None] != group_ids[None, :]
     pair_indices = torch.arange(len(queries), device=group_ids.device)
-    blocked = same_text
+    other_group = group_ids[queries][:, None] != group_ids[None, :]
+    answers = text_ids[positives][:, None] == text_ids[None, :]
+    is_answer = (shared_answers(text_ids[queries], text_ids[positives]).float() @ answers.float()) > 0
+    blocked = (text_ids[queries][:, None] == text_ids[None, :]) | is_answer
+    if not queries_compete:
+        is_document = torch.zeros(len(group_ids), dtype=torch.bool, device=group_ids.device)
+        is_document[torch.isin(group_ids, group_ids[queries])] = True
+        is_document[queries] = False
+        blocked = blocked | ~is_document[None, :]
     if targets is not None:
         scores = targets.float()[queries] @ targets.float().T
         positive_scores = scores[pair_indices, positives][:, None]
@@ -150,3 +158,21 @@ def in_batch_blocked(
     blocked[pair_indices, queries] = True
     blocked[pair_indices, positives] = False
     return blocked
+
+
+def shared_answers(query_ids: Tensor, positive_ids: Tensor) -> Tensor:
+    """Returns which pairs share an answer: those connected by equal queries or equal positives, over any distance.
+
+    Args:
+        query_ids: int64 [P], equal for equal queries.
+        positive_ids: int64 [P], equal for equal positives.
+
+    Returns:
+        bool [P, P].
+    """
+    shares = (query_ids[:, None] == query_ids[None, :]) | (positive_ids[:, None] == positive_ids[None, :])
+    while True:  # each round doubles the distance
+        wider = (shares.float() @ shares.float()) > 0
+        if torch.equal(wider, shares):
+            return shares
+        shares = wider

@@ -1,102 +1,188 @@
 """Hard negatives for pairs, chosen by a teacher: close to the query but clearly below its positive.
 
-The positive-aware rule (TopKPercPos): of the texts that the teacher ranks closest to the query, only those count whose
-score is below 95 % of the positive's. Source: NV-Retriever, arXiv 2407.15831; NV-Embed, section 4.
+The positive-aware rule (TopKPercPos): of the documents that the teacher ranks closest to the query, only those count
+whose score is below 95 % of the positive's. Source: NV-Retriever, arXiv 2407.15831; NV-Embed, section 4.
+
+Candidates are the documents of the set's corpus; of a set without a corpus, the positives and labelled negatives of its
+examples of the same kind. No candidate shares an answer with the query: everything that judgements connect to it, over
+any distance, is left out (`blend.answer_clusters`); so is, for retrieval, every text that is a query itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nvembed_deploy.training.examples import Example
+from nvembed_deploy.training.blend import answer_clusters
+from nvembed_deploy.training.examples import Document, Example
 from nvembed_deploy.training.instructions import Kind
 from nvembed_deploy.training.options import NEGATIVE_MARGIN, NEGATIVES
 
-BLOCK_QUERIES = 256
+BLOCK_QUERIES = 1024
+BLOCK_DOCUMENTS = 16384
+"""Documents whose vectors are in memory at a time; with `BLOCK_QUERIES`, 64 MB of scores."""
 PAIRED = (Kind.RETRIEVAL, Kind.SIMILARITY)
+
+
+class DualEncoder(Protocol):
+    """What mining needs of a teacher."""
+
+    def encode(self, texts: Sequence[str], *, is_query: bool) -> Tensor:
+        """Returns unit vectors, float32 [N, D]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the negatives of all pairs are, labelled ones included."""
+
+    pairs: int
+    negatives: int
+    sharing: int
+    """Negatives that share an answer with their query by the judgements."""
+    incomplete: int
+    """Pairs with fewer negatives than asked for."""
+
+    def __str__(self) -> str:
+        share = 100 * self.sharing / max(1, self.negatives)
+        return (
+            f"{self.negatives} negatives for {self.pairs} pairs; by the judgements, {self.sharing} of them "
+            f"({share:.2f} %) share an answer with their query; {self.incomplete} pairs have fewer than asked for"
+        )
 
 
 def mine(
     examples: Sequence[Example],
-    vectors: Tensor,
-    table: dict[str, int],
+    teacher: DualEncoder,
     *,
+    documents: Iterable[Document] = (),
     negatives: int = NEGATIVES,
     margin: float = NEGATIVE_MARGIN,
-) -> list[Example]:
-    """Fills up each pair's negatives from the positives of its own source.
+) -> tuple[list[Example], Report]:
+    """Fills up each pair's negatives from the documents of its own source.
 
     Args:
         examples: Examples without a positive, and texts of kind `label`, are returned unchanged.
-        vectors: bf16 or float32 [N, D], the teacher's unit vectors by row of `table`.
-        table: Row of each text in `vectors`.
+        teacher: Embeds queries and documents.
+        documents: The corpora of the sources that have one, with their judgements.
         negatives: Number of negatives for each pair; labelled ones count and come first.
         margin: Fraction of the positive's score from which a text is not a negative.
 
     Returns:
-        The examples in their order. A pair whose positive the teacher ranks no better than chance may get fewer
-        negatives.
+        The examples in their order, and a report. A pair may get fewer negatives: if its positive has a low score, or
+        if judgements connect it to most of a small corpus.
     """
-    mined_examples = list(examples)
-    by_source: dict[str, list[int]] = {}
+    corpora: dict[str, list[Document]] = {}
+    for document in documents:
+        corpora.setdefault(document.source, []).append(document)
+    by_pool: dict[tuple[str, Kind], list[int]] = {}
     for index, example in enumerate(examples):
         if example.positive and example.kind in PAIRED:
-            by_source.setdefault(example.source, []).append(index)
-    with tqdm(
-        total=sum(map(len, by_source.values())), desc="hard negatives", unit="query", disable=None
-    ) as progress_bar:
-        for members in by_source.values():
-            pairs = [examples[index] for index in members]
-            source_negatives = _source_negatives(pairs, vectors, table, negatives=negatives, margin=margin)
-            for index, example, mined in zip(members, pairs, source_negatives, strict=True):
-                mined_examples[index] = replace(example, negatives=(*example.negatives[:negatives], *mined))
-                progress_bar.update()
-    return mined_examples
+            by_pool.setdefault((example.source, example.kind), []).append(index)
+    mined_examples = list(examples)
+    reports: list[Report] = []
+    for (source, kind), members in by_pool.items():
+        pairs = [examples[index] for index in members]
+        corpus = corpora.get(source, [])
+        clusters = answer_clusters([*_judgements(corpus), *((pair.query, pair.positive) for pair in pairs)])
+        pool = _Pool(pairs, _candidates(pairs, corpus, kind), clusters)
+        best = pool.closest(teacher, description=f"{source}, {kind.value}", count=negatives, margin=margin)
+        for index, pair, closest in zip(members, pairs, best, strict=True):
+            texts = dict.fromkeys([*pair.negatives[:negatives], *closest])
+            mined_examples[index] = replace(pair, negatives=tuple(texts)[:negatives])
+        reports.append(report([mined_examples[index] for index in members], corpus, asked=negatives))
+    totals = {name: sum(getattr(part, name) for part in reports) for name in Report.__dataclass_fields__}
+    return mined_examples, Report(**totals)
 
 
-def _source_negatives(
-    pairs: Sequence[Example], vectors: Tensor, table: dict[str, int], *, negatives: int, margin: float
-) -> Iterator[list[str]]:
-    """Yields the mined negatives of each pair of one source: as many as its labelled ones leave of `negatives`."""
-    candidates = list(dict.fromkeys(example.positive for example in pairs))
-    columns = {text: column for column, text in enumerate(candidates)}
-    answers: dict[str, set[int]] = {}
-    for example in pairs:
-        answers.setdefault(example.query, set()).add(columns[example.positive])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    documents = vectors[[table[text] for text in candidates]].to(device).float()
-    for start in range(0, len(pairs), BLOCK_QUERIES):
-        block = pairs[start : start + BLOCK_QUERIES]
-        queries = vectors[[table[example.query] for example in block]].to(device).float()
-        block_scores = (queries @ documents.T).cpu()
-        for example, scores in zip(block, block_scores, strict=True):
-            excluded = answers[example.query] | ({columns[example.query]} if example.query in columns else set())
-            limit = negative_limit(float(scores[columns[example.positive]]), margin)
-            count = max(0, negatives - len(example.negatives))
-            yield [candidates[column] for column in hardest(scores, limit=limit, excluded=excluded, count=count)]
+def report(pairs: Sequence[Example], corpus: Sequence[Document], *, asked: int) -> Report:
+    """Counts the negatives that share an answer with their query, from the judgements themselves.
+
+    Two texts share an answer if one answers the other, or if both are connected to the same query or document.
+    """
+    neighbours: dict[str, set[str]] = {}
+    for query, answer in [*_judgements(corpus), *((pair.query, pair.positive) for pair in pairs)]:
+        neighbours.setdefault(query, set()).add(answer)
+        neighbours.setdefault(answer, set()).add(query)
+    sharing = 0
+    for pair in pairs:
+        answers = neighbours[pair.query] | {pair.query}
+        for negative in pair.negatives:
+            sharing += negative in answers or not answers.isdisjoint(neighbours.get(negative, ()))
+    return Report(
+        pairs=len(pairs),
+        negatives=sum(len(pair.negatives) for pair in pairs),
+        sharing=sharing,
+        incomplete=sum(len(pair.negatives) < asked for pair in pairs),
+    )
 
 
-def negative_limit(positive_score: float, margin: float) -> float:
-    """Returns the fraction `margin` of a positive's score, or as far below the score if it is negative."""
-    return positive_score - abs(positive_score) * (1 - margin)
+def _judgements(corpus: Iterable[Document]) -> Iterator[tuple[str, str]]:
+    return ((query, document.text) for document in corpus for query in document.queries)
 
 
-def hardest(scores: Tensor, *, limit: float, excluded: set[int], count: int) -> list[int]:
-    """Returns the columns of the highest scores below a limit.
+def _candidates(pairs: Sequence[Example], corpus: Sequence[Document], kind: Kind) -> list[str]:
+    texts = [document.text for document in corpus]
+    if not texts:
+        texts = [text for pair in pairs for text in (pair.positive, *pair.negatives)]
+    queries = {pair.query for pair in pairs} | {query for document in corpus for query in document.queries}
+    if kind is Kind.SIMILARITY:  # both sides are of the same sort, and a text may be on either
+        queries = set()
+    return [text for text in dict.fromkeys(texts) if text not in queries]
+
+
+class _Pool:
+    """The pairs of one source and kind, and the documents that their negatives come from.
 
     Args:
-        scores: float32 [N], the teacher's scores of one query.
-        limit: Texts with this score or a higher one are not negatives.
-        excluded: Columns that are not negatives: the query's answers, and the query itself.
-        count: Maximum number of columns.
+        pairs: At least one.
+        candidates: Distinct texts.
+        clusters: See `blend.answer_clusters`.
     """
-    open_scores = torch.where(scores < limit, scores, torch.tensor(float("-inf")))
-    if excluded:
-        open_scores[sorted(excluded)] = float("-inf")
-    best = open_scores.topk(min(count, len(open_scores)))
-    return [column for column, score in zip(best.indices.tolist(), best.values.tolist(), strict=True) if score > -2.0]
+
+    def __init__(self, pairs: Sequence[Example], candidates: Sequence[str], clusters: dict[str, int]) -> None:
+        self.pairs = pairs
+        self.candidates = candidates
+        self.clusters = torch.tensor([clusters.get(text, -1) for text in self.candidates], dtype=torch.int64)
+        self.query_clusters = torch.tensor([clusters[pair.query] for pair in pairs], dtype=torch.int64)
+
+    def closest(self, teacher: DualEncoder, *, description: str, count: int, margin: float) -> list[list[str]]:
+        """Returns each pair's closest documents that the rule allows, the closest first."""
+        queries = _encode_distinct(teacher, [pair.query for pair in self.pairs], is_query=True)
+        positives = _encode_distinct(teacher, [pair.positive for pair in self.pairs], is_query=False)
+        limits = negative_limit((queries * positives).sum(dim=1), margin)
+        best_scores = torch.full((len(self.pairs), count), float("-inf"))
+        best_columns = torch.zeros(len(self.pairs), count, dtype=torch.int64)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        starts = range(0, len(self.candidates), BLOCK_DOCUMENTS)
+        for start in tqdm(starts, desc=f"negatives, {description}", unit="block", disable=None):
+            columns = torch.arange(start, min(start + BLOCK_DOCUMENTS, len(self.candidates)))
+            documents = teacher.encode([self.candidates[column] for column in columns.tolist()], is_query=False)
+            for first in range(0, len(self.pairs), BLOCK_QUERIES):
+                rows = slice(first, first + BLOCK_QUERIES)
+                scores = (queries[rows].to(device) @ documents.to(device).T).cpu()
+                shares_answer = self.query_clusters[rows, None] == self.clusters[None, columns]
+                scores[shares_answer | (scores >= limits[rows, None])] = float("-inf")
+                merged_scores = torch.cat((best_scores[rows], scores), dim=1)
+                merged_columns = torch.cat((best_columns[rows], columns.expand(len(scores), -1)), dim=1)
+                best_scores[rows], order = merged_scores.topk(count, dim=1)
+                best_columns[rows] = merged_columns.gather(1, order)
+        return [
+            [self.candidates[column] for column, score in zip(columns, scores, strict=True) if score > float("-inf")]
+            for columns, scores in zip(best_columns.tolist(), best_scores.tolist(), strict=True)
+        ]
+
+
+def _encode_distinct(teacher: DualEncoder, texts: Sequence[str], *, is_query: bool) -> Tensor:
+    table = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    return teacher.encode(list(table), is_query=is_query)[[table[text] for text in texts]]
+
+
+def negative_limit(positive_scores: Tensor, margin: float) -> Tensor:
+    """Returns the fraction `margin` of each positive's score, or as far below the score if it is negative."""
+    return positive_scores - positive_scores.abs() * (1 - margin)

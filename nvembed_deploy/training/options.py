@@ -11,6 +11,10 @@ NEGATIVE_MARGIN = 0.95
 Source: NV-Retriever's TopKPercPos, arXiv 2407.15831, as used by NV-Embed."""
 
 
+BLENDED, BY_SET = "blended", "by-set"
+"""Orders of the examples: each step draws from all sets, as in the paper, or from one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
     """Weights of the terms of the loss; all but `pairs` and `consistency` need a teacher."""
@@ -50,7 +54,9 @@ class StageOptions:
     """Options of one contrastive stage. The defaults are the paper's for a 7 B base, where it gives them."""
 
     in_batch: bool
-    """Stage one: all texts of the batch are candidates. Stage two: only a query's own negatives."""
+    """Stage one: all documents of the batch are candidates. Stage two: only a query's own negatives."""
+    queries_compete: bool = False
+    """With `in_batch`, other queries and single texts are candidates too; in the paper, documents only."""
     negatives: int = NEGATIVES
     temperature: float = 0.02
     """Divides the cosines. The paper does not give its value; 0.02 is usual for models of this size."""
@@ -60,8 +66,6 @@ class StageOptions:
     """Learning rate of Muon for weight matrices; 0 for AdamW alone. For training from scratch only."""
     relative_steps: bool = False
     """The decoder's learning rate is relative to the size of each row; see `optimizer.RelativeAdamW`."""
-    main_wording: float = 0.0
-    """Fraction of instructed texts with the first wording of their kind; the others, and labels, get any wording."""
     noise: float = 0.0
     """Noise on every linear layer's output during training, relative to its size; it prepares for quantization."""
     weight_decay: float = 0.03
@@ -70,10 +74,14 @@ class StageOptions:
     epochs: int = 1
     max_steps: int = -1
     """Stops after this many steps; -1 trains on all data."""
-    batch_rows: int = 128
-    """Maximum number of texts of a batch, negatives included."""
-    batch_tokens: int = 65536
-    """Maximum number of padded tokens of a batch."""
+    batch_queries: int = 128
+    """Examples of a step over all devices, each with its positive and its negatives."""
+    order: str = BLENDED
+    """What a step consists of: examples of all sets, or of one set."""
+    chunk_tokens: int = 16384
+    """Maximum number of padded tokens of one forward pass; a larger batch is computed in chunks."""
+    instructed: float = 1.0
+    """Fraction of the examples that are instructed."""
     max_length: int = 512
     """Maximum number of tokens of a text, instruction included."""
     held_out: int = 0

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -20,12 +19,14 @@ from nvembed_deploy.files.hashing import hash_file
 from nvembed_deploy.model.config import LatentAttention, Pooling
 from nvembed_deploy.model.weights import weight_files
 from nvembed_deploy.tokenization import TextEncoder
-from nvembed_deploy.training import blend, loop
-from nvembed_deploy.training.batches import Collator, batch_dataset
+from nvembed_deploy.training import loop
+from nvembed_deploy.training.batches import Batch, Batches, Collator, in_order, plan
+from nvembed_deploy.training.blend import hold_out
 from nvembed_deploy.training.checkpoint_folder import write_checkpoint
 from nvembed_deploy.training.curve import plot_history
 from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.examples import Example
+from nvembed_deploy.training.groups import Groups, Instruct, instruct
 from nvembed_deploy.training.instructions import Kind
 from nvembed_deploy.training.options import Lora, StageOptions
 from nvembed_deploy.training.student import Student, read_base
@@ -42,6 +43,25 @@ MAX_CENTRE_TEXTS = 4096
 """Maximum number of a stage's texts that the mean is computed over."""
 
 
+class Feed:
+    """What a stage is fed with; a recipe other than the paper's overrides a method."""
+
+    def choose(self, stage: StageOptions) -> Instruct:
+        """Returns what chooses the instruction of an example."""
+        return instruct(stage.instructed)
+
+    def batches(self, groups: Groups, encoder: TextEncoder, stage: StageOptions) -> list[Batch]:
+        """Returns the batches of all epochs; see `batches.plan`."""
+        return plan(
+            [example.source for example in groups.examples],
+            queries=stage.batch_queries,
+            order=stage.order,
+            epochs=stage.epochs,
+            processes=loop.process_count(),
+            seed=stage.seed,
+        )
+
+
 def run_stage(
     base: Path,
     examples: list[Example],
@@ -53,6 +73,7 @@ def run_stage(
     lora: Lora | None = None,
     latent: LatentAttention | None = None,
     card: str = "",
+    feed: Feed | None = None,
 ) -> Path:
     """Trains a base on examples and writes the checkpoint; resumes an interrupted run from `work`.
 
@@ -66,6 +87,7 @@ def run_stage(
         lora: Trains adapters instead of full fine-tuning.
         latent: Sizes of a new pooler.
         card: Content of the checkpoint's `README.md`; if empty, an existing one is kept.
+        feed: Chooses instructions and batches; by default as in the paper.
 
     Returns:
         `out`.
@@ -79,13 +101,14 @@ def run_stage(
     _check_teacher(student, stage, teacher)
     if loop.is_main_process():
         claim_work_folder(work, stage_settings(base, examples, stage=stage, teacher=teacher, lora=lora, latent=latent))
-    history = train_student(student, examples, work=work, stage=stage, teacher=teacher, lora=lora)
+    history = train_student(student, examples, work=work, stage=stage, teacher=teacher, lora=lora, feed=feed)
+    weights = loop.full_state(student.model)
     if not loop.is_main_process():
         return out
     write_history(work, history)
     return write_checkpoint(
         out,
-        student.model,
+        weights,
         config=student.config,
         tokenizer_json=student.tokenizer_json,
         max_length=stage.max_length,
@@ -103,6 +126,7 @@ def train_student(
     lora: Lora | None = None,
     pooling: Pooling = Pooling.LATENT,
     causal: bool = False,
+    feed: Feed | None = None,
 ) -> list[dict[str, float]]:
     """Trains the student in place; see `run_stage`.
 
@@ -110,51 +134,55 @@ def train_student(
         The log; see `loop.train`.
     """
     encoder = TextEncoder(student.tokenizer_json.encode(), student.contract)
-    held_out, train_examples = examples[: stage.held_out], examples[stage.held_out :]
+    feed = feed or Feed()
+    held_out, train_examples = hold_out(_trainable(examples, stage), stage.held_out, seed=stage.seed)
     if not train_examples:
-        raise ConfigError(f"all {len(examples)} examples are held out; lower --held-out or add examples")
+        raise ConfigError(
+            f"none of {len(examples)} examples can be trained on: {len(held_out)} are held out, and the others have "
+            "neither a positive nor a label; lower --held-out or add examples"
+        )
+    if len(held_out) < stage.held_out:
+        log.warning(
+            "%d examples are held out instead of %d: examples that share an answer stay together",
+            len(held_out),
+            stage.held_out,
+        )
     shape_model(student.model, pooling=pooling, causal=causal)
     adapted = None
     if lora is not None:
         from nvembed_deploy.training import adapters
 
         adapted = adapters.add_adapters(student.model, lora, bf16=stage.bf16 and bf16_is_fast())
+    train_groups, held_out_groups = (
+        Groups(
+            part,
+            template=encoder.contract.instruction_template,
+            negatives=stage.negatives,
+            seed=stage.seed,
+            choose=feed.choose(stage),
+        )
+        for part in (train_examples, held_out)
+    )
     history = loop.train(
         student.model,
-        _batches(train_examples, encoder, stage, stage.epochs),
+        Batches(train_groups, feed.batches(train_groups, encoder, stage)),
         Collator(encoder, max_length=stage.max_length, teacher=teacher, plain=bool(stage.weights.consistency)),
         folder=work / "training",
         stage=stage,
         teacher=teacher,
         centre=_centre(train_examples, teacher, stage, work / CENTRE_NAME) if stage.weights.centering else None,
-        held_out=_batches(held_out, encoder, stage, 1) if held_out else None,
+        held_out=Batches(held_out_groups, in_order(len(held_out), stage.batch_queries)) if held_out else None,
     )
     if adapted is not None:
         adapters.merge(adapted)
     return history
 
 
-def _batches(examples: list[Example], encoder: TextEncoder, stage: StageOptions, epochs: int) -> Dataset:
-    template = encoder.contract.instruction_template
-    return batch_dataset(
-        [
-            list(
-                blend.groups(
-                    examples,
-                    template=template,
-                    negatives=stage.negatives,
-                    seed=stage.seed + epoch,
-                    main_wording=stage.main_wording,
-                )
-            )
-            for epoch in range(epochs)
-        ],
-        encoder,
-        max_rows=stage.batch_rows,
-        max_tokens=stage.batch_tokens,
-        max_length=stage.max_length,
-        seed=stage.seed,
-    )
+def _trainable(examples: list[Example], stage: StageOptions) -> list[Example]:
+    """Returns the examples that teach something: without a teacher, a single text has nothing to be compared with."""
+    if stage.weights.need_teacher or stage.weights.consistency:
+        return examples
+    return [example for example in examples if example.positive or example.label]
 
 
 def _centre(examples: list[Example], teacher: Teacher | None, stage: StageOptions, path: Path) -> Tensor:

@@ -20,6 +20,7 @@ from nvembed_deploy.training.length_buckets import length_buckets
 
 BATCH_TOKENS = 4096
 TEACHER_TOKENS = 512
+ENCODE_BATCH = 32
 
 
 class Teacher:
@@ -45,7 +46,7 @@ class Teacher:
         except ImportError as err:
             raise MissingExtra(f"the teacher needs {err.name}; install the extra: {install_command('train')}") from err
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: nn.Module = SentenceTransformer(
+        self.model: Any = SentenceTransformer(
             folder, device=device, model_kwargs={"dtype": torch.bfloat16 if bf16_is_fast() else torch.float32}
         ).requires_grad_(False)
         self.tokenizer: Any = self.model.tokenizer
@@ -95,6 +96,18 @@ class Teacher:
             states.append(nn.functional.pad(tokens, (0, 0, 0, input_ids.shape[1] - tokens.shape[1])))
         original_order = torch.tensor([row for bucket in buckets for row in bucket.rows]).argsort()
         return torch.cat(vectors)[original_order], torch.cat(states)[original_order]
+
+    def encode(self, texts: Sequence[str], *, is_query: bool) -> Tensor:
+        """Embeds queries or documents as the teacher's authors do, with its prompts; unit vectors, float32 [N, D]."""
+        encode = self.model.encode_query if is_query else self.model.encode_document
+        vectors: Tensor = encode(
+            list(texts),
+            batch_size=ENCODE_BATCH,
+            convert_to_tensor=True,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
+        return vectors.float().cpu()
 
     def embed(self, texts: Sequence[str], *, description: str = "teacher") -> Tensor:
         """Embeds texts in batches of similar length; returns unit vectors, bf16 [N, D]."""

@@ -63,6 +63,12 @@ def _run_start(options: argparse.Namespace) -> Path:
 def _make(parser: argparse.ArgumentParser) -> None:
     """Makes the embedded mini checkpoint, all steps, on two cores of a CPU in one and a half to three hours."""
     add_source_flags(parser)
+    parser.add_argument(
+        "--wordnet", type=Path, help="folder of WordNet's files, such as /usr/share/wordnet; adds its definitions"
+    )
+    parser.add_argument(
+        "--packages", type=Path, help="output of apt-cache dumpavail; adds the descriptions of Debian's packages"
+    )
     add_path(parser, "--out", "checkpoint folder to create or replace; its README.md is kept")
     parser.add_argument(
         "--work", type=Path, default=Path("build/nv-embed-mini"), help="folder for the output of each step"

@@ -14,14 +14,16 @@ from tqdm import tqdm
 
 from nvembed_deploy.model.config import LatentAttention
 from nvembed_deploy.tokenization import TextEncoder
-from nvembed_deploy.training import blend, corpora, mining, stage
+from nvembed_deploy.training import blend, mining, stage
 from nvembed_deploy.training.checkpoint_folder import write_checkpoint
 from nvembed_deploy.training.examples import Example, read_examples, read_exclusion, write_examples
 from nvembed_deploy.training.instructions import Kind
 from nvembed_deploy.training.options import LossWeights, StageOptions
 from nvembed_deploy.training.student import read_base
 from nvembed_deploy.training.teacher import Teacher
+from recipes.mini import corpora
 from recipes.mini.cancelling import settle_neurons
+from recipes.mini.feed import MiniFeed
 from recipes.mini.start import make_base
 
 log = logging.getLogger(__name__)
@@ -68,8 +70,8 @@ STAGE_1 = StageOptions(
     warmup_steps=20,
     schedule="cosine",
     max_steps=900,
-    batch_rows=192,
-    batch_tokens=2304,
+    queries_compete=True,
+    chunk_tokens=1 << 20,
     max_length=384,
     held_out=200,
     save_steps=100,
@@ -108,8 +110,8 @@ STAGE_2 = StageOptions(
     warmup_steps=10,
     schedule="linear",
     max_steps=500,
-    batch_rows=192,
-    batch_tokens=2304,
+    queries_compete=True,
+    chunk_tokens=1 << 20,
     max_length=384,
     held_out=200,
     save_steps=100,
@@ -118,7 +120,6 @@ STAGE_2 = StageOptions(
 USUAL_WORDING = replace(
     STAGE_2,
     weights=replace(STAGE_2.weights, pairs=0.0),
-    main_wording=0.7,
     learning_rate=4e-4,
     max_steps=120,
     save_steps=60,
@@ -155,13 +156,16 @@ class Round:
     mix: str
     """Key of `MIXES`."""
     options: StageOptions
+    main_wording: float = 0.0
+    """See `feed.MiniFeed`."""
 
 
+BATCH_ROWS, BATCH_TOKENS = 192, 2304
 MIXES = {"stage-1": STAGE_1_MIX, "stage-2": STAGE_2_MIX}
 ROUNDS = (
     Round("stage-1", "stage-1", STAGE_1),
     Round("stage-2", "stage-2", STAGE_2),
-    Round("own-wording", "stage-2", USUAL_WORDING),
+    Round("own-wording", "stage-2", USUAL_WORDING, main_wording=0.7),
 )
 
 
@@ -185,8 +189,7 @@ def make(out: Path, *, work: Path, sources: Sources) -> Path:
     prepare_examples(work, sources, teacher)
     start = work / "base"
     if not (start / "config.json").is_file():
-        train_examples = read_examples(_examples_file(work, ROUNDS[0]))[STAGE_1.held_out :]
-        texts = [example.query for example in train_examples]
+        texts = [example.query for example in _first_examples(work)]
         base = make_base(start, teacher, texts, vocab_size=VOCAB_SIZE, neurons=NEURONS)
         log.info("base: cosine to the teacher %.3f", base.agreement)
     for round_ in ROUNDS:
@@ -199,10 +202,23 @@ def make(out: Path, *, work: Path, sources: Sources) -> Path:
             stage.claim_work_folder(folder, settings)
         else:
             stage.run_stage(
-                start, examples, checkpoint, work=folder, stage=round_.options, teacher=teacher, latent=latent
+                start,
+                examples,
+                checkpoint,
+                work=folder,
+                stage=round_.options,
+                teacher=teacher,
+                latent=latent,
+                feed=MiniFeed(max_rows=BATCH_ROWS, max_tokens=BATCH_TOKENS, main_wording=round_.main_wording),
             )
         start = checkpoint
-    return _settled(start, out, read_examples(_examples_file(work, ROUNDS[0]))[STAGE_1.held_out :])
+    return _settled(start, out, _first_examples(work))
+
+
+def _first_examples(work: Path) -> list[Example]:
+    """Returns the examples that stage one trains on."""
+    examples = read_examples(_examples_file(work, ROUNDS[0]))
+    return blend.hold_out(examples, STAGE_1.held_out, seed=STAGE_1.seed)[1]
 
 
 def _settled(checkpoint: Path, out: Path, examples: list[Example]) -> Path:
@@ -212,7 +228,7 @@ def _settled(checkpoint: Path, out: Path, examples: list[Example]) -> Path:
     settle_neurons(student.model, encoder, texts, max_length=STAGE_2.max_length)
     return write_checkpoint(
         out,
-        student.model,
+        student.model.state_dict(),
         config=student.config,
         tokenizer_json=student.tokenizer_json,
         max_length=STAGE_2.max_length,
@@ -242,10 +258,8 @@ def prepare_examples(work: Path, sources: Sources, teacher: Teacher) -> None:
             selected = [_text_only(example) if example.kind not in PAIR_KINDS else example for example in selected]
         else:
             selected = _change_kinds(selected, seed=round_.options.seed)
-        paired = [example for example in selected if example.positive]
-        table = blend.text_table(paired)
-        vectors = teacher.embed(list(table), description=f"teacher, {round_.mix}")
-        selected = mining.mine(selected, vectors, table)
+            selected, report = mining.mine(selected, teacher)
+        log.info("%s", report)
         write_examples(_examples_file(work, round_), selected)
         log.info("%s: %d examples", round_.mix, len(selected))
 

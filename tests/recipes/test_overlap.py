@@ -13,8 +13,8 @@ text_features = pytest.importorskip("sklearn.feature_extraction.text", reason="n
 
 from nvembed_deploy.files.json_lines import read_rows  # noqa: E402
 from nvembed_deploy.training.blend import select  # noqa: E402
-from nvembed_deploy.training.corpora import read_data  # noqa: E402
 from nvembed_deploy.training.examples import read_exclusion  # noqa: E402
+from recipes.mini.corpora import read_data  # noqa: E402
 from recipes.mini.make import STAGE_2_MIX  # noqa: E402
 
 SAMPLE = 1500

@@ -5,7 +5,7 @@ import random
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
-for library in ("transformers", "sentence_transformers", "datasets"):
+for library in ("transformers", "sentence_transformers"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402

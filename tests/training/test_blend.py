@@ -1,15 +1,19 @@
 """Selection, instructions, negatives and batches are determined by the seed and lose no example."""
 
-import random
+import json
 
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
 pytest.importorskip("tokenizers")
 
-from nvembed_deploy.training.blend import groups, length_batches, select
+from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.training.batches import plan
+from nvembed_deploy.training.blend import apply_blend, hold_out, read_blend, select
 from nvembed_deploy.training.examples import Example
-from nvembed_deploy.training.instructions import WORDINGS, Kind
+from nvembed_deploy.training.groups import Groups, instruct
+from nvembed_deploy.training.instructions import Kind, instruction_for
+from nvembed_deploy.training.options import BLENDED, BY_SET
 
 TEMPLATE = "Instruct: {instruction}\nQuery: "
 
@@ -44,45 +48,33 @@ def test_select_keeps_the_mixture_and_depends_on_the_seed():
     assert selected != select(examples, mix={"set0": 10, "set1": 9999}, seed=2)
 
 
-def test_documents_get_no_instruction_and_symmetric_tasks_get_it_on_both_sides():
-    examples = some_examples()
-    seen = dict.fromkeys(Kind, 0)
-    for example, group in zip(examples, groups(examples, template=TEMPLATE, negatives=2, seed=3), strict=True):
-        assert group[0].text == example.query
-        if example.kind is Kind.RETRIEVAL:
-            assert {row.prompt for row in group[1:]} == {""}
-        if example.kind in (Kind.SIMILARITY, Kind.LABEL):
-            assert len({row.prompt for row in group}) == 1
-        wordings = {TEMPLATE.format(instruction=wording) for wording in WORDINGS[example.kind]}
-        assert {row.prompt for row in group} <= wordings | {""}
-        seen[example.kind] += bool(group[0].prompt)
-        asks = example.kind is Kind.RETRIEVAL and bool(group[0].prompt)
+def groups(examples, *, negatives, seed, share=1.0):
+    maker = Groups(examples, template=TEMPLATE, negatives=negatives, seed=seed, choose=instruct(share))
+    return [maker.group(index, 0) for index in range(len(examples))]
+
+
+def test_every_query_is_instructed_and_documents_are_in_symmetric_tasks_only():
+    own = Example(query="own", positive="p", kind=Kind.RETRIEVAL, source="scifact", instruction="Only this")
+    table = Example(query="table", positive="p", kind=Kind.RETRIEVAL, source="scifact")
+    examples = [own, table, *some_examples()]
+    for example, group in zip(examples, groups(examples, negatives=2, seed=3), strict=True):
+        wording = example.instruction or instruction_for(example.source, example.kind)
+        prompt = TEMPLATE.format(instruction=wording) if wording else ""
+        assert (group[0].text, group[0].prompt, bool(prompt)) == (example.query, prompt, example.kind is not Kind.TEXT)
+        assert {row.prompt for row in group[1:]} <= {"" if example.kind is Kind.RETRIEVAL else prompt}
+        asks = example.kind is Kind.RETRIEVAL
         assert [row.question for row in group] == [asks] + [False] * (len(group) - 1)
-    assert all(0 < count < 100 for count in seen.values())
-
-
-def test_an_example_with_its_own_instruction_keeps_it():
-    example = Example(query="q", positive="p", kind=Kind.RETRIEVAL, source="s", instruction="Only this")
-    prompts = {next(groups([example], template=TEMPLATE, negatives=1, seed=seed))[0].prompt for seed in range(20)}
-    assert prompts == {"", TEMPLATE.format(instruction="Only this")}
-
-
-def test_the_usual_wording_has_the_requested_frequency():
-    examples = some_examples(4000)
-    prompts: dict[Kind, list[str]] = {kind: [] for kind in Kind}
-    example_groups = groups(examples, template=TEMPLATE, negatives=2, seed=3, main_wording=0.7)
-    for example, group in zip(examples, example_groups, strict=True):
-        if group[0].prompt:
-            prompts[example.kind].append(group[0].prompt)
-    for kind, seen in prompts.items():
-        usual = TEMPLATE.format(instruction=WORDINGS[kind][0])
-        expected_share = (0 if kind is Kind.LABEL else 0.7) + (1 if kind is Kind.LABEL else 0.3) / len(WORDINGS[kind])
-        assert seen.count(usual) / len(seen) == pytest.approx(expected_share, abs=0.08)
+    assert instruction_for("scifact", Kind.RETRIEVAL).startswith("Given a scientific claim")
+    assert instruction_for("HotpotQA", Kind.RETRIEVAL).startswith("Given a multi-hop question")
+    assert instruction_for("Banking77Classification", Kind.LABEL).startswith("Given a online banking query")
+    shares = [bool(group[0].prompt) for group in groups([own] * 400, negatives=2, seed=3, share=0.7)]
+    assert sum(shares) / 400 == pytest.approx(0.7, abs=0.08)
 
 
 def test_negatives_are_drawn_from_the_mined_ones_again_each_epoch():
     examples = [example for example in some_examples() if example.kind is Kind.RETRIEVAL]
-    epochs = [list(groups(examples, template=TEMPLATE, negatives=3, seed=seed)) for seed in (1, 2)]
+    maker = Groups(examples, template=TEMPLATE, negatives=3, seed=1)
+    epochs = [[maker.group(index, epoch) for index in range(len(examples))] for epoch in (0, 1)]
     for example, group in zip(examples, epochs[0], strict=True):
         assert group[1].text == example.positive
         assert len(group) == 5
@@ -93,7 +85,7 @@ def test_negatives_are_drawn_from_the_mined_ones_again_each_epoch():
 def test_positives_come_from_the_same_class_and_negatives_from_others():
     examples = some_examples()
     labels = {example.query: (example.source, example.label) for example in examples if example.kind is Kind.LABEL}
-    for example, group in zip(examples, groups(examples, template=TEMPLATE, negatives=7, seed=1), strict=True):
+    for example, group in zip(examples, groups(examples, negatives=7, seed=1), strict=True):
         if example.kind is not Kind.LABEL:
             continue
         assert len(group) == 9
@@ -107,27 +99,67 @@ def test_positives_come_from_the_same_class_and_negatives_from_others():
 
 def test_a_class_of_one_text_has_no_positive():
     examples = [Example(query=text, kind=Kind.LABEL, source="s", label=text) for text in ("a", "b")]
-    assert [len(group) for group in groups(examples, template=TEMPLATE, negatives=2, seed=1)] == [1, 1]
+    assert [len(group) for group in groups(examples, negatives=2, seed=1)] == [1, 1]
 
 
 def test_groups_depend_on_the_seed_alone():
     examples = some_examples()
-    groups_seed_3, groups_seed_3_again, groups_seed_4 = (
-        list(groups(examples, template=TEMPLATE, negatives=2, seed=seed)) for seed in (3, 3, 4)
-    )
+    groups_seed_3, groups_seed_3_again, groups_seed_4 = (groups(examples, negatives=2, seed=seed) for seed in (3, 3, 4))
     assert groups_seed_3 == groups_seed_3_again
     assert groups_seed_3 != groups_seed_4
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_length_batches_hold_every_group_once_within_the_limits(seed: int):
-    rng = random.Random(seed)
-    lengths, sizes = [rng.randint(3, 200) for _ in range(500)], [rng.randint(1, 3) for _ in range(500)]
-    batches = length_batches(lengths, sizes, max_rows=16, max_tokens=1024, seed=seed)
-    assert sorted(index for batch in batches for index in batch) == list(range(500))
-    for batch in batches:
-        rows = sum(sizes[index] for index in batch)
-        assert rows <= 16
-        assert len(batch) == 1 or rows * max(lengths[index] for index in batch) <= 1024
-    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
-    assert sum(spread) / len(spread) < 40
+def test_a_blend_file_names_sets_caps_instructions_and_kinds(tmp_path):
+    examples = some_examples()
+    path = tmp_path / "blend.json"
+    path.write_text(json.dumps({"set0": {"max_examples": 10, "instruction": "Do"}, "set1": {"kind": "similarity"}}))
+    chosen = apply_blend(examples, read_blend(path), seed=1)
+    assert chosen == apply_blend(examples, read_blend(path), seed=1) != apply_blend(examples, read_blend(path), seed=2)
+    first = [example for example in chosen if example.source == "set0"]
+    assert (len(first), {example.instruction for example in first}) == (10, {"Do"})
+    assert {example.kind for example in chosen if example.source == "set1"} == {Kind.SIMILARITY}
+    assert {example.source for example in chosen} == {"set0", "set1"}
+    wrong = {"[]": "names no set", '{"a": {"max": 1}}': "fields max_examples, instruction, kind", "{": "cannot be read"}
+    wrong |= {'{"a": {"max_examples": 0}}': "set 'a': max_examples must", '{"a": {"kind": "x"}}': "kind is 'x'"}
+    for text, message in wrong.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_blend(path)
+
+
+def test_held_out_examples_are_drawn_over_all_sets_and_share_no_query_or_positive_with_training():
+    examples = [
+        Example(
+            query=f"{source} question {index}",
+            positive=f"{source} answer {index // 3}",
+            negatives=(f"{source} answer {(index // 3 + 1) % 100}",),
+            kind=Kind.RETRIEVAL,
+            source=source,
+        )
+        for source in "abc"
+        for index in range(300)
+    ]
+    held_out, train = hold_out(examples, 90, seed=1)
+    assert len(held_out) == 90
+    assert len(train) == 810
+    counts = [sum(example.source == source for example in held_out) for source in "abc"]
+    assert min(counts) >= 15
+    secret = {text for example in held_out for text in (example.query, example.positive)}
+    assert not secret & {text for example in train for text in example.texts}
+    assert hold_out(examples, 90, seed=2)[0] != held_out == hold_out(examples, 90, seed=1)[0]
+    assert hold_out(examples[:3], 2, seed=1) == ([], examples[:3])  # one answer: together or not at all
+    assert hold_out(examples, 0, seed=1) == ([], examples)
+
+
+def test_steps_hold_every_example_once_in_each_epoch_whatever_the_number_of_processes():
+    sources = ["big"] * 40 + ["small"] * 10
+    one, two = (plan(sources, queries=10, order=BLENDED, epochs=2, processes=processes, seed=1) for processes in (1, 2))
+    assert sorted(entry for step in one for entry in step) == [(epoch, i) for epoch in (0, 1) for i in range(50)]
+    assert [first + second for first, second in zip(two[::2], two[1::2], strict=True)] == one
+    assert any({sources[number] for _, number in step} == {"big", "small"} for step in one)
+    for step in plan(sources, queries=8, order=BY_SET, epochs=1, processes=1, seed=1):
+        assert len({sources[number] for _, number in step}) == 1
+    assert len(plan(sources, queries=8, order=BLENDED, epochs=1, processes=1, seed=1)) == 6
+    assert len(plan(sources, queries=64, order=BLENDED, epochs=1, processes=1, seed=1)[0]) == 50
+    with pytest.raises(ConfigError, match="--batch-queries 9 cannot be shared by 2 processes"):
+        plan(sources, queries=9, order=BLENDED, epochs=1, processes=2, seed=1)

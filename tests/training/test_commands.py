@@ -37,7 +37,7 @@ def test_the_documented_commands_parse():
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     calls = [re.split(r"(?:nvembed(?:_deploy)?) train ", line, maxsplit=1)[1] for line in lines if " train " in line]
-    assert len(calls) >= 7
+    assert len(calls) >= 8
     for call in calls:
         _parser("nvembed train").parse_args(shlex.split(call))
     assert [line.split()[:3] for line in lines if " train " not in line] == [["python", "-m", "recipes.mini"]] * 2
@@ -75,7 +75,7 @@ def last_error(capsys) -> str:
 
 def test_a_missing_folder_or_file_is_a_one_line_error(tmp_path, capsys):
     pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
-    for library in ("transformers", "accelerate", "datasets", "matplotlib", "sentence_transformers"):
+    for library in ("transformers", "accelerate", "matplotlib", "sentence_transformers"):
         pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
     none, out = str(tmp_path / "none"), str(tmp_path / "out")
     assert main(["data", "--data", none, "--out", out]) == 1
@@ -89,18 +89,49 @@ def test_a_missing_folder_or_file_is_a_one_line_error(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_data_writes_instructed_examples_of_the_blend_and_their_corpus(tmp_path, capsys):
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install nvembed-deploy[train]")
+    for name, count in (("scifact", 3), ("faq", 3), ("other", 1)):
+        (tmp_path / "sets" / name / "qrels").mkdir(parents=True)
+        files = {
+            "corpus.jsonl": [{"_id": f"d{i}", "text": f"answer {name} {i}"} for i in range(count + 1)],
+            "queries.jsonl": [{"_id": f"q{i}", "text": f"question {name} {i}"} for i in range(count)],
+        }
+        for file_name, rows in files.items():
+            (tmp_path / "sets" / name / file_name).write_text("\n".join(map(json.dumps, rows)))
+        judgements = [f"q{i}\td{i}\t1" for i in range(count)]
+        (tmp_path / "sets" / name / "qrels" / "train.tsv").write_text("\n".join(["q\td\tscore", *judgements]))
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "test.jsonl").write_text(json.dumps({"text": "answer faq 0"}))
+    blend = {"scifact": {"max_examples": 2}, "faq": {"instruction": "Find it"}, "absent": {}}
+    (tmp_path / "blend.json").write_text(json.dumps(blend))
+    paths = [str(tmp_path / name) for name in ("sets", "eval", "blend.json", "x.jsonl")]
+    flags = [text for pair in zip(("--data", "--exclude", "--blend", "--out"), paths, strict=True) for text in pair]
+    assert main(["data", *flags]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert sorted((row["source"], row["instruction"][:17]) for row in rows) == [
+        *[("faq", "Find it")] * 2,
+        *[("scifact", "Given a scientifi")] * 2,
+    ]
+    documents = [json.loads(line) for line in (tmp_path / "x.corpus.jsonl").read_text().splitlines()]
+    assert sorted(document["text"] for document in documents) == [
+        *(f"answer faq {i}" for i in (1, 2, 3)),
+        *(f"answer scifact {i}" for i in (0, 1, 2, 3)),
+    ]
+    assert sum(len(document.get("queries", ())) for document in documents) == 5  # also of examples left out
+    assert "sets of the blend without examples in --data: absent" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkeypatch):
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
-    for library in ("transformers", "accelerate", "datasets", "peft", "matplotlib", "sentence_transformers"):
+    for library in ("transformers", "accelerate", "peft", "matplotlib", "sentence_transformers"):
         pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
     from nvembed_deploy.model.checkpoint import load_checkpoint
     from nvembed_deploy.training import ablation_run, teacher
     from nvembed_deploy.training.ablation import VARIANTS
     from tests.training.tiny_training import TinyTeacher, make_base, some_examples
 
-    monkeypatch.setattr("nvembed_deploy.training.corpora.docstring_pairs", lambda: [])
-    monkeypatch.setattr("nvembed_deploy.training.corpora.topic_pairs", lambda: [])
     monkeypatch.setattr(teacher, "Teacher", lambda folder: TinyTeacher())
     make_base(tmp_path / "base")
     pairs = [example for example in some_examples(120) if example.positive]
@@ -124,8 +155,8 @@ def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkey
         "3",
         "--latents",
         "4",
-        "--batch-rows",
-        "24",
+        "--batch-queries",
+        "8",
         "--max-length",
         "64",
         "--warmup-steps",
@@ -149,7 +180,7 @@ def test_from_data_sets_to_a_checkpoint_and_an_ablation(tmp_path, capsys, monkey
         "--eval",
         str(tmp_path / "eval"),
     ]
-    ablate_command += ["--out", str(tmp_path / "table"), "--steps", "4", "--batch-tokens", "300", "--latents", "4"]
+    ablate_command += ["--out", str(tmp_path / "table"), "--steps", "4", "--batch-queries", "6", "--latents", "4"]
     monkeypatch.setattr(ablation_run.run, "__kwdefaults__", {"variants": VARIANTS[3:]})
     assert main(ablate_command) == 0
     assert main([*ablate_command, "--learning-rate", "1e-4"]) == 1

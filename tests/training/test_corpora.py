@@ -1,81 +1,84 @@
-"""Layouts of data sets, Python's documentation and WordNet."""
+"""Layouts of data sets, their corpora and judgements."""
 
 import pytest
 
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.training.corpora import read_data
-from nvembed_deploy.training.debian import package_descriptions
-from nvembed_deploy.training.examples import Example
+from nvembed_deploy.training.corpora import read_data, read_documents
+from nvembed_deploy.training.examples import Document, Example
 from nvembed_deploy.training.instructions import Kind
-from nvembed_deploy.training.wordnet import definitions
-
-NOUNS = """  1 This software and database is being provided to you
-00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which is perceived to have its own distinct existence
-00002684 03 n 02 object 0 physical_object 0 039 @ 00001930 n 0000 | a tangible and visible entity; "it was full"
-"""
 
 
-@pytest.fixture
-def wordnet(tmp_path):
-    folder = tmp_path / "wordnet"
-    folder.mkdir()
-    for part_of_speech in ("noun", "verb", "adj", "adv"):
-        (folder / f"data.{part_of_speech}").write_text(NOUNS if part_of_speech == "noun" else "  1 licence\n")
-    return folder
+def write_sets(folder, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
 
 
-def test_definitions_are_read_from_the_database(wordnet):
-    assert list(definitions(wordnet)) == [
-        ("entity", "that which is perceived to have its own distinct existence"),
-        ("object, physical object", 'a tangible and visible entity; "it was full"'),
-    ]
-    (wordnet / "data.adv").unlink()
-    with pytest.raises(ConfigError, match=r"has no data.adv; install Debian's wordnet-base"):
-        list(definitions(wordnet))
-
-
-def test_data_layouts_are_read(tmp_path, monkeypatch, wordnet):
-    monkeypatch.setattr("nvembed_deploy.training.corpora.docstring_pairs", lambda: [("summary", "body")])
-    data_folder = tmp_path / "data"
-    for name in ("pairs", "faq", "labels", "articles", "triplets", "nli", "own"):
-        (data_folder / name).mkdir(parents=True)
-    (data_folder / "pairs" / "pairs.jsonl").write_text('{"a": "Rome", "b": "Rome is a city."}\n{"a": "x", "b": "y"}\n')
-    (data_folder / "faq" / "corpus.jsonl").write_text('{"id": "d", "title": "Title", "text": "Answer"}\n')
-    (data_folder / "faq" / "queries.jsonl").write_text(
-        '{"id": "q", "text": "Question?"}\n{"id": "r", "text": "Ask?"}\n'
+def test_data_layouts_are_read(tmp_path):
+    write_sets(
+        tmp_path,
+        {
+            "pairs/pairs.jsonl": '{"a": "Rome", "b": "Rome is a city."}\n{"a": "x", "b": "y"}\n',
+            "labels/train.jsonl": '{"text": "play a song", "label": "music"}\n',
+            "triplets/triplets.jsonl": '{"query": "qqq", "positive": "ppp", "negative": "nnn"}\n',
+            "sts/train.jsonl": '{"a": "one", "b": "uno", "score": 4.5}\n{"a": "two", "b": "due", "score": 3.9}\n',
+            "nli/test.jsonl": '{"premise": "premise", "hypothesis": "follows", "label": "entailment"}\n'
+            '{"premise": "premise", "hypothesis": "opposite", "label": "contradiction"}\n'
+            '{"premise": "premise", "hypothesis": "unclear", "label": "neutral"}\n',
+            "own/examples.jsonl": '{"query": "own", "kind": "text", "source": "mine"}\n',
+            "articles/a.txt": "Title\nA sentence.\n",
+        },
     )
-    (data_folder / "faq" / "qrels.tsv").write_text("query\tdocument\tscore\nq\td\t1\nr\td\t1\n")
-    (data_folder / "labels" / "train.jsonl").write_text('{"text": "play a song", "label": "music"}\n')
-    (data_folder / "triplets" / "triplets.jsonl").write_text('{"query": "qqq", "positive": "ppp", "negative": "nnn"}\n')
-    (data_folder / "nli" / "test.jsonl").write_text(
-        '{"premise": "premise", "hypothesis": "follows", "label": "entailment"}\n'
-        '{"premise": "premise", "hypothesis": "does not", "label": "neutral"}\n'
-    )
-    (data_folder / "own" / "examples.jsonl").write_text('{"query": "own", "kind": "text", "source": "mine"}\n')
-    (data_folder / "articles" / "a.txt").write_text("Title\n" + "A sentence that is here. " * 20 + "\n\n")
     by_source = {}
-    for example in read_data(data_folder, wordnet=wordnet):
+    for example in read_data(tmp_path):
         by_source.setdefault(example.source, []).append(example)
-    assert by_source["pairs"] == [
-        Example(query="Rome", positive="Rome is a city.", kind=Kind.RETRIEVAL, source="pairs")
+    similar = {"kind": Kind.SIMILARITY, "source": "sts"}
+    assert by_source == {
+        "pairs": [Example(query="Rome", positive="Rome is a city.", kind=Kind.RETRIEVAL, source="pairs")],
+        "labels": [Example(query="play a song", kind=Kind.LABEL, source="labels", label="music")],
+        "triplets": [Example(query="qqq", positive="ppp", negatives=("nnn",), kind=Kind.SIMILARITY, source="triplets")],
+        "sts": [Example(query="one", positive="uno", **similar), Example(query="uno", positive="one", **similar)],
+        "nli": [
+            Example(query="premise", positive="follows", negatives=("opposite",), kind=Kind.SIMILARITY, source="nli")
+        ],
+        "mine": [Example(query="own", kind=Kind.TEXT, source="mine")],
+    }
+
+
+FAQ = {
+    "corpus.jsonl": '{"ID": "d", "title": "Title", "text": "Answer"}\n{"ID": "e", "title": null, "text": "Unjudged"}\n',
+    "queries.jsonl": '{"ID": "q", "text": "Question?"}\n{"ID": "r", "text": "Ask?"}\n{"ID": "t", "text": "Test?"}\n',
+}
+TABLE = "query-id\tcorpus-id\tscore\nq\td\t1\nr\td\t1\nt\te\t0\n"
+LINES = "".join(f'{{"query-id": "{query}", "corpus-id": "d", "score": 1}}\n' for query in "qr")
+
+
+@pytest.mark.parametrize(
+    ("id_name", "qrels"),
+    [
+        ("id", {"qrels.tsv": TABLE}),
+        ("_id", {"qrels/train.tsv": TABLE, "qrels/test.tsv": "query\tdocument\tscore\nt\te\t1\n"}),
+        ("_id", {"qrels/train.jsonl": LINES}),
+    ],
+    ids=["plain", "BEIR", "MTEB"],
+)
+def test_a_corpus_gives_pairs_of_its_training_judgements_and_no_pairs_of_queries(tmp_path, id_name, qrels):
+    files = {name: content.replace('"ID"', f'"{id_name}"') for name, content in FAQ.items()} | qrels
+    write_sets(tmp_path, {f"faq/{name}": content for name, content in files.items()})
+    kind = {"positive": "Title Answer", "kind": Kind.RETRIEVAL, "source": "faq"}
+    assert list(read_data(tmp_path)) == [Example(query="Question?", **kind), Example(query="Ask?", **kind)]
+    assert list(read_documents(tmp_path)) == [
+        Document(text="Title Answer", source="faq", queries=("Question?", "Ask?")),
+        Document(text="Unjudged", source="faq"),
     ]
-    assert [(example.query, example.positive, example.kind) for example in by_source["faq"]] == [
-        ("Question?", "Title Answer", Kind.RETRIEVAL),
-        ("Ask?", "Title Answer", Kind.RETRIEVAL),
-        ("Question?", "Ask?", Kind.SIMILARITY),
-    ]
-    assert (by_source["labels"][0].kind, by_source["labels"][0].label) == (Kind.LABEL, "music")
-    assert (by_source["triplets"][0].positive, by_source["triplets"][0].negatives) == ("ppp", ("nnn",))
-    assert [(example.query, example.positive, example.kind) for example in by_source["nli"]] == [
-        ("follows", "premise", Kind.SIMILARITY),
-        ("does not", "", Kind.TEXT),
-        ("premise", "", Kind.TEXT),
-    ]
-    assert by_source["mine"] == [Example(query="own", kind=Kind.TEXT, source="mine")]
-    assert len(by_source["articles_halves"]) == 1
-    assert by_source["python_docstrings"][0].texts == ("summary", "body")
-    assert by_source["wordnet"][1].query == "object, physical object"
-    assert by_source["wordnet_entries"][0].query.startswith("entity: that which")
+
+
+def test_evaluation_splits_are_not_trained_on_unasked(tmp_path):
+    files = {name: content.replace('"ID"', '"_id"') for name, content in FAQ.items()} | {"qrels/test.tsv": TABLE}
+    write_sets(tmp_path, {f"faq/{name}": content for name, content in files.items()})
+    with pytest.raises(ConfigError, match=r"no judgements of the split 'train'.*the splits there are test"):
+        list(read_data(tmp_path))
+    assert len(list(read_data(tmp_path, split="test"))) == 2
 
 
 def test_a_missing_folder_and_a_damaged_line_are_named(tmp_path):
@@ -87,20 +90,3 @@ def test_a_missing_folder_and_a_damaged_line_are_named(tmp_path):
     (tmp_path / "set" / "pairs.jsonl").write_text('{"a": "x"\n')
     with pytest.raises(ConfigError, match="line 1: not JSON"):
         list(read_data(tmp_path))
-
-
-def test_package_descriptions(tmp_path):
-    control = tmp_path / "packages"
-    control.write_text(
-        "Package: hello\nDescription: example package\n long text\n\n"
-        "Package: hello-doc\nDescription: example package\n\n"
-        "Package: bash\nDescription-en: GNU shell\n"
-    )
-    assert list(package_descriptions(control)) == [("hello", "example package"), ("bash", "GNU shell")]
-
-
-def test_a_file_without_packages_is_named(tmp_path):
-    (tmp_path / "none").write_text("nothing")
-    for name, message in (("none", "describes no package"), ("missing", "cannot be read")):
-        with pytest.raises(ConfigError, match=message):
-            list(package_descriptions(tmp_path / name))

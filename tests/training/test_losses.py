@@ -96,14 +96,32 @@ def test_stage_two_lets_a_querys_own_rows_compete():
     assert (~blocked).nonzero().tolist() == [[0, 1], [0, 2], [1, 4], [1, 5]]
 
 
-def test_stage_one_lets_the_whole_batch_compete():
+def test_stage_one_lets_all_documents_compete_and_queries_if_asked():
     blocked = in_batch_blocked(GROUP_IDS, torch.arange(7), queries=QUERIES, positives=POSITIVES)
-    assert blocked.nonzero().tolist() == [[0, 0], [1, 3]]
+    assert (~blocked).nonzero().tolist() == [[pair, row] for pair in (0, 1) for row in (1, 2, 4, 5)]
+    wider = {"queries": QUERIES, "positives": POSITIVES, "queries_compete": True}
+    assert in_batch_blocked(GROUP_IDS, torch.arange(7), **wider).nonzero().tolist() == [[0, 0], [1, 3]]
+
+
+def test_no_answer_that_a_query_shares_is_a_negative():
+    """Groups of query and positive: q a, q b (its second answer), r b (shares b), s c (shares nothing, negative b)."""
+    group_ids, text_ids = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3]), torch.tensor([0, 1, 0, 2, 5, 2, 6, 7, 2])
+    pairs = {"queries": torch.tensor([0, 2, 4, 6]), "positives": torch.tensor([1, 3, 5, 7])}
+    blocked = in_batch_blocked(group_ids, text_ids, **pairs)
+    assert (~blocked).nonzero().tolist() == [
+        [0, 1],
+        [0, 7],
+        [1, 3],
+        [1, 7],
+        [2, 5],
+        [2, 7],
+        *[[3, row] for row in (1, 3, 5, 7, 8)],
+    ]
 
 
 def test_the_same_text_in_another_group_is_ignored():
     text_ids = torch.tensor([0, 1, 2, 3, 4, 1, 0])  # the first query's text and its positive stand elsewhere too
-    blocked = in_batch_blocked(GROUP_IDS, text_ids, queries=QUERIES, positives=POSITIVES)
+    blocked = in_batch_blocked(GROUP_IDS, text_ids, queries=QUERIES, positives=POSITIVES, queries_compete=True)
     assert blocked.nonzero().tolist() == [[0, 0], [0, 5], [0, 6], [1, 3]]
 
 
@@ -113,7 +131,7 @@ def test_false_negatives_follow_the_95_percent_rule():
     targets = torch.stack((scores, (1 - scores**2).sqrt()), dim=1)
     group_ids, queries = torch.tensor([0, 0, 0, 1, 2, 3]), torch.tensor([0])
     blocked = in_batch_blocked(
-        group_ids, torch.arange(6), queries=queries, positives=torch.tensor([1]), targets=targets
+        group_ids, torch.arange(6), queries=queries, positives=torch.tensor([1]), targets=targets, queries_compete=True
     )
     assert blocked.tolist() == [[True, False, False, True, False, False]]
 
@@ -123,7 +141,7 @@ def test_false_negatives_of_a_positive_with_a_negative_score():
     targets = torch.stack((scores, (1 - scores**2).sqrt()), dim=1)
     group_ids, queries = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([0])
     blocked = in_batch_blocked(
-        group_ids, torch.arange(5), queries=queries, positives=torch.tensor([1]), targets=targets
+        group_ids, torch.arange(5), queries=queries, positives=torch.tensor([1]), targets=targets, queries_compete=True
     )
     assert blocked.tolist() == [[True, False, True, True, False]]
 

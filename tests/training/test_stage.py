@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
-for library in ("transformers", "accelerate", "datasets", "peft", "matplotlib"):
+for library in ("transformers", "accelerate", "peft", "matplotlib"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
 
 from nvembed_deploy.errors import CheckpointError, ConfigError  # noqa: E402
 from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
 from nvembed_deploy.model.config import Pooling  # noqa: E402
 from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
-from nvembed_deploy.training import blend, loop, stage  # noqa: E402
-from nvembed_deploy.training.batches import Collator, batch_dataset, pair_rows  # noqa: E402
+from nvembed_deploy.training import loop, stage  # noqa: E402
+from nvembed_deploy.training.batch_loss import batch_loss  # noqa: E402
+from nvembed_deploy.training.batches import Collator, pair_rows  # noqa: E402
+from nvembed_deploy.training.groups import Row  # noqa: E402
 from nvembed_deploy.training.options import STAGE_1, STAGE_2, Lora, LossWeights  # noqa: E402
 from nvembed_deploy.training.student import read_base  # noqa: E402
+from nvembed_deploy.training.trainable import Trainable  # noqa: E402
 from nvembed_deploy.training.variants import shape_model  # noqa: E402
 from tests.tiny import make_tokenizer  # noqa: E402
 from tests.training.tiny_training import LATENT, TinyTeacher, make_base, sizes, some_examples  # noqa: E402
@@ -29,8 +32,7 @@ TINY = replace(
     learning_rate=5e-3,
     schedule="constant_with_warmup",
     warmup_steps=3,
-    batch_rows=16,
-    batch_tokens=600,
+    batch_queries=6,
     max_length=64,
     save_steps=4,
     log_steps=1,
@@ -57,29 +59,13 @@ def equal(state: dict, other_state: dict) -> bool:
     return state.keys() == other_state.keys() and all(torch.equal(state[name], other_state[name]) for name in state)
 
 
-def test_every_epoch_holds_every_row_once(encoder):
-    examples = some_examples()
-    epochs = [list(blend.groups(examples, template="{instruction}", negatives=2, seed=seed)) for seed in (1, 2)]
-    dataset = batch_dataset(epochs, encoder, max_rows=8, max_tokens=400, max_length=64, seed=1)
-    rows = [text for batch_row in dataset for text in batch_row["text"]]
-    once = [row.text for group in epochs[0] for row in group]
-    assert sorted(rows[: len(once)]) == sorted(once)
-    assert sorted(rows[len(once) :]) == sorted(row.text for group in epochs[1] for row in group)
-
-
 def test_instructions_are_attended_to_and_not_pooled(encoder):
     collator = Collator(encoder, max_length=64)
-    batch_row = {
-        "text": ["the water", "over", "in"],
-        "prompt": [PROMPT, "", ""],
-        "question": [True, False, False],
-        "group": [0, 0, 1],
-    }
-    batch = collator([batch_row])
+    groups = [(Row(text="the water", prompt=PROMPT, question=True), Row(text="over")), (Row(text="in"),)]
+    batch = collator([groups])
     skipped = encoder.tokenize(["x"], prompt=PROMPT, max_length=64)[0].prompt_tokens
     lengths = [
-        len(encoder.tokenize([text], prompt=prompt, max_length=64)[0])
-        for text, prompt in zip(batch_row["text"], batch_row["prompt"], strict=True)
+        len(encoder.tokenize([row.text], prompt=row.prompt, max_length=64)[0]) for group in groups for row in group
     ]
     padded_length = batch["input_ids"].shape[1]
     for row, (length, hidden) in enumerate(zip(lengths, (skipped, 0, 0), strict=True)):
@@ -90,7 +76,7 @@ def test_instructions_are_attended_to_and_not_pooled(encoder):
 
 
 def test_a_prompt_that_fills_the_row_is_dropped(encoder):
-    batch = Collator(encoder, max_length=8)([{"text": ["water"], "prompt": [PROMPT], "question": [True], "group": [0]}])
+    batch = Collator(encoder, max_length=8)([[(Row(text="water", prompt=PROMPT),)]])
     assert torch.equal(batch["pool_mask"], batch["attention_mask"])
 
 
@@ -98,21 +84,22 @@ def test_pairs_are_found_across_joined_batches(encoder):
     queries, positives = pair_rows([0, 1, 1, 2, 2, 2, 3])
     assert (queries.tolist(), positives.tolist()) == ([1, 3], [2, 4])
     collator = Collator(encoder, max_length=64)
-    batch_row = {"text": ["a", "b", "c"], "prompt": [""] * 3, "question": [False] * 3, "group": [0, 0, 1]}
-    joined = collator([batch_row, batch_row])
+    groups = [(Row(text="a"), Row(text="b")), (Row(text="c"),)]
+    joined = collator([groups, groups])
     assert joined["queries"].tolist() == [0, 3]
     assert joined["group_ids"].tolist() == [0, 0, 1, 2, 2, 3]
-    assert joined["text_ids"].tolist() == [0, 1, 2, 0, 1, 2]
+    ids = joined["text_ids"].tolist()
+    assert (ids[:3], len(set(ids))) == (ids[3:], 3)
 
 
 def test_length_buckets_change_nothing(base_folder, encoder):
     model = read_base(base_folder, latent=LATENT).model.eval()
     rows = [" ".join(["the water"] * (index % 9 + 1)) for index in range(50)]
-    batch_row = {"text": rows, "prompt": [PROMPT, ""] * 25, "question": [True, False] * 25, "group": list(range(50))}
-    batch = Collator(encoder, max_length=64)([batch_row])
+    groups = [(Row(text=text, prompt=PROMPT if index % 2 else ""),) for index, text in enumerate(rows)]
+    batch = Collator(encoder, max_length=64)([groups])
     inputs = [batch[name] for name in ("input_ids", "attention_mask", "pool_mask")]
     with torch.no_grad():
-        vectors, states = loop.Trainable(model)(*inputs)
+        vectors, states = Trainable(model)(*inputs)
         expected, _ = model(*inputs)
         hidden = model.latent_attention_model(model.embedding_model(*inputs[:2]))
     assert torch.allclose(vectors, expected, atol=1e-6)
@@ -178,11 +165,9 @@ def test_a_resumed_run_reaches_the_same_weights_and_learns(tmp_path, base_folder
 
 
 def test_consistency_pulls_an_instructed_text_to_its_uninstructed_vector(base_folder, encoder):
-    rows = [blend.Row(text="a cat", prompt=PROMPT, question=True), blend.Row(text="a dog", prompt=PROMPT)]
-    rows.append(blend.Row(text="a bird"))
-    names = ("text", "prompt", "question")
-    batch_row = {name: [getattr(row, name) for row in rows] for name in names} | {"group": [0, 1, 2]}
-    batch = Collator(encoder, max_length=64, plain=True)([batch_row])
+    rows = [Row(text="a cat", prompt=PROMPT, question=True), Row(text="a dog", prompt=PROMPT)]
+    rows.append(Row(text="a bird"))
+    batch = Collator(encoder, max_length=64, plain=True)([[(row,) for row in rows]])
     assert batch["instructed"].tolist() == [0, 1]
     ids, _, _ = encoder.pad(encoder.tokenize(["a cat", "a dog"], max_length=64))
     assert batch["plain_ids"].tolist() == ids.tolist()
@@ -196,9 +181,9 @@ def test_consistency_pulls_an_instructed_text_to_its_uninstructed_vector(base_fo
     )  # the question alone loses it
     expected = 5.0 * (1 - (vectors[:2] * targets).sum(dim=1).mean())
     states = torch.zeros(3, 1, 8)
-    loss = loop.batch_loss(vectors, states, batch, stage=options, teacher=None, centre=centre, plain=plain)
+    loss = batch_loss(vectors, states, batch, stage=options, teacher=None, centre=centre, plain=plain)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    without = Collator(encoder, max_length=64, plain=True)([{name: batch_row[name][2:] for name in (*names, "group")}])
+    without = Collator(encoder, max_length=64, plain=True)([[(rows[2],)]])
     assert "instructed" not in without
 
 
@@ -246,7 +231,7 @@ def test_adapters_leave_the_embeddings_and_are_merged(tmp_path, base_folder):
 
 def test_the_ablations_variants_compute_what_they_name(base_folder, encoder):
     collator = Collator(encoder, max_length=64)
-    batch = collator([{"text": ["the water over", "in"], "prompt": ["", ""], "question": [False] * 2, "group": [0, 1]}])
+    batch = collator([[(Row(text="the water over"),), (Row(text="in"),)]])
     inputs = [batch[name] for name in ("input_ids", "attention_mask", "pool_mask")]
     changed = inputs[0].clone()
     changed[0, 3] = 300  # a token in the middle of the first row
@@ -254,8 +239,8 @@ def test_the_ablations_variants_compute_what_they_name(base_folder, encoder):
     for pooling, causal in ((Pooling.LATENT, False), (Pooling.MEAN, True), (Pooling.LAST, True)):
         model = shape_model(read_base(base_folder, latent=LATENT).model.eval(), pooling=pooling, causal=causal)
         with torch.no_grad():
-            vectors, before = loop.Trainable(model)(*inputs)
-            _, after = loop.Trainable(model)(changed, *inputs[1:])
+            vectors, before = Trainable(model)(*inputs)
+            _, after = Trainable(model)(changed, *inputs[1:])
             hidden = model.embedding_model(*inputs[:2])
         assert torch.equal(before[0, 0], after[0, 0]) == causal
         assert not torch.equal(before[0, 4], after[0, 4])
@@ -278,7 +263,7 @@ def test_invalid_stage_options_are_explained(tmp_path, base_folder):
         stage.run_stage(
             base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=needing, latent=LATENT, teacher=teacher
         )
-    with pytest.raises(ConfigError, match="all 4 examples are held out"):
+    with pytest.raises(ConfigError, match="none of 4 examples can be trained on"):
         stage.run_stage(
             base_folder,
             examples[:4],

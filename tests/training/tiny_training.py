@@ -106,3 +106,6 @@ class TinyTeacher:
     def embed(self, texts, *, description: str = ""):
         ids, mask, _ = self.tokenize(list(texts))
         return self.forward(ids, mask)[0].to(torch.bfloat16)
+
+    def encode(self, texts, *, is_query: bool):
+        return self.embed(texts).float()
