@@ -58,6 +58,6 @@ def test_a_sharded_model_is_trained_to_its_checkpoint(tmp_path: Path) -> None:
     options = replace(STAGE_1, **two_processes.OPTIONS)
     stage.run_stage(base, two_processes.examples(), tmp_path / "one", work=tmp_path / "w", stage=options, latent=LATENT)
     sharded, whole = (load_checkpoint(tmp_path / name).state_dict() for name in ("out", "one"))
-    assert difference(sharded, whole) < 1e-3  # both are stored in FP16
+    assert difference(sharded, whole) < 1e-4  # both are stored in FP16
     rows = json.loads((tmp_path / "work" / "history.json").read_text())
     assert [row["step"] for row in rows if "eval_loss" in row] == [2, 3]

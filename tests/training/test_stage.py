@@ -10,6 +10,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 for library in ("transformers", "accelerate", "peft", "matplotlib"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
 
+from safetensors.torch import load_file  # noqa: E402
+
 from nvembed_deploy.errors import CheckpointError, ConfigError  # noqa: E402
 from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
 from nvembed_deploy.model.config import Pooling  # noqa: E402
@@ -209,24 +211,28 @@ def test_two_stages_make_a_checkpoint_that_loads(tmp_path, base_folder):
         assert AutoTokenizer.from_pretrained(second_stage)(text).input_ids == make_tokenizer().encode(text).ids
 
 
-def test_adapters_leave_the_embeddings_and_are_merged(tmp_path, base_folder):
+def test_adapters_leave_the_embeddings_and_are_merged_and_resumed(tmp_path, base_folder):
     start = read_base(base_folder, latent=LATENT, seed=1).model.state_dict()
-    stage.run_stage(
-        base_folder,
-        some_examples(),
-        tmp_path / "out",
-        work=tmp_path / "w",
-        stage=replace(TINY, bf16=True),  # where the CPU multiplies it
-        latent=LATENT,
-        lora=Lora(rank=2),
-    )
-    trained = weights(tmp_path / "out")
+
+    def run(out: Path) -> dict:
+        options = replace(TINY, bf16=True)  # where the CPU multiplies it
+        settings = {"stage": options, "latent": LATENT, "lora": Lora(rank=2)}
+        stage.run_stage(base_folder, some_examples(), out, work=tmp_path / "w", **settings)
+        return weights(out)
+
+    trained = run(tmp_path / "out")
     assert trained.keys() == start.keys()
     changed = {name for name in trained if not torch.equal(trained[name], start[name].half().float())}
     projections = {name for name in trained if "_proj.weight" in name}
     assert projections <= changed
     assert changed - projections == {name for name in changed if name.startswith("latent_attention_model.")}
     assert "latent_attention_model.latents" in changed
+
+    last = loop.last_checkpoint(tmp_path / "w" / "training")
+    saved_names = load_file(last / "model.safetensors").keys()
+    assert all("lora_" in name or "latent_attention_model" in name for name in saved_names)
+    (last / loop.STATE_NAME).unlink()
+    assert equal(run(tmp_path / "resumed"), trained)
 
 
 def test_the_ablations_variants_compute_what_they_name(base_folder, encoder):
