@@ -19,7 +19,7 @@ from nvembed_deploy.bundle.manifest import GRAPH, PLAN, REFERENCE_OUTPUTS, TOKEN
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.writer import commit, new_bundle
-from nvembed_deploy.console import detail, echo, program, run, step
+from nvembed_deploy.console import detail, echo, program, run, shape_argument, step
 from nvembed_deploy.engines.plan_builder import (
     add_option_flags,
     build_memory_bytes,
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     )
     parser.add_argument(
         "--max",
-        type=_shape,
+        type=shape_argument,
         default=None,
         metavar="BxT",
         help="largest batch, texts x tokens, for devices with less memory than the target assumes "
@@ -244,10 +244,3 @@ def _copy_files(bundle: Bundle, staging: Path) -> None:
             os.link(bundle.folder / name, staging / name)
         else:
             shutil.copyfile(bundle.folder / name, staging / name)
-
-
-def _shape(text: str) -> Shape:
-    try:
-        return Shape.parse(text)
-    except ConfigError as err:  # argparse shows the messages of its own error type only
-        raise argparse.ArgumentTypeError(str(err)) from err

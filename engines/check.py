@@ -52,15 +52,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser.add_argument(
         "--measure-vectors",
         action="store_true",
-        help="measure what int8 and binary vectors cost on this machine, and store it in the bundle",
+        help="measure how much retrieval quality int8 and binary vectors lose, and store it in the bundle",
     )
-    server_flags = parser.add_argument_group("comparing a server, of this project or another, instead of an engine")
+    server_flags = parser.add_argument_group(
+        "comparison with a server, of this project or another, instead of an engine"
+    )
     server_flags.add_argument("--against", metavar="URL", help="address of the server, such as http://127.0.0.1:8080")
     server_flags.add_argument("--server-model", metavar="NAME", help="its model (default: the first that it lists)")
     server_flags.add_argument(
         "--server-precision",
         choices=[precision.value for precision in Precision],
-        help="precision of its engine, which sets the bounds if it is coarser (default: what the server says)",
+        help="precision of its engine, which sets the bounds if it is coarser (default: as the server reports)",
     )
     server_flags.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with its API key")
     flags = parser.parse_args(argv)
@@ -84,10 +86,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         sys.stdout.write(json.dumps(to_json(report)) + "\n")
         if not report.passed:
             raise ParityError(
-                f"{server.url} does not answer in the bundle's space: {'; '.join(report.failures)}; lowest cosine at "
-                f"{report.worst_text}. Do not mix its vectors with the bundle's in one index"
+                f"the vectors of {server.url} are not compatible with the bundle's: {'; '.join(report.failures)}; "
+                f"lowest cosine at {report.worst_text}. Do not mix them in one index"
             )
-        echo(f"{server.url} answers in the bundle's space, within the bounds of {report.precision.value}")
+        echo(f"the vectors of {server.url} match the bundle's within the tolerance of {report.precision.value}")
 
     def command() -> None:
         if flags.against is not None:
@@ -120,11 +122,11 @@ def _measure_vectors(bundle: Bundle, text: TextEncoder, backend: Backend) -> Non
     if kinds is None:
         raise ConfigError(
             f"vectors of {bundle.manifest.dimension} dimensions and texts of up to {max_shape.tokens} tokens "
-            "cannot be measured; it takes a multiple of 8 dimensions, and texts longer than the instruction"
+            "cannot be measured; measuring needs a multiple of 8 dimensions, and texts longer than the instruction"
         )
     write_file(bundle.folder / MANIFEST, replace(bundle.manifest, vectors=kinds).to_bytes())
     for name, loss in kinds.losses.items():
-        echo(f"  {name}: {loss.overlap:.1%} of the ten best, {loss.ndcg_share:.1%} of nDCG@10")
+        echo(f"  {name}: {loss.overlap:.1%} of the top ten, {loss.ndcg_share:.1%} of nDCG@10")
 
 
 def _reference_outputs(bundle: Bundle, text: TextEncoder, model: str | None, revision: str | None) -> ReferenceOutputs:
@@ -141,7 +143,7 @@ def _reference_outputs(bundle: Bundle, text: TextEncoder, model: str | None, rev
         from nvembed_deploy.backends.pytorch import PyTorchBackend
         from nvembed_deploy.model import source
     except ImportError as err:
-        raise MissingExtra(f"--model needs PyTorch ({err}); {install_command('export', 'cpu')}") from err
+        raise MissingExtra(f"--model needs PyTorch ({err}); install it: {install_command('export', 'cpu')}") from err
     folder, _ = source.resolve(model, revision)
     reference = PyTorchBackend(folder, config=manifest.source.architecture)
     return compute_reference_outputs(reference, text, precision=manifest.precision, max_shape=manifest.profile.max)

@@ -140,10 +140,10 @@ def _vector_lines(manifest: Manifest) -> Iterator[str]:
         yield f"vectors    float32 and float16; others are not measured: {program('check')} BUNDLE --measure-vectors"
         return
     losses = (
-        f"{name} {loss.overlap:.1%} of the ten best, {loss.ndcg_share:.1%} of nDCG"
+        f"{name} {loss.overlap:.1%} of the top ten and {loss.ndcg_share:.1%} of nDCG@10"
         for name, loss in manifest.vectors.losses.items()
     )
-    yield f"vectors    kept of float32's retrieval: {'; '.join(losses)}"
+    yield f"vectors    compared with float32 in retrieval: {'; '.join(losses)}"
 
 
 def checkpoint_lines(folder: Path) -> Iterator[str]:

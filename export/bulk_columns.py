@@ -58,7 +58,7 @@ def one_schema(schemas: Sequence[Any]) -> Any:
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
     except UNSUITABLE as err:
         raise InputError(
-            f"a column has types in the input that no single type holds ({err}); convert it first"
+            f"the input files have a column whose types cannot be combined ({err}); convert it to one type"
         ) from err
     for column in schema:
         try:

@@ -57,7 +57,7 @@ def input_files(patterns: Sequence[str]) -> list[InputFile]:
         matches = _uri_matches(pattern) if "://" in pattern else _local_matches(pattern)
         if not matches:
             raise ConfigError(
-                f"--input {pattern} names no file; pass {', '.join(SUFFIXES)} files, folders, patterns or URIs"
+                f"--input {pattern} matches no file; pass {', '.join(SUFFIXES)} files, folders, patterns or URIs"
             )
         files |= {file.label: file for file in matches}
     if wrong := [file for file in files.values() if file.suffix is None]:

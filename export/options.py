@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.console import program
+from nvembed_deploy.console import program, shape_argument
 from nvembed_deploy.engines.plan_builder import add_option_flags, requested_build_options
 from nvembed_deploy.engines.targets import TARGETS, BuildOption, Target, capable_gpus, choose_target
 from nvembed_deploy.errors import ConfigError
@@ -33,7 +33,7 @@ class ExportOptions:
     model: str
     """A local folder in Hugging Face layout, or a hub name."""
     revision: str | None
-    stated: UserStatement
+    statement: UserStatement
     """What the user states about the checkpoint."""
     layers: int | None
     """Number of decoder layers to export; None for all."""
@@ -143,9 +143,9 @@ def add_statement_flags(group: argparse._ActionsContainer) -> None:
         "--query-prompt",
         default=None,
         metavar="TEXT",
-        help="what stands before a query, if no file of the checkpoint says so; with {instruction} it is a template",
+        help="prompt of queries, if no file of the checkpoint states one; a template if it contains {instruction}",
     )
-    group.add_argument("--document-prompt", default=None, metavar="TEXT", help="the same for a document")
+    group.add_argument("--document-prompt", default=None, metavar="TEXT", help="prompt of documents, likewise")
 
 
 def user_statement(flags: argparse.Namespace) -> UserStatement:
@@ -196,7 +196,7 @@ def _add_bundle_flags(group: argparse._ArgumentGroup) -> None:
     for name, adjective in (("min", "smallest"), ("opt", "typical"), ("max", "largest")):
         group.add_argument(
             f"--{name}",
-            type=_shape,
+            type=shape_argument,
             default=None,
             metavar="BxT",
             help=f"{adjective} batch, texts x tokens (default: the target's; rtx "
@@ -266,13 +266,6 @@ def _device(text: str) -> str:
     return text
 
 
-def _shape(text: str) -> Shape:
-    try:
-        return Shape.parse(text)
-    except ConfigError as err:  # argparse shows only the text of its own error
-        raise argparse.ArgumentTypeError(str(err)) from err
-
-
 def from_flags(flags: argparse.Namespace) -> ExportOptions:
     """Checks the flags together and completes them with the target's defaults.
 
@@ -292,7 +285,7 @@ def from_flags(flags: argparse.Namespace) -> ExportOptions:
     target_suffix = "" if flags.target == "auto" else f"-{flags.target}"  # or one target would replace the other's
     completed: dict[str, Any] = {
         "model": model,
-        "stated": user_statement(flags),
+        "statement": user_statement(flags),
         "out": flags.out or Path("bundles") / f"{name}-{flags.precision}{target_suffix}",
         "precision": precision,
         "dialect": Dialect(flags.dialect) if flags.dialect else target.dialect,

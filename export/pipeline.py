@@ -334,10 +334,13 @@ def _measure_vector_kinds(state: ExportState) -> None:
     with step("measuring int8 and binary vectors"):
         state.vectors = measure_vector_kinds(OrtBackend(graph), state.text, max_shape=max_shape)
     if state.vectors is None:
-        detail("  not measured, since the engine is too slow here or takes short texts only: nvembed check does it")
+        detail(
+            "  not measured, because the engine is too slow here or accepts only short texts; to measure them: "
+            f"{program('check')} {state.options.out} --measure-vectors"
+        )
         return
     for name, loss in state.vectors.losses.items():
-        detail(f"  {name}: {loss.overlap:.1%} of the ten best, {loss.ndcg_share:.1%} of nDCG@10")
+        detail(f"  {name}: {loss.overlap:.1%} of the top ten, {loss.ndcg_share:.1%} of nDCG@10")
 
 
 def _graph_properties(state: ExportState) -> dict[str, str]:

@@ -56,8 +56,8 @@ def open_checkpoint(options: ExportOptions) -> Checkpoint:
             f"--revision {options.revision} is a commit of a hub repository, but --model {options.model} is a folder; "
             "leave it out, or pass the repository's name"
         )
-    config = read_checkpoint_architecture(folder, options.stated).slice(options.layers)
-    contract = text_contract(folder, config, options.stated)
+    config = read_checkpoint_architecture(folder, options.statement).slice(options.layers)
+    contract = text_contract(folder, config, options.statement)
     if options.profile.max.tokens > contract.max_tokens:
         raise ConfigError(
             f"--max {options.profile.max} has more tokens than the checkpoint's texts may have; pass at most "
@@ -132,6 +132,6 @@ def _require_own_folder(out: Path) -> None:
     Raises:
         ConfigError: `out` is the working directory or a folder above it.
     """
-    here = Path.cwd()
-    if out.resolve() in (here, *here.parents):
+    working_folder = Path.cwd()
+    if out.resolve() in (working_folder, *working_folder.parents):
         raise ConfigError(f"--out {out} is the working directory or a folder above it; choose a folder inside it")

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, onnx_onl
             from nvembed_deploy.export.pipeline import export
         except ImportError as err:
             raise MissingExtra(
-                f"export needs packages that are not installed ({err}); {install_command('export', 'cpu')}"
+                f"export needs packages that are not installed ({err}); install them: "
+                f"{install_command('export', 'cpu')}"
             ) from err
         export(options)
         sys.stdout.write(f"{options.out}\n")

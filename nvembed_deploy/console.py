@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import logging
@@ -16,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from nvembed_deploy.errors import THREAD_LIMIT, DeployError, is_thread_limit
+from nvembed_deploy.errors import THREAD_LIMIT, ConfigError, DeployError, is_thread_limit
+from nvembed_deploy.spec import Shape
 
 BUNDLE_HELP = "a bundle's folder, or the engine.plan or model.onnx in it"
 """Help text of a command's bundle."""
@@ -77,10 +79,23 @@ def program(command: str = "") -> str:
     return f"{'nvembed' if is_short else 'python -m nvembed_deploy'} {command}".rstrip()
 
 
+def shape_argument(text: str) -> Shape:
+    """Parses a `BATCHxTOKENS` flag, as its `type` in argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is no shape; argparse shows the message of this error only.
+    """
+    try:
+        return Shape.parse(text)
+    except ConfigError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+
+
 def install_command(*extras: str) -> str:
     """Returns a command that installs extras of this project where it is read.
 
-    In a checkout that is the checkout with the extras; in an installation from a wheel their packages, by name.
+    In a checkout it installs the checkout with the extras; in an installation from a wheel, their packages by name.
+    Where neither is known, as on a device, it only names the extras. Put it after `install it:`.
     """
     import importlib.metadata
     import re
@@ -95,7 +110,11 @@ def install_command(*extras: str) -> str:
             package, _, marker = requirement.partition(";")
             if any(re.search(rf"extra == [\"']{extra}[\"']", marker) for extra in extras):
                 packages.append(f"'{package.strip()}'")
-    return f"pip install {' '.join(dict.fromkeys(packages))}" if packages else f"install its extra {','.join(extras)}"
+    return (
+        f"pip install {' '.join(dict.fromkeys(packages))}"
+        if packages
+        else f"the packages of the extra {','.join(extras)}"
+    )
 
 
 class _Progress:

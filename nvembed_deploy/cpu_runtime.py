@@ -97,15 +97,15 @@ def measure_cpu_runtimes(
     """Opens both runtimes, compares their vectors by the bundle's tolerances, and times them alternately."""
     trusted = makers[ONNXRUNTIME]()
     try:
-        other = makers[OPENVINO]()
+        openvino = makers[OPENVINO]()
         precision = bundle.manifest.precision
         reference_outputs = compute_reference_outputs(trusted, text, precision=precision, max_shape=MAX_COMPARED_SHAPE)
-        report = compare(reference_outputs, other, text, precision=precision, max_shape=MAX_COMPARED_SHAPE)
+        report = compare(reference_outputs, openvino, text, precision=precision, max_shape=MAX_COMPARED_SHAPE)
     except DeployError as err:
         reason = f"openvino cannot run this graph: {err}"
         return CpuChoice(backend=ONNXRUNTIME, reason=reason, single_ms={}, batch_ms={}, min_cosine=None), trusted
     rows = text.tokenize([probe_text for _, probe_text in PROBES], max_length=MAX_COMPARED_SHAPE.tokens)
-    backends = {ONNXRUNTIME: trusted, OPENVINO: other}
+    backends = {ONNXRUNTIME: trusted, OPENVINO: openvino}
     single_ms = _times_ms(backends, text.pad(rows[:1]))
     batch_ms = _times_ms(backends, text.pad(rows))
     # The product gives both times the same weight, however much they differ.

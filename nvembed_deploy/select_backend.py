@@ -179,7 +179,8 @@ def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
     installed = [provider for provider in GPU if provider in available_providers()]
     if not installed:
         raise DeviceMismatchError(
-            f"the installed ONNX Runtime has no CUDA provider; {install_command('gpu')} in place of the extra cpu"
+            "the installed ONNX Runtime has no CUDA provider; install its CUDA build in place of it: "
+            f"{install_command('gpu')}"
         )
     CudaRuntime.load().device(index)
     providers = [(provider, {"device_id": index}) for provider in installed]
@@ -285,7 +286,7 @@ def open_checkpoint(
     try:
         from nvembed_deploy.backends.pytorch import PyTorchBackend
     except ImportError as err:
-        raise MissingExtra(f"a checkpoint runs in PyTorch ({err}); {install_command('export')}") from err
+        raise MissingExtra(f"a checkpoint runs in PyTorch ({err}); install it: {install_command('export')}") from err
     bundle = Bundle.open(bundle_folder)
     if bundle.manifest.manifest_sha256 != manifest_sha256:
         raise BundleError(f"{bundle_folder} was replaced by another bundle; open both encoders again")

@@ -76,9 +76,9 @@ def test_the_queue_is_bounded_and_cancelled_places_are_free(encoder: Encoder, ga
             with pytest.raises(OverloadedError, match="3 texts are waiting in small requests, the maximum is 3"):
                 coalescer.submit(encoder.tokenize(texts))
         assert waiting[1].cancel()
-        taken = coalescer.submit(encoder.tokenize(["taken"]))
+        accepted = coalescer.submit(encoder.tokenize(["taken"]))
         gated.open.set()
-        assert taken.result().shape == running.result().shape
+        assert accepted.result().shape == running.result().shape
     assert sum(gated.rows) == 4
 
 
@@ -216,8 +216,8 @@ def test_coroutines_can_wait(encoder: Encoder) -> None:
         return await asyncio.gather(*map(asyncio.wrap_future, futures))
 
     with Coalescer(encoder) as coalescer:
-        found = np.concatenate(asyncio.run(ask(coalescer)))
-    np.testing.assert_allclose(found, encoder.encode(TEXTS), atol=2e-6)
+        vectors = np.concatenate(asyncio.run(ask(coalescer)))
+    np.testing.assert_allclose(vectors, encoder.encode(TEXTS), atol=2e-6)
 
 
 def test_closing_runs_what_waits_and_refuses_what_comes(encoder: Encoder) -> None:

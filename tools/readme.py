@@ -327,7 +327,10 @@ def _dialects(target: Target) -> str:
 
 def reasons_table() -> str:
     """Formats the reasons for each target's options, and the sources of its peak performance."""
-    lines = ["| `--target` | peak, TFLOPS | source | has | has not |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| `--target` | peak, TFLOPS | source | supported options | unsupported options |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for target in TARGETS.values():
         peak = ", ".join(f"{precision.value} {tflops:g}" for precision, tflops in target.tflops.items()) or "-"
         having, lacking = (
@@ -369,7 +372,7 @@ def aarch64_table() -> str:
     named = ("numpy", "onnxruntime", "tokenizers", "cuda_bindings")
     versions = ", ".join(f"{name} {wheels[name]}" for name in named)
     lines = [
-        "| what | found |",
+        "| what | result |",
         "| --- | --- |",
         f"| wheels for Python 3.10 on aarch64, from the package index | {len(wheels)}, among them {versions} |",
         f"| the archive's library and bundle under emulation | {emulated['machine']}, Python {emulated['python']}, "

@@ -113,8 +113,8 @@ def require_finite(name: str, stored: Tensor) -> None:
     if not is_finite(stored):
         kind = "NaN" if stored.isnan().any() else "an infinite value"
         raise ExportError(
-            f"weight {name} holds {kind}: the checkpoint is damaged, or its training diverged; download it again, or "
-            "export an earlier one"
+            f"weight {name} contains {kind}: the checkpoint is damaged, or its training diverged; download it again, "
+            "or export an earlier one"
         )
 
 

@@ -175,7 +175,7 @@ def _impossible_values(record: QuantizationRecord) -> Iterator[str]:
     linears = [linear for group in record.groups for linear in group.linears]
     for kind, members in (("group", names), ("layer", linears)):
         if repeated := [member for member, count in Counter(members).items() if count > 1]:
-            yield f"{kind} {repeated[0][:60]!r} stands twice"
+            yield f"{kind} {repeated[0][:60]!r} is duplicated"
     for group in record.groups:
         for problem in _impossible_group_values(group, record.precision):
             yield f"group {group.name[:60]!r}: {problem}"
@@ -195,7 +195,7 @@ def _impossible_group_values(group: GroupRecord, precision: Precision) -> Iterat
     is_unscaled = group.input_scale == 0 and (group.excluded or not FORMATS[precision].quantizes_inputs)
     is_scaled = MIN_SCALE <= group.input_scale <= FP16_MAX and FORMATS[precision].quantizes_inputs
     if not (is_unscaled or is_scaled):
-        yield f"input_scale is {group.input_scale}, which is no scale of {precision.value} inputs"
+        yield f"input_scale is {group.input_scale}, which is not a valid scale of {precision.value} inputs"
     try:
         ranges = decode_ranges(group.channel_ranges)
     except ValueError as err:

@@ -80,7 +80,7 @@ def _calibration_note(seconds: float, out: Path) -> str:
     duration = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} h"
     return (
         f"this takes roughly {duration}, and starts over if it is interrupted: its result is stored with the finished "
-        f"bundle, from where --reuse {out} takes it for another target or dialect"
+        f"bundle, and --reuse {out} reuses it for another target or dialect"
     )
 
 

@@ -60,7 +60,9 @@ def load_bindings(runtime: str) -> ModuleType:
             return importlib.import_module("tensorrt_rtx_bindings")
         except (ImportError, OSError) as err:
             failure = err
-    raise MissingExtra(f"{runtime} is not installed here ({failure}); {install_runtime(runtime)}") from failure
+    raise MissingExtra(
+        f"{runtime} is not installed here ({failure}); install it: {install_runtime(runtime)}"
+    ) from failure
 
 
 def this_platform() -> str:

@@ -58,8 +58,8 @@ class CudaRuntime:
             return cls(importlib.import_module("cuda.bindings.runtime"))
         except ImportError as err:
             raise MissingExtra(
-                f"cuda-python is not installed ({err}); {install_command('rtx')} or {install_command('trt')}, on "
-                "a Jetson with JetPack 6 pip install 'cuda-bindings~=12.6'"
+                f"cuda-python is not installed ({err}); install it: {install_command('rtx')} or "
+                f"{install_command('trt')} (JetPack 6: pip install 'cuda-bindings~=12.6')"
             ) from err
 
     def call(self, name: str, *arguments: Any) -> Any:

@@ -226,9 +226,9 @@ class Manifest:
         if self.profile.max.tokens > text.max_tokens:
             yield f"the shapes go up to {self.profile.max}, and texts have up to {text.max_tokens} tokens"
         if text.mask_prompt != model.mask_instruction:
-            yield "text and model do not agree whether the prompt is pooled"
+            yield "text and model disagree on whether the prompt is pooled"
         if text.pool_last != (model.pooling is Pooling.LAST):
-            yield "text and model do not agree whether the last token is pooled"
+            yield "text and model disagree on whether the last token is pooled"
 
     def _graph_contradictions(self) -> Iterator[str]:
         model = self.source.architecture

@@ -24,7 +24,7 @@ class VectorKinds:
     """Record of the formats that a bundle's vectors were measured in."""
 
     int8_step: float
-    """An int8 component stands for itself times this."""
+    """Value of one step of an int8 component."""
     measured_on: str
     """Name of the backend."""
     queries: int

@@ -200,8 +200,8 @@ def _write_npy(file: BinaryIO, rows: Iterator[tuple[str, NDArray[Any]]], empty: 
 def _write_parquet(file: BinaryIO, rows: Iterator[tuple[str, NDArray[Any]]], empty: NDArray[Any]) -> int:
     arrow, parquet = _pyarrow()
     dimension = empty.shape[1]
-    number = arrow.from_numpy_dtype(empty.dtype)
-    schema = arrow.schema([("text", arrow.string()), ("embedding", arrow.list_(number, dimension))])
+    component_type = arrow.from_numpy_dtype(empty.dtype)
+    schema = arrow.schema([("text", arrow.string()), ("embedding", arrow.list_(component_type, dimension))])
     count = 0
     with parquet.ParquetWriter(file, schema) as writer:
         while window := list(islice(rows, ROWS_AT_A_TIME)):

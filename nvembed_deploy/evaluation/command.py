@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             from nvembed_deploy.evaluation.compare import as_table, compare
         except ImportError as err:
             raise MissingExtra(
-                f"evaluation needs {err.name}; {install_command('evaluation', 'export', 'cpu')}"
+                f"evaluation needs {err.name}; install it: {install_command('evaluation', 'export', 'cpu')}"
             ) from err
         tasks = _choose(flags)
         encoder = Encoder(flags.bundle, device=flags.device)

@@ -17,7 +17,7 @@ MAX_INTEGER = 2**63 - 1
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Parses JSON; unlike `json.loads` it refuses a field that stands twice, and text that no output can take.
+    """Parses JSON; unlike `json.loads` it refuses a duplicate field, and text that no output can take.
 
     Raises:
         ValueError: The content is not such JSON.
@@ -28,7 +28,7 @@ def parse_json(content: str | bytes) -> Any:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as err:
         character = f"\\u{ord(err.object[err.start]):04x}"
-        raise ValueError(f"a text in it has {character}, half of a surrogate pair") from err
+        raise ValueError(f"a string in it has {character}, half of a surrogate pair") from err
     return value
 
 
@@ -36,7 +36,7 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"field {name[:60]!r} stands twice")
+            raise ValueError(f"field {name[:60]!r} is duplicated")
         fields[name] = value
     return fields
 

@@ -12,7 +12,7 @@ from nvembed_deploy.errors import MissingExtra
 try:
     from langchain_core.embeddings import Embeddings
 except ImportError as err:
-    raise MissingExtra(f"LangChain is not installed ({err}); {install_command('langchain')}") from err
+    raise MissingExtra(f"LangChain is not installed ({err}); install it: {install_command('langchain')}") from err
 
 
 class BundleEmbeddings(Embeddings):

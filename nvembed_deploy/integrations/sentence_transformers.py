@@ -29,8 +29,7 @@ try:
     from sentence_transformers.base.modules.input_module import InputModule
 except ImportError as err:
     raise MissingExtra(
-        f"this needs sentence-transformers 6 or newer ({err}); install the extra: "
-        f"{install_command('sentence-transformers')}"
+        f"this needs sentence-transformers 6 or newer ({err}); install it: {install_command('sentence-transformers')}"
     ) from err
 
 BACKENDS = {"torch": "auto", "onnx": "onnxruntime", "openvino": "openvino"}
@@ -267,7 +266,7 @@ class BundleModule(InputModule):
         unknown = [*(options.keys() - {*ENCODER_OPTIONS}), *(processor_kwargs or ()), *(config_kwargs or ())]
         if unknown:
             raise ConfigError(
-                f"{unknown[0]!r} is no option of a bundle; model_kwargs can have: {', '.join(ENCODER_OPTIONS)}"
+                f"{unknown[0]!r} is not an option of a bundle; model_kwargs can have: {', '.join(ENCODER_OPTIONS)}"
             )
         folder = cls.load_dir_path(
             model_name_or_path,
@@ -285,8 +284,8 @@ class BundleModule(InputModule):
             content = (folder / SETTINGS).read_bytes()
         except FileNotFoundError:
             return self._settings
-        stated = {name: value for name, value in json.loads(content).items() if name not in _ADDED_ON_SAVING}
-        return self._settings if stated == self.settings else content
+        settings = {name: value for name, value in json.loads(content).items() if name not in _ADDED_ON_SAVING}
+        return self._settings if settings == self.settings else content
 
     def _saved_manifest(self, folder: Path, names: Sequence[str]) -> bytes:
         """Returns the manifest of a copy, which has the prompts of its settings."""

@@ -54,13 +54,13 @@ NVEMBED_TEXT = StockClass(name="NVEmbed", max_positions=32768)
 
 
 def read_checkpoint_architecture(
-    folder: Path, stated: UserStatement = NOTHING_STATED, origins: dict[str, str] | None = None
+    folder: Path, statement: UserStatement = NOTHING_STATED, origins: dict[str, str] | None = None
 ) -> ModelConfig:
     """Reads the architecture of a checkpoint.
 
     Args:
         folder: A local folder in Hugging Face layout.
-        stated: What the user states about it.
+        statement: What the user states about it.
         origins: Filled with where each property was read.
 
     Raises:
@@ -78,7 +78,7 @@ def read_checkpoint_architecture(
         source=str(folder / CONFIG_JSON),
         pooling=read_pooling(folder),
         prompts=read_prompts(folder),
-        stated=stated,
+        statement=statement,
         origins=origins,
     )
 
@@ -89,7 +89,7 @@ def read_architecture(
     source: str = CONFIG_JSON,
     pooling: StatedPooling | None = None,
     prompts: StatedPrompts | None = None,
-    stated: UserStatement = NOTHING_STATED,
+    statement: UserStatement = NOTHING_STATED,
     origins: dict[str, str] | None = None,
 ) -> ModelConfig:
     """Reads a parsed `config.json`; see `read_checkpoint_architecture`.
@@ -99,22 +99,24 @@ def read_architecture(
         source: Name of the file in error messages.
         pooling: What the checkpoint's pooling module states.
         prompts: What the checkpoint's prompts state.
-        stated: What the user states.
+        statement: What the user states.
         origins: Filled with where each property was read.
     """
     top = Fields(config, source, {} if origins is None else origins)
-    family = recognize(top, pooling=pooling, prompts=prompts, stated=stated)
+    family = recognize(top, pooling=pooling, prompts=prompts, statement=statement)
     text = top.section("text_config") if family is NV_EMBED else top
     for section in (top, text):
         section.require("quantization_config", (None,), family.name)
         section.require("transformers_weights", (None,), family.name)
     stock = _class_of(family, top)
     _refuse_unknown_variants(family, stock, text, top)
-    mask = _mask(family, top, stated)
-    model_pooling = _pooling(family, top, pooling, stated)
+    mask = _mask(family, top, statement)
+    model_pooling = _pooling(family, top, pooling, statement)
     hidden_size, heads = text.number("hidden_size"), text.number("num_attention_heads")
     if hidden_size < 1 or heads < 1:
-        raise ConfigError(f"{source}: hidden_size is {hidden_size} and num_attention_heads {heads}; they must be >= 1")
+        raise ConfigError(
+            f"{source}: hidden_size is {hidden_size} and num_attention_heads {heads}; both must be at least 1"
+        )
     layers = text.number("num_hidden_layers")
     theta, scaling = read_rope(text, stock.rope)
     # NVIDIA's, GritLM's and gte's own code bypasses the window.
@@ -142,7 +144,7 @@ def read_architecture(
         qkv_bias=stock.qkv_bias,
         qk_norm=stock.qk_norm,
         matryoshka=family.matryoshka,
-        stated_by_user=stated.names,
+        stated_by_user=statement.names,
     )
 
 
@@ -151,7 +153,7 @@ def recognize(
     *,
     pooling: StatedPooling | None = None,
     prompts: StatedPrompts | None = None,
-    stated: UserStatement = NOTHING_STATED,
+    statement: UserStatement = NOTHING_STATED,
 ) -> ModelFamily:
     """Returns the family of a checkpoint.
 
@@ -169,7 +171,7 @@ def recognize(
         family = by_size.get(top.values.get("hidden_size", 0), LLAMA_BIDIREC)
     elif stock is not None and architecture in stock.architectures:
         remote = {"mistral": GRITLM, "qwen2": GTE_QWEN2}.get(str(model_type))
-        family = remote if code else _stock_family(str(model_type), top, pooling, prompts, stated)
+        family = remote if code else _stock_family(str(model_type), top, pooling, prompts, statement)
     else:
         raise CheckpointError(
             f"{top.path}: model_type {model_type!r} with architecture {architecture!r} is not a supported embedding "
@@ -181,7 +183,7 @@ def recognize(
             "mask or pooling. If it computes what transformers' own class does, remove auto_map and state the rest "
             "with --mask and --pooling"
         )
-    no_prompts = prompts is None and stated.query_prompt is None and stated.document_prompt is None
+    no_prompts = prompts is None and statement.query_prompt is None and statement.document_prompt is None
     if family is LLAMA_BIDIREC and no_prompts:
         raise CheckpointError(
             f"{top.path}: the prompts of a {architecture} of hidden size {top.values.get('hidden_size')} are not "
@@ -196,7 +198,7 @@ def _stock_family(
     top: Fields,
     pooling: StatedPooling | None,
     prompts: StatedPrompts | None,
-    stated: UserStatement,
+    statement: UserStatement,
 ) -> ModelFamily:
     """Returns the family of published checkpoints that a checkpoint of transformers' own class belongs to, if any.
 
@@ -211,7 +213,7 @@ def _stock_family(
         and top.values.get("is_causal", True) is True
         and pooling is not None
         and pooling.pooling is Pooling.LAST
-        and stated.mask in (None, Mask.CAUSAL)
+        and statement.mask in (None, Mask.CAUSAL)
         and (template == family.template or (template is None and family is E5_MISTRAL))
         and top.values.get("use_sliding_window") in (None, False)
     )
@@ -251,7 +253,9 @@ def _is_known(code: str, family: ModelFamily) -> bool:
 def _hint(top: Fields) -> str:
     if isinstance(top.values.get("text_config"), dict):
         return " (it is a vision-language layout, whose text decoder is one of several parts)"
-    return " (a classifier gives scores and no vectors)" if "ForSequenceClassification" in _architecture(top) else ""
+    return (
+        " (a classifier returns scores instead of vectors)" if "ForSequenceClassification" in _architecture(top) else ""
+    )
 
 
 def _supported() -> str:
@@ -264,7 +268,7 @@ def _class_of(family: ModelFamily, top: Fields) -> StockClass:
     return STOCK_CLASSES.get(str(top.values["model_type"]), LLAMA_REMOTE)
 
 
-def _mask(family: ModelFamily, top: Fields, stated: UserStatement) -> Mask:
+def _mask(family: ModelFamily, top: Fields, statement: UserStatement) -> Mask:
     is_causal = top.values.get("is_causal")
     if "is_causal" in top.values and not isinstance(is_causal, bool):
         raise CheckpointError(f"{top.path}: is_causal is {is_causal!r}; it must be true or false")
@@ -275,19 +279,21 @@ def _mask(family: ModelFamily, top: Fields, stated: UserStatement) -> Mask:
             "is wrong and would lead to wrong vectors; correct the file"
         )
     bidirectional = top.values.get("use_bidirectional_attention")
-    mask = family.mask or in_file or stated.mask or Mask.CAUSAL
+    mask = family.mask or in_file or statement.mask or Mask.CAUSAL
     if bidirectional not in (None, mask is Mask.BIDIRECTIONAL) or (bidirectional and family.name in _stock_names()):
         raise CheckpointError(
             f"{top.path}: use_bidirectional_attention is {bidirectional!r}, which transformers ignores for this class; "
             'write "is_causal": false for a bidirectional mask, or remove the field'
         )
-    if stated.mask not in (None, mask):
+    if statement.mask not in (None, mask):
         known_from = f"is_causal in {top.path}" if in_file is not None else f"the family {family.name}"
-        raise ConfigError(f"--mask is {stated.mask.value}, but the mask is {mask.value} according to {known_from}")
+        raise ConfigError(f"--mask is {statement.mask.value}, but the mask is {mask.value} according to {known_from}")
     origin = f"family {family.name}"
     if family.mask is None:
         origin = (
-            "stated by --mask" if stated.mask else "transformers' default of the class, as is_causal is not in the file"
+            "stated by --mask"
+            if statement.mask
+            else "transformers' default of the class, as is_causal is not in the file"
         )
         origin = f"is_causal in {top.path}" if in_file is not None else origin
     top.note("mask", f"{mask.value}: {origin}")
@@ -298,11 +304,11 @@ def _stock_names() -> set[str]:
     return {family.name for family in (*STOCK_FAMILIES.values(), E5_MISTRAL, QWEN3_EMBEDDING)}
 
 
-def _pooling(family: ModelFamily, top: Fields, module: StatedPooling | None, stated: UserStatement) -> Pooling:
+def _pooling(family: ModelFamily, top: Fields, module: StatedPooling | None, statement: UserStatement) -> Pooling:
     """Returns the pooling, on which the family, the pooling module, `pooling` of `config.json` and the user agree."""
     statements: dict[str, Pooling] = {}
     if family.pooling is not None:
-        # NV-Embed's last step behind its latent attention is a mean, which is what its pooling module states.
+        # NV-Embed's last step after its latent attention is a mean, which is what its pooling module states.
         statements[f"family {family.name}"] = family.pooling
     if module is not None:
         if module.pooling is None:
@@ -319,8 +325,8 @@ def _pooling(family: ModelFamily, top: Fields, module: StatedPooling | None, sta
                 "vectors. Supported: 'avg', 'mean', 'last'"
             )
         statements[f"pooling in {top.path}"] = POOLINGS[name]
-    if stated.pooling is not None:
-        statements["--pooling"] = stated.pooling
+    if statement.pooling is not None:
+        statements["--pooling"] = statement.pooling
     if not statements or (family is GTE_QWEN2 and module is None):
         raise CheckpointError(
             f"{top.path}: the pooling of this {_architecture(top)} is not stated, so its vectors would be a guess. Add "

@@ -98,24 +98,24 @@ def read_pooling(folder: Path) -> StatedPooling | None:
         CheckpointError: A file is damaged or missing, two of them disagree, or a module changes the vectors.
     """
     path = _pooling_path(folder)
-    stated = None if path is None else _pooling_of(folder / path)
-    other = _pooling_of(folder / DEFAULT_POOLING) if (folder / DEFAULT_POOLING).exists() else None
-    if stated is not None and other is not None and other.modes != stated.modes:
+    pooling = None if path is None else _pooling_of(folder / path)
+    default_pooling = _pooling_of(folder / DEFAULT_POOLING) if (folder / DEFAULT_POOLING).exists() else None
+    if pooling is not None and default_pooling is not None and default_pooling.modes != pooling.modes:
         raise CheckpointError(
-            f"{stated.path} has pooling {', '.join(sorted(stated.modes))} and {other.path} "
-            f"{', '.join(sorted(other.modes))}; remove the wrong file"
+            f"{pooling.path} has pooling {', '.join(sorted(pooling.modes))} and {default_pooling.path} "
+            f"{', '.join(sorted(default_pooling.modes))}; remove the wrong file"
         )
-    return stated
+    return pooling
 
 
 def _pooling_path(folder: Path) -> Path | None:
     path, types = folder / MODULES, _module_types(folder)
     if types is None or _is_bundle(types):
         return DEFAULT_POOLING if (folder / DEFAULT_POOLING).exists() else None
-    if own := [kind for kind, _ in types if not kind.startswith(LIBRARY)]:
+    if custom_classes := [kind for kind, _ in types if not kind.startswith(LIBRARY)]:
         raise CheckpointError(
-            f"{path} names {own[0]!r}, which is no class of sentence-transformers and may compute anything; this "
-            "checkpoint cannot be exported"
+            f"{path} names {custom_classes[0]!r}, which is not a class of sentence-transformers and may compute "
+            "anything; this checkpoint cannot be exported"
         )
     modules = [(kind.rpartition(".")[2], where) for kind, where in types]
     if modules and modules[0][0] != "Transformer":
@@ -181,7 +181,9 @@ def read_prompts(folder: Path) -> StatedPrompts | None:
     else:
         config = read_json(path)
     if (kind := config.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
-        raise CheckpointError(f"{path}: model_type is {kind!r}, which gives no such vectors and is not supported")
+        raise CheckpointError(
+            f"{path}: model_type is {kind!r}, which does not return dense vectors and is not supported"
+        )
     if (dim := config.get("truncate_dim")) is not None:
         raise CheckpointError(
             f"{path}: truncate_dim is {dim!r}, and an engine returns all dimensions unless a call limits them; remove "

@@ -27,7 +27,7 @@ from nvembed_deploy.tokenization import DOCUMENT_PROMPT_NAMES, TextContract, par
 def text_contract(
     folder: Path,
     config: ModelConfig,
-    stated: UserStatement = NOTHING_STATED,
+    statement: UserStatement = NOTHING_STATED,
     origins: dict[str, str] | None = None,
 ) -> TextContract:
     """Reads the tokenization rules of a checkpoint from its tokenizer files and its prompts.
@@ -38,7 +38,7 @@ def text_contract(
     Args:
         folder: The checkpoint.
         config: Its architecture.
-        stated: What the user states about it.
+        statement: What the user states about it.
         origins: Filled with where each property was read.
 
     Raises:
@@ -65,7 +65,7 @@ def text_contract(
             f"{path} does not match the model: it has token id {max_id}, and the embedding table has "
             f"{config.vocab_size} rows"
         )
-    prompts = _prompts(folder, family, stated)
+    prompts = _prompts(folder, family, statement)
     pad_token = tokenizer_config.get("pad_token")
     pad_id = tokenizer.token_to_id(str(pad_token.get("content") if isinstance(pad_token, dict) else pad_token or ""))
     if origins is not None:
@@ -106,7 +106,9 @@ def _special_ids(
     with_specials = tokenizer.encode("a", add_special_tokens=True).ids
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     if not plain:
-        raise CheckpointError(f"{path} encodes 'a' as no token, so its special tokens cannot be told from the text's")
+        raise CheckpointError(
+            f"{path} encodes 'a' to no token, so its special tokens cannot be distinguished from the text's"
+        )
     starts = (index for index in range(len(with_specials)) if with_specials[index : index + len(plain)] == plain)
     start = next(starts, len(with_specials))
     prefix_ids, suffix_ids = with_specials[:start], with_specials[start + len(plain) :]
@@ -166,7 +168,7 @@ def _without_default(named: dict[str, str]) -> dict[str, str]:
     return {"query": "", **({} if has_document else {"document": ""}), **named}
 
 
-def _prompts(folder: Path, family: ModelFamily, stated: UserStatement) -> _Prompts:
+def _prompts(folder: Path, family: ModelFamily, statement: UserStatement) -> _Prompts:
     """Returns the prompts: the family's, those of the checkpoint's files, and those that the user states.
 
     sentence-transformers writes empty prompts for a model that was saved without any; they do not replace the family's.
@@ -187,17 +189,21 @@ def _prompts(folder: Path, family: ModelFamily, stated: UserStatement) -> _Promp
             named = _without_default(named)
         origins.append(in_files.path)
     for name, prompt, flag in (
-        ("query", stated.query_prompt, "--query-prompt"),
-        ("document", stated.document_prompt, "--document-prompt"),
+        ("query", statement.query_prompt, "--query-prompt"),
+        ("document", statement.document_prompt, "--document-prompt"),
     ):
         if prompt is None:
             continue
         if "{instruction}" in prompt and name == "query":
             if template not in ("", prompt):
-                raise ConfigError(f"{flag} is {prompt!r}, but {' and '.join(origins)} has {template!r}")
+                raise ConfigError(
+                    f"{flag} is {prompt!r}, but the prompt is {template!r} according to {' and '.join(origins)}"
+                )
             template = prompt
         elif named.get(name, prompt) != prompt:
-            raise ConfigError(f"{flag} is {prompt!r}, but {' and '.join(origins)} has {named[name]!r}")
+            raise ConfigError(
+                f"{flag} is {prompt!r}, but the prompt is {named[name]!r} according to {' and '.join(origins)}"
+            )
         else:
             named[name] = prompt
             default = prompt if name == "document" else default

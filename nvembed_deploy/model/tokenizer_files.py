@@ -1,4 +1,4 @@
-"""What a checkpoint's files say of its tokens beside the vocabulary: the longest text, and what `tokenizer.json` lacks.
+"""Statements of a checkpoint's files about its tokens: the longest text, and what `tokenizer.json` does not contain.
 
 transformers 5.23 and sentence-transformers 6 are the definition. Needs no PyTorch.
 """
@@ -49,7 +49,7 @@ def read_longest_text(
 def refuse_other_tokenization(
     folder: Path, tokenizer: Tokenizer, tokenizer_config: dict[str, Any], family: ModelFamily
 ) -> None:
-    """Refuses files beside `tokenizer.json` with which transformers computes other ids than it states.
+    """Refuses files next to `tokenizer.json` that make transformers compute other ids than it states.
 
     Raises:
         CheckpointError: There is such a file; the message says how to correct it.
@@ -61,8 +61,8 @@ def refuse_other_tokenization(
     if side != "right":
         origin = path if "truncation_side" in tokenizer_config else folder / "tokenizer.json"
         raise CheckpointError(
-            f"{origin} says that longer texts are cut on the {side}, and an exported model cuts their end; write "
-            f'"truncation_side": "right" into {path.name} to export it like that'
+            f"{origin} truncates longer texts on the {side}, and an exported model truncates their end; set "
+            f'"truncation_side" to "right" in {path.name} to export it with that change'
         )
     fields = Fields(tokenizer_config, str(path))
     fields.require("split_special_tokens", (False,), family.name)
@@ -72,8 +72,8 @@ def refuse_other_tokenization(
             f"{path}: auto_map names {own_code!r}, whose code may add other tokens than tokenizer.json; remove it if "
             "tokenizer.json is complete"
         )
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    if unknown := [token for token in _added_tokens(folder, tokenizer_config) if token not in known]:
+    added_tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if unknown := [token for token in _added_tokens(folder, tokenizer_config) if token not in added_tokens]:
         raise CheckpointError(
             f"{folder} adds the token {unknown[0]!r} in another file, and tokenizer.json has no such added token, so "
             "readers compute different ids; save the tokenizer again with AutoTokenizer, which writes one file"
@@ -83,7 +83,7 @@ def refuse_other_tokenization(
 def refuse_other_prompts(path: Path, tokenizer: Tokenizer, contract: TextContract) -> None:
     """Refuses prompts of which sentence-transformers computes or pools other tokens.
 
-    A special token in a prompt may change the tokens behind it, and of a prompt that is not pooled only one token after
+    A special token in a prompt may change the tokens after it, and of a prompt that is not pooled only one token after
     the text is left out.
 
     Raises:
@@ -91,8 +91,8 @@ def refuse_other_prompts(path: Path, tokenizer: Tokenizer, contract: TextContrac
     """
     if contract.mask_prompt and contract.exclude_prefix_from_pooling and len(contract.suffix_ids) > 1:
         raise CheckpointError(
-            f"{path} adds {len(contract.suffix_ids)} tokens after a text, and sentence-transformers takes all but one "
-            "of them for tokens of the prompt that is not pooled; set include_prompt to true, or add one EOS"
+            f"{path} adds {len(contract.suffix_ids)} tokens after a text, and sentence-transformers counts all but "
+            "one of them as tokens of the prompt, which is not pooled; set include_prompt to true, or add one EOS"
         )
     specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     filled = contract.instruction_template.replace("{instruction}", "find")

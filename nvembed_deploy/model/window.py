@@ -22,7 +22,7 @@ def read_window(text: Fields, stock: StockClass, layers: int) -> tuple[int | Non
     """
     if stock.name in ("Mistral", "NVEmbed") and "layer_types" in text.values:
         raise CheckpointError(
-            f"{text.path}: with layer_types a mistral is another class for transformers, Ministral, which is not "
+            f"{text.path}: with layer_types, transformers reads a mistral as its class Ministral, which is not "
             "supported"
         )
     layer_types = _layer_types(text, layers)

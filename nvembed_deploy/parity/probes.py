@@ -193,7 +193,7 @@ def probe_rows(text: TextEncoder, max_tokens: int, *, everyday: bool = False) ->
         everyday: Whether to add `EVERYDAY_PROBES`, for quantized precisions.
 
     Returns:
-        A description of each row, and the rows. Probes that are equal when they are truncated stand once.
+        A description of each row, and the rows. Probes that are equal after truncation occur once.
 
     Raises:
         ConfigError: Fewer than `MIN_PROBES` probes remain.
@@ -210,8 +210,8 @@ def probe_rows(text: TextEncoder, max_tokens: int, *, everyday: bool = False) ->
             probes.setdefault((row.prompt_tokens, *row.ids), (name, row))
     if len(probes) < MIN_PROBES:
         raise ConfigError(
-            f"--max BATCHx{max_tokens} leaves only {len(probes)} of the {len(all_probes) + 2} texts that engines are "
-            f"compared on different from each other, and a comparison needs {MIN_PROBES}; pass a longer --max, or "
+            f"--max BATCHx{max_tokens} truncates the {len(all_probes) + 2} texts that engines are compared on to "
+            f"{len(probes)} different ones, and a comparison needs {MIN_PROBES}; pass more tokens with --max, or "
             "--no-parity"
         )
     names, rows = zip(*probes.values(), strict=True)

@@ -97,9 +97,9 @@ class ServerClient:
     def _stated_precision(self) -> Precision | None:
         """Returns the precision of the server's engine, if it says it as this project or text-embeddings-inference."""
         names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-        stated = str(self.facts.get("precision") or self.facts.get("model_dtype"))
+        server_precision = str(self.facts.get("precision") or self.facts.get("model_dtype"))
         try:
-            return Precision(names.get(stated, stated))
+            return Precision(names.get(server_precision, server_precision))
         except ValueError:
             return None
 
@@ -138,19 +138,19 @@ def canaries(reference: ReferenceOutputs, text: TextEncoder, *, with_instruction
     indices = {(row.prompt_tokens, *row.ids): index for index, row in enumerate(reference.rows)}
     max_length = min(max(map(len, reference.rows)), text.contract.max_tokens)
     prompts = {False: text.prompt(None, None), True: text.query_prompt(DEFAULT_QUERY_INSTRUCTION)}
-    found = []
+    sendable = []
     for is_instructed, body in PROBES:
         row = text.tokenize([body], prompt=prompts[is_instructed], max_length=max_length)[0]
         index = indices.get((row.prompt_tokens, *row.ids))
         can_be_sent = not text.has_special_strings(body) and (with_instruction or not is_instructed)
         if index is not None and not row.truncated and can_be_sent:
-            found.append(Canary(index=index, text=body, is_instructed=is_instructed))
-    if len(found) < MIN_PROBES:
+            sendable.append(Canary(index=index, text=body, is_instructed=is_instructed))
+    if len(sendable) < MIN_PROBES:
         raise ParityError(
-            f"only {len(found)} of the bundle's reference texts can be sent to a server, and a comparison needs "
+            f"only {len(sendable)} of the bundle's reference texts can be sent to a server, and a comparison needs "
             f"{MIN_PROBES}; export it for longer texts with --max"
         )
-    return found
+    return sendable
 
 
 def compare_server(

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         "--truncate",
         choices=("end", "start", "none"),
         default="end",
-        help="which part of a text that is too long is dropped unless a request says it; none refuses the text "
+        help="which part of a text that is too long is dropped, unless the request states it; none rejects the text "
         "(default: end)",
     )
     parser.add_argument(

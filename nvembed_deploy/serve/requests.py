@@ -290,13 +290,13 @@ def one_of(*options: tuple[str, Any]) -> Any:
     Raises:
         RequestError: Two fields are given and contradict each other.
     """
-    given = [(field, value) for field, value in options if value is not None]
-    for field, value in given[1:]:
-        if value != given[0][1]:
+    sent_options = [(field, value) for field, value in options if value is not None]
+    for field, value in sent_options[1:]:
+        if value != sent_options[0][1]:
             raise RequestError(
-                400, f"'{given[0][0]}' and '{field}' contradict each other; send one of them", param=field
+                400, f"'{sent_options[0][0]}' and '{field}' contradict each other; send one of them", param=field
             )
-    return given[0][1] if given else None
+    return sent_options[0][1] if sent_options else None
 
 
 def at_least_one(field: str, value: int | None) -> int | None:

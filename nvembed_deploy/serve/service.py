@@ -96,7 +96,7 @@ class Service:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a client needs to know to tell whether two servers' vectors are of the same space."""
+        """Describes the model so that a client can check that two servers' vectors are compatible."""
         manifest = self.encoder.manifest
         return {
             "manifest_sha256": manifest.manifest_sha256,

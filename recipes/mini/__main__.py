@@ -2,7 +2,7 @@
 
 start     a small BERT and examples  -> a base whose layers start from the BERT's
 make      data sets                  -> the embedded checkpoint: every step in one
-bundle    a checkpoint               -> a graph beside its weights, so that it runs without PyTorch
+bundle    a checkpoint               -> a graph next to its weights, so that it runs without PyTorch
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, add in (("start", _start), ("make", _make), ("bundle", _bundle)):
-        text = (add.__doc__ or "").strip()
+    for name, add in (("start", _start_command), ("make", _make_command), ("bundle", _bundle_command)):
+        text = (add.__doc__ or "").strip()  # the docstrings of these functions are the help of their commands
         add(commands.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=HelpFormatter))
     options = parser.parse_args(argv)
     return run_step(lambda: options.command(options))
 
 
-def _start(parser: argparse.ArgumentParser) -> None:
+def _start_command(parser: argparse.ArgumentParser) -> None:
     """Makes a small base whose layers start from those of a BERT by least squares: no training, a few minutes."""
     add_path(parser, "--examples", "examples file; its queries determine the vocabulary and the weights")
     add_path(
@@ -60,7 +60,7 @@ def _run_start(options: argparse.Namespace) -> Path:
     return out
 
 
-def _make(parser: argparse.ArgumentParser) -> None:
+def _make_command(parser: argparse.ArgumentParser) -> None:
     """Makes the embedded mini checkpoint, all steps, on two cores of a CPU in one and a half to three hours."""
     add_source_flags(parser)
     parser.add_argument(
@@ -91,7 +91,7 @@ def _run_make(options: argparse.Namespace) -> Path:
     return add_bundle(make.make(options.out, work=options.work, sources=sources))
 
 
-def _bundle(parser: argparse.ArgumentParser) -> None:
+def _bundle_command(parser: argparse.ArgumentParser) -> None:
     """Adds a graph and a manifest to a checkpoint's folder, which then is a bundle too and runs without PyTorch."""
     add_path(parser, "--checkpoint", "checkpoint folder; its weights must be stored in one file")
     parser.set_defaults(command=_run_bundle)

@@ -125,8 +125,8 @@ def put(record: dict, path: str, value: object) -> None:
         ("source/architecture/rms_norm_eps", -1.0, "rms_norm_eps is -1.0"),
         ("source/architecture/matryoshka", {"min_dim": 0, "dims": []}, "the model's matryoshka.min_dim is 0"),
         ("source/architecture/matryoshka", {"min_dim": 8, "dims": [8, -1]}, r"matryoshka\.dims\[1\] is -1"),
-        ("source/architecture/mask_instruction", False, "do not agree whether the prompt is pooled"),
-        ("text/pool_last", True, "do not agree whether the last token is pooled"),
+        ("source/architecture/mask_instruction", False, "disagree on whether the prompt is pooled"),
+        ("text/pool_last", True, "disagree on whether the last token is pooled"),
         ("opset", -1, "the graph has opset -1, and the fused dialect has 23"),
         ("dialect", "portable", "the graph has opset 23, and the portable dialect has 20"),
         ("pooling", "x", "the pooling is 'x', and the model's is 'latent attention, masked mean, L2'"),
@@ -143,7 +143,7 @@ def put(record: dict, path: str, value: object) -> None:
         ("parity/0/min_cosine", 1.5, "the cosines or the overlap of 'ONNX Runtime' are out of range"),
         ("parity/0/overlap", -0.1, "the cosines or the overlap of 'ONNX Runtime' are out of range"),
         ("parity/0/max_difference", -1e-3, "the difference of 'ONNX Runtime' is below 0"),
-        ("target", "\ud800", r"a text in it has \\ud800, half of a surrogate pair"),
+        ("target", "\ud800", r"a string in it has \\ud800, half of a surrogate pair"),
         ("files/..~passwd", {"bytes": 1, "sha256": "a" * 64}, "lists '../passwd', which is not a bundle file"),
         ("files/~etc~passwd", {"bytes": 1, "sha256": "a" * 64}, "lists '/etc/passwd', which is not a bundle file"),
         ("files/manifest.json", {"bytes": 1, "sha256": "a" * 64}, "lists 'manifest.json', which is not a bundle file"),
@@ -170,7 +170,7 @@ def test_a_second_profile_beyond_the_first_is_refused() -> None:
 
 def test_a_field_that_stands_twice_is_refused() -> None:
     content = to_bytes_with_zero_hash(RECORD).replace(b'"opset": 23', b'"opset": 22, "opset": 23')
-    with pytest.raises(BundleError, match="field 'opset' stands twice"):
+    with pytest.raises(BundleError, match="field 'opset' is duplicated"):
         Manifest.from_bytes(rehash(content))
 
 

@@ -116,7 +116,7 @@ def test_odd_lines_and_values_are_named_or_left_out(tmp_path: Path, content: byt
     ("lines", "message"),
     [
         ([{"x": 1}, {"x": 2}, {"x": "3"}], "row 2, column 'x': its type is another one than in the rows before"),
-        ([{"x": 1}] * 10 + [{"x": "3"}], "no single type holds (Unable to merge: Field x"),
+        ([{"x": 1}] * 10 + [{"x": "3"}], "whose types cannot be combined (Unable to merge: Field x"),
         ([{"x": {}}], "column 'x' cannot be written to Parquet"),
     ],
 )
@@ -169,8 +169,8 @@ def test_paths_folders_patterns_and_uris_name_files(tmp_path: Path) -> None:
         assert [file.path for file in input_files([pattern])] == both
     assert [row["text"] for row in read_all(make_plan(f"file://{files[0]}"))] == ["b"]
     for pattern, message in (
-        (str(tmp_path / "*.json"), "names no file"),
-        (f"file://{tmp_path}/none.jsonl", "names no file"),
+        (str(tmp_path / "*.json"), "matches no file"),
+        (f"file://{tmp_path}/none.jsonl", "matches no file"),
         (str(tmp_path / "notes.txt"), "unsupported file type"),
         (f"file://{tmp_path}/notes.txt", "unsupported file type"),
         ("nowhere://a/b", "cannot be opened"),

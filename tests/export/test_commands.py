@@ -213,7 +213,7 @@ def test_a_target_for_another_machine_writes_only_the_graph(
         ),
         (["--revision", "abc"], "error: --revision abc is a commit of a hub repository, but --model"),
         (["--min", "4x4", "--opt", "2x8"], "error: --opt 2x8 is smaller than 4x4"),
-        (["--max", "8x1"], "error: --max BATCHx1 leaves only 1 of the 26 texts"),
+        (["--max", "8x1"], "error: --max BATCHx1 truncates the 26 texts that engines are compared on to 1 "),
     ],
 )
 def test_mistakes_end_in_one_line(

@@ -100,7 +100,7 @@ def test_options_of_another_kind_of_model_are_refused(bundles: dict[str, Path]) 
         {"processor_kwargs": {"padding_side": "left"}},
         {"config_kwargs": {"use_cache": False}},
     ):
-        with pytest.raises(ConfigError, match="is no option of a bundle; model_kwargs can have"):
+        with pytest.raises(ConfigError, match="is not an option of a bundle; model_kwargs can have"):
             SentenceTransformer(folder, trust_remote_code=True, **options)
     model = SentenceTransformer(folder, trust_remote_code=True, backend="onnx", model_kwargs={"device": "cpu"})
     assert model[0].encoder.backend.startswith("onnxruntime")
@@ -443,5 +443,5 @@ def test_without_the_library_the_error_names_the_cure() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "install the extra: pip install -e" in done.stdout
+    assert "install it: pip install -e" in done.stdout
     assert "[sentence-transformers]'" in done.stdout

@@ -311,11 +311,11 @@ def test_truncation_keeps_the_last_token(tmp_path: Path) -> None:
 def test_vectors_of_a_matryoshka_model_can_be_truncated(tmp_path: Path) -> None:
     folder = make_family_checkpoint("Qwen3-Embedding", tmp_path / "qwen")
     config = json.loads((folder / "config.json").read_text())
-    wide = read_architecture(
+    large = read_architecture(
         {**config, "hidden_size": 1024}, pooling=read_pooling(folder), prompts=read_prompts(folder)
     )
-    assert wide.matryoshka is not None
-    assert wide.matryoshka.allows(256, 1024)
+    assert large.matryoshka is not None
+    assert large.matryoshka.allows(256, 1024)
     bundle = export(folder, tmp_path / "bundle")
     encoder = Encoder(bundle, device="cpu")
     full = encoder.encode(list(TEXTS))

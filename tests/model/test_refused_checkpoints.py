@@ -53,10 +53,10 @@ pytest.importorskip("transformers", reason="transformers is not installed: make 
             {"model_type": "qwen3", "architectures": ["Qwen3Model"], "auto_map": {"AutoModel": "m.BidirectionalQ"}},
             "auto_map names 'm.BidirectionalQ'",
         ),
-        ({"model_type": "qwen3", "architectures": ["Qwen3ForSequenceClassification"]}, "a classifier gives scores"),
+        ({"model_type": "qwen3", "architectures": ["Qwen3ForSequenceClassification"]}, "a classifier returns scores"),
         (
             {"model_type": "llama_bidirec", "architectures": ["LlamaBidirectionalForSequenceClassification"]},
-            "a classifier gives scores",
+            "a classifier returns scores",
         ),
         (
             {"model_type": "llama_bidirec", "architectures": ["LlamaBidirectionalModel"], "hidden_size": 3072},
@@ -165,7 +165,7 @@ def test_what_sentence_transformers_would_compute_otherwise_is_refused(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("my_code.Pooling", "names 'my_code.Pooling', which is no class of sentence-transformers"),
+        ("my_code.Pooling", "names 'my_code.Pooling', which is not a class of sentence-transformers"),
         ("sentence_transformers.models.CLIPModel", "begins with CLIPModel"),
     ],
 )
@@ -201,8 +201,8 @@ WATER = {"content": "water", "lstrip": False, "rstrip": False, "normalized": Fal
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
-        (TOKENS, {"truncation_side": "left"}, "tokenizer_config.json says that longer texts are cut on the left"),
-        ("tokenizer.json", {"truncation": LEFT}, "tokenizer.json says that longer texts are cut on the left"),
+        (TOKENS, {"truncation_side": "left"}, "tokenizer_config.json truncates longer texts on the left"),
+        ("tokenizer.json", {"truncation": LEFT}, "tokenizer.json truncates longer texts on the left"),
         (TOKENS, {"split_special_tokens": True}, "split_special_tokens is True"),
         (TOKENS, {"auto_map": {"AutoTokenizer": ["tokens.Own", None]}}, "auto_map names"),
         (TOKENS, {"added_tokens_decoder": {"290": WATER}}, "adds the token 'water'"),

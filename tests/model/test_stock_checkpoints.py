@@ -95,8 +95,8 @@ def test_prompts_decide_who_is_a_relative_of_a_published_model() -> None:
 def test_a_prompt_that_is_stated_by_hand_changes_no_family() -> None:
     """Or e5-mistral would lose the EOS that its tokenizer.json forgets."""
     config = config_of("mistral", "MistralModel", vocab_size=32000)
-    stated = UserStatement(document_prompt="passage: ")
-    assert read_architecture(config, pooling=STATED_LAST, stated=stated).family == "e5-mistral"
+    statement = UserStatement(document_prompt="passage: ")
+    assert read_architecture(config, pooling=STATED_LAST, statement=statement).family == "e5-mistral"
 
 
 def test_the_pooling_is_read_where_modules_json_says(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_short_plan_is_compared_on_enough_texts_or_refused(
     probes = len(PROBES) + 2 + (len(EVERYDAY_PROBES) if precision.quantized else 0)
     if tokens < 3:
         message = (
-            f"--max BATCHx{tokens} leaves only . of the {probes} texts .* a comparison needs 10; pass a longer --max"
+            f"--max BATCHx{tokens} truncates the {probes} texts .* a comparison needs 10; pass more tokens with --max"
         )
         with pytest.raises(ConfigError, match=message):
             compute_reference_outputs(backend, text, precision=precision, max_shape=max_shape)

@@ -1,4 +1,4 @@
-"""`nvembed check BUNDLE --against URL`: whether a server's vectors are of the bundle's space."""
+"""`nvembed check BUNDLE --against URL`: whether a server's vectors are compatible with the bundle's."""
 
 import json
 import threading
@@ -57,7 +57,7 @@ def test_servers_of_the_same_checkpoint(bundles: dict[str, Path], capsys: pytest
         finally:
             stop(running)
         output = capsys.readouterr()
-        assert f"answers in the bundle's space, within the bounds of {bounds}" in output.err
+        assert f"match the bundle's within the tolerance of {bounds}" in output.err
         report = json.loads(output.out)
         assert report["texts"] >= 20  # with an instruction, too
         assert report["failures"] == []
@@ -71,8 +71,8 @@ def test_a_server_of_another_kind(
     assert main(flags) == 0
     encode = embed[0]
     faults: dict[str, Embed] = {
-        "does not answer in the bundle's space: cosine": lambda texts: encode([text.upper() for text in texts]),
-        "does not answer in the bundle's space: difference": lambda texts: 2 * encode(texts),
+        "are not compatible with the bundle's: cosine": lambda texts: encode([text.upper() for text in texts]),
+        "are not compatible with the bundle's: difference": lambda texts: 2 * encode(texts),
         "returns vectors of 3 dimensions": lambda texts: encode(texts)[:, :3],
         "does not answer as OpenAI's interface does": lambda texts: encode(texts)[:-1],
     }

@@ -468,10 +468,10 @@ DAMAGED_GROUPS = {
     "an infinite range": ({"channel_ranges": packed(*[np.inf] * 32)}, "channel_ranges is .* negative or not finite"),
     "one range": ({"channel_ranges": packed(1.0)}, "qkv has the ranges of 1 channels, and the model 32"),
     "too many ranges": ({"channel_ranges": packed(*[1.0] * 33)}, "qkv has the ranges of 33 channels, and the model 32"),
-    "scale 0": ({"input_scale": 0.0}, "input_scale is 0.0, which is no scale of int8 inputs"),
-    "scale -1": ({"input_scale": -1.0}, "input_scale is -1.0, which is no scale"),
-    "a subnormal scale": ({"input_scale": 1e-9}, "input_scale is 1e-09, which is no scale"),
-    "a scale beyond FP16": ({"input_scale": 1e5}, "input_scale is 100000.0, which is no scale"),
+    "scale 0": ({"input_scale": 0.0}, "input_scale is 0.0, which is not a valid scale of int8 inputs"),
+    "scale -1": ({"input_scale": -1.0}, "input_scale is -1.0, which is not a valid scale"),
+    "a subnormal scale": ({"input_scale": 1e-9}, "input_scale is 1e-09, which is not a valid scale"),
+    "a scale beyond FP16": ({"input_scale": 1e5}, "input_scale is 100000.0, which is not a valid scale"),
     "scale NaN": ({"input_scale": float("nan")}, "input_scale: expected a finite number"),
     "another scale": ({"input_scale": 0.5}, "qkv has input_scale 0.5, and its ranges give 0.0"),
     "alpha 50": ({"alpha": 50.0}, "alpha is 50.0, and must be from 0 to 1"),
@@ -485,7 +485,7 @@ DAMAGED_GROUPS = {
     "other weights": ({"weight_count": 5}, "qkv has 5 weights, and the model's"),
     "no layers": ({"linears": []}, "it has no layers"),
     "foreign layers": ({"linears": ["nowhere"]}, "qkv has the layers nowhere"),
-    "a layer twice": ({"linears": ["x", "x"]}, "layer 'x' stands twice"),
+    "a layer twice": ({"linears": ["x", "x"]}, "layer 'x' is duplicated"),
     "fewer layers": ({"linears": ["embedding_model.layers.0.self_attn.q_proj"]}, "qkv has the layers embedding_model"),
     "excluded without a reason": ({"excluded": True}, "an excluded group needs a reason"),
     "a reason without exclusion": ({"reason": "because"}, "an excluded group needs a reason"),
@@ -516,7 +516,7 @@ def test_a_record_of_impossible_settings_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda groups: groups.append(groups[0]), r"group '.*layers\.0\.self_attn\.qkv' stands twice"),
+        (lambda groups: groups.append(groups[0]), r"group '.*layers\.0\.self_attn\.qkv' is duplicated"),
         (lambda groups: groups.clear(), "it quantizes no group of layers"),
         (
             lambda groups: [group.update(excluded=True, reason="because") for group in groups],
@@ -613,7 +613,7 @@ def test_the_command_and_its_record_reused(
     progress = capsys.readouterr().err
     assert "quantizing to int8 on 40 texts" in progress
     assert "this takes roughly 1 min, and starts over if it is interrupted: its result is stored with " in progress
-    assert f"from where --reuse {searched} takes it" in progress
+    assert f"--reuse {searched} reuses it for another target or dialect" in progress
     reusing = [*common, "--dialect", "portable", "--reuse", str(searched), "--out", str(reused)]
     assert export_graph(reusing) == 0
     assert "smoothing with the settings of" in capsys.readouterr().err
