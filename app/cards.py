@@ -183,6 +183,8 @@ def progress_line(job: Job) -> str:
     """Returns one line about a job."""
     if job.state != "embedding":
         return job.message or STATES[job.state]
+    if not job.total:
+        return "preparing to index"
     line = f"{job.done:,} of {plural(job.total, 'passage')}"
     rate, left = job.rate(), job.seconds_left()
     if rate is not None and left is not None:

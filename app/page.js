@@ -64,6 +64,7 @@ function clearResults() {
 async function search({ typed = false, quiet = false } = {}) {
   const number = (asked += 1);
   const data = request();
+  if (!collections.length) return say("status", "The first passages are being indexed; search again in a few seconds.");
   if (!data.query && !similar) {
     clearResults();
     say("status", typed ? "" : "Enter a query first.", !typed);
@@ -337,7 +338,7 @@ async function update() {
   if (shown && current && current.identity !== shown.answer.identity && !$("results").classList.contains("old")) {
     if (!state.growing) refresh(); // a file was added or deleted: what stands here is no longer true
   }
-  if (busy && !state.busy) say("state", "Done: each file and what became of it stands below.");
+  if (busy && !state.busy && state.jobs) say("state", "Done: each file and what became of it stands below.");
   busy = state.busy;
   updating = setTimeout(update, state.busy ? 1000 : document.hidden ? 30000 : 5000);
 }
@@ -569,6 +570,7 @@ window.addEventListener("resize", paint);
 
 // Start ----------------------------------------------------------------------------------------------------------------
 
+if ($("logout")) $("logout").href = `${window.gradio_config?.root ?? ""}/logout`;
 const parameters = new URL(location.href).searchParams;
 $("query").value = parameters.get("q") || "";
 chosen = parameters.get("in") || "";

@@ -253,9 +253,9 @@ class Page:
     def search(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the nearest passages, without marks, which `marks` gives later."""
         started = time.perf_counter()
-        store, hits, times = self._hits(data)
-        collection, query = _text(data, "collection"), _text(data, "query")
-        instruction = self._request(data)[2]
+        _, query, instruction, _, count = self._request(data)
+        store, best, times = self._hits({**data, "count": max(count, FACET_HITS)})
+        collection, hits = _text(data, "collection"), best[:count]
         is_by_meaning = data.get("mode", MEANING) == MEANING  # a passage with the query's words is no chance
         threshold = self.searcher.known_threshold(store, instruction) if is_by_meaning else None
         summary = f"{len(hits)} of {cards.plural(len(store), 'passage')} in {collection}"
@@ -269,7 +269,7 @@ class Page:
             "rows": [hit.row for hit in hits],
             "identity": store.identity,
             "lineage": store.record.lineage,
-            "facets": self._facets(data, store, hits),
+            "facets": self._facets(data, best),
             "far": not hits or (threshold is not None and all(hit.score < threshold for hit in hits)),
             "nothing": self._nothing(store, query, collection)
             if hits
@@ -278,10 +278,11 @@ class Page:
             "live": (self.searcher.query_ms or LIVE_MS) < LIVE_MS,
         }
 
-    def _facets(self, data: Mapping[str, Any], store: FolderStore, hits: list[Hit]) -> list[tuple[str, int]]:
+    def _facets(self, data: Mapping[str, Any], best: list[Hit]) -> list[tuple[str, int]]:
         """Returns the sources of the best passages with their number, those chosen first; none if there is only one."""
         chosen = data.get("sources") or []
-        best = self._hits({**data, "sources": [], "count": FACET_HITS})[1] if chosen or len(hits) < FACET_HITS else hits
+        if chosen:  # those that could be chosen besides
+            best = self._hits({**data, "sources": [], "count": FACET_HITS})[1]
         counts = Counter(hit.passage.source for hit in best)
         names = [*chosen, *(name for name, _ in counts.most_common() if name not in chosen)][:MAX_FACETS]
         return [(name, counts[name]) for name in names] if len(names) > 1 or chosen else []

@@ -24,7 +24,7 @@ MAX_QUERY_CHARS = 2000
 MAX_RESULTS = 100
 MEANING, WORDS, BOTH = MODES = ("meaning", "words", "both")
 """How passages are ranked: by their vectors, by the words of the query, or by both rankings."""
-SENTENCE = re.compile(r".+?(?:[.!?](?=\s)\s*|\n\s*\n\s*|\Z)", re.DOTALL)
+SENTENCE = re.compile(r".+?(?:(?<!\bi\.e)(?<!\be\.g)[.!?](?=\s)\s*|\n\s*\n\s*|\Z)", re.DOTALL)
 MAX_SENTENCES = 10
 """Maximum number of sentences of a passage that are compared; the remainder of a long passage is not marked."""
 MAX_MARKS = 3

@@ -82,7 +82,7 @@ def test_programs_list_collections_also_new_ones(page: SimpleNamespace, client: 
 def test_what_the_api_cannot_do_is_refused(
     page: SimpleNamespace, client: Any, arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(Exception, match="") as caught:
+    with pytest.raises(Exception) as caught:
         client.predict(**{"query": "rows", "api_name": "/search"} | arguments)
     assert message in str(caught.value)
 

@@ -321,7 +321,7 @@ def test_marks_keep_the_text_and_are_cached(
         assert marked[-1][-1] == ("The rest of it. " * 20, False)  # not compared, so not marked
         monkeypatch.setattr(searcher, "embed", None)  # nothing is embedded a second time
         assert searcher.mark(store, query, [1, 0]) == [marked[1], marked[0]]
-        assert sentences("One. Two.") == ["One. ", "Two."]
+        assert sentences("One, i.e. the first. Two.") == ["One, i.e. the first. ", "Two."]
     finally:
         searcher.close()
 
