@@ -357,6 +357,31 @@ def search_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def page_speed_table() -> str:
+    """Formats the record of `benchmarks.page_speed`."""
+    record = _record("page_speed")
+    names = ("first_hit", "marks", "marks_of_known_passages")
+    lines = [
+        "| passages | first hit | marks | marks of passages found before |",
+        "| --- | --- | --- | --- |",
+    ]
+    for size, times in record["sizes"].items():
+        cells = (f"{times[name]['p50_ms']:.0f} ms (at most {times[name]['max_ms']:.0f})" for name in names)
+        lines.append(f"| {int(size):,} | {' | '.join(cells)} |")
+    places = (
+        f"{round(place['y'] / place['height_px'] * 100)} % of the height of a window of {place['width_px']} x "
+        f"{place['height_px']}"
+        for place in record["first_hit_at"].values()
+    )
+    lines += [
+        "",
+        f"From Enter, in Chromium, median of {record['queries']} queries. The first hit begins at "
+        f"{' and '.join(places)}. Made by `{record['command']}` on {record['date']}: {record['machine']}; "
+        f"{record['precision']}, {record['engine']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def ablation_table() -> str:
     """Formats the record of `nvembed train ablate`."""
     record = json.loads((ROOT / "docs" / "ablation" / "ablation.json").read_text(encoding="utf-8"))
@@ -395,6 +420,7 @@ MEASURED_TABLES = {
     "profile": profile_table,
     "operators": operators_table,
     "search": search_table,
+    "page-speed": page_speed_table,
     "ablation": ablation_table,
 }
 """Functions that make a table, by its name in the pages."""
