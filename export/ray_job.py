@@ -23,14 +23,14 @@ from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.vector_kinds import require_offered
 from nvembed_deploy.console import echo, install_command, program, run
 from nvembed_deploy.errors import ConfigError, InputError, MissingExtra
-from nvembed_deploy.export.bulk_inputs import SUFFIXES, input_files
-from nvembed_deploy.export.bulk_output import REJECTS, Output
-from nvembed_deploy.export.bulk_shards import Plan, Shard, plan
+from nvembed_deploy.export.bulk.inputs import SUFFIXES, input_files
+from nvembed_deploy.export.bulk.output import REJECTS, Output
+from nvembed_deploy.export.bulk.shards import Plan, Shard, plan
 from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.vectors import OutputDtype
 
 if TYPE_CHECKING:
-    from nvembed_deploy.export.bulk_schedule import Totals
+    from nvembed_deploy.export.bulk.schedule import Totals
 
 EMBEDDING, TEXT = "embedding", "text"
 SHARD_ROWS = 10_000
@@ -210,8 +210,8 @@ def _embed(
     shards: Sequence[Shard], bundle: Bundle, output: Output, schema: Any, prompt: str, options: BulkOptions
 ) -> Totals:
     """Embeds shards on workers of this machine or of the cluster."""
-    from nvembed_deploy.export.bulk_schedule import Job, Workers, require_resources
-    from nvembed_deploy.export.bulk_worker import Task
+    from nvembed_deploy.export.bulk.schedule import Job, Workers, require_resources
+    from nvembed_deploy.export.bulk.worker import Task
 
     cpus = options.cpus or max(1, (os.cpu_count() or 1) // options.workers)
     workers = Workers(count=options.workers, cpus=cpus, gpus=options.gpus)

@@ -22,12 +22,12 @@ pytest.importorskip("ray", reason="ray is not installed: pip install nvembed-dep
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nvembed_deploy.export import bulk_schedule
-from nvembed_deploy.export.bulk_inputs import input_files
-from nvembed_deploy.export.bulk_output import RECORD, REJECTS
-from nvembed_deploy.export.bulk_schedule import Job, Progress, ShardQueue, Workers, duration, require_resources
-from nvembed_deploy.export.bulk_shards import Shard, plan
-from nvembed_deploy.export.bulk_worker import Report
+from nvembed_deploy.export.bulk import schedule as bulk_schedule
+from nvembed_deploy.export.bulk.inputs import input_files
+from nvembed_deploy.export.bulk.output import RECORD, REJECTS
+from nvembed_deploy.export.bulk.schedule import Job, Progress, ShardQueue, Workers, duration, require_resources
+from nvembed_deploy.export.bulk.shards import Shard, plan
+from nvembed_deploy.export.bulk.worker import Report
 from nvembed_deploy.export.ray_job import EMBEDDING, main
 
 TEXTS = [f"text number {index} " + "over the water " * (index % 5) for index in range(57)]

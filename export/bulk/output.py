@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_deploy.errors import ConfigError, InputError
-from nvembed_deploy.export.bulk_inputs import open_uri
+from nvembed_deploy.export.bulk.inputs import open_uri
 from nvembed_deploy.files.atomic import write_file
 
 RECORD = "_job.json"

@@ -17,8 +17,8 @@ from typing import Any
 
 from nvembed_deploy.console import clear_status, status
 from nvembed_deploy.errors import InputError
-from nvembed_deploy.export.bulk_columns import Rejects, infer_schema, one_schema, to_table
-from nvembed_deploy.export.bulk_inputs import GZIP, PARQUET, InputFile
+from nvembed_deploy.export.bulk.columns import Rejects, infer_schema, one_schema, to_table
+from nvembed_deploy.export.bulk.inputs import GZIP, PARQUET, InputFile
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK_BYTES = 2**20

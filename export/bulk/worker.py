@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import DeployError, InputError, InputTypeError
-from nvembed_deploy.export.bulk_columns import Rejects
-from nvembed_deploy.export.bulk_output import REJECTS, Output
-from nvembed_deploy.export.bulk_shards import Shard, ShardReader
+from nvembed_deploy.export.bulk.columns import Rejects
+from nvembed_deploy.export.bulk.output import REJECTS, Output
+from nvembed_deploy.export.bulk.shards import Shard, ShardReader
 from nvembed_deploy.tokenization import check_texts
 from nvembed_deploy.vectors import OutputDtype
 

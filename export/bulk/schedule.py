@@ -11,8 +11,8 @@ from typing import Any
 
 from nvembed_deploy.console import clear_status, echo, is_terminal, status
 from nvembed_deploy.errors import ConfigError, EngineError
-from nvembed_deploy.export.bulk_shards import Shard
-from nvembed_deploy.export.bulk_worker import Embedder, Report, Task
+from nvembed_deploy.export.bulk.shards import Shard
+from nvembed_deploy.export.bulk.worker import Embedder, Report, Task
 
 MAX_ATTEMPTS = 3
 """Workers that may die at one shard before it counts as failed; likewise at opening the engine, in a row."""

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from nvembed_deploy.export.bulk_inputs import InputFile, input_files
-from nvembed_deploy.export.bulk_output import Output
-from nvembed_deploy.export.bulk_shards import BLOCK_BYTES, Plan, ShardReader, plan
+from nvembed_deploy.export.bulk.inputs import InputFile, input_files
+from nvembed_deploy.export.bulk.output import Output
+from nvembed_deploy.export.bulk.shards import BLOCK_BYTES, Plan, ShardReader, plan
 
 
 def write_lines(path: Path, rows: list[dict], *, end: str = "\n") -> Path:

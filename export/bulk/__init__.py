@@ -1,0 +1,1 @@
+"""Bulk jobs: inputs, shards, the workers that embed them, and their output."""
