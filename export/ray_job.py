@@ -22,7 +22,7 @@ from nvembed_deploy.bundle.manifest import TOKENIZER
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.vector_kinds import require_offered
 from nvembed_deploy.console import echo, install_command, program, run
-from nvembed_deploy.errors import ConfigError, InputError, MissingExtra
+from nvembed_deploy.errors import ConfigError, EngineError, InputError, MissingExtra
 from nvembed_deploy.export.bulk.inputs import SUFFIXES, input_files
 from nvembed_deploy.export.bulk.output import REJECTS, Output
 from nvembed_deploy.export.bulk.shards import Plan, Shard, plan
@@ -145,7 +145,7 @@ def embed_corpus(bundle: Path, inputs: Sequence[str], out: str, options: BulkOpt
         ConfigError: The output belongs to another bundle, input or setting, an input file has an unsupported type, or
             the bundle has no such prompt.
         InputError: A shard failed, for example because a row has no text.
-        EngineError: The workers cannot open the bundle.
+        EngineError: Ray does not start, or the workers cannot open the bundle.
         MissingExtra: Ray is not installed.
     """
     options = options or BulkOptions()
@@ -260,13 +260,23 @@ def _require_columns(job_plan: Plan, options: BulkOptions) -> None:
 
 @contextmanager
 def _ray() -> Iterator[bool]:
-    """Connects to Ray or starts it, without its log on the terminal; yields whether it was started on this machine."""
+    """Connects to Ray or starts it, without its log on the terminal; yields whether it was started on this machine.
+
+    Raises:
+        EngineError: Ray did not start, or there is no cluster at RAY_ADDRESS.
+    """
     import ray
 
     if ray.is_initialized():
         yield False
         return
-    ray.init(include_dashboard=_dashboard(), log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(include_dashboard=_dashboard(), log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as err:  # Ray raises bare ones, for example on a machine that is too busy
+        raise EngineError(
+            f"Ray did not start ({str(err).partition('. ')[0]}); check RAY_ADDRESS, or wait until the machine is less "
+            "busy, and run the same command again"
+        ) from err
     try:
         yield not os.environ.get("RAY_ADDRESS")
     finally:

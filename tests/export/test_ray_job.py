@@ -233,6 +233,20 @@ def test_wrong_settings_are_refused_before_ray_starts(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_ray_that_does_not_start_is_one_sentence(
+    bundles: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    import ray
+
+    def fail(**options: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    assert run(bundles["fp32"], corpus, tmp_path / "out") == 1
+    assert "error: Ray did not start (The current node timed out during startup); check" in capsys.readouterr().err
+
+
 def test_prompts_by_name(bundles: dict[str, Path]) -> None:
     bundle = Bundle.open(bundles["fp32"])
     fixed = TextContract(  # as of llama-3.2-nv-embedqa
