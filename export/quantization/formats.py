@@ -35,7 +35,8 @@ class NumberFormat:
     gptq: bool = False
     """True if weights are rounded by GPTQ, False if each is rounded to the nearest value.
 
-    Its scales consider the inputs, which leaves nothing to smooth: with smoothing, the mini loses a little more.
+    Then groups are not smoothed: on the mini in INT4 it gains 0.001 of mean cosine and 0.004 in the worst of 360 texts,
+    and takes a second pass over the calibration. Activation order gains 0.009 in the gate's worst text.
     """
     block_size: int | None = None
     """Number of weights that share a scale, along the inner dimension; None if a whole output channel does."""
