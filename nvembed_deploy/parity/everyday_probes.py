@@ -71,7 +71,7 @@ EVERYDAY_PROBES: tuple[tuple[bool, str], ...] = (
             "The equations of motion for a viscous gas are linearised about a uniform stream. Pressure "
             "distributions are given for wedges of small angle.",
             "There are several explanations for this.",
-            "This does not answer what you asked, but it may help.",
+            "That is another matter, and I will come back to it.",
             "Dendritic cells of the lymph node present antigens that they take up from the afferent lymph. In "
             "this study we examined the role of a chemokine receptor and its ligand CCL21 in T cell priming, and "
             "found that mice without the receptor had fewer germinal centres and lower titres of IgG after "
