@@ -57,7 +57,7 @@ def _other_views(tab: Any, model: str) -> None:
     tab.locator("#add").click()
     tab.get_by_text("my documents: 2 added, 1 skipped").wait_for()
     tab.wait_for_function("document.querySelector('#collection').value === 'my documents'")
-    tab.locator("#file-list").get_by_text("CHANGELOG.md").wait_for()
+    tab.get_by_role("rowheader", name="CHANGELOG.md").wait_for()
     _save_screenshot(tab, "documents")
     tab.locator("#delete").click()
     tab.locator("#confirm-yes").click()
