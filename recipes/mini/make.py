@@ -258,7 +258,7 @@ def prepare_examples(work: Path, sources: Sources, teacher: Teacher) -> None:
             selected = [_text_only(example) if example.kind not in PAIR_KINDS else example for example in selected]
         else:
             selected = _change_kinds(selected, seed=round_.options.seed)
-            selected, report = mining.mine(selected, teacher)
+        selected, report = mining.mine(selected, teacher)
         log.info("%s", report)
         write_examples(_examples_file(work, round_), selected)
         log.info("%s: %d examples", round_.mix, len(selected))

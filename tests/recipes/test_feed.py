@@ -1,5 +1,6 @@
 """The mini's wordings and batches, and a stage that is fed with them."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -10,8 +11,10 @@ for library in ("transformers", "accelerate", "matplotlib"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[train]")
 
 from nvembed_deploy.training import stage  # noqa: E402
+from nvembed_deploy.training.examples import read_examples  # noqa: E402
 from nvembed_deploy.training.instructions import Kind  # noqa: E402
 from nvembed_deploy.training.student import read_base  # noqa: E402
+from recipes.mini import make  # noqa: E402
 from recipes.mini.feed import MiniFeed, length_batches  # noqa: E402
 from recipes.mini.make import STAGE_1, STAGE_2  # noqa: E402
 from recipes.mini.wordings import INSTRUCTED, WORDINGS  # noqa: E402
@@ -26,6 +29,21 @@ def test_the_usual_wording_has_the_requested_frequency():
         assert len(instructed) / 2000 == pytest.approx(INSTRUCTED[kind], abs=0.05)
         share = (0 if kind is Kind.LABEL else 0.7) + (1 if kind is Kind.LABEL else 0.3) / len(WORDINGS[kind])
         assert instructed.count(WORDINGS[kind][0]) / len(instructed) == pytest.approx(share, abs=0.08)
+
+
+def test_the_minis_examples_are_selected_and_mined(tmp_path, monkeypatch):
+    for name in ("docstring_pairs", "topic_pairs"):
+        monkeypatch.setattr(f"nvembed_deploy.training.corpora.{name}", lambda: [])
+    monkeypatch.setattr(make, "word_lists", lambda teacher, seed: [])
+    (tmp_path / "data" / "wiki_title_intro").mkdir(parents=True)
+    rows = [json.dumps({"a": f"{index} water", "b": f"{index} passage over"}) for index in range(30)]
+    (tmp_path / "data" / "wiki_title_intro" / "pairs.jsonl").write_text("\n".join(rows))
+    sources = make.Sources(data=tmp_path / "data", exclude=None, wordnet=None, packages=None, teacher=None)
+    make.prepare_examples(tmp_path, sources, TinyTeacher())
+    for mix in make.MIXES:
+        examples = read_examples(tmp_path / f"examples-{mix}.jsonl")
+        assert len(examples) == 30
+        assert sum(len(example.negatives) for example in examples) > 30
 
 
 @pytest.mark.parametrize("options", [STAGE_1, STAGE_2], ids=["stage 1", "stage 2"])
