@@ -146,7 +146,7 @@ def _use_primitive_attention(backbone: Decoder) -> None:
         if group > 1:
             q = q.reshape(B, k.shape[1], group * T, h)
             if mask.shape[2] != 1:
-                bias = bias.repeat(1, 1, group, 1)
+                bias = torch.cat([bias] * group, dim=2)
         out = (q @ k.transpose(-1, -2) + bias).softmax(dim=-1) @ v
         return out.reshape(B, H, T, h) if group > 1 else out
 
