@@ -131,7 +131,7 @@ def test_one_name_and_every_module(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"nvembed_deploy"}
     expected = {"nvembed_deploy/py.typed"}
     for folder in ROOTS:
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (path for suffix in ("py", "html", "css", "js") for path in (ROOT / folder).rglob(f"*.{suffix}")):
             relative_path = path.relative_to(ROOT).as_posix()
             expected.add(relative_path if folder == "nvembed_deploy" else f"nvembed_deploy/{relative_path}")
     assert names == expected
@@ -141,7 +141,7 @@ def test_an_sdist_contains_the_whole_checkout(distributions: Path) -> None:
     with tarfile.open(next(distributions.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for folder in (*ROOTS, "benchmarks", "recipes", "tools", "tests"):
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (path for suffix in ("py", "html", "css", "js") for path in (ROOT / folder).rglob(f"*.{suffix}")):
             assert path.relative_to(ROOT).as_posix() in names
     assert {
         "Makefile",

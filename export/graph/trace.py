@@ -141,7 +141,9 @@ def _use_primitive_attention(backbone: Decoder) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         B, H, T, h = q.shape
         group = H // k.shape[1]
-        bias = torch.where(mask, 0.0, torch.finfo(q.dtype).min / 2).to(q.dtype)  # equal in all layers, computed once
+        # Equal in all layers, so computed once. Both values have the type of the scores, which may be FP32 in FP16.
+        visible, hidden = (torch.full((), value, dtype=q.dtype) for value in (0.0, torch.finfo(q.dtype).min / 2))
+        bias = torch.where(mask, visible, hidden)
         q = q * h**-0.5
         if group > 1:
             q = q.reshape(B, k.shape[1], group * T, h)

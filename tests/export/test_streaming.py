@@ -203,7 +203,7 @@ def test_weights_that_are_not_finite_are_told_as_such(
     save_file(tensors, folder / "model.safetensors")
     assert to_onnx.main(["--model", str(folder), "--out", str(tmp_path / "b"), *flags]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert f"weight embedding_model.embed_tokens.weight holds {kind}" in message
+    assert f"weight embedding_model.embed_tokens.weight contains {kind}" in message
     assert "--precision" not in message
     assert not (tmp_path / "b").exists()
 

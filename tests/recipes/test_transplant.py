@@ -16,6 +16,7 @@ from nvembed_deploy.model.config_json import read_architecture  # noqa: E402
 from nvembed_deploy.model.decoder import Decoder  # noqa: E402
 from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
 from nvembed_deploy.training.batches import Collator  # noqa: E402
+from nvembed_deploy.training.groups import Row  # noqa: E402
 from nvembed_deploy.training.student import contract, nvembed_config  # noqa: E402
 from nvembed_deploy.training.teacher import Teacher  # noqa: E402
 from recipes.mini import transplant as tested  # noqa: E402
@@ -84,13 +85,7 @@ def cosines(weights, mistral_config, teacher, probe_texts):
     decoder = Decoder(architecture)
     decoder.load_state_dict(weights)
     encoder = TextEncoder(tokenizer_json().encode(), contract(architecture))
-    batch_row = {
-        "text": probe_texts,
-        "prompt": [""] * len(probe_texts),
-        "question": [False] * len(probe_texts),
-        "group": list(range(len(probe_texts))),
-    }
-    batch = Collator(encoder, max_length=64, teacher=teacher)([batch_row])
+    batch = Collator(encoder, max_length=64, teacher=teacher)([[(Row(text=text),) for text in probe_texts]])
     mask = batch["attention_mask"]
     with torch.no_grad():
         hidden = decoder(batch["input_ids"], mask) * mask[:, :, None]
@@ -191,7 +186,7 @@ def test_a_base_model_is_made_and_can_be_trained(teacher, tmp_path, capsys, monk
     assert captured.out.splitlines()[-1] == str(base)
     assert float(captured.err.strip().split()[-1]) > 0.85
     flags = ["stage", "--base", str(base), "--examples", str(examples), "--stage", "1", "--out", str(out)]
-    flags += ["--latents", "4", "--max-steps", "2", "--batch-rows", "16", "--warmup-steps", "1", "--relative-steps"]
+    flags += ["--latents", "4", "--max-steps", "2", "--batch-queries", "16", "--warmup-steps", "1", "--relative-steps"]
     assert train(flags) == 0
     assert load_checkpoint(out).config.layers == 2
     for extra_flags, message in (
