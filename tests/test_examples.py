@@ -31,6 +31,7 @@ def test_embed_and_search() -> None:
     assert "freezing point" in lines[3]
 
 
+@pytest.mark.slow
 def test_export_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     assert "(2, 32) [1. 1.]" in run("export_checkpoint", checkpoint, tmp_path / "bundle")
 

@@ -103,6 +103,13 @@ FAULTS = (
         after='    echo(f"error: {message}")\n    return 0\n',
         tests=("tests/export/test_commands.py",),
     ),
+    Fault(
+        name="a graph of another structure is exported",
+        path="export/structure.py",
+        before="    if not report.passed:\n",
+        after="    if report is None:\n",
+        tests=("tests/export/test_structure.py",),
+    ),
 )
 
 
