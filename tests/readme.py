@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 
 
-GUIDES = ("install", "first-run", "python", "export", "precisions", "targets", "vectors")
+GUIDES = ("install", "first-run", "python", "export", "precisions", "vectors")
 """Pages of docs/ whose `bash` and `python` blocks run, behind the README's, in one folder; `sh` blocks do not."""
 
 
