@@ -201,6 +201,11 @@ def main() -> int:
         metavar="N",
         help="limit the corpora to N documents, judged ones first",
     )
+    parser.add_argument(
+        "--keep-scores",
+        action="store_true",
+        help="measure the exports alone, and keep the record's scores with their date: scoring takes most of the time",
+    )
     flags = parser.parse_args()
 
     def command() -> None:
@@ -210,16 +215,26 @@ def main() -> int:
             for precision in Precision:
                 echo(f"measuring {precision.value}")
                 rows.append(measure(precision, Path(folder)))
-            precision_scores = score(Path(folder), flags.data, flags.max_documents)
+            today = datetime.date.today().isoformat()
+            if flags.keep_scores:
+                earlier = json.loads(RECORD_PATH.read_text(encoding="utf-8"))
+                kept = {name: earlier[name] for name in ("scores", "scores_command", "scores_date", "score_versions")}
+            else:
+                kept = {"scores": score(Path(folder), flags.data, flags.max_documents), "scores_date": today}
         data_flag = f" --data {flags.data}" if flags.data else ""
         documents_flag = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
+        command_line = f"python -m benchmarks.precisions{data_flag}{documents_flag}"
+        scored = {
+            "scores_command": command_line,
+            "score_versions": installed_versions(RECORDED) | {"python": platform.python_version()},
+        }
         record = {
-            "command": f"python -m benchmarks.precisions{data_flag}{documents_flag}",
-            "date": datetime.date.today().isoformat(),
+            "command": command_line + (" --keep-scores" if flags.keep_scores else ""),
+            "date": today,
             "machine": f"{describe_machine()}, no GPU",
             "rows": rows,
-            "scores": precision_scores,
-            "score_versions": installed_versions(RECORDED) | {"python": platform.python_version()},
+            **scored,
+            **kept,
         }
         write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
         echo(f"done: {RECORD_PATH.relative_to(ROOT)}; now run: python -m tools.readme")

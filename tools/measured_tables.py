@@ -130,7 +130,8 @@ def short_precision_table() -> str:
         worst = max((task["engine"] - task["reference"] for task in tasks), key=abs)
         size = f"{row['graph_bytes'] / 1e6:.1f} MB"
         lines.append(f"| {row['precision']} | {size} | {row['min_cosine']:.7f} | {bound} | {worst:+.2f} |")
-    lines += ["", f"The model in this repository, on {record['date']}: {record['machine']}."]
+    scored = "" if record["scores_date"] == record["date"] else f", the tasks on {record['scores_date']}"
+    lines += ["", f"The model in this repository, on {record['date']}{scored}: {record['machine']}."]
     return "\n".join(lines) + "\n"
 
 
@@ -198,6 +199,7 @@ def mteb_table() -> str:
             f"| {precision} | {' | '.join(f'{points:+.3f}' for points in by_kind)} | "
             f"{worst['engine'] - worst['reference']:+.3f} ({worst['task']}) |"
         )
+    lines += ["", f"Scored by `{record['scores_command']}` on {record['scores_date']}."]
     return "\n".join(lines) + "\n"
 
 
