@@ -93,7 +93,7 @@ def test_each_row_is_in_the_output_or_in_the_rejects(output: tuple[Path, Path, s
     assert table.select(["id", "title", "text"]).to_pylist() == valid
     texts = [row["text"] if row["title"] is None else f"{row['title']}\n{row['text']}" for row in valid]
     expected = Encoder(bundles["fp32"], device="cpu").encode_query(texts)
-    np.testing.assert_allclose(np.array(table.column(EMBEDDING).to_pylist()), expected, atol=1e-3)
+    np.testing.assert_allclose(np.array(table.column(EMBEDDING).to_pylist()), expected, atol=2.5e-4)  # float16
     metadata = table.schema.field(EMBEDDING).metadata
     assert (metadata[b"output_dtype"], metadata[b"prompt"][:9]) == (b"float16", b"Instruct:")
     rejects = [json.loads(line) for file in sorted((out / REJECTS).iterdir()) for line in file.read_text().splitlines()]
