@@ -203,7 +203,7 @@ def _import_ray() -> None:
         import pyarrow  # noqa: F401
         import ray  # noqa: F401
     except ImportError as err:
-        raise MissingExtra(f"bulk jobs run on Ray ({err}); {install_command('ray')}") from err
+        raise MissingExtra(f"bulk jobs run on Ray ({err}); install it: {install_command('ray')}") from err
 
 
 def _embed(
