@@ -26,6 +26,7 @@ from nvembed_deploy.errors import ConfigError, EngineError, InputError, MissingE
 from nvembed_deploy.export.bulk.inputs import SUFFIXES, input_files
 from nvembed_deploy.export.bulk.output import REJECTS, Output
 from nvembed_deploy.export.bulk.shards import Plan, Shard, plan
+from nvembed_deploy.system import usable_cores
 from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.vectors import OutputDtype
 
@@ -213,7 +214,7 @@ def _embed(
     from nvembed_deploy.export.bulk.schedule import Job, Workers, require_resources
     from nvembed_deploy.export.bulk.worker import Task
 
-    cpus = options.cpus or max(1, (os.cpu_count() or 1) // options.workers)
+    cpus = options.cpus or max(1, usable_cores() // options.workers)
     workers = Workers(count=options.workers, cpus=cpus, gpus=options.gpus)
     task = Task(
         bundle=str(bundle.folder.resolve()),

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import resource
@@ -20,6 +21,7 @@ CGROUP = Path("/sys/fs/cgroup")
 PROCESS_GROUPS = Path("/proc/self/cgroup")
 """Control groups of this process, which have the limits of a container."""
 CPU_INFORMATION = Path("/proc/cpuinfo")
+CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
 VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 """CPU flags of Linux for 8-bit products that are accumulated in 32 bits."""
 M_MMAP_THRESHOLD = -3
@@ -47,8 +49,46 @@ def describe_machine() -> str:
 
 
 def usable_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Returns the number of cores that this process may use, by its affinity and by the container's limit."""
+    return min(len(_usable_processors()), cpu_limit() or sys.maxsize)
+
+
+def usable_physical_cores() -> int:
+    """Returns `usable_cores`, with the logical processors of a physical core counted once."""
+    return min(len({_physical_core(number) for number in _usable_processors()}), cpu_limit() or sys.maxsize)
+
+
+def cpu_limit() -> int | None:
+    """Returns the cores that the container's limit on time amounts to, rounded up, or None without a limit."""
+    limits = [limit for group in _control_groups("cpu") if (limit := _cores_of(group)) is not None]
+    return min(limits, default=None)
+
+
+def _cores_of(group: Path) -> int | None:
+    """Returns the limit of a control group, or None."""
+    with suppress(OSError, ValueError):
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            quota, period = (
+                (group / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period")
+            )
+        if int(quota) > 0:  # "max" or -1 without a limit
+            return math.ceil(int(quota) / int(period))
+    return None
+
+
+def _usable_processors() -> set[int]:
+    """Returns the logical processors that this process may use, by their numbers."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _physical_core(number: int) -> tuple[str, ...]:
+    """Returns what identifies the physical core of a logical processor; its own number where that is unknown."""
+    folder = CPU_TOPOLOGY / f"cpu{number}" / "topology"
+    with suppress(OSError):
+        return tuple((folder / name).read_text(encoding="ascii") for name in ("physical_package_id", "core_id"))
+    return (str(number),)
 
 
 def processor() -> str:
@@ -113,17 +153,17 @@ def available_memory_bytes() -> int | None:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         candidates.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    candidates += [available for group in _control_groups() if (available := _available_in(group)) is not None]
+    candidates += [available for group in _control_groups("memory") if (available := _available_in(group)) is not None]
     return min(candidates, default=None)
 
 
-def _control_groups() -> list[Path]:
+def _control_groups(controller: str) -> list[Path]:
     """Returns the folders of this process's control group and its parents, for versions 1 and 2."""
-    groups = [CGROUP, CGROUP / "memory"]  # the group of a container, seen from inside
+    groups = [CGROUP, CGROUP / controller]  # the group of a container, seen from inside
     with suppress(OSError, UnicodeDecodeError):
         for line in PROCESS_GROUPS.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory"):
+            if controllers and controller not in controllers.split(","):
                 continue
             root = CGROUP / controllers
             group = root / path.lstrip("/")

@@ -104,6 +104,62 @@ def test_the_smallest_limit_of_all_control_groups_counts(monkeypatch: pytest.Mon
     assert system.available_memory_bytes() == 2100
 
 
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"slice/service/cpu.max": "max 100000", "slice/cpu.max": "150000 100000"}, 2),
+        ({"slice/service/cpu.max": "50000 100000", "slice/cpu.max": "400000 100000"}, 1),
+        ({"cpu,cpuacct/docker/cpu.cfs_quota_us": "300000", "cpu,cpuacct/docker/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_a_container_limits_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], limit: int | None
+) -> None:
+    """Both versions of control groups, the smallest of all parents."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    monkeypatch.setattr(system, "CGROUP", tmp_path)
+    monkeypatch.setattr(system, "PROCESS_GROUPS", tmp_path / "process")
+    (tmp_path / "process").write_text("0::/slice/service\n4:cpu,cpuacct:/docker\n")
+    assert system.cpu_limit() == limit
+    monkeypatch.setattr(system, "_usable_processors", lambda: set(range(8)))
+    assert system.usable_cores() == (limit or 8)
+
+
+def test_logical_processors_of_a_core_count_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(system, "CPU_TOPOLOGY", tmp_path)
+    monkeypatch.setattr(system, "cpu_limit", lambda: None)
+    monkeypatch.setattr(system, "_usable_processors", lambda: {0, 1, 2, 3, 4})
+    for number, core in enumerate([0, 1, 0, 1]):  # nothing is known of the fifth
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text("0\n")
+        (folder / "core_id").write_text(f"{core}\n")
+    assert system.usable_physical_cores() == 3
+
+
+ONE_CORE = """
+import os, sys
+from pathlib import Path
+core = min(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {core})
+from nvembed_deploy import Encoder
+for runtime in ("onnxruntime", "openvino"):
+    encoder = Encoder(sys.argv[1], device="cpu", backend=runtime)
+    encoder.encode(["a"] * 8)
+    allowed = {frozenset(os.sched_getaffinity(int(thread.name))) for thread in Path("/proc/self/task").iterdir()}
+    assert allowed == {frozenset({core})}, (runtime, allowed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux limits a process to cores")
+def test_no_thread_leaves_the_cores_of_its_process(bundles: dict[str, Path]) -> None:
+    """As a container with a set of cores, Ray and taskset give it; ONNX Runtime's default counts the machine's."""
+    subprocess.run([sys.executable, "-c", ONE_CORE, str(bundles["fp32"])], check=True)
+
+
 def test_a_folder_with_the_name_of_a_package_is_not_mistaken_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import install_command, program
 from nvembed_deploy.errors import DeployError, DeviceMismatchError, EngineError, MissingExtra
 from nvembed_deploy.spec import Precision
-from nvembed_deploy.system import GIB, available_memory_bytes
+from nvembed_deploy.system import GIB, available_memory_bytes, usable_physical_cores
 from nvembed_deploy.tokenization import TokenBatch
 
 OUTPUTS = ("sentence_embedding", "sentence_norm")
@@ -61,7 +61,7 @@ class OrtBackend:
         note: Suffix of the backend's name.
         as_written: Whether nodes run without fusion, so that Q/DQ pairs round as the engine does.
         dimension: Dimension D of the bundle's vectors; None accepts any.
-        threads: Threads per batch on the CPU; None uses one per physical core.
+        threads: Threads per batch on the CPU; None uses one for each physical core that this process may use.
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.
@@ -84,8 +84,8 @@ class OrtBackend:
     ) -> None:
         ort = _onnxruntime()
         options = ort.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        # Its own default counts the machine's cores, and binds threads to cores that this process may not use.
+        options.intra_op_num_threads = usable_physical_cores() if threads is None else threads
         options.log_severity_level = FATAL_SEVERITY
         options.add_session_config_entry(*X64_QUANT_PRECISION)
         options.add_session_config_entry(*FOUR_BIT_PRODUCTS)

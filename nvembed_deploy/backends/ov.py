@@ -16,7 +16,7 @@ from nvembed_deploy.backends.no_telemetry import without_openvino_telemetry
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS, check_tensor_names
 from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import EngineError, MissingExtra
-from nvembed_deploy.system import eight_bit_products_overflow
+from nvembed_deploy.system import cpu_limit, eight_bit_products_overflow
 from nvembed_deploy.tokenization import TokenBatch
 
 CPU = "CPU"
@@ -46,7 +46,7 @@ class OvBackend:
         graph: Path of the graph; its weights are in the same folder.
         dimension: Dimension D of the bundle's vectors.
         exact: Compute in FP32; otherwise in BF16 if the CPU has instructions for it.
-        threads: Total number of threads; None uses one per physical core.
+        threads: Total number of threads; None uses one for each physical core that this process may use.
 
     Raises:
         MissingExtra: OpenVINO is not installed.
@@ -68,6 +68,7 @@ class OvBackend:
         if eight_bit_products_overflow():
             # Multiplies dequantized values, at the same measured speed.
             self._settings[LOW_PRECISION] = False
+        threads = cpu_limit() if threads is None else threads  # it reads the affinity itself
         if threads is not None:
             self._settings[THREADS] = threads
         try:

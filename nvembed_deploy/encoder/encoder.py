@@ -57,7 +57,8 @@ class Encoder(OpenedBundle):
         device: `auto`, `cpu`, `cuda` or `cuda:N`. `cuda` raises an error instead of falling back.
         backend: `auto`, `tensorrt`, `onnxruntime` or `openvino`. On a CPU with both of the latter installed,
             `auto` selects the faster one if its vectors agree: measured once for a bundle and machine, and cached.
-        threads: Compute threads on a CPU; by default the runtime's own choice, one per physical core.
+        threads: Compute threads on a CPU; by default one for each physical core that this
+            process may use.
         query_instruction: Instruction of `encode_query`, the task in words. By default the checkpoint's own prompt for
             queries, or "Given a question, retrieve passages that answer the question" if it takes any instruction.
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--backend", default="auto", help="auto, tensorrt, onnxruntime or openvino (default: auto)")
-    parser.add_argument("--threads", type=int, help="threads per batch on a CPU (default: the runtime's choice)")
+    parser.add_argument("--threads", type=int, help="threads per batch on a CPU (default: one for each physical core)")
     parser.add_argument(
         "--max-waiting",
         type=int,
