@@ -217,6 +217,7 @@ def _require_structure(state: ExportState, reference: Backend, model: NVEmbed) -
             structure_reference(reference, model, state.text, options.profile.max),
             state.text,
             state.staging / STRUCTURE,
+            precision=options.precision,
             dialect=options.dialect,
             fold=options.fold,
             max_shape=options.profile.max,

@@ -1,8 +1,8 @@
 """Checks the structure of a graph apart from its precision: in FP32, at FP32's bounds, whatever precision is exported.
 
 The bounds of coarse precisions are wider than the effect of some structural faults: a rotary embedding whose base is
-wrong by a factor of two passes those of INT8. The same tracer's graph in FP32, with the checkpoint's own weights, has
-nothing but rounding errors of FP32 between it and PyTorch.
+wrong by a factor of two passes those of INT8. The same graph with FP32 for its own types, and with the checkpoint's own
+weights, has nothing but rounding errors of FP32 between it and PyTorch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx_ir as ir
 from torch import nn
 
 from nvembed_deploy.backends.base import Backend
@@ -19,6 +20,7 @@ from nvembed_deploy.backends.ort import OrtBackend
 from nvembed_deploy.bundle.manifest import GRAPH
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.errors import ParityError
+from nvembed_deploy.export.graph.cpu_graph import SIXTEEN_BIT_TYPES
 from nvembed_deploy.export.graph.repeat_layers import TRACED_LAYERS
 from nvembed_deploy.export.graph.trace import trace
 from nvembed_deploy.export.graph.weights import CheckpointWeights
@@ -81,17 +83,19 @@ def require_structure(
     text: TextEncoder,
     folder: Path,
     *,
+    precision: Precision,
     dialect: Dialect,
     fold: bool,
     max_shape: Shape,
 ) -> ParityReport:
-    """Traces the graph in FP32 and compares it with the reference at FP32's bounds.
+    """Compares the export's graph, with FP32 for its own types, with the reference at FP32's bounds.
 
     Args:
         weights: The checkpoint's weights.
         reference: Outputs from `structure_reference`.
         text: The model's text encoder.
         folder: Where the graph is written; it is removed again.
+        precision: Precision of the export's graph.
         dialect: Operators of the export's graph.
         fold: Whether the export's graph has a folded pooler.
         max_shape: Largest batch of the export.
@@ -103,12 +107,10 @@ def require_structure(
     config = structure_config(weights.config)
     folder.mkdir()
     try:
-        write(
-            trace(config, precision=Precision.FP32, dialect=dialect, fold=fold),
-            CheckpointWeights(weights, fold=fold),
-            folder,
-            name=GRAPH,
-        )
+        traced = trace(config, precision=precision, dialect=dialect, fold=fold)
+        if not use_fp32(traced):
+            traced = trace(config, precision=Precision.FP32, dialect=dialect, fold=fold)
+        write(traced, CheckpointWeights(weights, fold=fold), folder, name=GRAPH)
         candidate = OrtBackend(folder / GRAPH)
         shape = structure_shape(max_shape)
         require_mask(candidate, text, config.mask, max_shape=shape)
@@ -121,3 +123,29 @@ def require_structure(
             f"{'; '.join(report.failures)}; no precision helps, so please report it with the checkpoint's config.json"
         )
     return report
+
+
+def use_fp32(model: ir.Model) -> bool:
+    """Replaces FP16 and BF16 by FP32 in a traced graph, in place.
+
+    Returns:
+        False, with the graph unchanged, if it has constants that were rounded to these types.
+    """
+    graph = model.graph
+    constants = [value.const_value for value in graph.initializers.values()]
+    constants += [
+        attribute.as_tensor()
+        for node in graph
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.TENSOR
+    ]
+    if any(constant is not None and constant.dtype in SIXTEEN_BIT_TYPES for constant in constants):
+        return False
+    outputs = [output for node in graph for output in node.outputs]
+    for value in (*graph.initializers.values(), *outputs):
+        if value.dtype in SIXTEEN_BIT_TYPES:
+            value.dtype = ir.DataType.FLOAT
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in SIXTEEN_BIT_TYPES:
+            node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+    return True

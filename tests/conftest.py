@@ -11,7 +11,6 @@ import pytest
 from filelock import FileLock
 
 from nvembed_deploy import Encoder, select_backend
-from nvembed_deploy.model.config import ModelConfig
 from tests.readme import ROOT, run_readme
 from tests.tiny import make_checkpoint
 
@@ -62,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_trace_each() -> Iterator[None]:
-    """Traces each graph once per worker; later exports get a copy, since tracing takes 96 % of a tiny export."""
+    """Traces each graph once per worker, since tracing takes 96 % of a tiny export."""
     with pytest.MonkeyPatch.context() as patch:
         if importlib.util.find_spec("torch") is not None and importlib.util.find_spec("onnx_ir") is not None:
             _trace_once(patch)
@@ -77,16 +76,7 @@ def _trace_once(patch: pytest.MonkeyPatch) -> None:
     # torch collects its 800 operators anew for each trace, a fifth of a tiny one; no export changes them.
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
 
-    traced: dict[tuple, object] = {}
-    trace = graph._trace
-
-    def trace_once(config: ModelConfig, **options: object) -> object:
-        key = (config, *sorted(options.items(), key=lambda option: option[0]))
-        if key not in traced:
-            traced[key] = trace(config, **options)
-        return traced[key].clone()
-
-    patch.setattr(graph, "_trace", trace_once)
+    patch.setattr(graph, "_trace", functools.cache(graph._trace.__wrapped__))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,8 @@ and the L2 normalization compute in FP32.
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -58,18 +60,21 @@ def trace(
         A model with inputs int64 [batch, tokens] x 3 and outputs float32 [batch, D] and [batch].
     """
     differ = config.windowed_layers is not None or any(".layers." in name for name in fp32_modules)
+    dtype = DTYPES[precision.base]
     if config.layers > TRACED_LAYERS and not differ:
         shortened = replace(config, layers=TRACED_LAYERS)
-        traced = _trace(shortened, precision=precision, dialect=dialect, fold=fold, fp32_modules=fp32_modules)
+        traced = _copy(_trace(shortened, dtype=dtype, dialect=dialect, fold=fold, fp32_modules=fp32_modules))
         if repeat_layers(traced, config.layers):
             return traced
-    return _trace(config, precision=precision, dialect=dialect, fold=fold, fp32_modules=fp32_modules)
+    return _copy(_trace(config, dtype=dtype, dialect=dialect, fold=fold, fp32_modules=fp32_modules))
 
 
+@functools.lru_cache(maxsize=1)
 def _trace(
-    config: ModelConfig, *, precision: Precision, dialect: Dialect, fold: bool, fp32_modules: frozenset[str]
+    config: ModelConfig, *, dtype: torch.dtype, dialect: Dialect, fold: bool, fp32_modules: frozenset[str]
 ) -> ir.Model:
-    with FakeTensorMode(), _default_dtype(DTYPES[precision.base]):
+    """Traces all layers; the last graph is kept, since an export asks for it more than once."""
+    with FakeTensorMode(), _default_dtype(dtype):
         model = folded_form(NVEmbed(config).requires_grad_(False).eval(), fold=fold)
         convert_to_fp32(model, fp32_modules)
         if dialect is Dialect.FUSED:
@@ -111,6 +116,16 @@ def _trace(
     program.model.producer_name = "nvembed-deploy"
     program.model.producer_version = None  # torch's; `describe_graph` sets this project's
     return program.model
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    """Copies a graph with the types of its values, which `ir.Model.clone` shares."""
+    copied = model.clone()
+    graph = copied.graph
+    outputs = (output for node in graph for output in node.outputs)
+    for value in (*graph.inputs, *graph.initializers.values(), *outputs):
+        value.type = copy.copy(value.type)
+    return copied
 
 
 def _use_rotary_operator(backbone: Decoder) -> None:
