@@ -24,10 +24,14 @@ from nvembed_deploy.system import usable_cores
 UNIT_TOLERANCE = 1e-3
 NORM_FLOOR = 1e-12
 INT8_MAX = 127
+ROUNDED_AT_ONCE = 1024
+"""Vectors that are rounded at once, to bound the memory."""
+MAX_OTHER_WAY = 128
+"""Components of a vector that may be rounded the other way, which is enough where none is clipped."""
 STEP_QUANTILE = 0.9995
 """Share of the calibration vectors' components that int8 represents without clipping; the rest are clipped to 127.
 
-Of 0.99 to 1.0 this kept most of the ten best documents: 98.9 to 99.4 % on three sets for each of two models."""
+On the built-in texts, 0.9995 and 0.9999 keep equally many of the ten best documents, 0.99 and 1.0 fewer."""
 UINT8_OFFSET = 128
 """Difference of uint8 and int8, and of ubinary and binary, as in the interfaces of Cohere, Voyage and NVIDIA's NIM."""
 BLOCK_VECTORS = 16_384
@@ -179,12 +183,44 @@ def convert(vectors: NDArray[np.float32], dtype: OutputDtype, *, int8_step: floa
     if dtype.needs_step:
         if int8_step is None:
             raise ConfigError(f"{dtype.value} vectors need the step that an export stores in the manifest")
-        rounded = np.rint(vectors / np.float32(int8_step)).clip(-INT8_MAX, INT8_MAX).astype(np.int8)
+        rounded = np.empty(vectors.shape, dtype=np.int8)
+        rows, rounded_rows = (array.reshape(-1, vectors.shape[-1]) for array in (vectors, rounded))
+        for start in range(0, len(rows), ROUNDED_AT_ONCE):
+            block = slice(start, start + ROUNDED_AT_ONCE)
+            rounded_rows[block] = _round_with_length(rows[block] / np.float32(int8_step))
         return rounded if dtype is OutputDtype.INT8 else _shifted(rounded, UINT8_OFFSET, np.uint8)
     if vectors.shape[-1] % 8:
         raise ConfigError(f"{dtype.value} vectors need a dimension that is a multiple of 8, not {vectors.shape[-1]}")
     bits = np.packbits(vectors > 0, axis=-1)
     return bits if dtype is OutputDtype.UBINARY else _shifted(bits, -UINT8_OFFSET, np.int8)
+
+
+def _round_with_length(scaled: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rounds vectors to integers so that their lengths change as little as can be.
+
+    Rounding changes a vector's length by some thousandths, which moves all its products with other vectors the same
+    way; where the cosines of a model lie close together, that reorders documents. Components next to the middle between
+    two integers are therefore rounded the other way, those first that cost least for what they mend.
+
+    Args:
+        scaled: float32 [N, D], in steps.
+    """
+    rounded = np.rint(scaled).clip(-INT8_MAX, INT8_MAX)
+    residual = scaled - rounded
+    other = (rounded + np.copysign(np.float32(1), residual)).clip(-INT8_MAX, INT8_MAX)
+    change = other * other - rounded * rounded
+    excess = (rounded * rounded - scaled * scaled).sum(axis=-1, keepdims=True, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cost = np.where(change * excess < 0, (1 - 2 * np.abs(residual)) / np.abs(change), np.inf)
+    count = min(MAX_OTHER_WAY, scaled.shape[-1])
+    cheapest = np.argpartition(cost, count - 1, axis=-1)[..., :count]
+    cheapest = np.take_along_axis(cheapest, np.take_along_axis(cost, cheapest, axis=-1).argsort(axis=-1), axis=-1)
+    sizes = np.abs(np.take_along_axis(change, cheapest, axis=-1))
+    is_nearer = np.cumsum(sizes, axis=-1) - sizes / 2 < np.abs(excess)
+    is_taken = is_nearer & np.isfinite(np.take_along_axis(cost, cheapest, axis=-1))
+    chosen = np.where(is_taken, *(np.take_along_axis(values, cheapest, axis=-1) for values in (other, rounded)))
+    np.put_along_axis(rounded, cheapest, chosen, axis=-1)
+    return rounded
 
 
 def _shifted(values: NDArray[Any], offset: int, dtype: type[np.integer[Any]]) -> NDArray[Any]:

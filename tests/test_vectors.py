@@ -11,6 +11,7 @@ from nvembed_deploy import ConfigError, Encoder
 from nvembed_deploy.bundle.manifest import MANIFEST, Manifest
 from nvembed_deploy.bundle.vector_kinds import BOUNDS, VectorLoss
 from nvembed_deploy.engines.check import main as check
+from nvembed_deploy.parity.vector_kinds import overlap
 from nvembed_deploy.vectors import (
     INT8_MAX,
     OutputDtype,
@@ -41,13 +42,52 @@ def vectors() -> np.ndarray:
 def test_formats_are_those_of_hosted_interfaces(vectors: np.ndarray) -> None:
     step = fit_int8_step(vectors)
     int8 = convert(vectors, OutputDtype.INT8, int8_step=step)
-    np.testing.assert_array_equal(int8, np.clip(np.round(vectors / np.float32(step)), -127, 127))
-    assert np.abs(int8 * step - vectors).max() <= max(step / 2 * 1.001, np.abs(vectors).max() - INT8_MAX * step)
     uint8 = convert(vectors, OutputDtype.UINT8, int8_step=step)
     np.testing.assert_array_equal(uint8.astype(int) - 128, int8)
     ubinary = convert(vectors, OutputDtype.UBINARY)
     np.testing.assert_array_equal(np.unpackbits(ubinary, axis=1), vectors > 0)
     np.testing.assert_array_equal(convert(vectors, OutputDtype.BINARY).astype(int) + 128, ubinary)
+
+
+def test_int8_keeps_the_length(vectors: np.ndarray) -> None:
+    """Each component is one of its two integers, and the length is nearer than by rounding each by itself."""
+    step = float(np.abs(vectors).max()) / INT8_MAX
+    scaled = vectors / np.float32(step)
+    int8 = convert(vectors, OutputDtype.INT8, int8_step=step)
+    assert ((int8 == np.floor(scaled)) | (int8 == np.ceil(scaled))).all()
+
+    def excess(rounded: np.ndarray) -> np.ndarray:
+        return np.abs(np.linalg.norm(rounded.astype(np.float64), axis=1) * step - 1)
+
+    plain, kept = excess(np.rint(scaled)), excess(int8)
+    assert (kept <= plain).all()
+    assert kept.mean() < plain.mean() / 4
+    other_way = int8 != np.rint(scaled)
+    assert 0 < other_way.mean() < 0.2
+    assert np.abs(int8 - scaled)[other_way].mean() < 0.6  # those next to the middle
+
+
+def test_int8_of_clipped_zero_and_long_vectors(vectors: np.ndarray) -> None:
+    clipped = convert(vectors, OutputDtype.INT8, int8_step=0.001)
+    assert np.abs(clipped.astype(int)).max() == INT8_MAX
+    np.testing.assert_array_equal(convert(np.zeros((2, 64), np.float32), OutputDtype.INT8, int8_step=0.001), 0)
+    one_row, no_rows = vectors[0], vectors[:0]
+    np.testing.assert_array_equal(convert(one_row, OutputDtype.INT8, int8_step=0.001), clipped[0])
+    assert convert(no_rows, OutputDtype.INT8, int8_step=0.001).shape == (0, 64)
+
+
+def test_int8_ranks_close_cosines_better_than_plain_rounding() -> None:
+    """The vectors of some models share a large part, so that their cosines lie close together."""
+    rng = np.random.default_rng(0)
+    rows = (rng.standard_normal((1050, 256)) + 2.5 * rng.standard_normal(256)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    step = fit_int8_step(rows[:50])
+    queries, documents = rows[:50], rows[50:]
+    exact = search(queries, documents, top_k=10)[0]
+    plain = [np.clip(np.rint(part / step), -127, 127).astype(np.int8) for part in (queries, documents)]
+    kept = [convert(part, OutputDtype.INT8, int8_step=step) for part in (queries, documents)]
+    lost_plain, lost = (1 - overlap(exact, search(*pair, top_k=10)[0]) for pair in (plain, kept))
+    assert lost < 0.7 * lost_plain
 
 
 def test_sentence_transformers_has_the_same_bits(vectors: np.ndarray) -> None:
