@@ -45,7 +45,8 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
 
 def describe_machine() -> str:
     """Returns the name of the processor and the number of cores that this process may use."""
-    return f"{processor()}, {usable_cores()} cores"
+    cores = usable_cores()
+    return f"{processor()}, {cores} core{'s' if cores > 1 else ''}"
 
 
 def usable_cores() -> int:
