@@ -187,7 +187,8 @@ def convert(vectors: NDArray[np.float32], dtype: OutputDtype, *, int8_step: floa
         rows, rounded_rows = (array.reshape(-1, vectors.shape[-1]) for array in (vectors, rounded))
         for start in range(0, len(rows), ROUNDED_AT_ONCE):
             block = slice(start, start + ROUNDED_AT_ONCE)
-            rounded_rows[block] = _round_with_length(rows[block] / np.float32(int8_step))
+            scaled = (rows[block] / np.float32(int8_step)).astype(np.float32, copy=False)
+            rounded_rows[block] = _round_with_length(scaled)
         return rounded if dtype is OutputDtype.INT8 else _shifted(rounded, UINT8_OFFSET, np.uint8)
     if vectors.shape[-1] % 8:
         raise ConfigError(f"{dtype.value} vectors need a dimension that is a multiple of 8, not {vectors.shape[-1]}")

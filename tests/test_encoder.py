@@ -225,6 +225,21 @@ def test_a_stream_is_read_one_window_ahead(encoder: Encoder, monkeypatch: pytest
     np.testing.assert_allclose(np.concatenate(blocks), expected, atol=2e-6)
 
 
+def test_a_stream_yields_what_was_read_before_its_source_fails(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW_TEXTS", 8)
+
+    def texts() -> Iterator[str]:
+        yield from ["a word"] * 20
+        raise OSError("the connection was lost")
+
+    sizes: list[int] = []
+    with pytest.raises(OSError, match="the connection was lost"):
+        sizes.extend(map(len, encoder.encode_stream(texts())))
+    assert sizes == [8, 8]
+
+
 def test_a_stream_checks_its_options_before_it_reads(encoder: Encoder) -> None:
     def texts() -> Iterator[str]:
         raise AssertionError("read")

@@ -54,19 +54,28 @@ def check_list(texts: Iterable[str]) -> None:
 
 
 def tokenized_windows(texts: Iterable[object], text_encoder: TextEncoder, rules: TokenRules) -> Iterator[Window]:
-    """Yields tokenized windows: read in the caller's thread, tokenized in another thread while batches run."""
+    """Yields tokenized windows: read in the caller's thread, tokenized in another thread while batches run.
+
+    If reading the texts of the next window fails, the window before it is yielded first.
+    """
     iterator = iter(texts)
     window_texts = list(itertools.islice(iterator, WINDOW_TEXTS))
     start, has_more = 0, len(window_texts) == WINDOW_TEXTS  # a short call starts no thread
     with ThreadPoolExecutor(max_workers=1) if has_more else nullcontext() as pool:
         window = tokenize(window_texts, text_encoder, rules=rules) if window_texts else None
+        error: Exception | None = None
         while window is not None:
             start += len(window.rows)
-            window_texts = list(itertools.islice(iterator, WINDOW_TEXTS)) if has_more else []
+            try:
+                window_texts = list(itertools.islice(iterator, WINDOW_TEXTS)) if has_more else []
+            except Exception as err:
+                window_texts, error = [], err
             future = None
             if pool is not None and window_texts:
                 future = pool.submit(tokenize, window_texts, text_encoder, rules=rules, first_index=start)
             yield window
+            if error is not None:
+                raise error
             window = future.result() if future is not None else None
 
 
