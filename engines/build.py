@@ -25,6 +25,7 @@ from nvembed_deploy.engines.plan_builder import (
     build_memory_bytes,
     build_plan,
     requested_build_options,
+    require_quantized_plan,
 )
 from nvembed_deploy.engines.targets import (
     TARGETS,
@@ -140,6 +141,9 @@ def build(
                 capability=capability,
                 build_options=build_options,
             )
+            parameters = sum(manifest.source.architecture.parameters(fold=manifest.folded).values())
+            precision = manifest.precision
+            require_quantized_plan(content, plan_info, staging / GRAPH, precision=precision, parameters=parameters)
             (staging / PLAN).write_bytes(content)
         reports: list[ParityReport] = []
         if reference is not None:

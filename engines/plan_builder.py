@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from nvembed_deploy.backends.bindings import TENSORRT_RTX, checked_call, make_logger, this_platform
 from nvembed_deploy.backends.ort import INPUTS
-from nvembed_deploy.bundle.manifest import PlanInfo
+from nvembed_deploy.bundle.manifest import WEIGHTS, PlanInfo
 from nvembed_deploy.console import program
 from nvembed_deploy.engines.targets import TARGETS, BuildOption, Target, require_option
 from nvembed_deploy.engines.timing_cache import TimingCache
 from nvembed_deploy.errors import EngineError
-from nvembed_deploy.spec import ShapeProfile
+from nvembed_deploy.spec import Precision, ShapeProfile
 
 FLAGS = {
     BuildOption.WEIGHT_STREAMING: ("WEIGHT_STREAMING",),
@@ -36,6 +36,8 @@ BUILD_FACTOR = 2.8
 """Peak memory of TensorRT-RTX's ahead-of-time build relative to the weights, measured at 1.3 B parameters."""
 BUILD_BASE_BYTES = int(0.35 * 2**30)
 """Memory of TensorRT itself."""
+PLAN_BASE_BYTES = 16 * 2**20
+"""What a plan has beside its weights: code, and the kernels of its profiles. 8 to 15 MB for the mini."""
 
 
 def build_memory_bytes(weight_bytes: int) -> int:
@@ -131,6 +133,36 @@ def build_plan(
         weight_streaming=BuildOption.WEIGHT_STREAMING in build_options,
     )
     return memoryview(plan).cast("B"), plan_info
+
+
+def require_quantized_plan(
+    plan: memoryview, plan_info: PlanInfo, graph: Path, *, precision: Precision, parameters: int
+) -> None:
+    """Refuses the plan of a graph with 4-bit weights that is as large as if they had 16 bits.
+
+    TensorRT may dequantize weights when it builds the plan, without a message. The vectors are the same then, but no
+    memory is saved, and that is the reason for such a precision.
+
+    Args:
+        plan: The bytes of the plan.
+        plan_info: Its requirements.
+        graph: The graph that it was built from, its weights beside it.
+        precision: Precision of the graph; of others than weight-only ones, any plan passes.
+        parameters: Parameters of the exported model.
+
+    Raises:
+        EngineError: Less than half of what 4 bits save is saved.
+    """
+    if not precision.weight_only or plan_info.stripped:
+        return
+    weight_bytes = (graph.parent / WEIGHTS).stat().st_size
+    fp16_bytes = parameters * Precision.FP16.bits_per_weight / 8
+    if len(plan) > PLAN_BASE_BYTES + (weight_bytes + fp16_bytes) / 2:
+        raise EngineError(
+            f"{plan_info.runtime} {plan_info.version} did not keep the weights in 4 bits: the plan has "
+            f"{len(plan) / 1e6:.0f} MB, {graph.name}'s weights have {weight_bytes / 1e6:.0f} MB, and in fp16 they "
+            f"would have {fp16_bytes / 1e6:.0f} MB; update TensorRT, or export with --precision int8"
+        )
 
 
 def _set_flag(config: Any, name: str, bindings: Any) -> None:

@@ -1,7 +1,8 @@
 """The operators that TensorRT 10's ONNX parser supports, to check graphs for a device that is not at hand.
 
 The table has only the operators that portable graphs may contain; any other is refused, even if TensorRT supports it.
-Source: onnx/onnx-tensorrt, docs/operators.md at 10.1-GA; JetPack 6.2 has TensorRT 10.3.
+Source: onnx/onnx-tensorrt, docs/operators.md at 10.1-GA; JetPack 6.2 has TensorRT 10.3. FP4 is in the list of 10.15,
+and in TensorRT since 10.8, which is also the first for GPUs that have it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from nvembed_deploy.errors import ExportError
-from nvembed_deploy.spec import INT4_OPSET, Dialect
+from nvembed_deploy.spec import Dialect, Precision
 
 OPSET = Dialect.PORTABLE.opset
 
@@ -32,7 +33,7 @@ TYPES: dict[str, frozenset[str]] = {
     **dict.fromkeys(("Transpose", "Unsqueeze", "Where"), _ANY),
     **dict.fromkeys(("And", "Or"), frozenset(("BOOL",))),
     "Cast": _ANY | {"UINT8"},
-    "DequantizeLinear": frozenset(("INT8", "FLOAT8E4M3FN", "INT4")),
+    "DequantizeLinear": frozenset(("INT8", "FLOAT8E4M3FN", "INT4", "FLOAT4E2M1")),
 }
 """Types that each operator supports for its operand."""
 OPERAND_INDEX = {"Where": 1}
@@ -61,9 +62,10 @@ def unsupported(path: Path) -> Iterator[str]:
     """Yields a description of each thing in a graph that TensorRT 10's parser does not support."""
     model = onnx.load(path, load_external_data=False)
     opset = next(imported.version for imported in model.opset_import if imported.domain in STANDARD_DOMAINS)
-    # ONNX has 4-bit integers from opset 21 on, and the parser supports them in graphs that use nothing else of it.
-    has_int4 = any(tensor.data_type == onnx.TensorProto.INT4 for tensor in model.graph.initializer)
-    max_opset = INT4_OPSET if has_int4 else OPSET
+    # ONNX has 4-bit types from a later opset on, and the parser supports them in graphs that use nothing else of it.
+    types_used = {tensor.data_type for tensor in model.graph.initializer}
+    four_bits = {onnx.TensorProto.INT4: Precision.INT4, onnx.TensorProto.FLOAT4E2M1: Precision.NVFP4}
+    max_opset = max(OPSET, *(four_bits[dtype].min_opset for dtype in types_used & four_bits.keys()), 0)
     if opset > max_opset:
         yield f"opset {opset}, above {max_opset}"
     operators = [

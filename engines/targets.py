@@ -275,10 +275,18 @@ TARGETS: dict[str, Target] = {
 }
 
 
-MIN_COMPUTE_CAPABILITY: dict[Precision, str] = {Precision.BF16: "8.0", Precision.FP8: "8.9"}
-"""Oldest compute capability that supports a precision. Source: NVIDIA TensorRT documentation, "Support matrix"."""
-MIN_TENSORRT: dict[str, str] = {"10.7": "11.3"}
-"""Oldest TensorRT for a compute capability that its target's oldest does not support. Source: as above."""
+MIN_COMPUTE_CAPABILITY: dict[Precision, str] = {Precision.BF16: "8.0", Precision.FP8: "8.9", Precision.NVFP4: "10.0"}
+"""Oldest compute capability that supports a precision. Source: NVIDIA TensorRT documentation, "Support matrix"; for FP4
+that of TensorRT-RTX too, whose builder refuses FP4 for older GPUs."""
+MIN_TENSORRT: dict[str, str] = {"10.0": "10.8", "12.0": "10.8", "10.7": "11.3"}
+"""Oldest TensorRT for a compute capability that its target's oldest does not support. Source: as above, and the release
+notes of TensorRT 10.8, which is also the first with FP4."""
+ALTERNATIVES: dict[Precision, str] = {
+    Precision.BF16: "fp16 or int8",
+    Precision.FP8: "int8 or fp16",
+    Precision.NVFP4: "int4, which is as small, or int8",
+}
+"""What to take where a precision is not supported."""
 
 
 def capable_gpus(target: Target, precision: Precision) -> tuple[str, ...]:
@@ -293,7 +301,7 @@ def capable_gpus(target: Target, precision: Precision) -> tuple[str, ...]:
     if not capable:
         raise ConfigError(
             f"--precision {precision.value} needs a GPU of compute capability {MIN_COMPUTE_CAPABILITY[precision]} or "
-            f"newer, and --target {target.name} is {', '.join(gpus)}; use --precision int8 or fp16"
+            f"newer, and --target {target.name} is {', '.join(gpus)}; use --precision {ALTERNATIVES[precision]}"
         )
     return capable
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nvembed_deploy.backends.trt import CONTEXTS
 from nvembed_deploy.console import echo
-from nvembed_deploy.engines.plan_builder import build_memory_bytes
+from nvembed_deploy.engines.plan_builder import PLAN_BASE_BYTES, build_memory_bytes
 from nvembed_deploy.engines.targets import BuildOption
 from nvembed_deploy.errors import ExportError
 from nvembed_deploy.export.graph.trace import DTYPES
@@ -23,7 +23,7 @@ from nvembed_deploy.export.structure import structure_config
 from nvembed_deploy.files.atomic import free_bytes
 from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.model.weights import StoredTensor, StoredWeights
-from nvembed_deploy.spec import INT4_BLOCK, Dialect, Precision
+from nvembed_deploy.spec import Dialect, Precision
 from nvembed_deploy.system import GIB, available_memory_bytes
 
 BASE_BYTES = int(0.41 * GIB)
@@ -51,7 +51,6 @@ RUNTIME_BASE_BYTES = int(0.15 * GIB)
 """Python with ONNX Runtime and the tokenizer."""
 PLAN_FACTOR = 1.2
 """Size of a plan over that of its weights; up to 2 for the mini, which has few weights for its kernels."""
-PLAN_BASE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     plan_bytes = weight_bytes * PLAN_FACTOR + PLAN_BASE_BYTES if plan else 0
     written = int(_written_bytes(weights, options, weight_bytes) + plan_bytes)
     if uses_gptq(precision):  # its results stay until the graph is written
-        written += int(linear_weights * (0.5 + 4 / INT4_BLOCK))
+        written += int(linear_weights * (0.5 + 4 / (FORMATS[precision].block_size or linear_weights)))
     return Forecast(
         weights=weight_bytes,
         memory=BASE_BYTES + LAYER_BYTES * config.layers + max(comparing, streaming, building),

@@ -164,7 +164,7 @@ def _add_bundle_flags(group: argparse._ArgumentGroup) -> None:
         choices=[precision.value for precision in Precision],
         default=Precision.FP16.value,
         help="number format of weights and activations; int8 and fp8 quantize linear layers and their inputs, int4 "
-        "only their weights, and the rest stays fp16 (default: %(default)s)",
+        "and nvfp4 (Blackwell GPUs) only their weights, and the rest stays fp16 (default: %(default)s)",
     )
     group.add_argument(
         "--target",

@@ -34,12 +34,12 @@ from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.vector_kinds import VectorKinds
 from nvembed_deploy.bundle.writer import commit, new_bundle
 from nvembed_deploy.console import detail, echo, program, step
-from nvembed_deploy.engines.plan_builder import build_plan
+from nvembed_deploy.engines.plan_builder import build_plan, require_quantized_plan
 from nvembed_deploy.engines.targets import local_compute_capability
 from nvembed_deploy.errors import MaskError, ParityError
 from nvembed_deploy.export.background import run_in_background
 from nvembed_deploy.export.device import ON_CPU, Placement, place
-from nvembed_deploy.export.forecast import forecast, note_small_gpus, require_room
+from nvembed_deploy.export.forecast import count_parameters, forecast, note_small_gpus, require_room
 from nvembed_deploy.export.fp16_ranges import FP16_MAX, find_fp32_modules, measure_ranges
 from nvembed_deploy.export.graph.cpu_graph import write_cpu_graph
 from nvembed_deploy.export.graph.trace import trace
@@ -381,6 +381,8 @@ def _build_plan(state: ExportState, bindings: Any) -> None:
             capability=local_compute_capability(),
             build_options=options.build_options,
         )
+        parameters = count_parameters(state.checkpoint.weights.config, fold=options.fold)
+        require_quantized_plan(content, state.plan, graph, precision=options.precision, parameters=parameters)
         (state.staging / PLAN).write_bytes(content)
     if state.gate is not None:
         state.reports += state.gate.plan(content, state.plan, graph)

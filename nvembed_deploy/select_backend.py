@@ -187,7 +187,7 @@ def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
     while True:
         try:
             return OrtBackend(
-                bundle.folder / GRAPH,
+                bundle.folder / (CPU_GRAPH if bundle.manifest.precision is Precision.NVFP4 else GRAPH),
                 bundle=bundle,
                 providers=(*providers, CPU),
                 as_written=bundle.manifest.precision.quantized,  # full optimization rejects signed pairs (1.27 to 1.32)

@@ -13,8 +13,8 @@ from nvembed_deploy.errors import CheckpointError, ConfigError
 
 INT4_BLOCK = 64
 """Weights of a column that share a 16-bit scale. TensorRT supports 64 and 128."""
-INT4_OPSET = 21
-"""The first ONNX opset version with block scales."""
+NVFP4_BLOCK = 16
+"""Weights of a row that share an 8-bit scale; the format defines it."""
 
 
 class Precision(str, Enum):
@@ -29,11 +29,23 @@ class Precision(str, Enum):
     """Weights and inputs of the linear layers in FP8 (E4M3), everything else in FP16."""
     INT4 = "int4"
     """Weights of the linear layers in INT4 with block scales, everything else in FP16."""
+    NVFP4 = "nvfp4"
+    """Weights of the linear layers in FP4 (E2M1) with block scales in FP8 (E4M3), everything else in FP16."""
 
     @property
     def quantized(self) -> bool:
         """True if the linear layers have another format than everything else."""
-        return self in (Precision.INT8, Precision.FP8, Precision.INT4)
+        return self.weight_only or self in (Precision.INT8, Precision.FP8)
+
+    @property
+    def weight_only(self) -> bool:
+        """True if only the weights of the linear layers are quantized, and products are computed in FP16."""
+        return self in (Precision.INT4, Precision.NVFP4)
+
+    @property
+    def runs_as_written(self) -> bool:
+        """True if ONNX Runtime's CPU provider has kernels for the engine's own graph."""
+        return self not in (Precision.BF16, Precision.NVFP4)
 
     @property
     def has_cpu_graph(self) -> bool:
@@ -52,7 +64,14 @@ class Precision(str, Enum):
             return 32
         if self is Precision.INT4:
             return 4 + 16 / INT4_BLOCK
+        if self is Precision.NVFP4:
+            return 4 + 8 / NVFP4_BLOCK
         return 8 if self.quantized else 16
+
+    @property
+    def min_opset(self) -> int:
+        """The first ONNX opset version that has the types and the block scales of the weights; 0 if any has them."""
+        return {Precision.INT4: 21, Precision.NVFP4: 23}.get(self, 0)
 
 
 class Dialect(str, Enum):
@@ -70,7 +89,7 @@ class Dialect(str, Enum):
 
     def opset_for(self, precision: Precision) -> int:
         """ONNX opset version of a graph in this dialect and a precision."""
-        return max(self.opset, INT4_OPSET) if precision is Precision.INT4 else self.opset
+        return max(self.opset, precision.min_opset)
 
 
 def read_json(path: Path) -> dict[str, Any]:

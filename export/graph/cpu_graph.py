@@ -5,15 +5,20 @@ rounded to BF16, so that the parity gate can judge BF16 without a GPU, and a BF1
 
 Quantized: CPUs have no FP16 arithmetic either, so everything that is not quantized computes in FP32. INT8 inputs become
 unsigned, with a zero point of 128 and the same scales, which represents the same numbers and is what ONNX Runtime has
-fast integer products for.
+fast integer products for. ONNX Runtime has no kernels for FP4: such weights are read as bytes, and the two values in
+each are looked up in a table. Runtimes compute that once, when they load the graph, since nothing in it is an input.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+
+from nvembed_deploy.export.quantization.formats import E2M1_VALUES
 
 SIXTEEN_BIT_TYPES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 """Types that CPUs store and do not compute in."""
@@ -45,10 +50,17 @@ def write_cpu_graph(source: Path, target: Path) -> None:
                 output.dtype = ir.DataType.FLOAT
                 if node.op_type == "Cast":
                     node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
-    for node in graph:
+    _replace_types(graph)
+    ir.save(model, target)
+
+
+def _replace_types(graph: ir.Graph) -> None:
+    """Replaces the quantized types that CPUs multiply slowly, or cannot read, by others for the same numbers."""
+    for node in list(graph):
         if node.op_type == "QuantizeLinear" and node.outputs[0].dtype == ir.DataType.INT8:
             _use_unsigned(graph, node)
-    ir.save(model, target)
+        elif node.op_type == "DequantizeLinear" and _dtype_of(node.inputs[0]) == ir.DataType.FLOAT4E2M1:
+            _look_up_fp4(graph, node)
 
 
 def _round_to_bf16(node: ir.Node, output: ir.Value, graph: ir.Graph) -> None:
@@ -72,6 +84,68 @@ def _use_unsigned(graph: ir.Graph, quantize: ir.Node) -> None:
     quantize.outputs[0].dtype = ir.DataType.UINT8
     for node in (quantize, *(user for user, _ in quantize.outputs[0].uses())):
         node.replace_input_with(2, zero)
+
+
+def _dtype_of(value: ir.Value | None) -> ir.DataType | None:
+    return None if value is None else value.dtype
+
+
+def _look_up_fp4(graph: ir.Graph, dequantize: ir.Node) -> None:
+    """Replaces the DequantizeLinear of an FP4 weight [out, in], and that of its scales, by a lookup and products."""
+    packed = _as_bytes(graph, dequantize.inputs[0])
+    scale = dequantize.inputs[1]
+    dequantize_scale = scale.producer() if scale is not None else None
+    assert dequantize_scale is not None
+    block_size = dequantize.attributes["block_size"].as_int()
+    values = np.array((*E2M1_VALUES, *(-value for value in E2M1_VALUES)), dtype=np.float32)
+    byte = np.arange(256)
+    table = _shared_constant(graph, "fp4_values_of_bytes", np.stack((values[byte & 0xF], values[byte >> 4]), axis=1))
+    by_block = _shared_constant(graph, "fp4_by_block", np.array((0, -1, block_size)))
+    by_row = _shared_constant(graph, "fp4_by_row", np.array((0, -1)))
+    last_axis = _shared_constant(graph, "fp4_last_axis", np.array((-1,)))
+    nodes: list[ir.Node] = []
+
+    def add(op_type: str, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
+        nodes.append(ir.node(op_type, inputs, attributes))
+        output = nodes[-1].outputs[0]
+        output.name = f"{dequantize.outputs[0].name}_{op_type.lower()}_{len(nodes)}"
+        return output
+
+    scales_in_fp8, tensor_scale = dequantize_scale.inputs
+    scales = add("Mul", add("Cast", scales_in_fp8, to=int(ir.DataType.FLOAT)), tensor_scale)
+    pairs = add("Gather", table, add("Cast", packed, to=int(ir.DataType.INT32)))  # [out, in / 2, 2]
+    blocks = add("Mul", add("Reshape", pairs, by_block), add("Unsqueeze", scales, last_axis))
+    weight = add("Reshape", blocks, by_row)
+    weight.dtype, weight.shape = ir.DataType.FLOAT, dequantize.outputs[0].shape
+    graph.insert_before(dequantize, nodes)
+    ir.convenience.replace_all_uses_with(dequantize.outputs[0], weight)
+    graph.remove((dequantize, dequantize_scale), safe=True)
+
+
+def _as_bytes(graph: ir.Graph, weight: ir.Value | None) -> ir.Value:
+    """Returns the stored bytes of a weight with two values in each, in place of the weight."""
+    assert weight is not None
+    stored = weight.const_value
+    assert isinstance(stored, ir.ExternalTensor)
+    rows, columns = stored.shape.numpy()
+    shape = ir.Shape((rows, columns // 2))
+    tensor = ir.ExternalTensor(
+        stored.location, stored.offset, stored.length, ir.DataType.UINT8, shape=shape, name=stored.name,
+        base_dir=stored.base_dir,
+    )  # fmt: skip
+    packed = ir.Value(name=weight.name, const_value=tensor, type=ir.TensorType(ir.DataType.UINT8), shape=shape)
+    graph.initializers[str(weight.name)] = packed
+    return packed
+
+
+def _shared_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    """Returns a constant, which is added to the graph when it is needed for the first time."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.initializers[name] = ir.Value(
+            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
+        )
+    return graph.initializers[name]
 
 
 def _cast_to_fp32(

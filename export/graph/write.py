@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nvembed_deploy.bundle.manifest import WEIGHTS
 from nvembed_deploy.errors import ConfigError, ExportError
 from nvembed_deploy.export.graph.weights import WeightSource, is_finite, one_thread, require_finite
-from nvembed_deploy.export.quantization.formats import pack_int4
+from nvembed_deploy.export.quantization.formats import pack_fp4, pack_int4
 from nvembed_deploy.files.hashed_file import HashedFile
 from nvembed_deploy.files.hashing import FileEntry
 from nvembed_deploy.model.weights import StoredTensor
@@ -33,7 +33,9 @@ TORCH_DTYPES = {
     ir.DataType.INT8: torch.int8,
     ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
     ir.DataType.INT4: torch.int8,  # packed two to a byte when they are written
+    ir.DataType.FLOAT4E2M1: torch.float8_e4m3fn,
 }
+PACKING = {ir.DataType.INT4: pack_int4, ir.DataType.FLOAT4E2M1: pack_fp4}
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """Integer types by their size in bytes."""
@@ -256,8 +258,8 @@ def _chunks(initializer: ir.Value, weight_source: WeightSource, transposer: Tran
     """Yields the bytes of a weight as the graph takes it: converted, and transposed if every use transposes it."""
     name, dtype = str(initializer.name), _torch_dtype(initializer)
     shape = weight_source.shape(name) or ()
-    if dtype in QUANTIZED_DTYPES and initializer.dtype == ir.DataType.INT4:
-        yield _bytes(pack_int4(weight_source.read(name)))
+    if initializer.dtype in PACKING:
+        yield _bytes(PACKING[initializer.dtype](weight_source.read(name)))
         return
     if _absorb_transposes(initializer):
         yield from transposer.panels(weight_source, name, dtype)

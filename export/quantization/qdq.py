@@ -1,7 +1,8 @@
 """Inserts Q/DQ nodes into a traced graph: integers are stored, and every runtime reads the same numbers out of them.
 
 TensorRT 10, 11 and RTX take the precision from the graph alone. They fuse a QuantizeLinear/DequantizeLinear pair at a
-layer's input and a DequantizeLinear at its weight into an INT8 or FP8 product; INT4 has only the weight's.
+layer's input and a DequantizeLinear at its weight into an INT8 or FP8 product; INT4 and NVFP4 have only the weight's.
+NVFP4 has two of them in a row, since its scales are quantized too.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nvembed_deploy.errors import ExportError
-from nvembed_deploy.export.quantization.formats import NumberFormat
-from nvembed_deploy.spec import INT4_OPSET
+from nvembed_deploy.export.quantization.formats import (
+    QUANTIZED_SUFFIX,
+    SCALE_SUFFIX,
+    TENSOR_SCALE_SUFFIX,
+    NumberFormat,
+)
+from nvembed_deploy.spec import Precision
 
-QUANTIZED_SUFFIX = "_quantized"
-SCALE_SUFFIX = "_scale"
-"""Suffixes of the tensors that replace a weight."""
-IR_TYPES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN, "int4": ir.DataType.INT4}
+IR_TYPES = {
+    Precision.INT8: ir.DataType.INT8,
+    Precision.FP8: ir.DataType.FLOAT8E4M3FN,
+    Precision.INT4: ir.DataType.INT4,
+    Precision.NVFP4: ir.DataType.FLOAT4E2M1,
+}
+"""Types of the quantized values."""
 
 
 def insert_qdq(model: ir.Model, input_scales: Mapping[str, float], fmt: NumberFormat) -> None:
@@ -42,9 +51,13 @@ def insert_qdq(model: ir.Model, input_scales: Mapping[str, float], fmt: NumberFo
         if weight is None or weight.dtype is None or weight.shape is None or product is None:
             raise ExportError(f"{name} is not one product in the traced graph; this is a bug, please report it")
         transpose = product.inputs[1].producer()  # type: ignore[union-attr]
-        product.replace_input_with(1, _quantized_weight(graph, name, weight, fmt, before=product))
         assert transpose is not None
-        graph.remove(transpose, safe=True)
+        dequantized = _quantized_weight(graph, name, weight, fmt, before=transpose)
+        if fmt.by_output:
+            transpose.replace_input_with(0, dequantized)
+        else:
+            product.replace_input_with(1, dequantized)
+            graph.remove(transpose, safe=True)
         del graph.initializers[f"{name}.weight"]
         layer_input = product.inputs[0]
         if fmt.quantizes_inputs and layer_input is not None:
@@ -52,8 +65,7 @@ def insert_qdq(model: ir.Model, input_scales: Mapping[str, float], fmt: NumberFo
             if key not in rounded_inputs:
                 rounded_inputs[key] = _rounded_input(graph, layer_input, input_scale, fmt)
             product.replace_input_with(0, rounded_inputs[key])
-    if fmt.block_size is not None:
-        model.opset_imports[""] = max(model.opset_imports[""], INT4_OPSET)
+    model.opset_imports[""] = max(model.opset_imports[""], fmt.precision.min_opset)
 
 
 def _product_of(weight: ir.Value | None) -> ir.Node | None:
@@ -66,19 +78,30 @@ def _product_of(weight: ir.Value | None) -> ir.Node | None:
 def _quantized_weight(graph: ir.Graph, name: str, weight: ir.Value, fmt: NumberFormat, *, before: ir.Node) -> ir.Value:
     assert weight.shape is not None
     assert weight.dtype is not None
-    rows, columns = weight.shape.numpy()  # [out, in]
-    quantized = _initializer(graph, f"{name}.weight{QUANTIZED_SUFFIX}", IR_TYPES[fmt.precision.value], (columns, rows))
-    scale = _initializer(graph, f"{name}.weight{SCALE_SUFFIX}", weight.dtype, fmt.scale_shape(rows, columns))
-    attributes = {"axis": 1} if fmt.block_size is None else {"axis": 0, "block_size": fmt.block_size}
-    dequantize = ir.node("DequantizeLinear", [quantized, scale], attributes)
-    _describe_output(dequantize, f"{name}.weight", weight.dtype, (columns, rows))
+    shapes = fmt.stored_shapes(*weight.shape.numpy())
+    dtypes = {suffix: weight.dtype for suffix in shapes} | {QUANTIZED_SUFFIX: IR_TYPES[fmt.precision]}
+    if TENSOR_SCALE_SUFFIX in shapes:
+        dtypes[SCALE_SUFFIX] = ir.DataType.FLOAT8E4M3FN
+    stored = {
+        suffix: _initializer(graph, f"{name}.weight{suffix}", dtypes[suffix], shape) for suffix, shape in shapes.items()
+    }
+    scale = stored[SCALE_SUFFIX]
+    if TENSOR_SCALE_SUFFIX in shapes:
+        dequantize_scale = ir.node("DequantizeLinear", [scale, stored[TENSOR_SCALE_SUFFIX]])
+        _describe_output(dequantize_scale, f"{name}.weight_block_scale", weight.dtype, shapes[SCALE_SUFFIX])
+        graph.insert_before(before, dequantize_scale)
+        scale = dequantize_scale.outputs[0]
+    input_axis = 1 if fmt.by_output else 0
+    attributes = {"axis": 1} if fmt.block_size is None else {"axis": input_axis, "block_size": fmt.block_size}
+    dequantize = ir.node("DequantizeLinear", [stored[QUANTIZED_SUFFIX], scale], attributes)
+    _describe_output(dequantize, f"{name}.weight", weight.dtype, shapes[QUANTIZED_SUFFIX])
     graph.insert_before(before, dequantize)
     return dequantize.outputs[0]
 
 
 def _rounded_input(graph: ir.Graph, layer_input: ir.Value, input_scale: float, fmt: NumberFormat) -> ir.Value:
     assert layer_input.dtype is not None
-    quantized_type = IR_TYPES[fmt.precision.value]
+    quantized_type = IR_TYPES[fmt.precision]
     dtype = layer_input.dtype.numpy()
     scale = _constant(graph, f"{layer_input.name}{SCALE_SUFFIX}", np.array(input_scale, dtype=dtype))
     zero = _constant(graph, f"{layer_input.name}_zero", np.zeros((), dtype=quantized_type.numpy()))

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from torch import Tensor
 
 from nvembed_deploy.export.layerwise import LayerwiseModel, block_of
+from nvembed_deploy.export.quantization.formats import QUANTIZED_SUFFIX, SCALE_SUFFIX, TENSOR_SCALE_SUFFIX
 from nvembed_deploy.export.quantization.linear_groups import weight_of
-from nvembed_deploy.export.quantization.qdq import QUANTIZED_SUFFIX, SCALE_SUFFIX
 from nvembed_deploy.export.quantization.record import QuantizationRecord
 from nvembed_deploy.export.quantization.rounding import Rounding
 
@@ -27,15 +27,15 @@ class QuantizedWeights:
         self._rounding = rounding
         self._stack = ExitStack()
         self._block_name = ""
-        self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
-        """Name of the last layer that was quantized, its quantized values and scales."""
+        self._last: tuple[str, dict[str, Tensor]] | None = None
+        """Name of the last layer that was quantized, and its tensors by their suffixes."""
         self.input_scales = {
             linear: group.input_scale for group in record.groups if not group.excluded for linear in group.linears
         }
 
     def _split_name(self, name: str) -> tuple[str, str]:
         """Splits the name of a quantized layer's tensor into layer and suffix; ("", "") for others."""
-        for suffix in (QUANTIZED_SUFFIX, SCALE_SUFFIX):
+        for suffix in (QUANTIZED_SUFFIX, TENSOR_SCALE_SUFFIX, SCALE_SUFFIX):
             if name.endswith(f".weight{suffix}") and (linear := name.removesuffix(f".weight{suffix}")):
                 return (linear, suffix) if linear in self.input_scales else ("", "")
         return "", ""
@@ -44,8 +44,7 @@ class QuantizedWeights:
         """See `WeightSource`."""
         linear, suffix = self._split_name(name)
         if linear:
-            outputs, inputs = weight_of(self._layerwise.model, linear).shape
-            return (inputs, outputs) if suffix == QUANTIZED_SUFFIX else self._rounding.fmt.scale_shape(outputs, inputs)
+            return self._rounding.fmt.stored_shapes(*weight_of(self._layerwise.model, linear).shape).get(suffix)
         parameter = dict(self._layerwise.model.named_parameters()).get(name)
         return None if parameter is None else tuple(parameter.shape)
 
@@ -63,8 +62,9 @@ class QuantizedWeights:
             tensor: Tensor = self._layerwise.model.get_parameter(name)
         else:
             if self._last is None or self._last[0] != linear:
-                self._last = linear, self._rounding.quantize(linear, weight_of(self._layerwise.model, linear))
-            tensor = self._last[1][(QUANTIZED_SUFFIX, SCALE_SUFFIX).index(suffix)]
+                quantized = self._rounding.quantize(linear, weight_of(self._layerwise.model, linear))
+                self._last = linear, self._rounding.fmt.to_stored(*quantized)
+            tensor = self._last[1][suffix]
         return (tensor if rows is None else tensor[rows[0] : rows[1]]).cpu()
 
     def close(self) -> None:

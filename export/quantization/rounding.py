@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from nvembed_deploy.bundle.manifest import GRAPH, WEIGHTS
 from nvembed_deploy.errors import BundleError, ConfigError
-from nvembed_deploy.export.quantization.formats import FORMATS, NumberFormat, pack_int4, unpack_int4
+from nvembed_deploy.export.quantization.formats import FORMATS, NumberFormat
 from nvembed_deploy.export.quantization.gptq import gptq
 from nvembed_deploy.export.quantization.linear_groups import weight_of
-from nvembed_deploy.export.quantization.qdq import QUANTIZED_SUFFIX, SCALE_SUFFIX
 from nvembed_deploy.export.quantization.record import require_listed
 from nvembed_deploy.files.hashing import hash_file
 from nvembed_deploy.model.nvembed import NVEmbed
@@ -75,12 +75,12 @@ class GptqRounding(Rounding):
             hessian: float32 [in, in], of the smoothed inputs; see `gptq`.
         """
         scale = self.fmt.weight_scale(weight, importance=hessian.diagonal())
-        self._save(name, pack_int4(gptq(weight, hessian, scale, self.fmt)), scale)
+        self._save(name, gptq(weight, hessian, scale, self.fmt), scale)
 
     def quantize(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the stored result; see `Rounding`."""
         tensors = load_file(self._path(name), device=str(weight.device))
-        return unpack_int4(tensors["packed"]).reshape(weight.T.shape), tensors["scale"]
+        return self.fmt.unpack(tensors["packed"]).reshape(weight.T.shape), tensors["scale"]
 
     def copy_from(self, bundle: Path, model: NVEmbed, linears: Iterable[str]) -> None:
         """Stores the quantized weights that are in an earlier bundle.
@@ -99,32 +99,26 @@ class GptqRounding(Rounding):
             graph = onnx.load(bundle / GRAPH, load_external_data=False).graph
             tensors = {tensor.name: tensor for tensor in graph.initializer}
             for name in linears:
-                outputs, inputs = weight_of(model, name).shape
-                values, scale = (tensors[f"{name}.weight{suffix}"] for suffix in (QUANTIZED_SUFFIX, SCALE_SUFFIX))
-                scale_shape = self.fmt.scale_shape(outputs, inputs)
-                if tuple(values.dims) != (inputs, outputs) or tuple(scale.dims) != scale_shape:
-                    raise ValueError(f"{name} has {list(values.dims)} values and {list(scale.dims)} scales")
-                scales = torch.frombuffer(_stored_bytes(bundle, scale), dtype=torch.float16).reshape(scale_shape)
-                packed = torch.frombuffer(_stored_bytes(bundle, values), dtype=torch.uint8)
-                self._save(name, packed, scales.float())
+                stored = {}
+                for suffix, shape in self.fmt.stored_shapes(*weight_of(model, name).shape).items():
+                    tensor = tensors[f"{name}.weight{suffix}"]
+                    if tuple(tensor.dims) != shape:
+                        raise ValueError(f"{tensor.name} is {list(tensor.dims)} instead of {list(shape)}")
+                    array = onnx.numpy_helper.to_array(tensor, str(bundle))
+                    stored[suffix] = torch.from_numpy(array.astype(np.float32))
+                self._save(name, *self.fmt.from_stored(stored))
         except (BundleError, OSError, KeyError, ValueError, RuntimeError) as err:
             raise ConfigError(
                 f"--reuse {bundle} does not have this model's quantized weights ({err}), and rounding them again takes "
                 "the calibration; pass the folder of a complete bundle, or quantize without --reuse"
             ) from err
 
-    def _save(self, name: str, packed: Tensor, scale: Tensor) -> None:
-        save_file({"packed": packed.cpu(), "scale": scale.cpu().contiguous()}, self._path(name))
+    def _save(self, name: str, quantized: Tensor, scale: Tensor) -> None:
+        tensors = {"packed": self.fmt.pack(quantized).cpu(), "scale": scale.cpu().contiguous()}
+        save_file(tensors, self._path(name))
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
-
-
-def _stored_bytes(bundle: Path, tensor: onnx.TensorProto) -> bytearray:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    with (bundle / Path(entries["location"]).name).open("rb") as file:
-        file.seek(int(entries["offset"]))
-        return bytearray(file.read(int(entries["length"])))
 
 
 def rounding_of(precision: Precision, folder: Path) -> Rounding:

@@ -26,6 +26,7 @@ TOLERANCES: dict[Precision, float] = {
     Precision.INT8: 0.5,
     Precision.FP8: 0.5,
     Precision.INT4: 2.0,
+    Precision.NVFP4: 2.0,
 }
 FULL_SIZE = 500
 """Number of queries or pairs from which the tolerance applies unscaled."""

@@ -42,7 +42,7 @@ class Gate:
             MaskError: A graph has another attention mask than the model.
         """
         reports = []
-        if self.precision is not Precision.BF16:  # ONNX Runtime has no kernels for it
+        if self.precision.runs_as_written:
             with step("comparing ONNX with PyTorch"):
                 reports.append(self._check(OrtBackend(folder / GRAPH, as_written=self.precision.quantized)))
         if self.precision.has_cpu_graph:

@@ -55,8 +55,9 @@ def test_bits_per_weight_are_those_of_the_stored_weights() -> None:
     weight = torch.ones(16, 2 * INT4_BLOCK)
     for precision, fmt in FORMATS.items():
         quantized, scales = fmt.quantize_weight(weight)
-        bits = 4 if precision is Precision.INT4 else 8
-        scale_bits = 16 * scales.numel() if precision is Precision.INT4 else 0  # one per column, which is not counted
+        bits = 4 if precision.weight_only else 8
+        # The others have a scale per column, which is not counted.
+        scale_bits = {Precision.INT4: 16, Precision.NVFP4: 8}.get(precision, 0) * scales.numel()
         assert precision.bits_per_weight == (bits * quantized.numel() + scale_bits) / weight.numel()
     assert [precision.bits_per_weight for precision in (Precision.FP32, Precision.FP16, Precision.BF16)] == [32, 16, 16]
 

@@ -29,9 +29,9 @@ from nvembed_deploy.export.graph.write import check, write
 from nvembed_deploy.export.layerwise import LayerwiseModel, block_of, folded_form
 from nvembed_deploy.export.quantization import search as quantization
 from nvembed_deploy.export.quantization.calibration import InputCollector, built_in_texts, tokenize
-from nvembed_deploy.export.quantization.formats import FORMATS, rounded_scale
+from nvembed_deploy.export.quantization.formats import FORMATS, QUANTIZED_SUFFIX, SCALE_SUFFIX, rounded_scale
 from nvembed_deploy.export.quantization.linear_groups import LinearGroup, linear_groups, smooth, weight_of
-from nvembed_deploy.export.quantization.qdq import QUANTIZED_SUFFIX, SCALE_SUFFIX, insert_qdq
+from nvembed_deploy.export.quantization.qdq import insert_qdq
 from nvembed_deploy.export.quantization.quantized_weights import QuantizedWeights
 from nvembed_deploy.export.quantization.record import (
     RECORD_VERSION,
@@ -120,8 +120,8 @@ def test_dequantized_weights_are_close(precision: Precision) -> None:
     assert quantized.shape == (256, 24)
     assert torch.equal(scale, scale.half().float())  # the graph stores them in FP16
     assert torch.equal(dequantized[3], weight[3])
-    # Half a step; FP8's largest steps are 32, and 4-bit values may be clipped.
-    steps = {Precision.INT8: 0.5, Precision.FP8: 16.0, Precision.INT4: 2.7}
+    # Half a step; FP8's largest steps are 32, NVFP4's 2, and INT4's values may be clipped.
+    steps = {Precision.INT8: 0.5, Precision.FP8: 16.0, Precision.INT4: 2.7, Precision.NVFP4: 1.0}
     limit = steps[precision] * (
         scale[:, None] if fmt.block_size is None else scale.repeat_interleave(fmt.block_size, 0).T
     )
@@ -295,6 +295,8 @@ def test_the_graph_computes_what_was_simulated(
     assert weight_source.input_scales
     for name, level in (("model.onnx", "ORT_ENABLE_BASIC"), ("model.cpu.onnx", "ORT_ENABLE_ALL")):
         check(tmp_path / name)
+        if name == "model.onnx" and not precision.runs_as_written:
+            continue
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         options.add_session_config_entry(*X64_QUANT_PRECISION)
@@ -308,11 +310,12 @@ def test_the_graph_computes_what_was_simulated(
     types = {tensor.name: tensor.data_type for tensor in written.graph.initializer}
     linears = weight_source.input_scales.keys()
     assert not {f"{name}.weight" for name in linears} & types.keys()
-    stored_type = {"int8": "INT8", "fp8": "FLOAT8E4M3FN", "int4": "INT4"}[precision.value]
-    assert all(types[f"{name}.weight{QUANTIZED_SUFFIX}"] == getattr(onnx.TensorProto, stored_type) for name in linears)
+    stored_types = {"int8": "INT8", "fp8": "FLOAT8E4M3FN", "int4": "INT4", "nvfp4": "FLOAT4E2M1"}
+    stored_type = getattr(onnx.TensorProto, stored_types[precision.value])
+    assert all(types[f"{name}.weight{QUANTIZED_SUFFIX}"] == stored_type for name in linears)
     quantize_nodes = sum(node.op_type == "QuantizeLinear" for node in written.graph.node)
-    assert quantize_nodes == (0 if precision is Precision.INT4 else len(quantized_groups))
-    if precision is Precision.INT4:
+    assert quantize_nodes == (0 if precision.weight_only else len(quantized_groups))
+    if precision.weight_only:
         reused = GptqRounding(fmt, tmp_path / "reused")
         reused.copy_from(tmp_path, model, linears)
         for name in linears:
@@ -327,7 +330,7 @@ def test_the_graph_computes_what_was_simulated(
             reused.copy_from(tmp_path, model, linears)
     if dialect is Dialect.PORTABLE:
         assert not {node.op_type for node in written.graph.node} & BEYOND_TENSORRT_10
-        assert written.opset_import[0].version == (21 if precision is Precision.INT4 else 20)
+        assert written.opset_import[0].version == {"int4": 21, "nvfp4": 23}.get(precision.value, 20)
 
 
 def test_zero_points_are_zero(quantized: Callable[[Precision], Quantized]) -> None:
