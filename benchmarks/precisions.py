@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def measure(precision: Precision, folder: Path) -> dict[str, Any]:
         excluded_groups = [group["name"] for group in groups if group["excluded"]]
     return {
         "precision": precision.value,
+        "date": datetime.date.today().isoformat(),
         "export_s": seconds,
         "export_peak_gib": float(peak_match[1]),
         "plan_bytes": manifest.files[PLAN].bytes if manifest.plan else None,
@@ -152,13 +153,21 @@ def _claim_core(cores: multiprocessing.Queue[int]) -> None:
     torch.set_num_threads(1)  # torch counted the cores at import, and threads that share a core wait for each other
 
 
-def score(folder: Path, data: Path | None, max_documents: int | None) -> dict[str, list[dict[str, Any]]]:
-    """Scores every precision's bundle and PyTorch with MTEB, each in a process on a core of its own.
+def score(
+    folder: Path,
+    data: Path | None,
+    max_documents: int | None,
+    precisions: Sequence[Precision],
+    reference_scores: dict[str, float] | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Scores bundles and PyTorch with MTEB, each in a process on a core of its own.
 
     Args:
         folder: Folder with a bundle for each precision.
         data: Folder of evaluation sets; None for the built-in tasks.
         max_documents: Maximum number of documents of a corpus.
+        precisions: Precisions to score.
+        reference_scores: PyTorch's score of each task; None to score PyTorch too.
 
     Returns:
         Tasks of each precision: name, type, size, both scores and the tolerance, in points.
@@ -167,12 +176,13 @@ def score(folder: Path, data: Path | None, max_documents: int | None) -> dict[st
     cores: multiprocessing.Queue[int] = context.Queue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
-    candidates = (None, *Precision)
+    candidates = (*((None,) if reference_scores is None else ()), *precisions)
     with ProcessPoolExecutor(
         min(len(os.sched_getaffinity(0)), len(candidates)), context, initializer=_claim_core, initargs=(cores,)
     ) as pool:
         arguments = zip(*[(folder, data, max_documents)] * len(candidates), strict=True)
-        reference_scores, *precision_scores = pool.map(_scores_of, candidates, *arguments)
+        precision_scores = list(pool.map(_scores_of, candidates, *arguments))
+    reference_scores = precision_scores.pop(0) if reference_scores is None else reference_scores
     tasks = _tasks(data, max_documents)
     return {
         precision.value: [
@@ -186,8 +196,26 @@ def score(folder: Path, data: Path | None, max_documents: int | None) -> dict[st
             }
             for local_task in tasks
         ]
-        for precision, engine_scores in zip(Precision, precision_scores, strict=True)
+        for precision, engine_scores in zip(precisions, precision_scores, strict=True)
     }
+
+
+def _recorded_reference(
+    earlier: dict[str, Any], tasks: Sequence[LocalTask], versions: dict[str, str]
+) -> dict[str, float]:
+    """Returns PyTorch's scores in an earlier record.
+
+    Raises:
+        ConfigError: They are of other tasks, or were made with other versions.
+    """
+    recorded = {task["task"]: (task["size"], task["reference"]) for task in earlier["scores"][Precision.FP32.value]}
+    sizes = {local_task.task.metadata.name: local_task.size for local_task in tasks}
+    if sizes != {name: size for name, (size, _) in recorded.items()} or versions != earlier["score_versions"]:
+        raise ConfigError(
+            f"--only compares with the record's scores of PyTorch, made by {earlier['scores_command']} with "
+            f"{earlier['score_versions']}; pass the same flags and install these versions, or pass --keep-scores"
+        )
+    return {name: reference for name, (_, reference) in recorded.items()}
 
 
 def main() -> int:
@@ -206,35 +234,52 @@ def main() -> int:
         action="store_true",
         help="measure the exports alone, and keep the record's scores with their date: scoring takes most of the time",
     )
+    parser.add_argument(
+        "--only",
+        choices=[precision.value for precision in Precision],
+        help="measure one precision, and keep the rest of the record with its dates",
+    )
     flags = parser.parse_args()
 
     def command() -> None:
-        _tasks(flags.data, flags.max_documents)  # first, since a missing folder should not be told after ten minutes
+        # First, since a missing folder should not be reported after ten minutes.
+        tasks = _tasks(flags.data, flags.max_documents)
+        versions = installed_versions(RECORDED) | {"python": platform.python_version()}
+        earlier: dict[str, Any] = {}
+        reference_scores = None
+        if flags.only or flags.keep_scores:
+            earlier = json.loads(RECORD_PATH.read_text(encoding="utf-8"))
+        if flags.only and not flags.keep_scores:
+            reference_scores = _recorded_reference(earlier, tasks, versions)
+        precisions = [Precision(flags.only)] if flags.only else list(Precision)
         with tempfile.TemporaryDirectory() as folder:
-            rows = []
-            for precision in Precision:
+            rows = {}
+            for precision in precisions:
                 echo(f"measuring {precision.value}")
-                rows.append(measure(precision, Path(folder)))
-            today = datetime.date.today().isoformat()
-            if flags.keep_scores:
-                earlier = json.loads(RECORD_PATH.read_text(encoding="utf-8"))
-                kept = {name: earlier[name] for name in ("scores", "scores_command", "scores_date", "score_versions")}
-            else:
-                kept = {"scores": score(Path(folder), flags.data, flags.max_documents), "scores_date": today}
-        data_flag = f" --data {flags.data}" if flags.data else ""
-        documents_flag = f" --max-documents {flags.max_documents}" if flags.max_documents else ""
-        command_line = f"python -m benchmarks.precisions{data_flag}{documents_flag}"
-        scored = {
-            "scores_command": command_line,
-            "score_versions": installed_versions(RECORDED) | {"python": platform.python_version()},
-        }
-        record = {
+                rows[precision] = measure(precision, Path(folder))
+            new_scores: dict[str, list[dict[str, Any]]] = {}
+            if not flags.keep_scores:
+                new_scores = score(Path(folder), flags.data, flags.max_documents, precisions, reference_scores)
+        command_line = "python -m benchmarks.precisions"
+        command_line += f" --data {flags.data}" if flags.data else ""
+        command_line += f" --max-documents {flags.max_documents}" if flags.max_documents else ""
+        today = datetime.date.today().isoformat()
+        record: dict[str, Any] = {
             "command": command_line + (" --keep-scores" if flags.keep_scores else ""),
             "date": today,
             "machine": f"{describe_machine()}, no GPU",
-            "rows": rows,
-            **scored,
-            **kept,
+            "scores_command": command_line,
+            "score_versions": versions,
+            "scores_date": today,
+        }
+        # An earlier record is only read if parts of it are kept.
+        kept = {name: value for name, value in earlier.items() if flags.only or "score" in name}
+        other_rows = {Precision(row["precision"]): row for row in kept.pop("rows", ())}
+        other_dates = kept.pop("score_dates", {}) | (dict.fromkeys(new_scores, today) if flags.only else {})
+        record |= kept | {
+            "rows": [(other_rows | rows)[precision] for precision in Precision if precision in other_rows | rows],
+            "scores": kept.get("scores", {}) | new_scores,
+            "score_dates": other_dates,
         }
         write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
         echo(f"done: {RECORD_PATH.relative_to(ROOT)}; now run: python -m tools.readme")

@@ -111,10 +111,21 @@ def precision_table() -> str:
         f"Made by `{record['command']}` on {record['date']}: {record['machine']}; "
         + ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "tensorrt_rtx") if name in versions)
         + ". Every plan is a real TensorRT-RTX build; cosines and overlap are for the gate's texts against "
-        "PyTorch FP32, of the plan's graph on ONNX Runtime; the first vector is the median of seven fresh processes. "
+        "PyTorch FP32, of the plan's graph on ONNX Runtime (bf16 and nvfp4: of the graph for CPUs); the first vector "
+        f"is the median of seven fresh processes.{_other_dates(record)} "
         f"Without the token embeddings, which stay FP16, int8's weights are {_matrix_share(record):.2f} of fp16's.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _other_dates(record: dict[str, Any]) -> str:
+    """Says which rows were measured on another day than the record."""
+    others = [
+        f"{row['precision']} on {row['date']}"
+        for row in record["rows"]
+        if row.get("date", record["date"]) != record["date"]
+    ]
+    return f" Measured by the same command with --only: {', '.join(others)}." if others else ""
 
 
 def short_precision_table() -> str:
@@ -126,10 +137,11 @@ def short_precision_table() -> str:
     ]
     for row in record["rows"]:
         bound = f"{TOLERANCES[Precision(row['precision'])].min_cosine:g}"
-        tasks = record["scores"][row["precision"]]
-        worst = max((task["engine"] - task["reference"] for task in tasks), key=abs)
+        tasks = record["scores"].get(row["precision"], ())
+        worst = max((task["engine"] - task["reference"] for task in tasks), key=abs, default=None)
+        difference = "-" if worst is None else f"{worst:+.2f}"
         size = f"{row['graph_bytes'] / 1e6:.1f} MB"
-        lines.append(f"| {row['precision']} | {size} | {row['min_cosine']:.7f} | {bound} | {worst:+.2f} |")
+        lines.append(f"| {row['precision']} | {size} | {row['min_cosine']:.7f} | {bound} | {difference} |")
     scored = "" if record["scores_date"] == record["date"] else f", the tasks on {record['scores_date']}"
     lines += ["", f"The model in this repository, on {record['date']}{scored}: {record['machine']}."]
     return "\n".join(lines) + "\n"
@@ -199,7 +211,8 @@ def mteb_table() -> str:
             f"| {precision} | {' | '.join(f'{points:+.3f}' for points in by_kind)} | "
             f"{worst['engine'] - worst['reference']:+.3f} ({worst['task']}) |"
         )
-    lines += ["", f"Scored by `{record['scores_command']}` on {record['scores_date']}."]
+    others = [f"; {precision} on {date}" for precision, date in record.get("score_dates", {}).items()]
+    lines += ["", f"Scored by `{record['scores_command']}` on {record['scores_date']}{''.join(others)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -89,7 +89,7 @@ def put(record: dict, path: str, value: object) -> None:
         ("parity", [], "inconsistent: reference.npz is listed but has no parity report"),
         ("precision", "bf16", "inconsistent: model.cpu.onnx is not listed but has a precision that needs"),
         ("precision", "int8", "inconsistent: model.cpu.onnx is not listed but has a precision that needs"),
-        ("precision", "int2", "precision: expected one of fp32, fp16, bf16, int8, fp8, int4, found 'int2'"),
+        ("precision", "int2", "precision: expected one of fp32, fp16, bf16, int8, fp8, int4, nvfp4, found 'int2'"),
         ("dimension", "32", "dimension: expected int, found '32'"),
         ("dimension", 31, "the vectors have 31 dimensions and the model has 32"),
         ("text/pad_id", 10**9, "has token id 10+, and the embedding table has 415 rows"),

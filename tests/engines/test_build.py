@@ -181,19 +181,22 @@ def test_a_plan_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert targets.choose_target("auto") is spark
 
 
-def test_a_gpu_that_needs_a_newer_tensorrt_than_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("target", "capability", "oldest", "too_old"),
+    [("datacenter", "10.7", "11.3", "11.2.0"), ("tensorrt10", "12.0", "10.8", "10.7.0")],
+)
+def test_a_gpu_that_needs_a_newer_tensorrt_than_its_target(
+    monkeypatch: pytest.MonkeyPatch, target: str, capability: str, oldest: str, too_old: str
+) -> None:
     fake = FakeTensorRT()
     monkeypatch.setattr(targets, "load_bindings", lambda name: fake)
-    monkeypatch.setattr(targets, "local_compute_capability", lambda: "10.7")
-    for version, is_supported in (("11.2.0", False), ("11.3.0", True)):
-        fake.__version__ = version
-        if is_supported:
-            assert targets.load_runtime(TARGETS["datacenter"]) is fake
-        else:
-            with pytest.raises(
-                EngineError, match=r"--target datacenter needs tensorrt 11\.3 or newer, and 11\.2\.0 is"
-            ):
-                targets.load_runtime(TARGETS["datacenter"])
+    monkeypatch.setattr(targets, "local_compute_capability", lambda: capability)
+    fake.__version__ = f"{oldest}.0"
+    assert targets.load_runtime(TARGETS[target]) is fake
+    fake.__version__ = too_old
+    message = rf"--target {target} needs tensorrt {re.escape(oldest)} or newer, and {re.escape(too_old)} is"
+    with pytest.raises(EngineError, match=message):
+        targets.load_runtime(TARGETS[target])
 
 
 @pytest.mark.parametrize(

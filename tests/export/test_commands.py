@@ -266,7 +266,7 @@ def test_help_is_fast_and_needs_no_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert process.returncode == 0, process.stderr
-    assert "--precision {fp32,fp16,bf16,int8,fp8,int4}" in process.stdout
+    assert "--precision {fp32,fp16,bf16,int8,fp8,int4,nvfp4}" in process.stdout
 
 
 def test_check_judges_a_bundle(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -13,8 +14,12 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from nvembed_deploy import Encoder, select_backend
 from nvembed_deploy.backends.bindings import TENSORRT_RTX, load_bindings
-from nvembed_deploy.backends.ort import INPUTS
+from nvembed_deploy.backends.ort import INPUTS, OrtBackend
+from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.engines import pack
+from nvembed_deploy.engines.build import build
 from nvembed_deploy.engines.plan_builder import build_plan, require_quantized_plan
 from nvembed_deploy.engines.portable_operators import unsupported
 from nvembed_deploy.engines.targets import TARGETS, capable_gpus
@@ -30,6 +35,7 @@ from nvembed_deploy.export.quantization.formats import (
     unpack_fp4,
 )
 from nvembed_deploy.export.quantization.qdq import insert_qdq
+from nvembed_deploy.export.to_onnx import main as export_graph
 from nvembed_deploy.spec import Precision, Shape, ShapeProfile
 from tests.conftest import needs_rtx
 
@@ -151,3 +157,34 @@ def test_a_plan_has_four_bits_per_weight(tmp_path: Path) -> None:
         EngineError, match=r"did not keep the weights in 4 bits: the plan has 30 MB, model\.onnx's .*int8"
     ):
         require(memoryview(bytes(30_000_000)), weight.numel())
+
+
+@pytest.mark.slow
+@needs_rtx
+def test_the_way_to_a_jetson_thor(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exported and packed for it; TensorRT-RTX stands in for its TensorRT."""
+    out = tmp_path / "edge"
+    flags = ["--precision", "nvfp4", "--target", "jetson-thor", "--max", "4x48", "--calibration-tokens", "1024"]
+    assert export_graph(["--model", str(checkpoint), "--out", str(out), *flags]) == 0
+    exported = Bundle.open(out).manifest
+    assert (exported.opset, exported.dialect.value, len(exported.parity)) == (23, "portable", 1)
+    assert "CPU graph" in exported.parity[0].candidate
+    assert pack.main([str(out)]) == 0
+    assert "TensorRT 10 supports every operator of the graph" in capsys.readouterr().err
+    assert pack.main([str(out), "--target", "jetson-orin"]) == 1
+    assert "use --precision int4, which is as small" in capsys.readouterr().err
+    build(out, TARGETS["rtx"])
+    built = Bundle.open(out)
+    assert built.manifest.plan is not None
+    assert built.manifest.plan.compute_capabilities == ("12.0",)
+    vector = Encoder(out, device="cpu").encode("a text")
+    # ONNX Runtime's CUDA provider has no kernels for FP4 either.
+    monkeypatch.setattr(select_backend, "available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(select_backend.CudaRuntime, "load", lambda: SimpleNamespace(device=lambda index: None))
+    monkeypatch.setattr(
+        select_backend, "OrtBackend", lambda graph, *, providers, **options: OrtBackend(graph, **options)
+    )
+    on_cuda = Encoder(out, device="cuda", backend="onnxruntime")
+    assert np.abs(on_cuda.encode("a text") - vector).max() < 1e-5

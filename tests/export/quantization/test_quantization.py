@@ -569,6 +569,11 @@ def test_a_record_that_its_bundle_does_not_list_is_refused(bundles: dict[str, Pa
     ("arguments", "message"),
     [
         (["--precision", "fp8", "--target", "jetson-orin"], "needs a GPU of compute capability 8.9 or newer"),
+        (
+            ["--precision", "nvfp4", "--target", "jetson-orin"],
+            "needs a GPU of compute capability 10.0 or newer, and --target jetson-orin is 8.7; use --precision int4, "
+            "which is as small, or int8",
+        ),
         (["--precision", "fp16", "--calibration", "x.jsonl"], "--calibration is for quantized precisions"),
         (["--precision", "int8", "--calibration", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["--precision", "int8", "--reuse", "nowhere"], "--reuse nowhere cannot be used"),
@@ -583,8 +588,10 @@ def test_wrong_flags(
     assert not out.exists()
 
 
-def test_fp8_plans_leave_out_older_gpus() -> None:
+def test_plans_leave_out_older_gpus() -> None:
     assert capable_gpus(TARGETS["rtx"], Precision.FP8) == ("8.9", "12.0")
+    assert capable_gpus(TARGETS["rtx"], Precision.NVFP4) == ("12.0",)
+    assert capable_gpus(TARGETS["jetson-thor"], Precision.NVFP4) == ("11.0",)
     assert capable_gpus(TARGETS["rtx"], Precision.INT8) == TARGETS["rtx"].compute_capabilities
 
 
