@@ -160,7 +160,7 @@ def _activation_bytes(config: ModelConfig, options: ExportOptions) -> int:
 
 def _cpu_weight_bytes(parameters: int, linear_weights: int, precision: Precision) -> int:
     """Returns the size of the weights in ONNX Runtime, which keeps integers and converts everything else to FP32."""
-    if precision in (Precision.INT8, Precision.INT4):
+    if precision in (Precision.INT8, Precision.INT4, Precision.NVFP4):
         return linear_weights + 4 * (parameters - linear_weights)
     return 4 * parameters
 
