@@ -29,6 +29,8 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the 4-bit codes 0 to 7; codes 8 to 15 are their negatives."""
 HALF_IN_FP8 = 0x30
 """The bits of 0.5 in FP8 (E4M3)."""
+FP32_EXPONENT = 0x7F800000
+"""The bits of the exponent in FP32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +177,9 @@ class Nvfp4Format(NumberFormat):
     def quantize(self, x: Tensor, scale: Tensor | float) -> Tensor:
         """See `NumberFormat`; the values of E2M1 are 0.5 apart up to 2, then 1 up to 4, then 2."""
         scaled = (x / scale).clamp_(self.min_value, self.max_value)
-        magnitude = scaled.abs()
-        step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-        return scaled.div_(step).round_().mul_(step).to(self.dtype)
+        step = scaled.abs().clamp_(1.0, 4.0)
+        step.view(torch.int32).bitwise_and_(FP32_EXPONENT)  # to the power of two below
+        return scaled.div_(step.mul_(0.5)).round_().mul_(step).to(self.dtype)
 
     def _block_scale(self, max_abs: Tensor, largest: Tensor) -> Tensor:
         tensor_scale = _tensor_scale(largest / self.max_value)
@@ -253,9 +255,10 @@ def pack_fp4(quantized: Tensor) -> Tensor:
 
 def unpack_fp4(packed: Tensor) -> Tensor:
     """Unpacks what `pack_fp4` returned: float8_e4m3fn [n]."""
-    halves = torch.stack((packed & 0xF, packed >> 4), dim=1).reshape(-1)
     values = torch.tensor((*E2M1_VALUES, *(-value for value in E2M1_VALUES)), device=packed.device)
-    return values.to(torch.float8_e4m3fn).view(torch.uint8)[halves.int()].view(torch.float8_e4m3fn)
+    codes = torch.arange(256, device=packed.device)
+    pairs = torch.stack((values[codes & 0xF], values[codes >> 4]), dim=1).to(torch.float8_e4m3fn).view(torch.uint8)
+    return pairs[packed.int()].reshape(-1).view(torch.float8_e4m3fn)
 
 
 FORMATS: dict[Precision, NumberFormat] = {

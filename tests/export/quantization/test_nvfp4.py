@@ -81,6 +81,8 @@ def write_linear(folder: Path, weight: Tensor, rows: Tensor, precision: Precisio
 
 def test_values_are_those_of_ml_dtypes() -> None:
     numbers = torch.linspace(-7, 7, 28 * 16 + 1)  # with every tie
+    assert all(tie in numbers for tie in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+    numbers[1::16] = numbers[::16].nextafter(torch.tensor(0.0))[: len(numbers[1::16])]
     quantized = NVFP4.quantize(numbers, 1.0)
     expected = numbers.clamp(-6, 6).numpy().astype(ml_dtypes.float4_e2m1fn)
     values = quantized.float().numpy()
