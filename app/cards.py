@@ -6,8 +6,8 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from nvembed_deploy.app.compare import Comparison
 from nvembed_deploy.app.jobs import FileOutcome, Job
+from nvembed_deploy.app.passages import Passage
 from nvembed_deploy.app.store import Hit, StoredFile
 
 SNIPPET_CHARS = 320
@@ -47,7 +47,28 @@ def results(hits: Sequence[Hit], *, threshold: float | None) -> str:
 def _card(rank: int, hit: Hit, threshold: float | None) -> str:
     passage, score = hit.passage, max(0.0, min(1.0, hit.score))
     is_far = threshold is not None and hit.score < threshold
-    # A title that is the file's name, or its part, is not said twice.
+    return (
+        f'<li class="hit{" far" if is_far else ""}" id="result-{rank}" data-row="{hit.row}"><article>'
+        f'<h3 dir="auto"><button type="button" class="title" aria-expanded="false"><span class="rank">{rank}</span> '
+        f"{escape(passage.label)}</button></h3>"
+        f'<p class="meta">{_origin(passage)}'
+        f'<span class="score"><span class="bar" aria-hidden="true"><i style="width:{score:.0%}"></i></span>'
+        f'<span class="sr">cosine </span>{hit.score:.3f}</span></p>'
+        f'<div class="snippet" dir="auto">{snippet([(passage.text, False)])}</div>'
+        f'<div class="whole" hidden>{_body(passage)}</div></article></li>'
+    )
+
+
+def passage_card(passage: Passage, row: int) -> str:
+    """Returns a whole passage, as a point of the map opens it."""
+    return (
+        f'<article class="hit" data-row="{row}"><h3 dir="auto">{escape(passage.label)}</h3>'
+        f'<p class="meta">{_origin(passage)}</p><div class="whole">{_body(passage)}</div></article>'
+    )
+
+
+def _origin(passage: Passage) -> str:
+    """Returns where a passage comes from; a title that is the file's name, or its part, is not said twice."""
     source = passage.source if passage.title else passage.source.rpartition("/")[0]
     origin = [escape(text) for text in (source, passage.place) if text]
     if passage.record_id:
@@ -55,16 +76,13 @@ def _card(rank: int, hit: Hit, threshold: float | None) -> str:
     if link := safe_link(passage.link):
         shown = escape(re.sub(r"^https?://", "", link)[:60])
         origin.append(f'<a href="{escape(link)}" rel="noopener noreferrer" target="_blank">{shown}</a>')
+    return f'<span class="origin" dir="auto">{" · ".join(origin)}</span>'
+
+
+def _body(passage: Passage) -> str:
     return (
-        f'<li class="hit{" far" if is_far else ""}" id="result-{rank}" data-row="{hit.row}"><article>'
-        f'<h3 dir="auto"><button type="button" class="title" aria-expanded="false"><span class="rank">{rank}</span> '
-        f"{escape(passage.label)}</button></h3>"
-        f'<p class="meta"><span class="origin" dir="auto">{" · ".join(origin)}</span>'
-        f'<span class="score"><span class="bar" aria-hidden="true"><i style="width:{score:.0%}"></i></span>'
-        f'<span class="sr">cosine </span>{hit.score:.3f}</span></p>'
-        f'<div class="snippet" dir="auto">{snippet([(passage.text, False)])}</div>'
-        f'<div class="whole" hidden><div class="text" dir="auto">{whole(passage.prefix, [(passage.text, False)])}</div>'
-        '<p><button type="button" class="similar">More like this</button></p></div></article></li>'
+        f'<div class="text" dir="auto">{whole(passage.prefix, [(passage.text, False)])}</div>'
+        '<p><button type="button" class="similar">More like this</button></p>'
     )
 
 
@@ -204,6 +222,8 @@ def _job(job: Job, owner: str) -> str:
     summary = f"{escape(job.collection)}: {escape(progress_line(job))}"
     if is_own and not job.is_active:
         summary = f"{escape(job.collection)}: {len(added)} added, {len(skipped)} skipped"
+        if job.total and not job.outcomes:  # no upload
+            summary = f"{escape(job.collection)}: {job.done:,} of {plural(job.total, 'passage')} indexed"
         if job.state != "done":
             summary += f" – {STATES[job.state]}" + (f": {escape(job.message)}" if job.message else "")
     bar = cancel = ""
@@ -227,29 +247,14 @@ def _outcome(outcome: FileOutcome) -> str:
     return f"added: {plural(outcome.passages, 'passage')}" + (f" ({escape(outcome.reason)})" if outcome.reason else "")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table of texts, the first cell of each row as its heading."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, label: str) -> str:
+    """Returns a table of texts, the first cell of each row as its heading; the keyboard can scroll it."""
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def comparison(compared: Comparison, left: str, right: str, instruction: str) -> str:
-    """Returns two rankings side by side, with what moved between them."""
-    rows = []
-    for left_rank, left_cosine, right_rank, right_cosine, title in compared.rows:
-        moved = int(left_rank) - int(right_rank)
-        arrow = "=" if not moved else f"{'▲' if moved > 0 else '▼'} {abs(moved)}"
-        rows.append((title, left_rank, left_cosine, right_rank, right_cosine, arrow))
-    head = ("Passage", f"Rank, {left}", "Cosine", f"Rank, {right}", "Cosine", "Moved")
-    left_ms, right_ms = compared.milliseconds
-    same = "Both engines are the same; start the page with --compare BUNDLE for another one. " if left == right else ""
-    text = (
-        f"{same}{compared.overlap:.0%} of the ten best are the same, out of {compared.candidates} candidates of the "
-        f"page's engine; largest cosine difference {compared.largest_difference:.4f}; embedding the query takes {left} "
-        f"{left_ms:.1f} ms and {right} {right_ms:.1f} ms. Instruction: {instruction or 'none'}"
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table><thead><tr>{columns}</tr>'
+        f"</thead><tbody>{body}</tbody></table></div>"
     )
-    return f"<p id='difference'>{escape(text)}</p><div id='rankings'>{table(head, rows)}</div>"

@@ -44,7 +44,7 @@ class FileOutcome:
 
 @dataclass(kw_only=True)
 class Job:
-    """One upload, or the indexing of Python's documentation."""
+    """One upload, or the indexing of Python's documentation or of a collection of another engine."""
 
     number: int
     collection: str
@@ -125,10 +125,29 @@ class Jobs:
             DeployError: Too many uploads are waiting.
         """
         self.library.check_user_name(collection)
-        if sum(job.is_active for job in self.all()) >= MAX_RUNNING + MAX_WAITING:
-            raise DeployError("too many uploads are waiting; add these files when some are done")
+        self._require_place()
         job = Job(number=next(self._numbers), collection=collection, owner=owner)
         return self._start(job, lambda started: self._add_files(started, paths))
+
+    def index_again(self, collection: str, owner: str = "") -> Job:
+        """Starts to index a collection of another engine again with this one.
+
+        Raises:
+            ConfigError: The collection's name is not valid.
+            DeployError: Too many jobs are waiting.
+        """
+        self.library.check_user_name(collection)
+        self._require_place()
+
+        def steps(job: Job) -> None:
+            job.state = "embedding"
+            self._follow(job, 0, lambda: self.library.index_again_steps(collection))
+
+        return self._start(Job(number=next(self._numbers), collection=collection, owner=owner), steps)
+
+    def _require_place(self) -> None:
+        if sum(job.is_active for job in self.all()) >= MAX_RUNNING + MAX_WAITING:
+            raise DeployError("too many uploads are waiting; try again when some are done")
 
     def cancel(self, number: int, owner: str) -> None:
         """Stops a job of a session between two steps; nothing of its unfinished file stays.

@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from nvembed_deploy import BundleError, ConfigError, DeployError, Encoder, InputError
-from nvembed_deploy.app.index import EXACT, ExactIndex, opener
+from nvembed_deploy.app.index import EXACT, ExactIndex, Vectors, opener
 from nvembed_deploy.app.passages import Passage, library_passages
 from nvembed_deploy.app.store import RECORD, Engine, FolderStore, StoredFile, read_record
-from nvembed_deploy.files.atomic import remove_leftovers
+from nvembed_deploy.files.atomic import move_into_place, remove_leftovers
 
 PYTHON = "Python documentation"
 NAME = re.compile(r"\w[\w .-]{0,39}")
@@ -52,6 +52,7 @@ class CollectionState:
     """Model and precision that made its vectors."""
     is_usable: bool
     """Whether that is the engine of this library, and the collection is not damaged."""
+    is_damaged: bool = False
     is_complete: bool
 
 
@@ -119,7 +120,9 @@ class Library:
         try:
             record = read_record(self._path(name))
         except (OSError, ValueError, KeyError, TypeError):
-            return CollectionState(name=name, rows=0, identity="", engine="damaged", is_usable=False, is_complete=False)
+            return CollectionState(
+                name=name, rows=0, identity="", engine="", is_usable=False, is_complete=False, is_damaged=True
+            )
         return CollectionState(
             name=name,
             rows=record.rows,
@@ -220,7 +223,23 @@ class Library:
             if store.file_rows(file.name) is not None:
                 store = self._without_file(store, file.name)
             files = [*store.record.files, replace(file, rows=0, passages=len(passages))]
-        done = files[-1].rows
+
+        def commit(block: list[Passage], vectors: Vectors) -> None:
+            nonlocal store
+            assert store is not None
+            files[-1] = replace(files[-1], rows=files[-1].rows + len(block))
+            store = self._opened[name] = store.append(block, vectors, files)
+
+        yield from self._embed(passages, files[-1].rows, commit)
+        self._opened.pop(name, None)
+        if self._index_kind != EXACT:
+            self.open(name)  # builds the index now, and not at the first search
+        yield len(passages), len(passages)
+
+    def _embed(
+        self, passages: Sequence[Passage], done: int, commit: Callable[[list[Passage], Vectors], None]
+    ) -> Generator[tuple[int, int]]:
+        """Embeds the passages behind those that are done, and commits some every few seconds; yields as `add_steps`."""
         step = FIRST_BLOCK
         while done < len(passages):
             yield done, len(passages)
@@ -236,13 +255,59 @@ class Library:
                 if done + len(block) < len(passages):
                     yield done + len(block), len(passages)
             done += len(block)
-            files[-1] = replace(files[-1], rows=done)
-            store = store.append(block, np.concatenate(vectors), files)
-            self._opened[name] = store
-        self._opened.pop(name, None)
-        if self._index_kind != EXACT:
-            self.open(name)  # builds the index now, and not at the first search
-        yield len(passages), len(passages)
+            commit(block, np.concatenate(vectors))
+
+    def index_again_steps(self, name: str) -> Generator[tuple[int, int]]:
+        """Embeds the passages of a collection that another engine has made, step by step; see `add_steps`.
+
+        The collection stays as it is until its new vectors are complete. A killed run leaves those that it has made,
+        with which the next one goes on; a closed iterator leaves none.
+
+        Raises:
+            ConfigError: There is no collection with this name, or it is being added to.
+            BundleError: The collection is damaged.
+        """
+        path, staging = self._path(name), self._staging(name)
+        with self._lock(name):
+            if not (path / RECORD).is_file():
+                raise ConfigError(f"there is no collection {name!r}; it may have been deleted already")
+            old = FolderStore(path)
+            if old.engine == self.engine:
+                yield len(old), len(old)
+                return
+            new = self._staged(staging, old)
+
+            def commit(block: list[Passage], vectors: Vectors) -> None:
+                nonlocal new
+                is_last = len(new) + len(block) == len(old)
+                new = new.append(block, vectors, old.record.files if is_last else ())
+
+            try:
+                yield from self._embed(old.passages, len(new), commit)
+            except GeneratorExit:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+            with suppress(DeployError):  # the index belongs to the other engine, and may be out of reach
+                self._drop_index(name, self.open(name))
+            move_into_place(staging, path)
+            shutil.rmtree(staging, ignore_errors=True)  # now the old one
+            self._opened.pop(name, None)
+            if self._index_kind != EXACT:
+                self.open(name)
+            yield len(old), len(old)
+
+    def _staging(self, name: str) -> Path:
+        """Returns the folder in which a collection is indexed again; its name is that of no collection."""
+        return self.folder / f".{name}.{self.engine.manifest_sha256[:16]}.again"
+
+    def _staged(self, staging: Path, old: FolderStore) -> FolderStore:
+        """Opens what a killed run has left of a collection's new vectors, or begins anew."""
+        with suppress(BundleError):
+            new = FolderStore(staging)
+            if new.engine == self.engine and len(new) < len(old) and new.passages == old.passages[: len(new)]:
+                return new
+        shutil.rmtree(staging, ignore_errors=True)
+        return FolderStore.write(staging, self.engine, [], np.zeros((0, self.engine.dimension), np.float32))
 
     def _without_unfinished(self, store: FolderStore) -> FolderStore:
         """Removes what an interrupted run has left of a file; it is always the last one."""
@@ -276,7 +341,7 @@ class Library:
         if store.engine != self.engine:
             raise ConfigError(
                 f"collection {name!r} was made by {store.engine.model} {store.engine.precision} "
-                f"({store.engine.manifest_sha256[:12]}); delete it, or add to another collection"
+                f"({store.engine.manifest_sha256[:12]}); index it again with this engine, or add to another collection"
             )
         return store
 
@@ -377,6 +442,7 @@ class Library:
             except DeployError:
                 pass  # a damaged collection, or one without its index, can be deleted
             shutil.rmtree(path)
+            shutil.rmtree(self._staging(name), ignore_errors=True)
             self._opened.pop(name, None)
 
     def _path(self, name: str) -> Path:

@@ -174,12 +174,17 @@ class Searcher:
         """Returns the passages that have words of the query, with `BOTH` fused with the nearest ones."""
         require_same_engine(store.engine, self.engine)
         allowed = store.rows_of(sources) if sources else None
-        rows = best_rows(self._words.scores(store, query), allowed, max(count, FUSED)).tolist()
+        word_scores = self._words.scores(store, query)
+        rows = best_rows(word_scores, allowed, max(count, FUSED))
         if mode == BOTH:
             nearest = store.search(self.engine, vector, count=max(count, FUSED), sources=sources)
-            rows = fuse([[hit.row for hit in nearest], rows])
-        scores = store.vectors[rows[:count]] @ vector
-        return [Hit(store.passages[row], float(score), row) for row, score in zip(rows[:count], scores, strict=True)]
+            rows = np.union1d(rows, np.array([hit.row for hit in nearest], dtype=np.int64))
+        cosines = store.vectors[rows] @ vector
+        if mode == BOTH and len(rows):
+            order = fuse(cosines, word_scores[rows])
+            rows, cosines = rows[order], cosines[order]
+        best = zip(rows[:count].tolist(), cosines[:count].tolist(), strict=True)
+        return [Hit(store.passages[row], cosine, row) for row, cosine in best]
 
     def mark(self, store: FolderStore, query: Vectors, rows: Sequence[int]) -> list[list[tuple[str, bool]]]:
         """Splits passages into sentences and marks those nearest to the query.

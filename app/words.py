@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import bm25s
@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from nvembed_deploy.app.index import Vectors
 from nvembed_deploy.app.store import FolderStore
 
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells each step, whatever level is set
 WORD = re.compile(r"\w+")
 PARTS = re.compile(r"[^\W_]+")
 """Words within a name such as `read_csv`, which are found alone too."""
 OPEN_INDEXES = 4
 FUSED = 100
-"""Number of passages of each ranking that are fused."""
-RRF_K = 60
-"""Constant of reciprocal rank fusion. Source: Cormack, Clarke and Buettcher, SIGIR 2009."""
+"""Number of best passages by meaning, and by words, that are ranked together."""
+WORDS_WEIGHT = 0.2
+"""Weight of the words beside that of the meaning. On two FAQ sets, covidfaq and stackfaq, nDCG@10 was 66.7 and 94.6
+with it, 67.9 and 93.9 by meaning alone, and 51.0 and 93.2 with reciprocal rank fusion at its usual constant of 60."""
 Rows = NDArray[np.int64]
 
 
@@ -70,10 +72,16 @@ def best_rows(scores: Vectors, allowed: NDArray[np.bool_] | None, count: int) ->
     return rows[np.lexsort((rows, -scores[rows]))]
 
 
-def fuse(rankings: Sequence[Sequence[int]]) -> list[int]:
-    """Fuses rankings of rows by the sum of their reciprocal ranks."""
-    fused: dict[int, float] = {}
-    for ranking in rankings:
-        for rank, row in enumerate(ranking, 1):
-            fused[row] = fused.get(row, 0.0) + 1 / (RRF_K + rank)
-    return sorted(fused, key=lambda row: (-fused[row], row))
+def fuse(cosines: Vectors, word_scores: Vectors) -> Rows:
+    """Returns the order of passages by meaning and words together, the best one first.
+
+    The cosines are scaled from 0 to 1, the scores by words to at most 1, and added with `WORDS_WEIGHT`.
+
+    Args:
+        cosines: float32 [N], of the passages.
+        word_scores: float32 [N], of the same passages; 0 for those without a word of the query.
+    """
+    spread, best = float(np.ptp(cosines)), float(word_scores.max())
+    by_meaning = (cosines - cosines.min()) / spread if spread else np.zeros_like(cosines)
+    by_words = word_scores / best if best else word_scores
+    return np.argsort(-((1 - WORDS_WEIGHT) * by_meaning + WORDS_WEIGHT * by_words), kind="stable")

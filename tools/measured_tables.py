@@ -372,6 +372,21 @@ def search_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def search_modes_table() -> str:
+    """Formats the record of `benchmarks.search_modes`: nDCG@10 by meaning, words and both."""
+    record = _record("search_modes")
+    modes = list(record["rows"][0]["ndcg"])
+    lines = [
+        f"| set | documents | passages | queries | {' | '.join(modes)} |",
+        f"| --- | --- | --- | --- | {' | '.join('---' for _ in modes)} |",
+    ]
+    for row in record["rows"]:
+        figures = " | ".join(f"{row['ndcg'][mode]:.1f}" for mode in modes)
+        lines.append(f"| {row['set']} | {row['documents']:,} | {row['passages']:,} | {row['queries']:,} | {figures} |")
+    note = f"nDCG@10 in points, {record['model']} {record['precision']}. {_made_by(record)}"
+    return "\n".join([*lines, "", note, ""])
+
+
 def page_speed_table() -> str:
     """Formats the record of `benchmarks.page_speed`."""
     record = _record("page_speed")
@@ -436,6 +451,7 @@ MEASURED_TABLES = {
     "operators": operators_table,
     "search": search_table,
     "page-speed": page_speed_table,
+    "search-modes": search_modes_table,
     "ablation": ablation_table,
 }
 """Functions that make a table, by its name in the pages."""

@@ -14,7 +14,8 @@ import pytest
 for library in ("gradio", "gradio_client"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install nvembed-deploy[app]")
 
-from nvembed_deploy.app.page import PYTHON_INSTRUCTION, _ApiErrors, _server_function, safe_cell  # noqa: E402
+from nvembed_deploy.app.requests import PYTHON_INSTRUCTION, ApiErrors, server_function  # noqa: E402
+from nvembed_deploy.app.results import safe_cell  # noqa: E402
 from tests.app.test_guard import ask  # noqa: E402
 
 PYTHON = "Python documentation"
@@ -94,27 +95,27 @@ def test_the_functions_of_the_page_check_their_input(page: SimpleNamespace, tmp_
     for function, data, message in (
         (own.add, {"paths": []}, "no files are chosen"),
         (own.add, {"paths": [str(tmp_path / "a.txt")], "collection": "mine"}, "only uploaded files"),
-        (own.search, {"query": 1, "collection": PYTHON}, "query must be a string"),
-        (own.search, "no object", "is not a valid collection name"),
-        (own.search, base | {"similar": 99}, "there is no such passage"),
-        (own.marks, base | {"rows": [-1]}, "there is no such passage"),
-        (own.marks, base | {"rows": [0], "lineage": "old"}, "has changed in the meantime"),
-        (own.marks, base | {"rows": "0"}, "rows must be a list"),
-        (own.passage, base | {"row": None}, "there is no such passage"),
+        (own.results.search, {"query": 1, "collection": PYTHON}, "query must be a string"),
+        (own.results.search, "no object", "is not a valid collection name"),
+        (own.results.search, base | {"similar": 99}, "there is no such passage"),
+        (own.results.marks, base | {"rows": [-1]}, "there is no such passage"),
+        (own.results.marks, base | {"rows": [0], "lineage": "old"}, "has changed in the meantime"),
+        (own.results.marks, base | {"rows": "0"}, "rows must be a list"),
+        (own.results.passage, base | {"row": None}, "there is no such passage"),
         (own.delete, {"collection": PYTHON}, "cannot be deleted"),
         (own.delete, {"collection": PYTHON, "file": PYTHON}, "nothing of it can be removed"),
         (own.cancel, {"job": 1, "client": ""}, "nothing to cancel"),
         (own.compare, base | {"left": "x", "right": "x"}, "there is no engine 'x'"),
     ):
-        assert message in _server_function(function)(data)["error"]
+        assert message in server_function(function)(data)["error"]
 
 
 def test_a_full_disk_is_reported() -> None:
     def full(_: Any) -> dict[str, Any]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    assert "No space left on device: " in _server_function(full)({})["error"]
-    with pytest.raises(Exception, match=r"No space left on device: .* check its disk"), _ApiErrors():
+    assert "No space left on device: " in server_function(full)({})["error"]
+    with pytest.raises(Exception, match=r"No space left on device: .* check its disk"), ApiErrors():
         full({})
 
 

@@ -4,10 +4,12 @@ import csv
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -20,6 +22,16 @@ from tests.app.test_documents import make_zip  # noqa: E402
 TIMEOUT_MS = 30_000
 """Timeout in milliseconds: two loaded cores are slow."""
 DESKTOP, PHONE = {"width": 1280, "height": 720}, {"width": 390, "height": 844}
+PASS_OVER = """() => {
+  const plane = document.querySelector("#plane"), tip = document.querySelector("#tip");
+  const box = plane.getBoundingClientRect();
+  for (let x = box.left + 4; x < box.right; x += 8)
+    for (let y = box.top + 4; y < box.bottom; y += 8) {
+      plane.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: y, pointerType: "mouse" }));
+      if (tip.textContent) return [x, y, tip.querySelector("b").textContent];
+    }
+}"""
+"""Moves the pointer over the map until a point says what it is; returns where, and its title."""
 VIEWS = ("search", "documents", "compare", "map", "engine")
 
 
@@ -126,7 +138,7 @@ def test_results_are_seen_at_once_and_name_their_query(tab: Any, page: SimpleNam
 
 
 def python_instruction() -> str:
-    from nvembed_deploy.app.page import default_instruction
+    from nvembed_deploy.app.requests import default_instruction
 
     return default_instruction("Python documentation")
 
@@ -163,7 +175,7 @@ def test_results_go_when_the_query_or_the_collection_changes(
     choose(tab, "other")
     status_has(tab, "1 of 1 passage in other for “rows”")  # asked again, in the chosen collection
     assert tab.locator("#instruction").input_value() != python_instruction()
-    monkeypatch.setattr("nvembed_deploy.app.page.LIVE_MS", 0.0)  # an engine too slow to search while one types
+    monkeypatch.setattr("nvembed_deploy.app.results.LIVE_MS", 0.0)  # an engine too slow to search while one types
     search(tab, "cells")
     tab.get_by_label("Query", exact=True).press_sequentially("x")
     tab.locator("#result-1").wait_for(state="detached")
@@ -174,7 +186,7 @@ def test_results_go_when_the_query_or_the_collection_changes(
 def test_it_searches_as_one_types_where_the_engine_is_fast(
     tab: Any, monkeypatch: pytest.MonkeyPatch, page: SimpleNamespace
 ) -> None:
-    monkeypatch.setattr("nvembed_deploy.app.page.LIVE_MS", 1e6)
+    monkeypatch.setattr("nvembed_deploy.app.results.LIVE_MS", 1e6)
     search(tab, "rows")  # its answer tells the page that the engine is fast
     tab.get_by_label("Query", exact=True).press_sequentially(" of a file", delay=20)
     status_has(tab, "“rows of a file”")
@@ -298,12 +310,28 @@ def test_compare_map_and_engine(tab: Any) -> None:
     view(tab, "compare")
     assert tab.get_by_label("Query to compare").input_value() == "rows of a table"
     tab.locator("#compare-button").click()
-    tab.locator("#rankings").get_by_text("csv.reader").wait_for()
+    tab.locator("#rankings li").get_by_text("csv.reader").first.wait_for()
+    assert tab.locator("#rankings li").count() == 6
+    assert tab.locator("#rankings path").count() == 3
     assert f"Instruction: {python_instruction()}" in tab.locator("#difference").inner_text()
     view(tab, "map")
-    status_has(tab, "3 passages of Python documentation", "map-status")
+    status_has(tab, "3 passages of Python documentation, by principal components: a map of", "map-status")
     inked = "const {width, height} = plane; return plane.getContext('2d').getImageData(0, 0, width, height).data"
     assert tab.evaluate(f"(() => {{ const plane = document.querySelector('#plane'); {inked}.some(Boolean) }})()")
+    tab.locator("#plane").focus()
+    tab.keyboard.press("ArrowLeft")
+    first = tab.locator(".title").first.text_content().split(" ", 1)[1]
+    assert tab.locator("#tip b").inner_text() == first  # the arrow keys begin at the best result
+    tab.keyboard.press("Enter")
+    tab.locator("#point h3").get_by_text(first).wait_for()
+    tab.keyboard.press("+")
+    tab.locator("#zoom-reset").click()
+    x, y, title = tab.evaluate(PASS_OVER)
+    tab.mouse.click(x, y)
+    tab.locator("#point h3").get_by_text(title).wait_for()
+    tab.wait_for_function("document.querySelector('#tip span').textContent")  # the beginning of its text
+    tab.locator("#point .similar").click()
+    status_has(tab, f"like “{title}”")
     view(tab, "engine")
     assert "onnxruntime" in tab.locator("#engine-details").inner_text()
     assert "Lowest cosine" in tab.locator("#engine-details").inner_text()
@@ -361,3 +389,53 @@ def test_two_users_at_once(tab: Any, browser: Any, page: SimpleNamespace) -> Non
     status_has(other, "“compressed file”")
     status_has(tab, "“rows of a table”")
     context.close()
+
+
+def test_words_both_and_filters(tab: Any, browser: Any, page: SimpleNamespace) -> None:
+    search(tab, "gzip file")
+    try:
+        tab.get_by_label("Words").check()
+        status_has(tab, "2 of 3 passages in Python documentation for “gzip file”")
+        tab.get_by_label("Both").check()
+        status_has(tab, "3 of 3 passages")
+        pressed = tab.get_by_role("button", name="gzip 1")
+        pressed.click()
+        status_has(tab, "1 of 3 passages")
+        assert tab.get_by_role("button", name="gzip 1").get_attribute("aria-pressed") == "true"
+        assert "mode=both" in tab.url
+        assert "source=gzip" in tab.url
+        context = browser.new_context()
+        colleague = open_tab(context, page, tab.url.removeprefix(page.url))
+        status_has(colleague, "1 of 3 passages in Python documentation for “gzip file”")
+        assert colleague.get_by_label("Both").is_checked()
+        context.close()
+        tab.get_by_role("button", name="gzip 1").click()
+        status_has(tab, "3 of 3 passages")
+        tab.get_by_label("Words").check()
+        search_box = tab.get_by_label("Query", exact=True)
+        search_box.fill("zebra")
+        search_box.press("Enter")
+        status_has(tab, "No passage of Python documentation has these words")
+    finally:
+        tab.get_by_label("Meaning").check()
+
+
+def test_a_collection_of_another_engine_is_offered_to_be_indexed_again(tab: Any, page: SimpleNamespace) -> None:
+    from nvembed_deploy.app.passages import Passage
+    from nvembed_deploy.app.store import FolderStore
+
+    engine = replace(page.library.engine, precision="int8", manifest_sha256="0" * 64)
+    vectors = np.eye(2, page.encoder.dimension, dtype=np.float32)
+    passages = [Passage(source="o.txt", title=DANGER, text=text) for text in ("A kept text.", "Another one.")]
+    FolderStore.write(page.library.folder / "foreign", engine, passages, vectors)
+    tab.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    choose(tab, "foreign")
+    tab.locator("#view-search .offer").get_by_text("made by another engine").wait_for()
+    tab.get_by_label("Query", exact=True).fill("kept")
+    tab.get_by_label("Query", exact=True).press("Enter")
+    assert tab.locator("#status").inner_text() == ""  # the offer stands there already
+    tab.locator("#view-search .offer button").click()
+    tab.locator("#view-search .offer").wait_for(state="hidden")
+    assert page.library.open("foreign").engine == page.library.engine
+    search(tab, "kept text")
+    page.library.delete("foreign")

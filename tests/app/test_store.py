@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 from nvembed_deploy import BundleError, ConfigError, Encoder
-from nvembed_deploy.app.compare import compare
 from nvembed_deploy.app.index import Content, ExactIndex
 from nvembed_deploy.app.library import PYTHON, BusyError, Library
 from nvembed_deploy.app.passages import MAX_TEXT_CHARS, Passage, library_passages
-from nvembed_deploy.app.plane import MAX_POINTS, Plane, draw, sampled_rows
 from nvembed_deploy.app.search import Searcher, sentences
 from nvembed_deploy.app.store import PASSAGES, RECORD, VECTORS, Engine, FolderStore, StoredFile
 from tests.app.conftest import few_passages
@@ -54,7 +52,7 @@ def test_another_engine_is_refused(library: Library, bundles: dict[str, Path], t
     store = fp16_library.open("mine")
     with pytest.raises(ConfigError, match=r"was made by another model or precision .*index the passages again"):
         store.search(fp16_library.engine, fp16_encoder.encode("a"), count=1)
-    with pytest.raises(ConfigError, match="delete it, or add to another collection"):
+    with pytest.raises(ConfigError, match="index it again with this engine, or add to another collection"):
         list(fp16_library.add_steps("mine", few_passages()))
     assert fp16_library.names() == ["mine"]  # the other engine's copy of Python's documentation is not shown
 
@@ -286,25 +284,6 @@ def test_nothing_is_unpickled(library: Library) -> None:
         FolderStore(library.folder / "mine")
 
 
-def test_two_engines_side_by_side(library: Library, encoder: Encoder, bundles: dict[str, Path]) -> None:
-    store = library.add_python(few_passages())
-    int8_encoder = Encoder(bundles["int8"], device="cpu", backend="onnxruntime")
-    searcher = Searcher(encoder)
-    try:
-        self_comparison = compare(searcher, store, encoder, encoder, "rows of a table", instruction="")
-        comparison = compare(searcher, store, encoder, int8_encoder, "rows of a table", instruction="Find passages")
-    finally:
-        searcher.close()
-    assert (self_comparison.overlap, self_comparison.largest_difference, self_comparison.candidates) == (1.0, 0.0, 3)
-    assert [row[0] for row in comparison.rows] == ["1", "2", "3"]
-    prompt = encoder.query_prompt("Find passages")
-    texts = [passage.embedded_text for passage in few_passages()]
-    scores = [side.encode(texts) @ side.encode("rows of a table", prompt=prompt) for side in (encoder, int8_encoder)]
-    assert comparison.largest_difference == pytest.approx(np.abs(scores[0] - scores[1]).max(), abs=1e-6)
-    assert comparison.largest_difference > 0
-    assert [row[1] for row in comparison.rows] == [f"{score:.4f}" for score in sorted(scores[0], reverse=True)]
-
-
 def test_marks_keep_the_text_and_are_cached(
     library: Library, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,25 +329,46 @@ def test_the_threshold_is_above_unrelated_and_below_related_queries() -> None:
     assert thresholds[0] < 0.7
 
 
-def test_the_map_is_the_plane_of_the_principal_components(library: Library, encoder: Encoder) -> None:
-    rng = np.random.default_rng(0)
-    vectors = (rng.normal(size=(200, 16)) * np.array([9, 5, *[1] * 14])).astype(np.float32)
-    plane = Plane.of(vectors)
-    centred = vectors - vectors.mean(axis=0)
-    expected = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
-    np.testing.assert_allclose(np.abs(plane.points(vectors)), np.abs(expected), rtol=1e-3, atol=1e-2)
-    store = library.add_python(few_passages())
-    drawn = draw(store, Plane.of(store.vectors), [1], store.vectors[0])
-    assert [point[3:] for point in drawn["points"]] == [[row, store.passages[row].label] for row in range(3)]
-    assert (drawn["hits"], len(drawn["query"]), len(drawn["sources"])) == ([1], 2, 3)
-    rows = sampled_rows(5999)
-    assert len(rows) == len(set(rows.tolist())) == MAX_POINTS
-    assert {row % 2 for row in rows.tolist()} == {0, 1}  # a regular step would miss sources that alternate
-
-
 def test_the_record_names_the_engine(library: Library, encoder: Encoder) -> None:
     list(library.add_steps("mine", few_passages()))
     record = json.loads((library.folder / "mine" / RECORD).read_text())
     engine = vars(Engine.of(encoder))
     assert {name: record[name] for name in engine} == engine
     assert FolderStore(library.folder / "mine").passages == few_passages()
+
+
+def test_a_collection_of_another_engine_is_indexed_again(
+    library: Library, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays as it is until the new vectors are complete, also if it is killed or cancelled in between."""
+    passages = [Passage(source=f"{row // 20}.txt", title="", text=f"sentence {row}") for row in range(40)]
+    for name in ("0.txt", "1.txt"):
+        part = [passage for passage in passages if passage.source == name]
+        list(library.add_steps("mine", part, StoredFile(name=name, bytes=1, sha256=name, passages=20, rows=0)))
+    old = FolderStore(library.folder / "mine")
+    other = Library(library.folder, Encoder(bundles["int8"], device="cpu", backend="onnxruntime"))
+    (state,) = other.states()
+    assert (state.is_usable, state.is_damaged, state.rows) == (False, False, 40)
+    with pytest.raises(ConfigError, match="index it again with this engine"):
+        list(other.add_steps("mine", few_passages()))
+    monkeypatch.setattr("nvembed_deploy.app.library.COMMIT_SECONDS", 0.0)
+    cancelled = other.index_again_steps("mine")
+    assert [next(cancelled) for _ in range(2)] == [(0, 40), (16, 40)]
+    with pytest.raises(BusyError):
+        next(Library(library.folder, library.encoder).index_again_steps("mine"))
+    cancelled.close()
+    assert not other._staging("mine").exists()
+    killed = other.index_again_steps("mine")
+    assert [next(killed) for _ in range(3)] == [(0, 40), (16, 40), (16, 40)]  # stored before the third
+    shutil.copytree(other._staging("mine"), library.folder / "copy")
+    killed.close()
+    (library.folder / "copy").rename(other._staging("mine"))  # as a killed run leaves it
+    assert FolderStore(library.folder / "mine").identity == old.identity
+    assert next(other.index_again_steps("mine")) == (16, 40)
+    shutil.copytree(library.folder / "mine", library.folder / "kept")
+    assert list(other.index_again_steps("mine"))[-1] == (40, 40)
+    new = other.open("mine")
+    assert (new.engine, new.passages, new.record.files) == (other.engine, old.passages, old.record.files)
+    np.testing.assert_allclose(new.vectors, other.encoder.encode([each.text for each in passages]), atol=1e-5)
+    assert list(other.index_again_steps("mine")) == [(40, 40)]
+    assert sorted(path.name for path in library.folder.iterdir() if path.is_dir()) == ["kept", "mine"]
