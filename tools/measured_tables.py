@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablation.variants import as_table
 from nvembed_deploy.parity.compare import TOLERANCES
 from nvembed_deploy.spec import Precision
-from nvembed_deploy.training.ablation import as_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -413,7 +413,7 @@ def page_speed_table() -> str:
 
 
 def ablation_table() -> str:
-    """Formats the record of `nvembed train ablate`."""
+    """Formats the record of `python -m benchmarks.ablation`."""
     record = json.loads((ROOT / "docs" / "ablation" / "ablation.json").read_text(encoding="utf-8"))
     settings = record["settings"]
     return (
@@ -422,6 +422,29 @@ def ablation_table() -> str:
         + f"{settings['steps']} steps of {settings['batch_tokens']} tokens a run, learning rate "
         + f"{settings['learning_rate']:g}, {settings['examples']['first']} examples a stage.\n"
     )
+
+
+def mining_table() -> str:
+    """Formats the record of `python -m benchmarks.mined_negatives`."""
+    record = _record("mined_negatives")
+    lines = [
+        "| set | documents | negatives, all judgements known | answers among them | negatives, half of them hidden "
+        "| answers among them |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["sets"]:
+        known, hidden = row["rounds"]["all"], row["rounds"]["half"]
+        lines.append(
+            f"| {row['set']} | {row['documents']:,} | {known['negatives']:,} "
+            f"| {known['sharing'] / known['negatives']:.2%} | {hidden['negatives']:,} "
+            f"| {hidden['hidden_answers'] / hidden['negatives']:.2%} |"
+        )
+    lines += [
+        "",
+        f"Made by `{record['command']}` on {record['date']}: {record['machine']}; default teacher, documents truncated "
+        f"to {record['chars']} characters, up to {record['max_documents']:,} of a set, judged ones first.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _record(name: str) -> dict[str, Any]:
@@ -453,5 +476,6 @@ MEASURED_TABLES = {
     "page-speed": page_speed_table,
     "search-modes": search_modes_table,
     "ablation": ablation_table,
+    "mining": mining_table,
 }
 """Functions that make a table, by its name in the pages."""

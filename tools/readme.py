@@ -22,7 +22,7 @@ from tools.measured_tables import MEASURED_TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = CODE_TABLES | MEASURED_TABLES
-SUBCOMMANDS = {"train": ("data", "mine", "stage", "ablate")}
+SUBCOMMANDS = {"train": ("data", "mine", "stage")}
 PART = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

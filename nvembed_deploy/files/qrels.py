@@ -1,8 +1,8 @@
 """Relevance judgements of a retrieval set.
 
 Layouts: `qrels.tsv`; or a folder `qrels` with one file for each split, `train.tsv` as BEIR's sets have it, or
-`train.jsonl` as MTEB's have it on the hub. A table has a header and rows of query, document, relevance; a line of JSON
-has `query-id`, `corpus-id` and `score`.
+`train.jsonl` as MTEB's have it on the hub. A table has rows of query, document, relevance, and may have a header; a
+line of JSON has `query-id`, `corpus-id` and `score`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.json_lines import read_rows
+
+COLUMNS = 3
 
 
 def read_qrels(folder: Path, *, split: str = "test") -> Iterator[tuple[str, str, float]]:
@@ -46,14 +48,24 @@ def _split_path(folder: Path, split: str) -> Path:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[str, str, float]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines()[1:], 2):
-        if not line.strip():
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        columns = line.split("\t")
+        if not line.strip() or (number == 1 and not _is_number(columns[-1])):  # an empty line or the header
             continue
-        try:
-            query, document, relevance = line.split("\t")[:3]
-            yield query, document, float(relevance)
-        except ValueError as err:
-            raise ConfigError(f"{path}, line {number}: not a query, a document and a number") from err
+        if len(columns) != COLUMNS or not _is_number(columns[-1]):
+            raise ConfigError(
+                f"{path}, line {number}: not a query, a document and a number, separated by tabs, but {line[:80]!r}"
+            )
+        query, document, relevance = columns
+        yield query, document, float(relevance)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, str, float]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,9 @@ from torch.utils.data import Dataset
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.tokenization import TextEncoder, TokenRow
-from nvembed_deploy.training.alignment import overlaps, student_spans
 from nvembed_deploy.training.groups import Group, Groups, Row
 from nvembed_deploy.training.options import BLENDED
-from nvembed_deploy.training.teacher import Teacher
 
-PLAIN = ("plain_ids", "plain_attention_mask", "plain_pool_mask")
-"""Keys of a collated batch for its instructed texts without their instruction, int64 [I, T]; optional."""
 Batch = list[tuple[int, int]]
 """One device's share of a step: epoch and number of each example."""
 
@@ -110,14 +105,21 @@ def _chunks(entries: Batch, size: int) -> list[Batch]:
 def tokenize_rows(
     rows: Sequence[Row], encoder: TextEncoder, *, max_length: int, with_spans: bool = False
 ) -> list[TokenRow]:
-    """Tokenizes rows; a row that would have no pooled token within the limit loses its prompt."""
-    token_rows: list[TokenRow] = []
-    for row in rows:
-        token_row = encoder.tokenize([row.text], prompt=row.prompt, max_length=max_length, with_spans=with_spans)[0]
-        if len(token_row) <= token_row.prompt_tokens:
-            token_row = encoder.tokenize([row.text], max_length=max_length, with_spans=with_spans)[0]
-        token_rows.append(token_row)
-    return token_rows
+    """Tokenizes rows, in parallel; a row that would have no pooled token within the limit loses its prompt."""
+    by_prompt: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_prompt.setdefault(row.prompt, []).append(index)
+    token_rows: dict[int, TokenRow] = {}
+
+    def tokenize(indices: list[int], prompt: str) -> None:
+        texts = [rows[index].text for index in indices]
+        tokenized = encoder.tokenize(texts, prompt=prompt, max_length=max_length, with_spans=with_spans)
+        token_rows.update(zip(indices, tokenized, strict=True))
+
+    for prompt, indices in by_prompt.items():
+        tokenize(indices, prompt)
+    tokenize([index for index, row in token_rows.items() if len(row) <= row.prompt_tokens], "")
+    return [token_rows[index] for index in range(len(rows))]
 
 
 class Collator:
@@ -126,23 +128,20 @@ class Collator:
     Args:
         encoder: The model's tokenizer; also defines the padding.
         max_length: Maximum number of tokens of a row.
-        teacher: If given, the batch includes its inputs.
-        plain: Adds the instructed texts without their instruction, for `options.LossWeights.consistency`.
     """
 
-    def __init__(
-        self, encoder: TextEncoder, *, max_length: int, teacher: Teacher | None = None, plain: bool = False
-    ) -> None:
+    with_spans = False
+    """Tokenizes with the characters of each token, for a subclass that needs them."""
+
+    def __init__(self, encoder: TextEncoder, *, max_length: int) -> None:
         self.encoder = encoder
         self.max_length = max_length
-        self.teacher = teacher
-        self.plain = plain
 
     def __call__(self, batches: Sequence[Sequence[Group]]) -> dict[str, Tensor]:
         groups = [group for batch in batches for group in batch]
         rows = [row for group in groups for row in group]
         group_ids = [number for number, group in enumerate(groups) for _ in group]
-        token_rows = tokenize_rows(rows, self.encoder, max_length=self.max_length, with_spans=self.teacher is not None)
+        token_rows = tokenize_rows(rows, self.encoder, max_length=self.max_length, with_spans=self.with_spans)
         input_ids, attention_mask, pool_mask = self.encoder.pad(token_rows)
         queries, positives = pair_rows(group_ids)
         batch = {
@@ -151,27 +150,20 @@ class Collator:
             "pool_mask": torch.from_numpy(pool_mask),
             "text_ids": torch.tensor([text_id(row.text) for row in rows]),
             "group_ids": torch.tensor(group_ids),
-            "questions": torch.tensor([index for index, row in enumerate(rows) if row.question], dtype=torch.int64),
             "queries": queries,
             "positives": positives,
         }
-        instructed = [index for index, row in enumerate(rows) if row.prompt]
-        if self.plain and instructed:
-            plain_rows = [Row(text=rows[index].text) for index in instructed]
-            arrays = self.encoder.pad(tokenize_rows(plain_rows, self.encoder, max_length=self.max_length))
-            batch |= {name: torch.from_numpy(array) for name, array in zip(PLAIN, arrays, strict=True)}
-            batch["instructed"] = torch.tensor(instructed)
-        if self.teacher is not None:
-            batch |= self._teacher_inputs(rows, token_rows, tokens=input_ids.shape[1])
-        return batch
+        return batch | self.more_inputs(rows, token_rows, tokens=input_ids.shape[1])
 
-    def _teacher_inputs(self, rows: Sequence[Row], token_rows: Sequence[TokenRow], *, tokens: int) -> dict[str, Any]:
-        if self.teacher is None:
-            return {}
-        ids, mask, teacher_spans = self.teacher.tokenize([row.text for row in rows])
-        spans = [student_spans(row, self.encoder.contract) for row in token_rows]
-        weights, has_target = overlaps(spans, teacher_spans, tokens=tokens, teacher_tokens=ids.shape[1])
-        return {"teacher_ids": ids, "teacher_mask": mask, "overlaps": weights, "has_target": has_target}
+    def more_inputs(self, rows: Sequence[Row], token_rows: Sequence[TokenRow], *, tokens: int) -> dict[str, Tensor]:
+        """Returns further tensors for a subclass's loss.
+
+        Args:
+            rows: The texts of the batch.
+            token_rows: Their tokens.
+            tokens: Padded length of the batch.
+        """
+        return {}
 
 
 def text_id(text: str) -> int:

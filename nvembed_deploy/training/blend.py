@@ -67,16 +67,23 @@ def _source(entry: Any, location: str) -> Source:
 
 
 def apply_blend(examples: Iterable[Example], blend: Mapping[str, Source], *, seed: int) -> list[Example]:
-    """Returns the examples of the sets that a blend names, up to its number of each, in random order."""
+    """Returns the examples of the sets that a blend names, up to its number of each, in random order.
+
+    Raises:
+        ConfigError: A set cannot be of the kind that the blend gives it.
+    """
     selected = select(examples, mix={name: source.max_examples for name, source in blend.items()}, seed=seed)
-    return [
-        replace(
-            example,
-            instruction=blend[example.source].instruction or example.instruction,
-            kind=blend[example.source].kind or example.kind,
+    return [_blended(example, blend[example.source]) for example in selected]
+
+
+def _blended(example: Example, source: Source) -> Example:
+    kind = source.kind or example.kind
+    if source.kind and not example.positive and kind in (Kind.RETRIEVAL, Kind.SIMILARITY):
+        raise ConfigError(
+            f"--blend, set {example.source!r}: kind {kind.value} needs pairs, but its examples have no positive, such "
+            f"as {example.query[:60]!r}"
         )
-        for example in selected
-    ]
+    return replace(example, instruction=source.instruction or example.instruction, kind=kind)
 
 
 def select(examples: Iterable[Example], *, mix: Mapping[str, int | None], seed: int) -> list[Example]:

@@ -3,7 +3,6 @@
     data      data sets                          -> examples and documents (JSON lines)
     mine      examples and documents             -> examples with hard negatives
     stage     a base and examples                -> a checkpoint in NVIDIA's layout; run it once for each stage
-    ablate    examples and a base                -> a table and a plot of the effect of each part of the recipe
 
 Long steps resume where they were interrupted. For several devices or machines, start `stage` with
 `accelerate launch -m nvembed_deploy train stage ...`.
@@ -12,17 +11,21 @@ Long steps resume where they were interrupted. For several devices or machines, 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nvembed_deploy import console
 from nvembed_deploy.errors import ConfigError, MissingExtra
-from nvembed_deploy.training.options import BLENDED, BY_SET, STAGE_1, STAGE_2, Lora, LossWeights, StageOptions
+from nvembed_deploy.training.options import BLENDED, BY_SET, STAGE_1, STAGE_2, Lora, StageOptions
+
+if TYPE_CHECKING:
+    from nvembed_deploy.training.recipe import Recipe
 
 PREPARED_SHAPES = "20000"
 """Number of shapes whose matrix products a CPU keeps prepared; a run has more shapes than the default of 1,024."""
@@ -72,8 +75,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     for name, add in (
         ("data", _data_command),
         ("mine", _mine_command),
-        ("stage", _stage_command),
-        ("ablate", _ablate_command),
+        ("stage", stage_command),
     ):
         text = (add.__doc__ or "").strip()  # the docstrings of these functions are the help of their commands
         command = commands.add_parser(
@@ -140,7 +142,13 @@ def _run_data(options: argparse.Namespace) -> Path:
         counts[example.source] = counts.get(example.source, 0) + 1
         return replace(example, instruction=example.instruction or instruction_for(example.source, example.kind))
 
-    write_examples(options.out, map(instructed, examples))
+    first_example = next(examples, None)
+    if first_example is None:
+        raise ConfigError(
+            f"no example of --data {options.data} is left after "
+            f"{' and '.join(flag for flag in ('--blend', '--exclude') if getattr(options, flag[2:]))}"
+        )
+    write_examples(options.out, map(instructed, chain([first_example], examples)))
     document_count = write_examples(corpus_path(options.out), documents)
     for source, count in sorted(counts.items()):
         console.echo(f"{source}: {count} examples")
@@ -180,6 +188,7 @@ def _run_mine(options: argparse.Namespace) -> Path:
             f"--negatives must be at least 1 and --margin in (0, 1], got {options.negatives} and {options.margin}"
         )
     examples = read_examples(options.examples)
+    work = options.out.with_name(f"{options.out.name}-work")
     corpus = options.corpus or corpus_path(options.examples)
     has_corpus = options.corpus is not None or corpus.is_file()
     if not has_corpus:
@@ -190,14 +199,16 @@ def _run_mine(options: argparse.Namespace) -> Path:
         documents=read_documents(corpus) if has_corpus else (),
         negatives=options.negatives,
         margin=options.margin,
+        work=work,
     )
     write_examples(options.out, mined)
+    shutil.rmtree(work)
     console.echo(str(report))
     out: Path = options.out
     return out
 
 
-def _stage_command(parser: argparse.ArgumentParser) -> None:
+def stage_command(parser: argparse.ArgumentParser) -> None:
     """Runs one contrastive stage on a base: a Mistral, or the checkpoint of the previous stage."""
     add = parser.add_argument
     add_path(parser, "--base", "folder in Hugging Face layout")
@@ -230,17 +241,14 @@ def _stage_command(parser: argparse.ArgumentParser) -> None:
         help="recompute activations: less memory, about a third more time",
     )
     add(
-        "--relative-steps",
+        "--shard",
         action="store_true",
-        help="steps relative to the size of each row: for a base made by `python -m recipes.mini start`",
+        help="shard weights, gradients and optimizer state over all processes, for full fine-tuning of a large base",
     )
     add("--order", choices=(BLENDED, BY_SET), default=BLENDED, help="each step has examples of all sets, or of one")
     add("--queries-compete", action="store_true", help="stage 1: other queries are negatives too, not documents alone")
     add("--no-bf16", action="store_true", help="train in FP32 throughout")
-    add("--distillation", type=float, default=0.0, help="weight of 1 - cosine to the teacher")
-    add("--token-distillation", type=float, default=0.0, help="weight of the error to the teacher's token states")
-    add_teacher_flag(parser)
-    parser.set_defaults(command=_run_stage)
+    parser.set_defaults(command=lambda options: run_stage(options, stage_options(options)))
 
 
 class StageFlag(NamedTuple):
@@ -250,6 +258,8 @@ class StageFlag(NamedTuple):
     help: str
     minimum: int | None = None
     """Smallest valid value; None for numbers that must be greater than 0."""
+    maximum: float = math.inf
+    """Largest valid value."""
 
     @property
     def flag(self) -> str:
@@ -260,8 +270,10 @@ class StageFlag(NamedTuple):
         """Checks the range of the number that was given.
 
         Raises:
-            ConfigError: The number is too small.
+            ConfigError: The number is out of its range or not finite.
         """
+        if not math.isfinite(number) or number > self.maximum:
+            raise ConfigError(f"{self.flag} must be a finite number up to {self.maximum:g}, got {number}")
         if self.minimum is None and number <= 0:
             raise ConfigError(f"{self.flag} must be greater than 0, got {number}")
         if self.minimum is not None and number < self.minimum:
@@ -276,7 +288,7 @@ STAGE_FLAGS = (
     StageFlag("negatives", "maximum number of negatives of a query", minimum=0),
     StageFlag("batch_queries", "queries of a step over all devices, each with its positive and negatives"),
     StageFlag("chunk_tokens", "maximum number of tokens of one forward pass on a device; the gradient is the same"),
-    StageFlag("instructed", "fraction of the queries that are instructed"),
+    StageFlag("instructed", "fraction of the queries that are instructed", maximum=1),
     StageFlag("max_length", "maximum number of tokens of a text, instruction included"),
     StageFlag("epochs", "passes over the examples, each with other instructions"),
     StageFlag("max_steps", "stop after this many steps; -1 trains on all data", minimum=-1),
@@ -296,26 +308,36 @@ def stage_options(options: argparse.Namespace) -> StageOptions:
     for flag in STAGE_FLAGS:
         if flag.field in changes:
             flag.check(changes[flag.field])
-    weights = LossWeights(distillation=options.distillation, tokens=options.token_distillation)
+    if changes.get("max_steps") == 0:
+        raise ConfigError("--max-steps must be -1 or at least 1, got 0")
+    for name in ("lora_rank", "lora_alpha", "latents"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if not 0 <= options.lora_dropout < 1:
+        raise ConfigError(f"--lora-dropout must be from 0 to below 1, got {options.lora_dropout}")
     return replace(
         STAGE_1 if options.stage == 1 else STAGE_2,
         **changes,
-        weights=weights,
-        relative_steps=options.relative_steps,
         order=options.order,
         queries_compete=options.queries_compete,
         bf16=not options.no_bf16,
+        shard=options.shard,
         gradient_checkpointing=options.gradient_checkpointing,
     )
 
 
-def _run_stage(options: argparse.Namespace) -> Path:
-    training_options = stage_options(options)
+def run_stage(options: argparse.Namespace, training_options: StageOptions, recipe: Recipe | None = None) -> Path:
+    """Runs a stage.
+
+    Args:
+        options: The command line of `stage_command`.
+        training_options: See `stage_options`.
+        recipe: By default the paper's.
+    """
     from nvembed_deploy.model.config import LatentAttention
     from nvembed_deploy.spec import read_json
     from nvembed_deploy.training import stage
     from nvembed_deploy.training.examples import read_examples
-    from nvembed_deploy.training.teacher import Teacher
 
     hidden_size = read_json(options.base / "config.json").get("hidden_size", 4096)
     lora = Lora(rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout)
@@ -325,71 +347,7 @@ def _run_stage(options: argparse.Namespace) -> Path:
         options.out,
         work=options.work or options.out.with_name(options.out.name + "-work"),
         stage=training_options,
-        teacher=Teacher(options.teacher) if training_options.weights.need_teacher else None,
         lora=lora if options.lora else None,
         latent=LatentAttention(latents=options.latents, head_dim=hidden_size),
+        recipe=recipe,
     )
-
-
-def _ablate_command(parser: argparse.ArgumentParser) -> None:
-    """Trains a base with variants of the recipe and writes the scores as a table, a plot and JSON."""
-    add_path(parser, "--base", "folder in Hugging Face layout")
-    add_path(parser, "--first", "examples file of stage one, with hard negatives")
-    add_path(parser, "--second", "examples file of stage two")
-    add_path(parser, "--eval", "folder of evaluation sets: scored pairs, and corpora with judgements")
-    add_path(parser, "--out", "folder for ablation.json, ablation.md and ablation.png")
-    add = parser.add_argument
-    add("--work", type=Path, help="folder for one folder per run; by default OUT with the suffix -work")
-    add("--seeds", type=int, nargs="+", default=[1, 2], help="each variant is trained once per seed")
-    add("--steps", type=int, default=120, help="steps of a run, both stages together")
-    add("--batch-queries", type=int, default=24, help="queries of a step")
-    add(
-        "--learning-rate",
-        type=float,
-        default=1e-3,
-        help="learning rate at the end of the warm-up; Muon's is twice as high",
-    )
-    add("--temperature", type=float, default=0.05, help="divides the cosines in the loss")
-    add("--negatives", type=int, default=3, help="maximum number of negatives of a query")
-    add("--latents", type=int, default=64, help="latents of the pooler")
-    add("--most-examples", type=int, default=4000, help="maximum number of examples of each stage")
-    parser.set_defaults(command=_run_ablate)
-
-
-def _run_ablate(options: argparse.Namespace) -> Path:
-    from nvembed_deploy.model.config import LatentAttention
-    from nvembed_deploy.training import ablation, ablation_run
-    from nvembed_deploy.training.curve import plot_ablation
-    from nvembed_deploy.training.examples import read_examples
-
-    if options.steps < 2:
-        raise ConfigError(f"--steps must be at least 2, got {options.steps}")
-    stage = replace(
-        STAGE_1,
-        max_steps=options.steps,
-        batch_queries=options.batch_queries,
-        learning_rate=options.learning_rate,
-        muon_learning_rate=2 * options.learning_rate,
-        temperature=options.temperature,
-        negatives=options.negatives,
-        warmup_steps=options.steps // 10,
-        max_length=256,
-        save_steps=options.steps + 1,
-    )
-    record = ablation_run.run(
-        options.base,
-        {"first": read_examples(options.first), "second": read_examples(options.second)},
-        evaluation=options.eval,
-        work=options.work or options.out.with_name(options.out.name + "-work"),
-        stage=stage,
-        seeds=options.seeds,
-        latent=LatentAttention(latents=options.latents, heads=4, head_dim=64),
-        max_examples=options.most_examples,
-    )
-    out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "ablation.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (out / "ablation.md").write_text(ablation.as_table(record), encoding="utf-8")
-    plot_ablation(record, out / "ablation.png")
-    console.echo(ablation.as_table(record))
-    return out

@@ -32,8 +32,13 @@ MIN_CHARS = 3
 MAX_CHARS = 2400
 """About 600 tokens; training would truncate longer texts anyway."""
 ENTAILMENT, CONTRADICTION = "entailment", "contradiction"
+INFERENCE_LABELS = (ENTAILMENT, "neutral", CONTRADICTION, "-")
+"""SNLI's label of a row that its annotators did not agree on is `-`."""
+LAYOUTS = ({"a", "b"}, {"query", "positive"}, {"premise", "hypothesis"}, {"text"})
+MAX_SCORE = 5
 SIMILAR_SCORE = 4
 """Lowest score of a pair that counts as similar, on the scale of the STS sets. Source: NV-Embed, section 4."""
+NO_SET = "contains no folder with a data set in a supported layout; docs/training.md lists the layouts"
 SPLIT = "train"
 """Split whose judgements are trained on."""
 
@@ -60,8 +65,10 @@ def read_data(folder: Path, *, split: str = SPLIT) -> Iterator[Example]:
             log.warning("%s contains no data set in a supported layout and is left out", path)
         is_empty &= not count
     if is_empty:
+        is_set = any(folder.glob("*.jsonl"))
         raise ConfigError(
-            f"--data {folder} contains no data set in a supported layout; see nvembed_deploy/training/corpora.py"
+            f"--data {folder} "
+            + (f"is itself a data set; pass {folder.parent}, the folder that contains it" if is_set else NO_SET)
         )
 
 
@@ -69,7 +76,7 @@ def read_documents(folder: Path, *, split: str = SPLIT) -> Iterator[Document]:
     """Yields the documents of every corpus of a folder, with the queries that each answers; see `read_data`."""
     for path in set_folders(folder):
         if (path / "corpus.jsonl").is_file():
-            yield from _documents(path, split)
+            yield from set_documents(path, split=split)
 
 
 def python_documentation() -> Iterator[Example]:
@@ -108,7 +115,7 @@ def _trimmed_text(text: str) -> str:
 def read_set(folder: Path, *, split: str = SPLIT) -> Iterator[Example]:
     """Yields the examples of one data set."""
     if (folder / "corpus.jsonl").is_file():
-        for document in _documents(folder, split):
+        for document in set_documents(folder, split=split):
             for query in document.queries:
                 yield Example(query=query, positive=document.text, kind=Kind.RETRIEVAL, source=folder.name)
         return
@@ -117,32 +124,65 @@ def read_set(folder: Path, *, split: str = SPLIT) -> Iterator[Example]:
             yield from read_examples(path)
             continue
         yield from _inferences(path, folder.name)
-        for row in read_rows(path):
-            yield from _row_examples(row, folder.name)
+        field_names: set[str] = set()
+        for number, row in enumerate(read_rows(path), 1):
+            yield from _row_examples(row, folder.name, f"{path}, row {number}")
+            field_names |= row.keys()
+        if not any(field_names.issuperset(layout) for layout in LAYOUTS):
+            log.warning("%s is left out: fields %s are no supported layout", path, ", ".join(sorted(field_names)))
 
 
-def _row_examples(row: dict[str, Any], source: str) -> Iterator[Example]:
+def _row_examples(row: dict[str, Any], source: str, location: str) -> Iterator[Example]:
     if "a" in row and "b" in row:
+        a, b = text_field(row, "a", location), text_field(row, "b", location)
         if "score" not in row and "label" not in row:
-            yield Example(query=row["a"], positive=row["b"], kind=Kind.RETRIEVAL, source=source)
-        elif float(row.get("score", 5 * float(row.get("label", 1)))) >= SIMILAR_SCORE:
-            for query, positive in ((row["a"], row["b"]), (row["b"], row["a"])):
-                yield Example(query=query, positive=positive, kind=Kind.SIMILARITY, source=source)
+            yield Example(query=a, positive=b, kind=Kind.RETRIEVAL, source=source)
+        elif _similarity(row, location) >= SIMILAR_SCORE:
+            yield Example(query=a, positive=b, kind=Kind.SIMILARITY, source=source)
+            yield Example(query=b, positive=a, kind=Kind.SIMILARITY, source=source)
     elif "positive" in row:
-        negatives = (row["negative"],) if row.get("negative") else ()
-        kind = Kind.SIMILARITY
-        yield Example(query=row["query"], positive=row["positive"], negatives=negatives, kind=kind, source=source)
+        query, positive = text_field(row, "query", location), text_field(row, "positive", location)
+        negatives = (text_field(row, "negative", location),) if row.get("negative") else ()
+        yield Example(query=query, positive=positive, negatives=negatives, kind=Kind.SIMILARITY, source=source)
     elif "text" in row:
-        yield Example(query=row["text"], kind=Kind.LABEL, source=source, label=str(row.get("label", "")))
+        text = text_field(row, "text", location)
+        yield Example(query=text, kind=Kind.LABEL, source=source, label=str(row.get("label", "")))
+
+
+def _similarity(row: dict[str, Any], location: str) -> float:
+    name = "score" if "score" in row else "label"
+    try:
+        number = float(row[name])
+    except (TypeError, ValueError) as err:
+        raise ConfigError(f"{location}: field {name!r} must be a number, got {row[name]!r}") from err
+    return number if name == "score" else MAX_SCORE * number
+
+
+def text_field(row: dict[str, Any], name: str, location: str) -> str:
+    """Returns the text of a field.
+
+    Raises:
+        ConfigError: The field is missing or no string.
+    """
+    text = row.get(name)
+    if not isinstance(text, str):
+        raise ConfigError(f"{location}: field {name!r} must be a string, got {text!r}")
+    return text
 
 
 def _inferences(path: Path, source: str) -> Iterator[Example]:
     """Yields a premise with each hypothesis that it entails; those that contradict it are negatives."""
     by_premise: dict[str, dict[str, list[str]]] = {}
-    for row in read_rows(path):
-        if "premise" in row:
-            by_label = by_premise.setdefault(row["premise"], {})
-            by_label.setdefault(str(row.get("label", "")), []).append(row["hypothesis"])
+    for number, row in enumerate(read_rows(path), 1):
+        if "premise" not in row:
+            continue
+        location = f"{path}, row {number}"
+        label = row.get("label")
+        if label not in INFERENCE_LABELS:
+            names = ", ".join(INFERENCE_LABELS)
+            raise ConfigError(f"{location}: label is {label!r}; use {names}")
+        hypotheses = by_premise.setdefault(text_field(row, "premise", location), {}).setdefault(label, [])
+        hypotheses.append(text_field(row, "hypothesis", location))
     for premise, by_label in by_premise.items():
         negatives = tuple(dict.fromkeys(by_label.get(CONTRADICTION, ())))
         for hypothesis in dict.fromkeys(by_label.get(ENTAILMENT, ())):
@@ -150,21 +190,39 @@ def _inferences(path: Path, source: str) -> Iterator[Example]:
             yield Example(query=premise, positive=hypothesis, negatives=negatives, kind=kind, source=source)
 
 
-def _documents(folder: Path, split: str) -> Iterator[Document]:
-    queries = {_row_id(row, folder): row["text"] for row in read_rows(folder / "queries.jsonl")}
+def set_documents(folder: Path, *, split: str = SPLIT) -> Iterator[Document]:
+    """Yields the documents of one data set's corpus, with the queries that each answers.
+
+    Raises:
+        ConfigError: A row is damaged, or no judgement names a query and a document of the set.
+    """
+    queries = {row_id: row["text"] for row_id, row in _identified_rows(folder / "queries.jsonl")}
     relevant: dict[str, dict[str, None]] = {}
+    judgement_count, match_count = 0, 0
     for query, document, _ in read_qrels(folder, split=split):
+        judgement_count += 1
         if query in queries:
             relevant.setdefault(document, {})[_trimmed_text(queries[query])] = None
-    for row in read_rows(folder / "corpus.jsonl"):
+    for row_id, row in _identified_rows(folder / "corpus.jsonl"):
+        answered = relevant.get(row_id, {})
+        match_count += bool(answered)
         text = _trimmed_text(f"{row.get('title') or ''} {row['text']}")
-        answered = tuple(query for query in relevant.get(_row_id(row, folder), ()) if len(query) >= MIN_CHARS)
         if len(text) >= MIN_CHARS:
-            yield Document(text=text, source=folder.name, queries=answered)
+            long_enough = tuple(query for query in answered if len(query) >= MIN_CHARS)
+            yield Document(text=text, source=folder.name, queries=long_enough)
+    if judgement_count and not match_count:
+        raise ConfigError(
+            f"{folder}: none of {judgement_count} judgements names a query of queries.jsonl and a document of "
+            "corpus.jsonl; compare the ids in the three files"
+        )
 
 
-def _row_id(row: dict[str, Any], folder: Path) -> str:
-    for name in ("_id", "id"):
-        if name in row:
-            return str(row[name])
-    raise ConfigError(f"{folder}: a row of corpus.jsonl or queries.jsonl has neither '_id' nor 'id'")
+def _identified_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the id and the row of each query or document."""
+    for number, row in enumerate(read_rows(path), 1):
+        location = f"{path}, row {number}"
+        row_id = row.get("_id", row.get("id"))
+        if row_id is None:
+            raise ConfigError(f"{location}: there is neither '_id' nor 'id'")
+        text_field(row, "text", location)
+        yield str(row_id), row

@@ -4,9 +4,9 @@ A line of an examples file:
     {"query": "who wrote Emma", "positive": "Emma is a novel by Jane Austen.", "negatives": ["Emma is a given name."],
      "kind": "retrieval", "source": "my_set", "label": "", "instruction": ""}
 Only `query`, `kind` and `source` are required. `kind` decides which sides are instructed (see `instructions.py`); a
-text without a positive teaches by distillation alone; `label` is the class of a text of kind `label`, whose positive
-and negatives are drawn from other texts of the same source; `instruction` is the task in words, by default that of the
-set or the kind.
+text without a positive is for recipes that distil a teacher; `label` is the class of a text of kind `label`, whose
+positive and negatives are drawn from other texts of the same source; `instruction` is the task in words, by default
+that of the set or the kind.
 
 A line of a corpus file, which `data` writes beside the examples for `mine`:
     {"text": "Emma is a novel by Jane Austen.", "source": "my_set", "queries": ["who wrote Emma"]}

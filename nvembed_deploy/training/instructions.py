@@ -18,7 +18,7 @@ class Kind(str, Enum):
     LABEL = "label"
     """A text that belongs to a class: both sides are instructed."""
     TEXT = "text"
-    """A single text, for distillation; never instructed."""
+    """A single text, for recipes that distil a teacher; never instructed."""
 
 
 SYMMETRIC = (Kind.SIMILARITY, Kind.LABEL)

@@ -7,30 +7,30 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainingArguments
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.training.batch_loss import batch_loss
-from nvembed_deploy.training.batches import PLAIN, Batches, Collator
+from nvembed_deploy.training.batches import Batches, Collator
 from nvembed_deploy.training.chunks import INPUTS, RandomState, split_rows, take_rows
 from nvembed_deploy.training.device import bf16_is_fast
-from nvembed_deploy.training.optimizer import MuonWithAdamW, RelativeAdamW
 from nvembed_deploy.training.options import StageOptions
-from nvembed_deploy.training.student import POOLER
-from nvembed_deploy.training.teacher import Teacher
+from nvembed_deploy.training.sharding import load_shards, save_shards
 from nvembed_deploy.training.trainable import Trainable
 
 STATE_NAME = "trainer_state.json"
 """Last file that `Trainer` writes into a checkpoint."""
+SCHEDULER_NAME = "scheduler.pt"
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +38,13 @@ log = logging.getLogger(__name__)
 class EmbeddingTrainer(Trainer):
     """`Trainer` for a model that returns unit vectors and token states."""
 
-    def __init__(self, *, stage: StageOptions, teacher: Teacher | None, centre: Tensor | None, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, *, stage: StageOptions, **settings: Any) -> None:
         self.stage = stage
-        self.teacher = teacher
+        super().__init__(**settings)
+        if stage.shard:  # the weights are where they belong, and gradients are averaged by the sharded modules
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._evaluated = -1
         self._metrics: dict[str, float] = {}
-        self.centre = None if centre is None else centre.to(self.args.device)
-        if teacher is not None:
-            teacher.model.to(self.args.device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -54,7 +52,7 @@ class EmbeddingTrainer(Trainer):
         """Computes the gradient of one step, in chunks if the batch is large; returns the loss of all processes."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        chunks = self._chunks(inputs)
+        chunks = self.split(inputs)
         if len(chunks) == 1:
             with self.compute_loss_context_manager():
                 loss: Tensor = self.compute_loss(model, inputs)
@@ -62,11 +60,41 @@ class EmbeddingTrainer(Trainer):
             return loss.detach()
         return self._cached_step(model, inputs, chunks)
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.stage.shard:
+            super()._move_model_to_device(model, device)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes a training state without the weights that do not change: of an adapted model, its frozen base."""
+        if self.stage.shard:  # written with the optimizer
+            return
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         tensors = self.model.state_dict() if state_dict is None else state_dict
         super()._save(output_dir, {name: tensor for name, tensor in tensors.items() if name in trained})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.stage.shard:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.stage.shard:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shards(Path(output_dir), self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.stage.shard or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_shards(Path(checkpoint), self.model, self.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if process_count() > 1:
+            dist.barrier()  # the main process then marks the training state as complete
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -78,10 +106,9 @@ class EmbeddingTrainer(Trainer):
                 "start again"
             )
 
-    def _chunks(self, inputs: dict[str, Tensor]) -> list[list[int]]:
+    def split(self, inputs: dict[str, Tensor]) -> list[list[int]]:
+        """Returns the rows of each forward pass; see `chunks.split_rows`."""
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        if self.stage.weights.tokens or self.stage.weights.consistency:  # these need more than each row's vector
-            return [list(range(len(lengths)))]
         return split_rows(lengths, self.stage.chunk_tokens, self.args.device)
 
     def _cached_step(self, model: nn.Module, inputs: dict[str, Tensor], chunks: list[list[int]]) -> Tensor:
@@ -89,7 +116,7 @@ class EmbeddingTrainer(Trainer):
         states: list[RandomState] = []
         vectors = self._vectors(model, inputs, chunks, states).requires_grad_()
         with self.compute_loss_context_manager():
-            loss = self._loss(vectors, vectors, inputs)
+            loss = batch_loss(vectors, inputs, stage=self.stage)
         self.accelerator.backward(loss)
         gradients = vectors.grad
         if gradients is None:
@@ -128,26 +155,25 @@ class EmbeddingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the weighted sum of the losses of one batch."""
-        vectors, states = model(*(inputs[name] for name in INPUTS))
-        plain: Tensor | None = None
-        if self.stage.weights.consistency and "instructed" in inputs:
-            with torch.no_grad():
-                plain, _ = model(*(inputs[name] for name in PLAIN))
-        loss = self._loss(vectors, states, inputs, plain)
+        """Returns the loss of one batch; see `loss_and_vectors`."""
+        loss, vectors = self.loss_and_vectors(model, inputs)
         return (loss, {"vectors": vectors}) if return_outputs else loss
 
-    def _loss(
-        self,
-        vectors: Tensor,
-        states: Tensor,
-        inputs: dict[str, Tensor],
-        plain: Tensor | None = None,
-        *,
-        is_shared: bool = True,
-    ) -> Tensor:
-        options = {"stage": self.stage, "teacher": self.teacher, "centre": self.centre, "plain": plain}
-        return batch_loss(vectors, states, inputs, **options, is_shared=is_shared)
+    def loss_and_vectors(
+        self, model: nn.Module, inputs: dict[str, Tensor], *, is_shared: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the loss of one batch and the vectors of its rows, float32 [R, D].
+
+        Args:
+            model: The model in training.
+            inputs: The batch.
+            is_shared: See `batch_loss`.
+        """
+        if torch.is_grad_enabled():
+            vectors, _ = model(*(inputs[name] for name in INPUTS))
+        else:
+            vectors = self._vectors(model, inputs, self.split(inputs))
+        return batch_loss(vectors, inputs, stage=self.stage, is_shared=is_shared), vectors
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -162,12 +188,7 @@ class EmbeddingTrainer(Trainer):
         for batch in dataset:
             inputs = self._prepare_inputs(self.data_collator([batch]))
             with torch.no_grad(), self.compute_loss_context_manager():
-                if self.stage.weights.tokens or self.stage.weights.consistency:
-                    loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-                    vectors = outputs["vectors"]
-                else:
-                    vectors = self._vectors(model, inputs, self._chunks(inputs))
-                    loss = self._loss(vectors, vectors, inputs, is_shared=False)
+                loss, vectors = self.loss_and_vectors(model, inputs, is_shared=False)
             queries, positives = inputs["queries"], inputs["positives"]
             losses.append((float(loss), max(1, len(queries))))
             scores = vectors[queries] @ vectors.T
@@ -191,8 +212,7 @@ def train(
     *,
     folder: Path,
     stage: StageOptions,
-    teacher: Teacher | None = None,
-    centre: Tensor | None = None,
+    make_trainer: Callable[..., EmbeddingTrainer] = EmbeddingTrainer,
     held_out: Batches | None = None,
 ) -> list[dict[str, float]]:
     """Trains the model in place, from the last checkpoint in `folder` if there is one.
@@ -202,9 +222,8 @@ def train(
         dataset: One row per batch, in the order of training.
         collator: Makes a batch of a row of the data set.
         folder: Folder of the training checkpoints.
-        stage: Losses, optimizer and checkpoints.
-        teacher: Required if one of the stage's losses needs it.
-        centre: See `batch_loss`.
+        stage: Loss, optimizer and checkpoints.
+        make_trainer: See `recipe.Recipe.trainer`.
         held_out: Batches that are evaluated at every save.
 
     Returns:
@@ -222,35 +241,13 @@ def train(
             step_count,
             stage.learning_rate,
         )
-    optimizer: torch.optim.Optimizer | None = None
-    if stage.relative_steps:
-        optimizer = RelativeAdamW(
-            trainable,
-            learning_rate=stage.learning_rate,
-            weight_decay=stage.weight_decay,
-            absolute=POOLER,
-        )
-    elif stage.muon_learning_rate:
-        if not bf16_is_fast():
-            log.warning(
-                "Muon computes in bf16, which takes tens of seconds per step on this CPU; AdamW alone is faster here"
-            )
-        optimizer = MuonWithAdamW(
-            trainable,
-            muon_learning_rate=stage.muon_learning_rate,
-            learning_rate=stage.learning_rate,
-            weight_decay=stage.weight_decay,
-        )
-    trainer = EmbeddingTrainer(
+    trainer = make_trainer(
         model=trainable,
         args=arguments(folder, stage, has_evaluation=held_out is not None),
         train_dataset=dataset,
         eval_dataset=held_out,
         data_collator=collator,
-        optimizers=(optimizer, None),
         stage=stage,
-        teacher=teacher,
-        centre=centre,
     )
     _check_sharding(trainer)
     log.info(
@@ -260,37 +257,21 @@ def train(
         step_count,
         resumed_from or "the start",
     )
-    hooks = add_noise(trainable, stage.noise) if stage.noise else []
     trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
-    for hook in hooks:
-        hook.remove()
     return [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
 
 
 def _check_sharding(trainer: EmbeddingTrainer) -> None:
-    """Refuses what could not be written after training.
+    """Refuses a launch that would shard the model by itself, whose training states and weights are not written here.
 
     Raises:
-        ConfigError: The launch shards the model in a way that is not supported.
+        ConfigError: The launch uses DeepSpeed or Accelerate's FSDP.
     """
-    is_old = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
-    if is_old or trainer.is_deepspeed_enabled:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
-            f"this launch uses {'FSDP 1' if is_old else 'DeepSpeed'}, whose weights cannot be gathered here; use "
-            "accelerate launch --use_fsdp --fsdp_version 2"
+            f"this launch uses {'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'}; start the same command with "
+            "torchrun --nproc_per_node, without it, and add --shard, which shards weights, gradients and optimizer"
         )
-    if trainer.is_fsdp_enabled and not all(parameter.requires_grad for parameter in trainer.model.parameters()):
-        raise ConfigError("adapters cannot be merged into a sharded model; train with --lora and without FSDP")
-
-
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights of a model, gathered if they are sharded; every process has to call it.
-
-    Returns:
-        The weights on the CPU in the main process; in the others, nothing if there are several.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
 
 
 def _process_state() -> PartialState:
@@ -305,26 +286,6 @@ def is_main_process() -> bool:
 def process_count() -> int:
     """Returns the number of processes of the launch."""
     return int(_process_state().num_processes)
-
-
-def add_noise(model: nn.Module, noise_ratio: float) -> list[RemovableHandle]:
-    """Adds noise to the outputs of linear layers in training mode, in proportion to each output channel's size.
-
-    Args:
-        model: The model whose linear layers get a hook.
-        noise_ratio: Standard deviation of the noise over the root mean square of its channel.
-
-    Returns:
-        The hooks, to be removed after training.
-    """
-
-    def noisy(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-        if not layer.training:
-            return output
-        channel_rms = output.detach().square().mean(dim=tuple(range(output.dim() - 1)), keepdim=True).sqrt()
-        return output + noise_ratio * channel_rms * torch.randn_like(output)
-
-    return [layer.register_forward_hook(noisy) for layer in model.modules() if isinstance(layer, nn.Linear)]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 NEGATIVES = 7
 NEGATIVE_MARGIN = 0.95
@@ -13,31 +13,6 @@ Source: NV-Retriever's TopKPercPos, arXiv 2407.15831, as used by NV-Embed."""
 
 BLENDED, BY_SET = "blended", "by-set"
 """Orders of the examples: each step draws from all sets, as in the paper, or from one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the terms of the loss; all but `pairs` and `consistency` need a teacher."""
-
-    pairs: float = 1.0
-    """Weight of finding the positive of each query among its candidates."""
-    distillation: float = 0.0
-    """Weight of 1 - cosine to the teacher's vector."""
-    tokens: float = 0.0
-    """Weight of the squared error to the teacher's token states."""
-    match: float = 0.0
-    """Weight of finding a row's own teacher vector in the batch."""
-    centering: float = 0.0
-    """Fraction of the teacher's mean vector that is subtracted from the targets of instructed questions; see
-    `losses.centered`. The teacher knows no instructions; without this, distillation teaches to ignore them."""
-    consistency: float = 0.0
-    """Weight of 1 - cosine of an instructed text to the student's vector of the same text without the instruction: it
-    removes what the prompt leaks into the text's tokens. With `centering`, the target of a question is centered."""
-
-    @property
-    def need_teacher(self) -> bool:
-        """True if a term compares with the teacher."""
-        return bool(self.distillation or self.tokens or self.match)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +35,7 @@ class StageOptions:
     negatives: int = NEGATIVES
     temperature: float = 0.02
     """Divides the cosines. The paper does not give its value; 0.02 is usual for models of this size."""
-    weights: LossWeights = field(default_factory=LossWeights)
     learning_rate: float = 2e-5
-    muon_learning_rate: float = 0.0
-    """Learning rate of Muon for weight matrices; 0 for AdamW alone. For training from scratch only."""
-    relative_steps: bool = False
-    """The decoder's learning rate is relative to the size of each row; see `optimizer.RelativeAdamW`."""
-    noise: float = 0.0
-    """Noise on every linear layer's output during training, relative to its size; it prepares for quantization."""
     weight_decay: float = 0.03
     warmup_steps: int = 500
     schedule: str = "linear"
@@ -93,6 +61,8 @@ class StageOptions:
     seed: int = 1
     bf16: bool = True
     """Autocast to bf16 if `device.bf16_is_fast`."""
+    shard: bool = False
+    """Shards weights, gradients and optimizer state over all processes; see `sharding.py`."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass instead of storing them: for large models."""
 

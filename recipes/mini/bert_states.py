@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.tokenization import TokenBatch
 from nvembed_deploy.training.checkpoint_folder import BOS, EOS
-from nvembed_deploy.training.teacher import Teacher
+from recipes.mini.teacher import Teacher
 from recipes.mini.tokenizer import SPACE, token_strings
 
 

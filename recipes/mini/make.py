@@ -18,13 +18,13 @@ from nvembed_deploy.training import blend, mining, stage
 from nvembed_deploy.training.checkpoint_folder import write_checkpoint
 from nvembed_deploy.training.examples import Example, read_examples, read_exclusion, write_examples
 from nvembed_deploy.training.instructions import Kind
-from nvembed_deploy.training.options import LossWeights, StageOptions
 from nvembed_deploy.training.student import read_base
-from nvembed_deploy.training.teacher import Teacher
 from recipes.mini import corpora
 from recipes.mini.cancelling import settle_neurons
-from recipes.mini.feed import MiniFeed
+from recipes.mini.options import LossWeights, MiniOptions
+from recipes.mini.recipe import MiniRecipe
 from recipes.mini.start import make_base
+from recipes.mini.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ STAGE_1_MIX = {
 }
 """Maximum number of examples of each source. Sources of stage two are included as texts; their labels and pairs are not
 used yet. Lists of the teacher's words add words that are rare in the texts."""
-STAGE_1 = StageOptions(
+STAGE_1 = MiniOptions(
     in_batch=True,
     negatives=2,
     temperature=0.05,
@@ -98,7 +98,7 @@ STAGE_2_MIX = {
     "sst2": 600,
     "trec_questions": 600,
 }
-STAGE_2 = StageOptions(
+STAGE_2 = MiniOptions(
     in_batch=False,
     negatives=2,
     temperature=0.05,
@@ -155,9 +155,9 @@ class Round:
     name: str
     mix: str
     """Key of `MIXES`."""
-    options: StageOptions
+    options: MiniOptions
     main_wording: float = 0.0
-    """See `feed.MiniFeed`."""
+    """See `recipe.MiniRecipe`."""
 
 
 BATCH_ROWS, BATCH_TOKENS = 192, 2304
@@ -197,8 +197,9 @@ def make(out: Path, *, work: Path, sources: Sources) -> Path:
         checkpoint = folder / "checkpoint"
         examples = read_examples(_examples_file(work, round_))
         latent = LATENT if start == work / "base" else None
+        recipe = MiniRecipe(teacher, max_rows=BATCH_ROWS, max_tokens=BATCH_TOKENS, main_wording=round_.main_wording)
         if (checkpoint / "config.json").is_file():
-            settings = stage.stage_settings(start, examples, stage=round_.options, teacher=teacher, latent=latent)
+            settings = stage.stage_settings(start, examples, stage=round_.options, latent=latent, recipe=recipe)
             stage.claim_work_folder(folder, settings)
         else:
             stage.run_stage(
@@ -207,9 +208,8 @@ def make(out: Path, *, work: Path, sources: Sources) -> Path:
                 checkpoint,
                 work=folder,
                 stage=round_.options,
-                teacher=teacher,
                 latent=latent,
-                feed=MiniFeed(max_rows=BATCH_ROWS, max_tokens=BATCH_TOKENS, main_wording=round_.main_wording),
+                recipe=recipe,
             )
         start = checkpoint
     return _settled(start, out, _first_examples(work))

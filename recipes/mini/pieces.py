@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from nvembed_deploy.training.teacher import Teacher
+from recipes.mini.teacher import Teacher
 from recipes.mini.tokenizer import SPACE
 
 BATCH_TEXTS = 1000

@@ -11,9 +11,9 @@ from safetensors.torch import save
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import move_into_place, staged_folder
-from nvembed_deploy.training.teacher import Teacher
 from recipes.mini.bert_states import bert_of
 from recipes.mini.pieces import teacher_pieces
+from recipes.mini.teacher import Teacher
 from recipes.mini.tokenizer import piece_tokenizer
 from recipes.mini.transplant import BOS_ID, EOS_ID, Transplant, transplant
 

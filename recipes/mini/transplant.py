@@ -37,9 +37,9 @@ from nvembed_deploy.model.config_json import read_architecture
 from nvembed_deploy.model.decoder import Attention, Decoder, DecoderLayer, RMSNorm, rotate
 from nvembed_deploy.tokenization import TextEncoder
 from nvembed_deploy.training.student import contract, nvembed_config
-from nvembed_deploy.training.teacher import Teacher
 from recipes.mini.bert_states import Batch, bert_of, calibration, norms_of, token_rows, unit
 from recipes.mini.least_squares import fit, largest_directions, root, solve
+from recipes.mini.teacher import Teacher
 
 BATCH_TEXTS = 32
 CALIBRATION_TOKENS = 200_000

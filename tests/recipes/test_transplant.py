@@ -15,15 +15,15 @@ from nvembed_deploy.model.config import LatentAttention  # noqa: E402
 from nvembed_deploy.model.config_json import read_architecture  # noqa: E402
 from nvembed_deploy.model.decoder import Decoder  # noqa: E402
 from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
-from nvembed_deploy.training.batches import Collator  # noqa: E402
 from nvembed_deploy.training.groups import Row  # noqa: E402
 from nvembed_deploy.training.student import contract, nvembed_config  # noqa: E402
-from nvembed_deploy.training.teacher import Teacher  # noqa: E402
 from recipes.mini import transplant as tested  # noqa: E402
 from recipes.mini.bert_states import token_rows  # noqa: E402
 from recipes.mini.pieces import teacher_pieces  # noqa: E402
 from recipes.mini.start import ROPE_THETA  # noqa: E402
+from recipes.mini.teacher import Teacher  # noqa: E402
 from recipes.mini.tokenizer import LETTERS, SPACE, piece_tokenizer  # noqa: E402
+from recipes.mini.trainer import MiniCollator  # noqa: E402
 from tests.training.tiny_training import sizes  # noqa: E402
 
 HIDDEN_SIZE = 16
@@ -85,7 +85,7 @@ def cosines(weights, mistral_config, teacher, probe_texts):
     decoder = Decoder(architecture)
     decoder.load_state_dict(weights)
     encoder = TextEncoder(tokenizer_json().encode(), contract(architecture))
-    batch = Collator(encoder, max_length=64, teacher=teacher)([[(Row(text=text),) for text in probe_texts]])
+    batch = MiniCollator(encoder, max_length=64, teacher=teacher)([[(Row(text=text),) for text in probe_texts]])
     mask = batch["attention_mask"]
     with torch.no_grad():
         hidden = decoder(batch["input_ids"], mask) * mask[:, :, None]
@@ -169,10 +169,9 @@ def test_a_teachers_pieces_by_their_number_and_their_rank(teacher):
 
 def test_a_base_model_is_made_and_can_be_trained(teacher, tmp_path, capsys, monkeypatch):
     from nvembed_deploy.model.checkpoint import load_checkpoint
-    from nvembed_deploy.training import teacher as teachers
-    from nvembed_deploy.training.command import main as train
     from nvembed_deploy.training.examples import Example, write_examples
     from nvembed_deploy.training.instructions import Kind
+    from recipes.mini import teacher as teachers
     from recipes.mini.__main__ import main
 
     monkeypatch.setattr(teachers, "Teacher", lambda folder: teacher)
@@ -187,7 +186,7 @@ def test_a_base_model_is_made_and_can_be_trained(teacher, tmp_path, capsys, monk
     assert float(captured.err.strip().split()[-1]) > 0.85
     flags = ["stage", "--base", str(base), "--examples", str(examples), "--stage", "1", "--out", str(out)]
     flags += ["--latents", "4", "--max-steps", "2", "--batch-queries", "16", "--warmup-steps", "1", "--relative-steps"]
-    assert train(flags) == 0
+    assert main(flags) == 0
     assert load_checkpoint(out).config.layers == 2
     for extra_flags, message in (
         (["--vocab-size", "200"], "for bytes and letters, got 200"),

@@ -9,7 +9,7 @@ pytest.importorskip("tokenizers")
 
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.training.batches import plan
-from nvembed_deploy.training.blend import apply_blend, hold_out, read_blend, select
+from nvembed_deploy.training.blend import Source, apply_blend, hold_out, read_blend, select
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.groups import Groups, instruct
 from nvembed_deploy.training.instructions import Kind, instruction_for
@@ -110,7 +110,7 @@ def test_groups_depend_on_the_seed_alone():
 
 
 def test_a_blend_file_names_sets_caps_instructions_and_kinds(tmp_path):
-    examples = some_examples()
+    examples = [example for example in some_examples() if example.positive or example.source != "set1"]
     path = tmp_path / "blend.json"
     path.write_text(json.dumps({"set0": {"max_examples": 10, "instruction": "Do"}, "set1": {"kind": "similarity"}}))
     chosen = apply_blend(examples, read_blend(path), seed=1)
@@ -125,6 +125,13 @@ def test_a_blend_file_names_sets_caps_instructions_and_kinds(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_blend(path)
+
+
+def test_a_blend_cannot_make_pairs_of_single_texts():
+    with pytest.raises(ConfigError, match=r"set 's': kind retrieval needs pairs, but .* such as 'alone'"):
+        apply_blend(
+            [Example(query="alone", kind=Kind.LABEL, source="s", label="x")], {"s": Source(kind=Kind.RETRIEVAL)}, seed=1
+        )
 
 
 def test_held_out_examples_are_drawn_over_all_sets_and_share_no_query_or_positive_with_training():

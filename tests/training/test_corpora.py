@@ -85,8 +85,40 @@ def test_a_missing_folder_and_a_damaged_line_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"--data .* is not a folder"):
         list(read_data(tmp_path / "none"))
     (tmp_path / "set").mkdir()
-    with pytest.raises(ConfigError, match="contains no data set in a supported layout"):
+    with pytest.raises(ConfigError, match="no folder with a data set in a supported layout"):
         list(read_data(tmp_path))
     (tmp_path / "set" / "pairs.jsonl").write_text('{"a": "x"\n')
     with pytest.raises(ConfigError, match="line 1: not JSON"):
         list(read_data(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"s/a.jsonl": '{"a": "x", "b": 3}'}, "a.jsonl, row 1: field 'b' must be a string, got 3"),
+        ({"s/a.jsonl": '{"a": "x", "b": "y", "score": "high"}'}, "field 'score' must be a number, got 'high'"),
+        ({"s/a.jsonl": '{"qery": "x", "positive": "y"}'}, "field 'query' must be a string, got None"),
+        ({"s/a.jsonl": '{"premise": "x", "hypothesis": "y", "label": 0}'}, "label is 0; use entailment, neutral"),
+        ({"pairs.jsonl": '{"a": "x", "b": "y"}'}, "is itself a data set; pass .*, the folder that contains it"),
+        ({"s/a.jsonl": '{"question": "x", "answer": "y"}'}, "no folder with a data set in a supported layout"),
+        ({"s/corpus.jsonl": '{"text": "x"}'}, "neither '_id' nor 'id'"),
+        ({"s/corpus.jsonl": '{"_id": "e", "text": "x"}'}, "none of 2 judgements names a query"),
+        ({"s/qrels.tsv": "q\t0\td\t1"}, "line 1: not a query, a document and a number, .* 'q.t0.td.t1'"),
+        ({"s/qrels.tsv": "q d 1\nr d 1"}, "line 2: not a query"),
+    ],
+)
+def test_usual_mistakes_are_named(tmp_path, files, message):
+    faq = {name: content.replace('"ID"', '"_id"') for name, content in FAQ.items()} | {"qrels.tsv": TABLE}
+    if any("corpus" in name or "qrels" in name for name in files):
+        files = {f"s/{name}": content for name, content in faq.items()} | files
+    write_sets(tmp_path, files)
+    with pytest.raises(ConfigError, match=message):
+        list(read_data(tmp_path))
+
+
+def test_judgements_need_no_header_and_the_fields_of_an_unknown_file_are_named(tmp_path, caplog):
+    faq = {name: content.replace('"ID"', '"_id"') for name, content in FAQ.items()} | {"qrels.tsv": "q\td\t1\n"}
+    write_sets(tmp_path, {f"faq/{name}": content for name, content in faq.items()})
+    write_sets(tmp_path, {"other/a.jsonl": '{"question": "x", "answer": "y"}'})
+    assert [example.query for example in read_data(tmp_path)] == ["Question?"]
+    assert "fields answer, question are no supported layout" in caplog.text

@@ -17,6 +17,8 @@ from nvembed_deploy.training.mining import mine, negative_limit  # noqa: E402
 class TableTeacher:
     """Draws a vector for each text, or takes it from a table; one for queries and one for documents."""
 
+    name = "table"
+
     def __init__(self, rows: dict[str, list[float]] | None = None) -> None:
         self.rows = rows
 
@@ -95,6 +97,35 @@ def test_labelled_negatives_come_first_single_texts_remain_and_the_report_counts
     assert mining.report(wrong, [], asked=2).sharing == 1
 
 
+def test_an_interrupted_search_continues_and_one_with_other_settings_starts_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(mining, "BLOCK_DOCUMENTS", 10)
+    examples = [pair(f"q{index}", f"d{index}", source=f"s{index % 2}") for index in range(20)]
+    documents = [Document(text=f"d{index}", source=f"s{index % 2}") for index in range(60)]
+    encoded: list[int] = []
+
+    class Killed(TableTeacher):
+        def encode(self, texts, *, is_query):
+            encoded.append(len(texts))
+            if len(encoded) == stop:
+                raise KeyboardInterrupt
+            return super().encode(texts, is_query=is_query)
+
+    def search(limit: int, **changes):
+        nonlocal stop
+        stop = limit
+        encoded.clear()
+        return mine(examples, Killed(), documents=documents, work=tmp_path / "w", **({"negatives": 3} | changes))
+
+    stop = 0
+    expected = mine(examples, TableTeacher(), documents=documents, negatives=3)
+    with pytest.raises(KeyboardInterrupt):
+        search(9)  # in the second set
+    assert search(0) == expected
+    assert len(encoded) == 2  # the second set's last two of three blocks
+    search(0, negatives=2)
+    assert len(encoded) == 10
+
+
 @pytest.mark.slow
 def test_a_teachers_own_prompts_are_used():
     pytest.importorskip("sentence_transformers", reason="needs pip install nvembed-deploy[train]")
@@ -104,7 +135,7 @@ def test_a_teachers_own_prompts_are_used():
     teacher = Teacher()
     teacher.model.prompts = {"query": "query: ", "document": "passage: "}
     query, document = (teacher.encode(["a cat"], is_query=is_query)[0] for is_query in (True, False))
-    expected = teacher.embed(["query: a cat", "passage: a cat"]).float()
+    expected = teacher.model.encode(["query: a cat", "passage: a cat"], convert_to_tensor=True, prompt="").float().cpu()
     assert float(query @ expected[0]) == pytest.approx(1.0, abs=5e-3)
     assert float(document @ expected[1]) == pytest.approx(1.0, abs=5e-3)
     assert float(query @ document) < 0.99

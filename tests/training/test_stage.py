@@ -14,32 +14,17 @@ from safetensors.torch import load_file  # noqa: E402
 
 from nvembed_deploy.errors import CheckpointError, ConfigError  # noqa: E402
 from nvembed_deploy.model.checkpoint import load_checkpoint  # noqa: E402
-from nvembed_deploy.model.config import Pooling  # noqa: E402
 from nvembed_deploy.tokenization import TextEncoder  # noqa: E402
 from nvembed_deploy.training import loop, stage  # noqa: E402
-from nvembed_deploy.training.batch_loss import batch_loss  # noqa: E402
 from nvembed_deploy.training.batches import Collator, pair_rows  # noqa: E402
 from nvembed_deploy.training.groups import Row  # noqa: E402
-from nvembed_deploy.training.options import STAGE_1, STAGE_2, Lora, LossWeights  # noqa: E402
+from nvembed_deploy.training.options import STAGE_2, Lora  # noqa: E402
 from nvembed_deploy.training.student import read_base  # noqa: E402
 from nvembed_deploy.training.trainable import Trainable  # noqa: E402
-from nvembed_deploy.training.variants import shape_model  # noqa: E402
 from tests.tiny import make_tokenizer  # noqa: E402
-from tests.training.tiny_training import LATENT, TinyTeacher, make_base, sizes, some_examples  # noqa: E402
+from tests.training.tiny_training import LATENT, TINY, check_resumed_run, equal, make_base, sizes, some_examples  # noqa: E402
 
 PROMPT = "Instruct: question\nQuery: "
-TINY = replace(
-    STAGE_1,
-    negatives=2,
-    learning_rate=5e-3,
-    schedule="constant_with_warmup",
-    warmup_steps=3,
-    batch_queries=6,
-    max_length=64,
-    save_steps=4,
-    log_steps=1,
-    bf16=False,
-)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +40,6 @@ def encoder(base_folder) -> TextEncoder:
 
 def weights(folder: Path) -> dict:
     return load_checkpoint(folder).state_dict()
-
-
-def equal(state: dict, other_state: dict) -> bool:
-    return state.keys() == other_state.keys() and all(torch.equal(state[name], other_state[name]) for name in state)
 
 
 def test_instructions_are_attended_to_and_not_pooled(encoder):
@@ -109,84 +90,8 @@ def test_length_buckets_change_nothing(base_folder, encoder):
     assert torch.allclose(states[real], hidden[real], atol=1e-5)
 
 
-def test_noise_scales_with_each_channel_and_only_in_training():
-    torch.manual_seed(1)
-    layer = torch.nn.Linear(8, 3)
-    layer.weight.data[1] *= 100
-    x = torch.randn(500, 40, 8)
-    plain = layer(x)
-    hooks = loop.add_noise(torch.nn.Sequential(layer), 0.05)
-    with torch.no_grad():
-        noise_ratio = (layer.train()(x) - plain).square().mean(dim=(0, 1)).sqrt() / plain.square().mean(
-            dim=(0, 1)
-        ).sqrt()
-    assert torch.allclose(noise_ratio, torch.full((3,), 0.05), rtol=0.05)
-    assert torch.equal(layer.eval()(x), plain)
-    for hook in hooks:
-        hook.remove()
-    assert torch.equal(layer.train()(x), plain)
-
-
-FOLLOWING = LossWeights(pairs=0.3, distillation=2.0, tokens=1.0, match=1.0)
-
-
-@pytest.mark.parametrize(
-    ("weights_", "changes"),
-    [
-        (LossWeights(), {}),
-        (FOLLOWING, {"muon_learning_rate": 2e-3}),
-        pytest.param(FOLLOWING, {"relative_steps": True, "learning_rate": 1e-2, "noise": 0.01}, marks=pytest.mark.slow),
-        (replace(FOLLOWING, consistency=5.0, centering=1.0), {"in_batch": False}),
-        pytest.param(LossWeights(pairs=0.0, consistency=5.0), {}, marks=pytest.mark.slow),
-    ],
-    ids=["AdamW", "Muon", "relative", "consistent", "consistency alone"],
-)
-def test_a_resumed_run_reaches_the_same_weights_and_learns(tmp_path, base_folder, weights_, changes):
-    options = replace(TINY, weights=weights_, held_out=6, epochs=2, **changes)
-    teacher = TinyTeacher() if weights_.need_teacher else None
-
-    def run(name: str, stage_options):
-        torch.manual_seed(
-            99 if stage_options.max_steps > 0 else 7
-        )  # what stands outside the run's seed must not matter
-        student = read_base(base_folder, latent=LATENT, seed=3)
-        history = stage.train_student(
-            student, some_examples(), work=tmp_path / name, stage=stage_options, teacher=teacher
-        )
-        return student.model.state_dict(), [step for step in history if "loss" in step]
-
-    uninterrupted, history = run("whole", options)
-    run("cut", replace(options, max_steps=7))
-    saved = loop.last_checkpoint(tmp_path / "cut" / "training")
-    assert saved.name in ("checkpoint-4", "checkpoint-7")
-    resumed, resumed_history = run("cut", options)
-    assert [step["loss"] for step in resumed_history] == [step["loss"] for step in history]
-    assert equal(uninterrupted, resumed)
-    losses = [step["loss"] for step in history]
-    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
-
-
-def test_consistency_pulls_an_instructed_text_to_its_uninstructed_vector(base_folder, encoder):
-    rows = [Row(text="a cat", prompt=PROMPT, question=True), Row(text="a dog", prompt=PROMPT)]
-    rows.append(Row(text="a bird"))
-    batch = Collator(encoder, max_length=64, plain=True)([[(row,) for row in rows]])
-    assert batch["instructed"].tolist() == [0, 1]
-    ids, _, _ = encoder.pad(encoder.tokenize(["a cat", "a dog"], max_length=64))
-    assert batch["plain_ids"].tolist() == ids.tolist()
-
-    vectors = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
-    plain = torch.nn.functional.normalize(torch.randn(2, 8), dim=-1)
-    centre = 0.2 * torch.randn(8)
-    options = replace(TINY, weights=LossWeights(pairs=0.0, consistency=5.0))
-    targets = torch.stack(
-        (torch.nn.functional.normalize(plain[0] - centre, dim=0), plain[1])
-    )  # the question alone loses it
-    expected = 5.0 * (1 - (vectors[:2] * targets).sum(dim=1).mean())
-    states = torch.zeros(3, 1, 8)
-    loss = batch_loss(vectors, states, batch, stage=options, teacher=None, centre=centre, plain=plain)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    without = Collator(encoder, max_length=64, plain=True)([[(rows[2],)]])
-    assert "instructed" not in without
+def test_a_resumed_run_reaches_the_same_weights_and_learns(tmp_path, base_folder):
+    check_resumed_run(tmp_path, base_folder, replace(TINY, held_out=6, epochs=2))
 
 
 def test_two_stages_make_a_checkpoint_that_loads(tmp_path, base_folder):
@@ -235,39 +140,33 @@ def test_adapters_leave_the_embeddings_and_are_merged_and_resumed(tmp_path, base
     assert equal(run(tmp_path / "resumed"), trained)
 
 
-def test_the_ablations_variants_compute_what_they_name(base_folder, encoder):
-    collator = Collator(encoder, max_length=64)
-    batch = collator([[(Row(text="the water over"),), (Row(text="in"),)]])
-    inputs = [batch[name] for name in ("input_ids", "attention_mask", "pool_mask")]
-    changed = inputs[0].clone()
-    changed[0, 3] = 300  # a token in the middle of the first row
-    states = {}
-    for pooling, causal in ((Pooling.LATENT, False), (Pooling.MEAN, True), (Pooling.LAST, True)):
-        model = shape_model(read_base(base_folder, latent=LATENT).model.eval(), pooling=pooling, causal=causal)
-        with torch.no_grad():
-            vectors, before = Trainable(model)(*inputs)
-            _, after = Trainable(model)(changed, *inputs[1:])
-            hidden = model.embedding_model(*inputs[:2])
-        assert torch.equal(before[0, 0], after[0, 0]) == causal
-        assert not torch.equal(before[0, 4], after[0, 4])
-        states[pooling] = (vectors, before, hidden)
-    vectors, before, hidden = states[Pooling.LAST]
-    last_token = int(batch["attention_mask"][1].sum()) - 1
-    assert torch.allclose(vectors[1], torch.nn.functional.normalize(hidden[1, last_token], dim=-1), atol=1e-6)
-    vectors, before, hidden = states[Pooling.MEAN]
-    assert torch.allclose(before[0], hidden[0], atol=1e-6)
+def test_adapters_are_added_to_the_exact_weights_of_the_base(base_folder):
+    from nvembed_deploy.training.adapters import add_adapters, merged_state
+
+    exact, model = (read_base(base_folder, latent=LATENT).model for _ in range(2))
+    add_adapters(model, Lora(rank=2), bf16=True)  # rounds what is adapted
+    assert equal(merged_state(model, exact), exact.state_dict())
+    layer = model.embedding_model.layers[1].mlp.up_proj
+    torch.nn.init.ones_(layer.lora_B["default"].weight)
+    name = "embedding_model.layers.1.mlp.up_proj.weight"
+    expected = exact.state_dict()[name] + 16 * layer.lora_A["default"].weight.sum(dim=0)
+    merged = merged_state(model, exact)
+    assert torch.allclose(merged[name], expected, atol=1e-6)
+    assert equal(merged | {name: exact.state_dict()[name]}, exact.state_dict())
 
 
 def test_invalid_stage_options_are_explained(tmp_path, base_folder):
     examples = some_examples()
-    needing = replace(TINY, weights=LossWeights(distillation=1.0))
-    with pytest.raises(ConfigError, match="pass --teacher"):
-        stage.run_stage(base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=needing, latent=LATENT)
-    teacher = TinyTeacher()
-    teacher.dim = 17
-    with pytest.raises(ConfigError, match="dimension 17, the base's 16"):
+    with pytest.raises(ConfigError, match=r"--shard needs several processes; start .* torchrun --nproc_per_node"):
+        stage.run_stage(base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=replace(TINY, shard=True))
+    with pytest.raises(ConfigError, match="pass either --lora or --shard"):
         stage.run_stage(
-            base_folder, examples, tmp_path / "o", work=tmp_path / "w", stage=needing, latent=LATENT, teacher=teacher
+            base_folder,
+            examples,
+            tmp_path / "o",
+            work=tmp_path / "w",
+            stage=replace(TINY, shard=True),
+            lora=Lora(rank=2),
         )
     with pytest.raises(ConfigError, match="none of 4 examples can be trained on"):
         stage.run_stage(
@@ -288,8 +187,7 @@ def test_options_that_change_the_weights_cannot_change_during_a_run(tmp_path, ba
     import shutil
 
     shutil.copytree(base_folder, tmp_path / "base")
-    stage_options = replace(TINY, max_steps=2, weights=FOLLOWING)
-    teacher = TinyTeacher()
+    stage_options = replace(TINY, max_steps=2)
 
     def run(**changes):
         stage.run_stage(
@@ -299,18 +197,16 @@ def test_options_that_change_the_weights_cannot_change_during_a_run(tmp_path, ba
                 "out": tmp_path / "o",
                 "work": tmp_path / "w",
                 "stage": stage_options,
-                "teacher": teacher,
                 "latent": LATENT,
             }
             | changes
         )
 
     run()
-    run()
-    other_teacher = TinyTeacher()
-    other_teacher.name = "another"
+    run(stage=replace(stage_options, chunk_tokens=64, save_steps=1, gradient_checkpointing=True))
     for changes in (
-        {"teacher": other_teacher},
+        {"stage": replace(stage_options, temperature=0.1)},
+        {"lora": Lora(rank=2)},
         {"latent": replace(LATENT, latents=8)},
         {"examples": some_examples(seed=1)},
     ):

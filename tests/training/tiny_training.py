@@ -1,6 +1,7 @@
 """A model of a few thousand weights, short examples, and a teacher without weights."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,10 +9,23 @@ import torch
 from nvembed_deploy.model.config import LatentAttention
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.instructions import Kind
+from nvembed_deploy.training.options import STAGE_1, StageOptions
 from tests.tiny import make_tokenizer
 
 LATENT = LatentAttention(latents=4, heads=2, head_dim=8)
 DIM = 16
+TINY = replace(
+    STAGE_1,
+    negatives=2,
+    learning_rate=5e-3,
+    schedule="constant_with_warmup",
+    warmup_steps=3,
+    batch_queries=6,
+    max_length=64,
+    save_steps=4,
+    log_steps=1,
+    bf16=False,
+)
 WORDS = ("the", "water", "question", "over", "passage", "in", "and", "a long phrase of words")
 
 
@@ -109,3 +123,27 @@ class TinyTeacher:
 
     def encode(self, texts, *, is_query: bool):
         return self.embed(texts).float()
+
+
+def equal(state: dict, other_state: dict) -> bool:
+    return state.keys() == other_state.keys() and all(torch.equal(state[name], other_state[name]) for name in state)
+
+
+def check_resumed_run(folder: Path, base: Path, options: StageOptions, recipe=None) -> None:
+    """Checks that a run that stops at step 7 and is resumed has the weights of one that does not, and learns."""
+    from nvembed_deploy.training import loop, stage
+    from nvembed_deploy.training.student import read_base
+
+    def run(name: str, stage_options: StageOptions) -> tuple[dict, list[float]]:
+        torch.manual_seed(99 if stage_options.max_steps > 0 else 7)  # what is outside the run's seed must not matter
+        student = read_base(base, latent=LATENT, seed=3)
+        history = stage.train_student(student, some_examples(), work=folder / name, stage=stage_options, recipe=recipe)
+        return student.model.state_dict(), [step["loss"] for step in history if "loss" in step]
+
+    weights, losses = run("whole", options)
+    run("cut", replace(options, max_steps=7))
+    assert loop.last_checkpoint(folder / "cut" / "training").name in ("checkpoint-4", "checkpoint-7")
+    resumed_weights, resumed_losses = run("cut", options)
+    assert resumed_losses == losses
+    assert equal(weights, resumed_weights)
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])

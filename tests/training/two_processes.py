@@ -1,11 +1,14 @@
 """Trains both stages for three steps and writes gradients and weights; `test_launch.py` starts it in two processes.
 
-With `--shards`, the model is sharded by `fully_shard` and a checkpoint is written.
+In several processes, each stage is trained with a sharded model before: killed, resumed, and written as a checkpoint.
 """
 
+import logging
 import os
+import signal
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -36,11 +39,10 @@ def examples() -> list:
     ]
 
 
-def train(base: Path, work: Path, options: StageOptions) -> tuple[dict, list[float]]:
-    student = read_base(base, latent=LATENT, seed=3)
+def train(base: Path, work: Path, options: StageOptions) -> tuple[dict, list[dict[str, float]]]:
+    student = read_base(base, latent=LATENT, seed=options.seed)
     history = stage.train_student(student, examples(), work=work, stage=options)
-    weights = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
-    return weights, [entry["loss"] for entry in history if "loss" in entry]
+    return {name: tensor.clone() for name, tensor in student.model.state_dict().items()}, history
 
 
 def main(base: Path, out: Path) -> None:
@@ -55,9 +57,9 @@ def main(base: Path, out: Path) -> None:
             gradients.append({str(i): parameter.grad.clone() for i, parameter in enumerate(parameters)})
 
         hook = register_optimizer_step_pre_hook(keep)
-        weights, losses = train(base, out / str(number), options)
+        weights, history = train(base, out / str(number), options)
         hook.remove()
-        record = {"processes": loop.process_count(), "gradients": gradients[0], "weights": weights, "losses": losses}
+        record = {"processes": loop.process_count(), "gradients": gradients[0], "weights": weights, "history": history}
         if loop.is_main_process():
             last = loop.last_checkpoint(out / str(number) / "training")
             (last / loop.STATE_NAME).unlink()  # as if it was killed while it wrote the last state
@@ -69,30 +71,41 @@ def main(base: Path, out: Path) -> None:
 
 
 def main_sharded(base: Path, out: Path) -> None:
-    """Trains a sharded model to the end, with evaluation, and writes its checkpoint."""
-    from accelerate import Accelerator
-    from torch.distributed.fsdp import fully_shard
+    """Trains both stages with a sharded model; each is killed at its last step and started again."""
+    for attempt in range(4):
+        number = attempt // 2 + 1
+        if (child := os.fork()) == 0:  # without the imports once more
+            join(out / f"processes-{attempt}")
+            if attempt % 2 == 0:
+                register_optimizer_step_pre_hook(kill_at_the_last_step)
+            options = replace((STAGE_1, STAGE_2)[number - 1], chunk_tokens=CHUNK_TOKENS, shard=True, **OPTIONS)
+            work = out / f"work-{number}"
+            stage.run_stage(base, examples(), out / f"checkpoint-{number}", work=work, stage=options, latent=LATENT)
+            torch.distributed.destroy_process_group()
+            os._exit(0)
+        was_killed = os.waitpid(child, 0)[1] != 0  # or lost the connection to a process that was
+        assert was_killed == (attempt % 2 == 0)
 
-    def read_sharded(*args, **kwargs):
-        student = read_base(*args, **kwargs)
-        mesh = torch.distributed.init_device_mesh("cpu", (2,))
-        for layer in student.model.embedding_model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(student.model.embedding_model, mesh=mesh)
-        fully_shard(student.model.latent_attention_model, mesh=mesh)
-        return student
 
-    # Accelerate shards on GPUs only: the model arrives sharded, is not wrapped again, and no training state is written.
-    stage.read_base = read_sharded
-    Accelerator.prepare_model = lambda self, model, *_, **__: model
-    loop.EmbeddingTrainer._save_checkpoint = lambda self, *_, **__: None
-    options = replace(STAGE_1, chunk_tokens=CHUNK_TOKENS, **OPTIONS)
-    loop.is_main_process()  # starts the process group
-    stage.run_stage(base, examples(), out, work=out.with_name("work"), stage=options, latent=LATENT)
+def join(path: Path) -> None:
+    """Joins the processes of the launch; a file tells them about each other, since they join several times."""
+    path.parent.mkdir(exist_ok=True)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    limit = timedelta(seconds=60)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=world_size, timeout=limit
+    )
+
+
+def kill_at_the_last_step(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Kills this process before the step after the training state."""
+    states = list(optimizer.state.values())
+    if states and int(states[0]["step"]) == OPTIONS["save_steps"]:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    run = main_sharded if "--shards" in sys.argv else main
-    run(Path(sys.argv[1]), Path(sys.argv[2]))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch.distributed.destroy_process_group()
+    logging.basicConfig(level=logging.INFO)
+    main_sharded(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.ablation.scores import ndcg, score_folder
 from nvembed_deploy.errors import ConfigError
-from nvembed_deploy.training.scores import ndcg, score_folder
 
 
 def test_ndcg_equals_its_definition():

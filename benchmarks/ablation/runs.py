@@ -7,6 +7,7 @@ finished run are stored in the work folder, so that an interrupted ablation resu
 from __future__ import annotations
 
 import json
+import logging
 import random
 import statistics
 import time
@@ -18,21 +19,47 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.ablation.muon import MuonWithAdamW
+from benchmarks.ablation.scores import Vectors, score_folder
+from benchmarks.ablation.shapes import shape_model
+from benchmarks.ablation.variants import VARIANTS, Variant
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.model.config import LatentAttention
 from nvembed_deploy.system import describe_machine
 from nvembed_deploy.tokenization import TextEncoder
-from nvembed_deploy.training.ablation import VARIANTS, Variant
 from nvembed_deploy.training.device import bf16_is_fast
 from nvembed_deploy.training.examples import Example
+from nvembed_deploy.training.loop import EmbeddingTrainer
 from nvembed_deploy.training.options import StageOptions
-from nvembed_deploy.training.scores import Vectors, score_folder
+from nvembed_deploy.training.recipe import Recipe
 from nvembed_deploy.training.stage import base_digest, claim_work_folder, examples_digest, train_student
 from nvembed_deploy.training.student import Student, read_base
 from nvembed_deploy.training.trainable import Trainable
 
 EVAL_BATCH = 64
 EVAL_TOKENS = 128
+MUON_RATE = 2
+"""Learning rate of Muon over that of AdamW."""
+
+log = logging.getLogger(__name__)
+
+
+class MuonRecipe(Recipe):
+    """NV-Embed's recipe with Muon: a base that is trained for so few steps learns little with AdamW."""
+
+    def trainer(
+        self, *, examples: Sequence[Example], work: Path, stage: StageOptions, **settings: Any
+    ) -> EmbeddingTrainer:
+        """Returns the trainer with its optimizer; see `Recipe.trainer`."""
+        if not bf16_is_fast():
+            log.warning("Muon computes in bf16, which takes tens of seconds per step on this CPU")
+        optimizer = MuonWithAdamW(
+            settings["model"],
+            muon_learning_rate=MUON_RATE * stage.learning_rate,
+            learning_rate=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+        )
+        return EmbeddingTrainer(stage=stage, optimizers=(optimizer, None), **settings)
 
 
 def run(
@@ -126,6 +153,7 @@ def _run(
         return finished
     started = time.monotonic()
     student = read_base(base, latent=latent, seed=stage.seed)
+    shape_model(student.model, pooling=variant.pooling, causal=variant.causal)
     stage_steps = stage.max_steps // len(variant.stages)
     for name, in_batch in zip(variant.stages, variant.in_batch, strict=True):
         train_student(
@@ -133,8 +161,7 @@ def _run(
             _stage_examples(examples, name, mined=variant.mined, seed=stage.seed),
             work=folder / name,
             stage=replace(stage, in_batch=in_batch, max_steps=stage_steps),
-            pooling=variant.pooling,
-            causal=variant.causal,
+            recipe=MuonRecipe(),
         )
     scores = score_folder(evaluation, lambda texts, instruction: embed(student, texts, instruction))
     record = {"scores": scores, "seconds": time.monotonic() - started}

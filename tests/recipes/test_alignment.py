@@ -7,13 +7,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
 
 from nvembed_deploy.tokenization import TextContract, TextEncoder  # noqa: E402
-from nvembed_deploy.training.alignment import AFTER, BEFORE, overlaps, student_spans  # noqa: E402
 from nvembed_deploy.training.length_buckets import (  # noqa: E402
     LENGTH_STEP,
     MIN_BUCKET_ROWS,
     ROW_STEP,
     length_buckets,
 )
+from recipes.mini.alignment import AFTER, BEFORE, overlaps, student_spans  # noqa: E402
 from tests.tiny import make_tokenizer  # noqa: E402
 
 PROMPT = "Instruct: question\nQuery: "

@@ -19,7 +19,7 @@ def shape_model(model: NVEmbed, *, pooling: Pooling = Pooling.LATENT, causal: bo
         causal: Restores the causal mask: a token sees itself and the tokens before it.
 
     Returns:
-        The same model; `loop.Trainable` pools according to its configuration.
+        The same model; `trainable.Trainable` pools according to its configuration.
     """
     latent = model.config.latent if pooling is Pooling.LATENT else None
     mask = Mask.CAUSAL if causal else Mask.BIDIRECTIONAL

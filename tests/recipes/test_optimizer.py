@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install nvembed-deploy[train]")
 
-from nvembed_deploy.training.optimizer import MIN_SCALE, RelativeAdamW, step_scale  # noqa: E402
+from recipes.mini.optimizer import MIN_SCALE, RelativeAdamW, step_scale  # noqa: E402
 
 ROWS = torch.tensor([[1.0, -2.0], [100.0, 300.0], [0.0, 0.0], [0.01, 0.01]])
 
