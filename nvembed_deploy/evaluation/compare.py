@@ -12,6 +12,7 @@ import mteb
 
 from nvembed_deploy.console import step
 from nvembed_deploy.encoder import Encoder
+from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.model import MtebModel, revision
 from nvembed_deploy.evaluation.published import published_scores
 from nvembed_deploy.evaluation.tasks import LocalTask
@@ -28,6 +29,8 @@ TOLERANCES: dict[Precision, float] = {
     Precision.INT4: 2.0,
     Precision.NVFP4: 2.0,
 }
+DOWNLOADERS = ("datasets", "huggingface_hub", "httpx", "requests")
+"""Packages whose errors mean that data could not be downloaded."""
 FULL_SIZE = 500
 """Number of queries or pairs from which the tolerance applies unscaled."""
 RECORDED = ("mteb", "torch", "onnxruntime", "numpy", "scikit-learn")
@@ -95,10 +98,30 @@ def scores(encoder: Encoder, tasks: Sequence[Any]) -> dict[str, float]:
     task_scores: dict[str, float] = {}
     for index, task in enumerate(tasks, 1):
         task_copy = copy.deepcopy(task)  # a task keeps its random state: a second run would draw other samples
+        _load(task_copy)
         with step(f"{task.metadata.name} ({index} of {len(tasks)}) on {encoder.backend}"):
             evaluation = mteb.evaluate(model, [task_copy], cache=None, co2_tracker=False, show_progress_bar=False)
         task_scores |= {result.task_name: 100 * float(result.get_score()) for result in evaluation.task_results}
     return task_scores
+
+
+def _load(task: Any) -> None:
+    """Loads a task's data, which mteb downloads unless they are in its cache.
+
+    Raises:
+        ConfigError: They cannot be downloaded.
+    """
+    try:
+        if not getattr(task, "data_loaded", False):
+            task.load_data()
+    except Exception as err:
+        if not isinstance(err, OSError) and type(err).__module__.partition(".")[0] not in DOWNLOADERS:
+            raise
+        cause = str(err).strip().partition("\n")[0]
+        raise ConfigError(
+            f"the data of {task.metadata.name} cannot be downloaded ({cause}); check the network, or evaluate sets of "
+            "your own with --data"
+        ) from err
 
 
 def compare(

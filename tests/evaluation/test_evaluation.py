@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import mteb
 from nvembed_deploy import Encoder
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.evaluation.command import main
-from nvembed_deploy.evaluation.compare import TOLERANCES, Comparison, TaskResult, as_table, tolerance_of
+from nvembed_deploy.evaluation.compare import TOLERANCES, Comparison, TaskResult, as_table, scores, tolerance_of
 from nvembed_deploy.evaluation.instructions import OFFICIAL, STACKEXCHANGE, instruction_for
 from nvembed_deploy.evaluation.model import MtebModel
 from nvembed_deploy.evaluation.published import published_scores
@@ -78,6 +79,15 @@ def test_another_checkpoint_is_refused(bundles: dict[str, Path], tmp_path: Path)
     wrong_checkpoint = make_checkpoint(tmp_path / "other", seed=5)
     with pytest.raises(ConfigError, match="differs from the file that the bundle was made from"):
         Encoder.from_checkpoint(wrong_checkpoint, like=Encoder(bundles["fp32"], device="cpu"))
+
+
+def test_data_that_cannot_be_downloaded_are_named(bundles: dict[str, Path]) -> None:
+    def unreachable() -> None:
+        raise ConnectionError("no route to the hub\nand a second line")
+
+    task = SimpleNamespace(metadata=SimpleNamespace(name="ArguAna"), data_loaded=False, load_data=unreachable)
+    with pytest.raises(ConfigError, match=r"the data of ArguAna cannot be downloaded \(no route to the hub\); check"):
+        scores(Encoder(bundles["fp32"], device="cpu"), [task])
 
 
 def test_published_scores_are_shown_beside_the_reference() -> None:
