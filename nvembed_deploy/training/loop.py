@@ -250,7 +250,8 @@ def train(
         stage=stage,
     )
     _check_sharding(trainer)
-    log.info(
+    log.log(
+        logging.INFO if is_main_process() else logging.DEBUG,
         "training on %d x %s, %d steps, from %s",
         process_count(),
         trainer.args.device.type,
