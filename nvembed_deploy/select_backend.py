@@ -175,7 +175,7 @@ def _warn_of_fallback(reason: str, backend: Backend) -> None:
 
 
 def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
-    """Opens ONNX Runtime with its TensorRT and CUDA providers, as far as they are installed."""
+    """Opens ONNX Runtime with its TensorRT and CUDA providers, as far as they are installed; they have no FP4."""
     installed = [provider for provider in GPU if provider in available_providers()]
     if not installed:
         raise DeviceMismatchError(

@@ -70,7 +70,7 @@ class Precision(str, Enum):
 
     @property
     def min_opset(self) -> int:
-        """The first ONNX opset version that has the types and the block scales of the weights; 0 if any has them."""
+        """The first ONNX opset version with the type and the block scales of the weights; 0 if all have them."""
         return {Precision.INT4: 21, Precision.NVFP4: 23}.get(self, 0)
 
 

@@ -32,10 +32,11 @@ TORCH_DTYPES = {
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.INT8: torch.int8,
     ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
-    ir.DataType.INT4: torch.int8,  # packed two to a byte when they are written
+    ir.DataType.INT4: torch.int8,
     ir.DataType.FLOAT4E2M1: torch.float8_e4m3fn,
 }
 PACKING = {ir.DataType.INT4: pack_int4, ir.DataType.FLOAT4E2M1: pack_fp4}
+"""How values of 4 bits, which torch holds in 8, are packed when they are written."""
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """Integer types by their size in bytes."""
@@ -170,7 +171,8 @@ def _read_order(location: StoredTensor | None) -> tuple[str, int]:
 
 def _stored_bytes(initializer: ir.Value, weight_source: WeightSource) -> int:
     shape = weight_source.shape(str(initializer.name)) or ()
-    return math.prod(shape) * _torch_dtype(initializer).itemsize
+    size = math.prod(shape) * _torch_dtype(initializer).itemsize
+    return size // 2 if initializer.dtype in PACKING else size
 
 
 def _refer(initializer: ir.Value, file_name: str, offset: int, size: int, folder: Path) -> None:
