@@ -8,7 +8,8 @@ $("compare-form").addEventListener("submit", async (event) => {
   $("comparison").replaceChildren();
   say("compare-status", "Comparing… an engine that is chosen for the first time has to be opened.");
   try {
-    const data = { ...request(), query: $("compare-query").value, left: $("left").value, right: $("right").value };
+    const { similar: _, sources: __, ...about } = request();
+    const data = { ...about, query: $("compare-query").value, left: $("left").value, right: $("right").value };
     const { html } = await call("compare", data);
     if (number !== compared) return;
     $("comparison").innerHTML = html;

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nvembed_deploy import Encoder, InputError
+from nvembed_deploy.app.passages import Passage
 from nvembed_deploy.app.requests import SearchRequest
 from nvembed_deploy.app.search import Searcher
 
@@ -90,7 +91,7 @@ class Comparer:
         return Comparison(
             passages=[
                 RankedPassage(
-                    title=hits[index].passage.label,
+                    title=_name(hits[index].passage),
                     source=hits[index].passage.source,
                     ranks=(int(ranks[0][index]), int(ranks[1][index])),
                     cosines=(float(scores[0][index]), float(scores[1][index])),
@@ -108,6 +109,11 @@ class Comparer:
             if name not in self._opened:
                 self._opened[name] = self._engines[name]()
             return self._opened[name]
+
+
+def _name(passage: Passage) -> str:
+    """Returns the title, or where the passage stands in its file."""
+    return passage.title or ", ".join(filter(None, [passage.label, passage.place]))
 
 
 def _query_times(engines: list[tuple[Encoder, str | None]], query: str) -> tuple[float, float]:

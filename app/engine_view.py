@@ -96,8 +96,9 @@ def _sizes(files: dict[str, int]) -> str:
     if small:
         rows.append((plural(len(small), "smaller file"), sum(small.values())))
     bars = "".join(
-        f'<li title="{escape(", ".join(small) if name not in large else name)}"><span dir="auto">{escape(name)}</span>'
-        f'<i style="width:{count / total:.1%}" aria-hidden="true"></i><b>{size(count)}</b></li>'
+        f'<li title="{escape(", ".join(small) if name not in large else name)}">'
+        f'<i style="width:{count / total:.1%}" aria-hidden="true"></i><span dir="auto">{escape(name)}</span>'
+        f"<b>{size(count)}</b></li>"
         for name, count in rows
     )
     return f"<ul class='sizes'>{bars}</ul>"

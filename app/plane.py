@@ -90,11 +90,12 @@ def neighbour_map(vectors: Vectors, start: Vectors, report: Callable[[float], bo
         vectors, perplexity=perplexity, metric="cosine", n_jobs=1, random_state=0
     )
     done = 0
+    is_placing = False
 
     def step(*_: Any) -> bool:
         nonlocal done
         done += STEPS_BETWEEN_REPORTS
-        return report(min(1.0, done / sum(ITERATIONS)))
+        return not is_placing and report(min(1.0, done / sum(ITERATIONS)))
 
     embedding = openTSNE.TSNE(
         early_exaggeration_iter=ITERATIONS[0],
@@ -112,6 +113,7 @@ def neighbour_map(vectors: Vectors, start: Vectors, report: Callable[[float], bo
     positions = np.asarray(embedding, dtype=np.float32)
     if not np.isfinite(positions).all():
         raise ValueError("the positions diverged")
+    is_placing = True  # placing others calls `step` too
     neighbours = min(15, len(vectors) - 1)
 
     def place(others: Vectors) -> Vectors:

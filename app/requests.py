@@ -41,8 +41,13 @@ class SearchRequest:
     """Row of the passage whose neighbours are asked for instead of a query's."""
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any], library: Library) -> SearchRequest:
+    def parse(cls, data: Mapping[str, Any], library: Library, *, drop_unknown: bool = False) -> SearchRequest:
         """Checks the fields of a call.
+
+        Args:
+            data: The fields.
+            library: The collections.
+            drop_unknown: Leave out sources that the collection does not have, as an old address may, and do not refuse.
 
         Raises:
             InputError: A field has a wrong type or value.
@@ -61,7 +66,10 @@ class SearchRequest:
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_RESULTS:
             raise InputError(f"count must be a whole number from 1 to {MAX_RESULTS}, got {count!r}")
         store = library.open(collection)
-        if unknown := set(sources) - set(store.sources()):
+        unknown = set(sources) - set(store.sources()) if sources else set()
+        if drop_unknown:
+            sources = [source for source in sources if source not in unknown]
+        elif unknown:
             raise InputError(f"there is no source {min(unknown)!r} in {collection!r}")
         if similar is not None:
             require_current(store, data)

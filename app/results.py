@@ -79,7 +79,7 @@ class Results:
     def search(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the best passages, without marks, which `marks` gives later."""
         started = time.perf_counter()
-        request = SearchRequest.parse(data, self.library)
+        request = SearchRequest.parse(data, self.library, drop_unknown=True)
         store, collection, query = request.store, request.collection, request.query.strip()
         best, times = self.hits(replace(request, count=max(request.count, FACET_HITS)))
         hits = best[: request.count]
@@ -104,6 +104,7 @@ class Results:
             "rows": [hit.row for hit in hits],
             "identity": store.identity,
             "lineage": store.record.lineage,
+            "sources": request.sources,
             "facets": self._facets(request, best),
             "far": not hits or (threshold is not None and all(hit.score < threshold for hit in hits)),
             "nothing": nothing,
@@ -122,7 +123,7 @@ class Results:
 
     def marks(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the snippets of found passages with their best sentences marked, and which ones are near at all."""
-        request = SearchRequest.parse(data, self.library)
+        request = SearchRequest.parse(data, self.library, drop_unknown=True)
         store, rows = request.store, data.get("rows")
         require_current(store, data)
         if not isinstance(rows, list) or len(rows) > MAX_RESULTS:
@@ -148,7 +149,7 @@ class Results:
 
     def export(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the results of a search as CSV, with their query, collection and instruction in every row."""
-        request = SearchRequest.parse(data, self.library)
+        request = SearchRequest.parse(data, self.library, drop_unknown=True)
         query, instruction = request.query, request.instruction
         if request.similar is not None:
             query, instruction = f"like: {request.store.passages[request.similar].label}", ""

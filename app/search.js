@@ -52,6 +52,7 @@ async function search({ typed = false, quiet = false } = {}) {
   }
   if (number !== asked) return;
   live = answer.live;
+  sources = answer.sources; // without those that are gone
   shown = { data, answer, seconds: (performance.now() - started) / 1000 };
   $("results").innerHTML = answer.html;
   $("results").classList.remove("old");

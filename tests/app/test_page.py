@@ -439,3 +439,18 @@ def test_a_collection_of_another_engine_is_offered_to_be_indexed_again(tab: Any,
     assert page.library.open("foreign").engine == page.library.engine
     search(tab, "kept text")
     page.library.delete("foreign")
+
+
+def test_an_address_with_nonsense_is_a_page_that_works(browser: Any, page: SimpleNamespace) -> None:
+    context = browser.new_context(viewport=PHONE)
+    address = "?q=rows%00%22%3E%3Cimg+src=x%3E&in=../none&mode=%22%5D&source=nothing&source=%3Cb%3E&similar=9#nowhere"
+    tab = open_tab(context, page, address)
+    status_has(tab, "3 of 3 passages in Python documentation")
+    assert tab.locator("img").count() == 0
+    search(tab, "cells")
+    assert "source=" not in tab.url  # those that do not exist are left out
+    tab.goto(f"{page.url}?q={'x' * 2500}")
+    tab.locator("#status").wait_for(state="attached")
+    status_has(tab, "the query has 2500 characters; the maximum is 2000")
+    assert tab.errors == []
+    context.close()

@@ -152,6 +152,7 @@ def test_the_map_keeps_neighbours(encoder: Encoder, tmp_path: Path, monkeypatch:
     drawn = draw(store, shown, [int(outside)], vectors[outside])
     places = {point[3]: np.array(point[:2]) for point in drawn["points"]}
     assert len(places) == 61
+    assert maps.get("c", store, is_growing=False) == shown  # placing others changes nothing
     for place in (places[outside], np.array(drawn["query"])):
         nearest = min(shown.rows, key=lambda row: np.linalg.norm(places[row] - place))
         assert nearest // 12 == outside // 12
