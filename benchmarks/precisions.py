@@ -268,8 +268,10 @@ def main() -> int:
             "command": command_line + (" --keep-scores" if flags.keep_scores else ""),
             "date": today,
             "machine": f"{describe_machine()}, no GPU",
+            "rows": [],
             "scores_command": command_line,
             "score_versions": versions,
+            "scores": {},
             "scores_date": today,
         }
         # An earlier record is only read if parts of it are kept.
