@@ -198,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         record = {
-            "command": f"python -m benchmarks.mixed_load BUNDLE --minutes {flags.minutes:g} --timeout {flags.timeout:g}",
+            "command": f"python -m benchmarks.mixed_load BUNDLE --minutes {flags.minutes:g} "
+            f"--timeout {flags.timeout:g}",
             "date": datetime.date.today().isoformat(),
             "machine": describe_machine(),
             **measure(flags.bundle, minutes=flags.minutes, timeout=flags.timeout),

@@ -81,6 +81,7 @@ def test_layers_that_differ_are_not_repeated(checkpoint: Path, layer: int) -> No
 def test_an_fp32_module_in_one_layer_has_all_layers_traced(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = []
     monkeypatch.setattr(graph, "_trace", lambda config, **_: traced.append(config.layers))
+    monkeypatch.setattr(graph, "_copy", lambda _: None)
     monkeypatch.setattr(graph, "repeat_layers", lambda *_: True)
     config = replace(read_checkpoint_architecture(checkpoint), layers=LAYERS)
     for module in (f"embedding_model.layers.{LAYERS - 1}.mlp", "embedding_model.norm"):
