@@ -112,8 +112,30 @@ function saveUrl() {
     value ? url.searchParams.set(name, value) : url.searchParams.delete(name);
   url.searchParams.delete("source");
   for (const source of sources) url.searchParams.append("source", source);
-  history.replaceState(history.state, "", url);
+  if (url.href !== location.href) history.pushState(history.state, "", url); // the browser's Back goes to the last search
 }
+
+// Takes the query, mode and filters of the address, and returns its collection.
+function readUrl() {
+  const parameters = new URL(location.href).searchParams, mode = CSS.escape(parameters.get("mode") || "meaning");
+  const radio = element.querySelector(`input[name=mode][value="${mode}"]`);
+  if (radio) radio.checked = true;
+  $("query").value = parameters.get("q") || "";
+  similar = null;
+  sources = parameters.getAll("source");
+  return parameters.get("in") || "";
+}
+window.addEventListener("popstate", () => {
+  if (!element.isConnected) return;
+  clearResults();
+  const name = readUrl(), kept = sources;
+  if (name !== chosen && collections.some((collection) => collection.name === name)) choose(name);
+  sources = kept;
+  show(location.hash.slice(1));
+  say("status", "");
+  if ($("query").value.trim()) search({ quiet: true });
+  else $("examples").hidden = !chosen.startsWith("Python");
+});
 
 let typing;
 $("query").addEventListener("input", () => {

@@ -15,17 +15,20 @@ from nvembed_deploy.console import echo, run
 
 OUT = Path("docs") / "app"
 QUERY = "how do I read a CSV file?"
+MAP_MS = 300_000
 DESKTOP, PHONE = {"width": 1280, "height": 720}, {"width": 390, "height": 844}
 
 
-def take_screenshots(bundle: Path, collections: Path, reference: Path | None, chromium: Path) -> None:
+def take_screenshots(
+    bundle: Path, collections: Path, compare: Sequence[Path], reference: Path | None, chromium: Path
+) -> None:
     """Opens the page and takes a screenshot of each view."""
     os.environ.update(QUIET)
     from playwright.sync_api import sync_playwright
 
     from nvembed_deploy.app.server import PageServer
 
-    page = make_page(bundle, "cpu", collections, index="exact", compare=[], reference=reference)
+    page = make_page(bundle, "cpu", collections, index="exact", compare=compare, reference=reference)
     page.library.add_python()
     server = PageServer(page, "127.0.0.1", listen_port("127.0.0.1", 0))
     page.start()
@@ -73,7 +76,13 @@ def _other_views(tab: Any, model: str) -> None:
     tab.locator("#rankings").wait_for()
     _save_screenshot(tab, "compare")
     _open(tab, "map")
-    tab.locator("#legend li").first.wait_for()
+    tab.wait_for_function(
+        "document.querySelector('#map-status').textContent.includes('are neighbours here')", timeout=MAP_MS
+    )
+    tab.locator("#plane").focus()
+    tab.keyboard.press("ArrowRight")
+    tab.wait_for_function("document.querySelector('#tip span').textContent")
+    tab.wait_for_timeout(1000)  # the points have moved
     _save_screenshot(tab, "map")
 
 
@@ -94,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--collections", type=Path, metavar="DIR", help="folder for the collections (default: a temporary folder)"
     )
+    parser.add_argument(
+        "--compare", type=Path, action="append", default=[], metavar="BUNDLE", help="another bundle to compare with"
+    )
     parser.add_argument("--reference", type=Path, metavar="DIR", help="the bundle's checkpoint, for the Compare tab")
     parser.add_argument(
         "--chromium", type=Path, default=Path("/usr/bin/chromium"), help="Chromium (default: %(default)s)"
@@ -102,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         with tempfile.TemporaryDirectory() as folder:  # not the user's folder: a collection is added and deleted
-            take_screenshots(flags.bundle, flags.collections or Path(folder), flags.reference, flags.chromium)
+            collections = flags.collections or Path(folder)
+            take_screenshots(flags.bundle, collections, flags.compare, flags.reference, flags.chromium)
 
     return run(command)
 

@@ -449,6 +449,10 @@ def test_an_address_with_nonsense_is_a_page_that_works(browser: Any, page: Simpl
     assert tab.locator("img").count() == 0
     search(tab, "cells")
     assert "source=" not in tab.url  # those that do not exist are left out
+    tab.go_back()
+    status_has(tab, "for “rows")
+    tab.go_forward()
+    status_has(tab, "for “cells”")
     tab.goto(f"{page.url}?q={'x' * 2500}")
     tab.locator("#status").wait_for(state="attached")
     status_has(tab, "the query has 2500 characters; the maximum is 2000")
