@@ -198,6 +198,7 @@ async function pointTo(point) {
     const { html } = await call("passage", { collection: map.collection, row, lineage: map.lineage });
     const read = document.createElement("template");
     read.innerHTML = html;
+    for (const line of read.content.querySelectorAll("code")) line.append(" ");
     beginnings.set(row, read.content.querySelector(".text").textContent.slice(0, 160));
     if (pointed === point) text.textContent = beginnings.get(row);
   } catch {
