@@ -110,6 +110,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     if flags.gpus < 0 or (flags.cpus is not None and flags.cpus <= 0):
         parser.error("--gpus must be at least 0 and --cpus above 0")
 
+    if not flags.output_column:
+        parser.error("--output-column must not be empty")
+
     def command() -> None:
         options = BulkOptions(
             text_columns=tuple(flags.text_column or [TEXT]),
@@ -249,7 +252,8 @@ def _require_columns(job_plan: Plan, options: BulkOptions) -> None:
         )
     for column in options.text_columns if job_plan.shards else ():
         if column not in names:
-            raise ConfigError(f"there is no column {column!r}, only {', '.join(names)}; pass --text-column NAME")
+            others = f"only {', '.join(names)}" if names else "since no row can be read"
+            raise ConfigError(f"there is no column {column!r}, {others}; pass --text-column NAME")
         kind = job_plan.schema.field(column).type
         value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
         checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)

@@ -31,6 +31,10 @@ def infer_schema(rows: Sequence[dict[str, Any] | InputError], label: str, first_
     objects = _objects(rows, label, first_row, skip_invalid=skip_invalid)[0]
     fields = []
     for name in _names(objects):
+        if not _is_encodable(name):  # no row is at fault alone, since all of them get the column
+            raise InputError(
+                f"{label}, from row {first_row}: the column name {name!r} has half a surrogate pair; rename the column"
+            )
         values = [row.get(name) for row in objects]
         try:
             array = pa.array(values)
@@ -55,17 +59,42 @@ def one_schema(schemas: Sequence[Any]) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
+        schema = pa.unify_schemas(_plain(schemas), promote_options="permissive") if schemas else pa.schema([])
     except UNSUITABLE as err:
         raise InputError(
             f"the input files have a column whose types cannot be combined ({err}); convert it to one type"
         ) from err
     for column in schema:
         try:
-            pq.write_table(pa.schema([column]).empty_table(), pa.BufferOutputStream())
-        except UNSUITABLE as err:
-            raise InputError(f"column {column.name!r} cannot be written to Parquet ({err}); remove it first") from err
-    return schema.remove_metadata()
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.schema([column]).empty_table(), sink)
+            pq.read_schema(pa.BufferReader(sink.getvalue()))  # a type can be too deep for readers
+        except (*UNSUITABLE, OSError) as err:
+            reason = str(err).partition("\n")[0]
+            raise InputError(
+                f"column {column.name!r} cannot be written to Parquet ({reason}); remove it first"
+            ) from err
+    # A column that one file declares to have no nulls may be missing in another.
+    return pa.schema([column.with_nullable(True) for column in schema])
+
+
+def _plain(schemas: Sequence[Any]) -> list[Any]:
+    """Returns the schemas with plain strings where a column has views or dictionaries in some of them only."""
+    import pyarrow as pa
+
+    kinds: dict[str, set[Any]] = {}
+    for schema in schemas:
+        for column in schema:
+            kinds.setdefault(column.name, set()).add(column.type)
+
+    def plain(column: Any) -> Any:
+        kind = column.type
+        if len(kinds[column.name] - {pa.null()}) > 1:
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            kind = pa.large_string() if pa.types.is_string_view(kind) else kind
+        return column.with_type(kind)
+
+    return [pa.schema([plain(column) for column in schema]) for schema in schemas]
 
 
 def to_table(
@@ -113,6 +142,14 @@ def _objects(
             row = {}
         objects.append(row)
     return objects, rejects
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _names(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvembed_deploy.console import echo
 from nvembed_deploy.errors import ConfigError
 
 JSON_LINES, GZIP, PARQUET = ".jsonl", ".jsonl.gz", ".parquet"
@@ -49,6 +51,9 @@ class InputFile:
 def input_files(patterns: Sequence[str]) -> list[InputFile]:
     """Returns the files that paths, folders, patterns such as `data/*.jsonl` and URIs name, each once and in order.
 
+    Of a folder those of a supported type are read; names that begin with a dot or an underscore are markers of other
+    programs, and a note on stderr says what else is left out.
+
     Raises:
         ConfigError: A path does not exist, a URI cannot be opened, or a file has another type.
     """
@@ -69,14 +74,36 @@ def _local_matches(pattern: str) -> list[InputFile]:
     from pyarrow.fs import LocalFileSystem
 
     def local(path: Path) -> InputFile:
-        absolute = str(path.resolve())
+        absolute = os.path.abspath(path)  # noqa: PTH100 (a link keeps its name, which has the suffix)
         return InputFile(filesystem=LocalFileSystem(), path=absolute, label=absolute)
 
     path = Path(pattern)
-    if path.is_dir():
-        return [file for file in map(local, sorted(path.iterdir())) if file.suffix]
-    paths = [path] if path.is_file() else map(Path, sorted(glob.glob(pattern)))  # noqa: PTH207
-    return [local(path) for path in paths]
+    paths = [path] if path.exists() else map(Path, sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207
+    files = []
+    for path in paths:
+        if path.is_dir():
+            members = sorted(path.iterdir())
+            names = {member.name for member in members if member.is_file()}
+            files += _readable([local(member) for member in members], names, str(path))
+        else:
+            files.append(local(path))
+    return files
+
+
+def _readable(members: Sequence[InputFile], files: set[str], folder: str) -> list[InputFile]:
+    """Returns the members of a folder that are read, and notes the others.
+
+    Args:
+        members: All members.
+        files: Names of those that are files.
+        folder: The folder, for messages.
+    """
+    visible = [member for member in members if not member.name.startswith((".", "_"))]
+    readable = [member for member in visible if member.suffix and member.name in files]
+    read_names = {member.name for member in readable}
+    if others := [member.name for member in visible if member.name not in read_names]:
+        echo(f"note: of {folder} are not read: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}")
+    return readable
 
 
 def open_uri(uri: str, flag: str) -> tuple[Any, str]:
@@ -110,15 +137,24 @@ def _uri_matches(pattern: str) -> list[InputFile]:
     try:
         if not components and filesystem.get_file_info(folder).type == FileType.File:
             return [remote(folder)]
-        selector = FileSelector(folder, recursive=len(components) > 1, allow_not_found=True)
-        infos = [info for info in filesystem.get_file_info(selector) if info.type == FileType.File]
+        is_deep = len(components) > 1 or "**" in components
+        selector = FileSelector(folder, recursive=is_deep, allow_not_found=True)
+        infos = sorted(filesystem.get_file_info(selector), key=lambda info: str(info.path))
     except OSError as err:
         raise ConfigError(f"--input {pattern} cannot be listed ({err}); check the URI and its credentials") from err
-    found = [remote(info.path) for info in sorted(infos, key=lambda info: str(info.path))]
+    files = [remote(info.path) for info in infos if info.type == FileType.File]
     if not components:
-        return [file for file in found if file.suffix]
-    return [file for file in found if _matches(file.path[len(folder.rstrip("/")) + 1 :].split("/"), components)]
+        return _readable([remote(info.path) for info in infos], {file.name for file in files}, pattern)
+    return [file for file in files if _matches(file.path[len(folder.rstrip("/")) + 1 :].split("/"), components)]
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
+    """Whether a path matches a pattern as in `glob`: `**` is any number of folders, and no `*` is a hidden name."""
+    if not names or not patterns:
+        return not names and not patterns
+    if patterns[0] == "**":
+        rests = range(len(names)) if len(patterns) > 1 else ()
+        is_visible = not any(name.startswith(".") for name in names)
+        return is_visible and (not rests or any(_matches(names[start:], patterns[1:]) for start in rests))
+    is_hidden = names[0].startswith(".") and not patterns[0].startswith(".")
+    return not is_hidden and fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,36 @@ class Output:
         if RECORD not in names:
             if names:
                 raise ConfigError(f"--out {self.label} is not empty and has no {RECORD}; choose another folder")
-            self.write(RECORD, content)
-        elif self.read(RECORD) != content:
+        # Two jobs may start at the same time, of which one is the first.
+        if RECORD not in names and self._write_new(RECORD, content):
+            return names
+        if self.read(RECORD) != content:
             raise ConfigError(
                 f"--out {self.label} contains the output of another bundle, input or setting "
                 f"({self._difference(job)}, see its {RECORD}); choose another folder"
             )
         return names
+
+    def _write_new(self, name: str, content: bytes) -> bool:
+        """Writes a file as `write` unless there is one of its name, and returns whether it has been written.
+
+        In an object store, and in a folder that has no hard links, it is written in any case.
+        """
+        if self.store is None:
+            path = Path(self.path) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=path.parent) as folder:
+                complete = Path(folder) / name
+                write_file(complete, content)
+                try:
+                    path.hardlink_to(complete)
+                except FileExistsError:
+                    return False
+                except OSError:
+                    self.write(name, content)
+                return True
+        self.write(name, content)
+        return True
 
     def _difference(self, job: dict[str, Any]) -> str:
         """Returns the names of the settings that differ from the recorded job's."""

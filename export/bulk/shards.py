@@ -22,6 +22,8 @@ from nvembed_deploy.export.bulk.inputs import GZIP, PARQUET, InputFile
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK_BYTES = 2**20
+STEM_BYTES = 150
+"""Of the input's name in an output's, which file systems limit to 255 bytes."""
 Row = dict[str, Any] | InputError
 """A row of JSON Lines, or why its line cannot be read."""
 
@@ -84,7 +86,8 @@ def plan(files: Sequence[InputFile], shard_rows: int, *, skip_invalid: bool = Fa
     inputs = []
     for index, file in enumerate(files):
         content = _Content()
-        stem = f"{index:04d}-{file.name.removesuffix(file.suffix or '')}"
+        name = file.name.removesuffix(file.suffix or "").encode(errors="surrogateescape")[:STEM_BYTES]
+        stem = f"{index:04d}-{name.decode(errors='ignore')}"
         read_shards = _parquet_shards if file.suffix == PARQUET else _json_shards
         try:
             for shard, schema in read_shards(file, stem, shard_rows, content, skip_invalid):
@@ -114,12 +117,24 @@ class ShardReader:
         Raises:
             InputError: The file has changed since the job was planned, or a row cannot be read (`skip_invalid`).
         """
-        import pyarrow as pa
-
         if shard.file.stamp() != shard.stamp:
             raise InputError(f"{shard.file.label} has changed; start the job again")
+        try:
+            return self._read(shard)
+        except BaseException:
+            self._key = None  # a stream that failed has lost its position
+            raise
+
+    def _read(self, shard: Shard) -> tuple[Any, Rejects]:
+        import pyarrow as pa
+
         if shard.row_group is None:
             rows = self._json_rows(shard)
+            if len(rows) != shard.rows:
+                raise InputError(
+                    f"{shard.file.label}, from row {shard.first_row}: {len(rows)} rows were read instead of "
+                    f"{shard.rows}; start the job again"
+                )
             return to_table(rows, self.schema, shard.file.label, shard.first_row, skip_invalid=self.skip_invalid)
         table = self._positioned(shard, _ParquetRows).take(shard.offset, shard.rows)
         columns = [
@@ -142,6 +157,7 @@ class ShardReader:
         """Returns the open stream of a shard's file, which is opened again only if it has passed the shard."""
         key = (shard.file.label, shard.row_group)
         if self._key != key or self._stream.position > shard.offset:
+            self._key = None  # opened again if this fails
             self._stream, self._key = stream_type(shard), key
         return self._stream
 

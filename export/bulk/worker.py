@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -97,6 +97,8 @@ class Embedder:
         return report
 
     def _embed(self, shard: Shard, report: Report) -> None:
+        import pyarrow as pa
+
         with _timed(report, "read"):
             table, rejects = self.reader.read(shard)
             rows = [index for index in range(shard.rows) if index not in rejects]
@@ -116,21 +118,22 @@ class Embedder:
                     ) from None
                 valid = [index for index in range(len(texts)) if index not in invalid]
                 rejects |= {rows[index]: reason for index, reason in invalid.items()}
-                table = table.take(valid)
+                table = table.take(pa.array(valid, pa.int64()))
                 vectors = self._vectors([texts[index] for index in valid])
         with _timed(report, "write"):
             self._write_rejects(shard, rejects)
             self._write(table, vectors, shard.name)
         report.rows, report.rejected = table.num_rows, len(rejects)
 
-    def _texts(self, table: Any) -> Sequence[str | None]:
-        """Returns each row's text: the columns that are not null, joined by newlines; None if all are null."""
-        columns = [table.column(name).to_pylist() for name in self.task.text_columns]
+    def _texts(self, table: Any) -> Sequence[str | bytes | None]:
+        """Returns each row's text: the columns that are not null, joined by newlines; None if all are null.
+
+        A text that is not valid UTF-8, which Parquet does not prevent, comes as bytes, which no encoder takes.
+        """
+        columns = [_strings(table.column(name)) for name in self.task.text_columns]
         if len(columns) == 1:
-            texts: list[str | None] = columns[0]
-            return texts
-        rows = ([part for part in parts if part is not None] for parts in zip(*columns, strict=True))
-        return ["\n".join(parts) if parts else None for parts in rows]
+            return columns[0]
+        return [_joined([part for part in parts if part is not None]) for parts in zip(*columns, strict=True)]
 
     def _vectors(self, texts: Sequence[Any]) -> NDArray[Any]:
         return self.encoder.encode(texts, prompt=self.task.prompt, output_dtype=self.task.output_dtype)
@@ -143,7 +146,10 @@ class Embedder:
                 check_texts([text])
                 self.encoder.tokenize([text], prompt=self.task.prompt)
             except (InputError, InputTypeError) as err:
-                reasons[index] = str(err).replace("text 0", "the text", 1)
+                is_bytes = isinstance(text, bytes)
+                reasons[index] = (
+                    "the text is not valid UTF-8" if is_bytes else str(err).replace("text 0", "the text", 1)
+                )
         return reasons
 
     def _write_rejects(self, shard: Shard, rejects: Rejects) -> None:
@@ -179,6 +185,28 @@ class Embedder:
         if manifest.vectors is not None and OutputDtype(self.task.output_dtype).needs_step:
             metadata["int8_step"] = repr(manifest.vectors.int8_step)
         return metadata
+
+
+def _strings(column: Any) -> list[str | bytes | None]:
+    """Returns the values of a column of strings, and those that are not valid UTF-8 as bytes."""
+    import pyarrow as pa
+
+    try:
+        values: list[str | bytes | None] = column.to_pylist()
+    except UnicodeDecodeError:
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        values = column.cast(kind).cast(pa.large_binary()).to_pylist()
+        for index, value in enumerate(values):
+            with suppress(UnicodeDecodeError):
+                values[index] = value.decode() if isinstance(value, bytes) else value
+    return values
+
+
+def _joined(parts: Sequence[str | bytes]) -> str | bytes | None:
+    """Returns texts joined by newlines, None for none; if one is bytes, the first of those."""
+    if undecoded := [part for part in parts if isinstance(part, bytes)]:
+        return undecoded[0]
+    return "\n".join(map(str, parts)) if parts else None
 
 
 class _Notes(logging.Handler):

@@ -1,13 +1,15 @@
 """Shards of a bulk job: every row of every kind of file is read once, and what cannot be read is named."""
 
 import gzip
+import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nvembed_deploy import ConfigError, InputError
+from nvembed_deploy import ConfigError, Encoder, InputError
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install nvembed-deploy[ray]")
 import pyarrow as pa
@@ -17,6 +19,7 @@ import pyarrow.parquet as pq
 from nvembed_deploy.export.bulk.inputs import InputFile, input_files
 from nvembed_deploy.export.bulk.output import Output
 from nvembed_deploy.export.bulk.shards import BLOCK_BYTES, Plan, ShardReader, plan
+from nvembed_deploy.export.bulk.worker import Embedder, Task
 
 
 def write_lines(path: Path, rows: list[dict], *, end: str = "\n") -> Path:
@@ -118,12 +121,68 @@ def test_odd_lines_and_values_are_named_or_left_out(tmp_path: Path, content: byt
         ([{"x": 1}, {"x": 2}, {"x": "3"}], "row 2, column 'x': its type is another one than in the rows before"),
         ([{"x": 1}] * 10 + [{"x": "3"}], "whose types cannot be combined (Unable to merge: Field x"),
         ([{"x": {}}], "column 'x' cannot be written to Parquet"),
+        (
+            [{"x": json.loads("[" * 900 + "]" * 900)}],
+            "column 'x' cannot be written to Parquet (Parquet schema too deeply",
+        ),
+        ([{"x\ud800": 1}], "row 0: the column name 'x\\ud800' has half a surrogate pair"),
     ],
 )
 def test_a_column_has_one_type(tmp_path: Path, lines: list[dict], message: str) -> None:
     for skip_invalid in (False, True):  # no row alone is at fault
         with pytest.raises(InputError, match=re.escape(message)):
             make_plan(write_lines(tmp_path / "a.jsonl", lines), skip_invalid=skip_invalid)
+
+
+def test_strings_of_every_kind_are_one_column(tmp_path: Path) -> None:
+    """Parquet has several types of strings, and columns that one file declares to have no nulls."""
+    kinds = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+    for index, kind in enumerate(kinds):
+        table = pa.table({"text": pa.array(["a"]).cast(kind)})
+        pq.write_table(table, tmp_path / f"{index}.parquet")
+        assert make_plan(tmp_path / f"{index}.parquet").schema == table.schema  # alone, as it is
+    schema = pa.schema([pa.field("text", pa.string(), nullable=False), pa.field("id", pa.int64(), nullable=False)])
+    pq.write_table(pa.table({"text": ["a"], "id": [1]}, schema=schema), tmp_path / "4.parquet")
+    write_lines(tmp_path / "5.jsonl", [{"text": "a"}])
+    job = make_plan(tmp_path)
+    tables = [ShardReader(job.schema).read(shard)[0] for shard in job.shards]
+    for table in tables:
+        pq.write_table(table, pa.BufferOutputStream())
+    assert pa.concat_tables(tables).to_pydict() == {"text": ["a"] * 6, "id": [None] * 4 + [1, None]}
+
+
+def not_utf8() -> pa.Array:
+    offsets, content = pa.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xff\xfe")
+    return pa.Array.from_buffers(pa.string(), 2, [None, offsets, content])
+
+
+def test_texts_without_a_value_or_not_in_utf8_are_rejected(tmp_path: Path, encoder: Encoder) -> None:
+    """Also where no row of a shard is left."""
+    pq.write_table(pa.table({"text": not_utf8()}), tmp_path / "a.parquet", row_group_size=2)
+    write_lines(tmp_path / "b.jsonl", [{"text": None}] * 2)
+    job = make_plan(tmp_path)
+    for skip_invalid in (False, True):
+        embedder = Embedder(
+            Task(
+                bundle="",
+                output=Output.open(str(tmp_path / "out")),
+                schema=job.schema,
+                text_columns=("text",),
+                output_column="embedding",
+                prompt="",
+                output_dtype="float16",
+                skip_invalid=skip_invalid,
+                device="cpu",
+                threads=1,
+            )
+        )
+        embedder.encoder = encoder
+        reports = [embedder.embed(shard) for shard in job.shards]
+        if not skip_invalid:
+            assert "a.parquet, row 1: the text is not valid UTF-8; pass --skip-invalid" in reports[0].error
+            assert "b.jsonl, row 0: the text is a NoneType" in reports[1].error
+    assert [(report.error, report.rows, report.rejected) for report in reports] == [("", 1, 1), ("", 0, 2)]
+    assert pq.read_table(tmp_path / "out").column("text").to_pylist() == ["a"]
 
 
 def test_a_value_that_the_jobs_type_does_not_hold_is_named(tmp_path: Path) -> None:
@@ -153,6 +212,54 @@ def test_an_edited_input_is_another_job(tmp_path: Path) -> None:
         read_all(before)
     gzipped = make_plan(write_lines(tmp_path / "a.jsonl.gz", [{"text": "xyz"}]))
     assert gzipped.inputs[0]["sha256"] == make_plan(path).inputs[0]["sha256"]  # of the content
+
+
+def test_rows_that_are_missing_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that fails in the middle of a gzip file, as of a network, neither shortens nor skips a shard."""
+    rows = [{"text": f"row {index}"} for index in range(9)]
+    job = make_plan(write_lines(tmp_path / "a.jsonl.gz", rows), shard_rows=3)
+    reader, open_stream = ShardReader(job.schema), InputFile.open_stream
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError("the network is gone")
+
+    monkeypatch.setattr(InputFile, "open_stream", lambda file: Failing())
+    with pytest.raises(OSError, match="the network is gone"):
+        reader.read(job.shards[0])
+    monkeypatch.setattr(InputFile, "open_stream", open_stream)
+    assert [row for shard in job.shards for row in reader.read(shard)[0].to_pylist()] == rows
+    with pytest.raises(InputError, match="from row 6: 3 rows were read instead of 9; start the job again"):
+        ShardReader(job.schema).read(replace(job.shards[2], rows=9))
+
+
+def test_two_jobs_do_not_begin_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find it empty; the second finds the record of the first when it writes its own."""
+    output = Output.open(str(tmp_path))
+    assert output.require_job({"prompt": "a"}) == set()
+    monkeypatch.setattr(Output, "names", lambda output: set())
+    assert output.require_job({"prompt": "a"}) == set()  # the same job
+    with pytest.raises(ConfigError, match=r"\(prompt differs, see its _job\.json\)"):
+        output.require_job({"prompt": "b"})
+    assert [path.name for path in tmp_path.iterdir()] == ["_job.json"]
+
+
+def test_what_a_folder_has_besides_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    for name in ("._a.jsonl", "_meta.jsonl", "b.ndjson"):
+        (tmp_path / name).write_bytes(b"\x00")
+    (tmp_path / "c.parquet").mkdir()  # as Spark writes them
+    pq.write_table(pa.table({"text": ["c"]}), tmp_path / "c.parquet" / "part-0.parquet")
+    for uri in ("", "file://"):
+        assert [file.name for file in input_files([f"{uri}{tmp_path}"])] == ["a.jsonl"]
+        assert f"note: of {uri}{tmp_path} are not read: b.ndjson, c.parquet\n" in capsys.readouterr().err
+        names = [file.name for file in input_files([f"{uri}{tmp_path}/**/[a-z]*[lt]"])]
+        assert names == ["a.jsonl", "part-0.parquet"]
+    assert [file.name for file in input_files([f"{tmp_path}/*.parquet"])] == ["part-0.parquet"]
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "b.ndjson")  # as in Hugging Face's cache
+    assert input_files([str(tmp_path / "link.jsonl")])[0].suffix == ".jsonl"
+    long = write_lines(tmp_path / f"{'é' * 120}.jsonl", [{"text": "a"}])
+    assert len(make_plan(long).shards[0].name.encode()) < 200
 
 
 def test_paths_folders_patterns_and_uris_name_files(tmp_path: Path) -> None:
