@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nvembed_deploy import ConfigError, Encoder
+from nvembed_deploy import ConfigError, Encoder, InputError
 from nvembed_deploy.bundle.manifest import MANIFEST, Manifest
 from nvembed_deploy.bundle.vector_kinds import BOUNDS, VectorLoss
 from nvembed_deploy.engines.check import main as check
@@ -76,6 +77,67 @@ def test_int8_of_clipped_zero_and_long_vectors(vectors: np.ndarray) -> None:
     assert convert(no_rows, OutputDtype.INT8, int8_step=0.001).shape == (0, 64)
 
 
+@pytest.mark.parametrize("width", [24, 384, 4096])
+def test_int8_is_the_same_alone_in_any_layout_and_of_any_float(width: int) -> None:
+    rows = np.random.default_rng(0).standard_normal((40, width)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    step = fit_int8_step(rows) * 2  # nothing is clipped
+    together = convert(rows, OutputDtype.INT8, int8_step=step)
+    np.testing.assert_array_equal(np.stack([convert(row, OutputDtype.INT8, int8_step=step) for row in rows]), together)
+    for same in (np.asfortranarray(rows), np.repeat(rows, 2, axis=1)[:, ::2], rows.astype(np.float64), rows.tolist()):
+        np.testing.assert_array_equal(convert(same, OutputDtype.INT8, int8_step=step), together)
+    lengths = np.linalg.norm(together.astype(np.float64), axis=1) * step
+    if width == 4096:  # most need more than 128 components
+        assert np.abs(lengths - 1).max() < 3e-5
+    assert np.array_equal(convert(np.eye(1, 1, dtype=np.float32), OutputDtype.INT8, int8_step=1 / INT8_MAX), [[127]])
+
+
+def test_what_has_no_smaller_format_is_refused(vectors: np.ndarray) -> None:
+    for value in (np.nan, np.inf):
+        broken = vectors.copy()
+        broken[3, 4] = value
+        for dtype in ("int8", "ubinary"):
+            with pytest.raises(InputError, match=f"a component is not finite, and {dtype} has no such value"):
+                convert(broken, OutputDtype(dtype), int8_step=0.01)
+    broken[3, 4] = np.nan
+    with pytest.raises(InputError, match="a product is not a number"):
+        search(vectors, broken, top_k=1)
+    for step in (None, 0.0, -0.1, np.nan):
+        with pytest.raises(ConfigError, match=f"the step of int8 vectors is {step}; pass the one"):
+            convert(vectors, OutputDtype.INT8, int8_step=step)
+
+
+def test_searches_that_mean_nothing_are_refused(vectors: np.ndarray) -> None:
+    int8, uint8 = (convert(vectors, OutputDtype(dtype), int8_step=0.003) for dtype in ("int8", "uint8"))
+    candidates = np.tile(np.arange(5), (3, 1))
+    for top_k in (0, -1, 2.0, True):
+        for call in (partial(search, int8[:3], int8), partial(rescore, int8[:3], candidates, int8)):
+            with pytest.raises(ConfigError, match=f"top_k is {top_k}; pass a whole number of at least 1"):
+                call(top_k=top_k)
+    for queries, documents in ((int8[0], int8), (int8[:3, :8], int8), (int8[:3].astype(int), int8), (uint8[:3], int8)):
+        with pytest.raises(ConfigError, match=r"pass \[Q, D\] and \[N, D\]|queries are (int64|uint8)[ ;]"):
+            search(queries, documents, top_k=1)
+        with pytest.raises(ConfigError):  # the products of uint8 say nothing about the texts
+            rescore(queries, candidates[: len(queries)], documents, top_k=1)
+    for wrong in (candidates[:2], candidates[0], candidates.astype(float), candidates + 500, candidates - 2):
+        with pytest.raises(InputError, match="the candidates "):
+            rescore(int8[:3], wrong, int8, top_k=1)
+
+
+def test_rescoring_takes_what_indexes_return(vectors: np.ndarray) -> None:
+    """faiss pads with -1 where it finds fewer, usearch's keys are unsigned, and queries may stay floats."""
+    int8 = convert(vectors, OutputDtype.INT8, int8_step=0.003)
+    candidates = np.array([[5, -1, 0], [-1, -1, -1], [7, 2, -1]])
+    for queries in (int8[:3], vectors[:3]):
+        indices, scores = rescore(queries, candidates, int8, top_k=9)
+        expected = queries.astype(np.float64) @ int8.astype(np.float64).T
+        np.testing.assert_array_equal(indices[:2], [[0, 5, -1], [-1, -1, -1]])
+        assert set(indices[2]) == {7, 2, -1}
+        np.testing.assert_allclose(scores[indices >= 0], np.take_along_axis(expected, indices, 1)[indices >= 0], 1e-5)
+    assert rescore(int8[:1], np.array([[3, 0]], dtype=np.uint64), int8, top_k=1)[0].tolist() == [[0]]
+    assert rescore(int8[:0], candidates[:0], int8, top_k=2)[0].shape == (0, 2)
+
+
 def test_int8_ranks_close_cosines_better_than_plain_rounding() -> None:
     """The vectors of some models share a large part, so that their cosines lie close together."""
     rng = np.random.default_rng(0)
@@ -130,12 +192,12 @@ def test_search_is_exact(vectors: np.ndarray, dtype: str, cores: int, monkeypatc
     assert search(converted[:0], converted, top_k=10)[0].shape == (0, 10)
 
 
-@pytest.mark.parametrize("width", [384, 1025, 4096])
+@pytest.mark.parametrize("width", [384, 1025, 4096, 140_000])
 def test_products_of_int8_are_exact(width: int) -> None:
     """Also where float32 no longer has every integer: 4,096 products of the largest components are 66 million."""
-    documents = np.random.default_rng(0).choice(np.array([-128, -127, 126, 127], dtype=np.int8), (300, width))
+    documents = np.random.default_rng(0).choice(np.array([-128, -127, 126, 127], dtype=np.int8), (60, width))
     documents[:3] = np.array([[-128], [127], [-127]])
-    indices, scores = search(documents[:4], documents, top_k=300)
+    indices, scores = search(documents[:4], documents, top_k=60)
     expected = documents[:4].astype(np.int64) @ documents.astype(np.int64).T
     np.testing.assert_array_equal(scores, np.take_along_axis(expected, indices, axis=1))
     np.testing.assert_array_equal(indices, np.argsort(-expected, axis=1, kind="stable"))
@@ -155,7 +217,7 @@ def test_rescoring_ranks_the_candidates(vectors: np.ndarray, tmp_path: Path) -> 
     assert (indices[:, 0] == np.arange(10)).all()
     assert np.mean(indices == exact) > 0.9
     np.testing.assert_allclose(scores[:, 0], exact_scores[:, 0], rtol=1e-5)
-    with pytest.raises(ConfigError, match="convert both to one format"):
+    with pytest.raises(ConfigError, match=r"pass \[Q, D\] and \[N, D\] of one format"):
         search(vectors, bits, top_k=1)
 
 
