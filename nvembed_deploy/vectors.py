@@ -28,8 +28,8 @@ ROUNDED_AT_ONCE = 1 << 18
 """Components that are rounded at once, to bound the memory: it takes 20 MB, and half the time of 16 times as many."""
 MIN_OTHER_WAY, OTHER_WAY_SHARE = 128, 8
 """Of a vector's components 128, or one in eight if that is more, may be rounded the other way: enough for the vectors
-of models where none is clipped, and it bounds the time. Of 4,096 components 128 leave an error of the length of 3 10^-5,
-512 one of 3 10^-6."""
+of models where none is clipped, and it bounds the time. Of 4,096 components 128 leave an error of the length of
+3 10^-5, 512 one of 3 10^-6."""
 STEP_QUANTILE = 0.9995
 """Share of the calibration vectors' components that int8 represents without clipping; the rest are clipped to 127.
 

@@ -97,6 +97,8 @@ class EmbedRequest:
     normalize: bool = True
     output_dtypes: tuple[str, ...] = ("float32",)
     """Number formats of the vectors, by the names of `Encoder.encode`."""
+    is_base64: bool = False
+    """Whether the vectors are sent in base64 under a field that also has numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,6 +165,7 @@ class Service:
         body, wanted = await self.read(request, lambda content: dialect.parse(content, self.limits))
         prompt_options = self.prompt_options(wanted)
         self._check_output(wanted)
+        _check_base64(wanted, request)
         try:
             remaining_seconds = self.limits.seconds - (time.perf_counter() - started)
             # Before tokenization, so that a request that cannot be accepted costs nothing.
@@ -179,9 +180,13 @@ class Service:
             vectors = await self._embed(request, reservation, rows, wanted)
         finally:
             reservation.release()
+        convert = self.encoder.convert
+        vectors_by_dtype = await loop.run_in_executor(  # rounding thousands of vectors takes a second
+            self.text_pool, lambda: {name: convert(vectors, OutputDtype(name)) for name in wanted.output_dtypes}
+        )
         answer = EmbedAnswer(
             model=wanted.model or self.names.name,
-            vectors_by_dtype={name: self.encoder.convert(vectors, OutputDtype(name)) for name in wanted.output_dtypes},
+            vectors_by_dtype=vectors_by_dtype,
             text_tokens=list(map(len, rows)),
             truncated=[index for index, row in enumerate(rows) if row.truncated],
             seconds=time.perf_counter() - started,
@@ -317,6 +322,19 @@ async def _read(request: Request, max_bytes: int) -> bytes:
             raise RequestError(413, f"the body is larger than {max_bytes} bytes; send fewer texts per request")
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _check_base64(wanted: EmbedRequest, request: Request) -> None:
+    """Refuses bytes and bits in base64 to OpenAI's clients, which ask for base64 by themselves and read it as float32.
+
+    The header is of Stainless, which generates these clients.
+    """
+    others = [name for name in wanted.output_dtypes if name != OutputDtype.FLOAT32.value]
+    if wanted.is_base64 and others and "x-stainless-lang" in request.headers:
+        message = (
+            f"OpenAI's clients read base64 as float32, and these vectors are {others[0]}; pass encoding_format='float'"
+        )
+        raise RequestError(400, message, param="encoding_format")
 
 
 async def _wait_for_disconnect(request: Request) -> None:

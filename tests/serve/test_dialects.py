@@ -412,6 +412,11 @@ def test_vectors_of_one_byte_and_one_bit() -> None:
             packed = call(running, "/v1/embeddings", V1 | {"embedding_type": dtype, "encoding_format": "base64"})[1]
             content = base64.b64decode(packed["data"][0]["embedding"])
             assert np.frombuffer(content, "u1" if dtype[0] == "u" else "i1").tolist() == expected[0]
+            # Clients that ask for base64 by themselves, and read it as float32 whatever they asked for.
+            body = V1 | {"output_dtype": dtype, "encoding_format": "base64"}
+            status, answer, _ = call(running, "/v1/embeddings", body, **{"X-Stainless-Lang": "python"})
+            assert status == 400
+            assert f"these vectors are {dtype}; pass encoding_format='float'" in answer["error"]["message"]
         body = {"model": "tiny", "texts": TEXTS, "input_type": "search_document", "embedding_types": ["int8", "float"]}
         embeddings = call(running, "/v2/embed", body)[1]["embeddings"]
         assert embeddings["int8"] == encoder.encode_document(TEXTS, output_dtype="int8").tolist()

@@ -76,6 +76,7 @@ def _request(body: EmbeddingsBody, limits: Limits) -> EmbedRequest:
         output_dtypes=(
             output_dtype_of(one_of(("embedding_type", body.embedding_type), ("output_dtype", body.output_dtype))),
         ),
+        is_base64=body.encoding_format == "base64",
     )
 
 
