@@ -79,7 +79,7 @@ def one_schema(schemas: Sequence[Any]) -> Any:
 
 
 def _plain(schemas: Sequence[Any]) -> list[Any]:
-    """Returns the schemas with plain strings where a column has views or dictionaries in some of them only."""
+    """Returns the schemas without views, and with plain values where a column is a dictionary in some of them only."""
     import pyarrow as pa
 
     kinds: dict[str, set[Any]] = {}
@@ -88,13 +88,44 @@ def _plain(schemas: Sequence[Any]) -> list[Any]:
             kinds.setdefault(column.name, set()).add(column.type)
 
     def plain(column: Any) -> Any:
-        kind = column.type
-        if len(kinds[column.name] - {pa.null()}) > 1:
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            kind = pa.large_string() if pa.types.is_string_view(kind) else kind
-        return column.with_type(kind)
+        is_mixed = pa.types.is_dictionary(column.type) and len(kinds[column.name] - {pa.null()}) > 1
+        return column.with_type(_without_views(column.type.value_type if is_mixed else column.type))
 
     return [pa.schema([plain(column) for column in schema]) for schema in schemas]
+
+
+def _without_views(kind: Any) -> Any:
+    """Returns a type with lists and strings in place of their views, which few readers of Parquet know."""
+    import pyarrow as pa
+
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([member.with_type(_without_views(member.type)) for member in kind])
+    for is_list, list_type in (
+        (pa.types.is_list, pa.list_),
+        (pa.types.is_list_view, pa.list_),
+        (pa.types.is_large_list, pa.large_list),
+        (pa.types.is_large_list_view, pa.large_list),
+    ):
+        if is_list(kind):
+            return list_type(kind.value_field.with_type(_without_views(kind.value_type)))
+    return kind
+
+
+def cast(column: Any, kind: Any) -> Any:
+    """Returns a pyarrow array with another type of the schema that `one_schema` made.
+
+    Raises:
+        ValueError: A value is not in the type's range.
+    """
+    import pyarrow as pa
+
+    if "list_view" in str(column.type):  # pyarrow 26 casts a view to a list without its last offset
+        return pa.chunked_array([pa.array(column.to_pylist(), kind)])
+    return column.cast(kind)
 
 
 def to_table(

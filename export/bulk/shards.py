@@ -17,7 +17,7 @@ from typing import Any
 
 from nvembed_deploy.console import clear_status, status
 from nvembed_deploy.errors import InputError
-from nvembed_deploy.export.bulk.columns import Rejects, infer_schema, one_schema, to_table
+from nvembed_deploy.export.bulk.columns import Rejects, cast, infer_schema, one_schema, to_table
 from nvembed_deploy.export.bulk.inputs import GZIP, PARQUET, InputFile
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -138,7 +138,7 @@ class ShardReader:
             return to_table(rows, self.schema, shard.file.label, shard.first_row, skip_invalid=self.skip_invalid)
         table = self._positioned(shard, _ParquetRows).take(shard.offset, shard.rows)
         columns = [
-            table.column(column.name).cast(column.type)
+            cast(table.column(column.name), column.type)
             if column.name in table.column_names
             else pa.nulls(table.num_rows, column.type)
             for column in self.schema
