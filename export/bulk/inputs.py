@@ -59,6 +59,8 @@ def input_files(patterns: Sequence[str]) -> list[InputFile]:
     """
     files: dict[str, InputFile] = {}
     for pattern in patterns:
+        if not pattern:
+            raise ConfigError("--input is empty; pass files, folders, patterns or URIs, or . for the current folder")
         matches = _uri_matches(pattern) if "://" in pattern else _local_matches(pattern)
         if not matches:
             raise ConfigError(

@@ -35,8 +35,10 @@ class Output:
         """Returns the output that a path or a URI names.
 
         Raises:
-            ConfigError: The URI's file system has no atomic writes.
+            ConfigError: The name is empty, or the URI's file system has no atomic writes.
         """
+        if not name:
+            raise ConfigError("--out is empty; pass a folder, or . for the current one")
         if "://" not in name:
             return cls(label=name, path=str(Path(name).resolve()))
         filesystem, path = open_uri(name, "--out")

@@ -291,6 +291,7 @@ def test_paths_folders_patterns_and_uris_name_files(tmp_path: Path) -> None:
     for pattern, message in (
         (str(tmp_path / "*.json"), "matches no file"),
         (f"file://{tmp_path}/none.jsonl", "matches no file"),
+        ("", "--input is empty"),
         (str(tmp_path / "notes.txt"), "unsupported file type"),
         (f"file://{tmp_path}/notes.txt", "unsupported file type"),
         ("nowhere://a/b", "cannot be opened"),
@@ -315,4 +316,6 @@ def test_other_file_systems_are_read(tmp_path: Path) -> None:
         assert read_all(make_plan(pattern, shard_rows=4)) == rows * 3
     with pytest.raises(ConfigError, match="on which a killed job could leave half a file; write to a folder"):
         Output.open("fsspec+memory:///vectors")
+    with pytest.raises(ConfigError, match="--out is empty"):
+        Output.open("")
     assert Output.open(f"file://{tmp_path}/out").path == f"{tmp_path}/out"

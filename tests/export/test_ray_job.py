@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ pytest.importorskip("ray", reason="ray is not installed: pip install nvembed-dep
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nvembed_deploy.export import ray_job
 from nvembed_deploy.export.bulk import schedule as bulk_schedule
 from nvembed_deploy.export.bulk.inputs import input_files
 from nvembed_deploy.export.bulk.output import RECORD, REJECTS
-from nvembed_deploy.export.bulk.schedule import Job, Progress, ShardQueue, Workers, duration, require_resources
+from nvembed_deploy.export.bulk.schedule import Job, Progress, ShardQueue, Totals, Workers, duration, require_resources
 from nvembed_deploy.export.bulk.shards import Shard, plan
-from nvembed_deploy.export.bulk.worker import Report
+from nvembed_deploy.export.bulk.worker import Report, Task
 from nvembed_deploy.export.ray_job import EMBEDDING, main
 
 TEXTS = [f"text number {index} " + "over the water " * (index % 5) for index in range(57)]
@@ -231,6 +233,30 @@ def test_wrong_settings_are_refused_before_ray_starts(
         with pytest.raises(SystemExit):
             run(bundles["fp32"], corpus, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_takes_its_share_of_the_cores(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--cpus` is what Ray reserves and the number of the engine's threads; without it the workers share the cores."""
+    jobs = []
+
+    class Recorded:
+        def __init__(self, shards: list[Shard], task: Task, workers: Workers) -> None:
+            jobs.append((workers.count, workers.cpus, task.threads))
+
+        def run(self) -> Totals:
+            return Totals()
+
+    monkeypatch.setattr(bulk_schedule, "Job", Recorded)
+    monkeypatch.setattr(ray_job, "_ray", lambda: nullcontext(False))
+    monkeypatch.setattr(ray_job, "usable_cores", lambda: 7)
+    path = write_lines(tmp_path / "a.jsonl", ROWS[:1])
+    for index, (flags, job) in enumerate(
+        (([], (2, 3, 3)), (["--cpus", "0.5"], (2, 0.5, 1)), (["--workers", "9", "--cpus", "4"], (9, 4, 4)))
+    ):
+        assert run(bundles["fp32"], path, tmp_path / str(index), *flags) == 0
+        assert jobs[-1] == job
 
 
 def test_a_ray_that_does_not_start_is_one_sentence(
