@@ -2,8 +2,9 @@
 
 The repository has three models. NAME takes a text, and an instruction or the name of a prompt where wanted, and returns
 an embedding; it is an ensemble of NAME_tokenizer (in Python, with the bundle's tokenizer and masks) and NAME_engine
-(the plan, or the graph on ONNX Runtime). The tokenizer takes the requests that are there and pads them to one of a few
-lengths, so that the engine, which alone waits for others, finds requests of the same shape.
+(the plan, or the graph on ONNX Runtime); with --output-dtype, NAME_vectors (in Python) follows. The tokenizer takes the
+requests that are there and pads them to one of a few lengths, so that the engine, which alone waits for others, finds
+requests of the same shape.
 
 Source: Triton Inference Server documentation, "Model configuration" and "Python backend".
 """
@@ -25,11 +26,14 @@ import numpy as np
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, TOKENIZER, WEIGHTS, Manifest
 from nvembed_deploy.bundle.reader import Bundle
+from nvembed_deploy.bundle.vector_kinds import require_offered
 from nvembed_deploy.console import BUNDLE_HELP, echo, program, run
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import move_into_place, staged_folder
 from nvembed_deploy.files.records import to_json
+from nvembed_deploy.serve.triton_vectors import CONVERTED, FLOATS, SETTINGS
 from nvembed_deploy.spec import ShapeProfile
+from nvembed_deploy.vectors import OutputDtype
 
 TENSORRT, ONNXRUNTIME = "tensorrt", "onnxruntime"
 CONTRACT = "contract.json"
@@ -41,6 +45,14 @@ WARMUP_TEXT = b"a text"
 """What the tokenizer is sent before it is ready, to notice a Python that cannot exchange texts with this Triton."""
 TEXT_INPUTS = {"text": False, "instruction": True, "prompt_name": True}
 """Inputs of the ensemble, and whether they may be omitted."""
+TRITON_TYPES = {
+    OutputDtype.FLOAT32: "TYPE_FP32",
+    OutputDtype.FLOAT16: "TYPE_FP16",
+    OutputDtype.INT8: "TYPE_INT8",
+    OutputDtype.UINT8: "TYPE_UINT8",
+    OutputDtype.BINARY: "TYPE_INT8",
+    OutputDtype.UBINARY: "TYPE_UINT8",
+}
 MIN_BUCKET = 16
 """Shortest length that the tokenizer pads to, in tokens."""
 
@@ -127,14 +139,42 @@ def tokenizer_config(manifest: Manifest, name: str, *, instances: int) -> dict[s
     }
 
 
-def ensemble_config(manifest: Manifest, name: str) -> dict[str, Any]:
+def vectors_config(manifest: Manifest, name: str, dtype: OutputDtype) -> dict[str, Any]:
+    """Returns the configuration of the model that converts vectors to a smaller format."""
+    return {
+        "name": f"{name}_vectors",
+        "backend": "python",
+        "max_batch_size": manifest.profile.max.batch,
+        "input": [{"name": FLOATS, "data_type": PbEnum("TYPE_FP32"), "dims": [manifest.dimension]}],
+        "output": [{"name": CONVERTED, **_vector_type(manifest, dtype)}],
+        "instance_group": [{"count": 1, "kind": PbEnum("KIND_CPU")}],
+    }
+
+
+def _vector_type(manifest: Manifest, dtype: OutputDtype) -> dict[str, Any]:
+    is_bits = dtype in (OutputDtype.BINARY, OutputDtype.UBINARY)
+    return {
+        "data_type": PbEnum(TRITON_TYPES[dtype]),
+        "dims": [manifest.dimension // 8 if is_bits else manifest.dimension],
+    }
+
+
+def ensemble_config(manifest: Manifest, name: str, dtype: OutputDtype = OutputDtype.FLOAT32) -> dict[str, Any]:
     """Returns the configuration of the model that clients call."""
+    is_converted = dtype is not OutputDtype.FLOAT32
+    engine_output = "floats" if is_converted else "embedding"
+    convert = {
+        "model_name": f"{name}_vectors",
+        "model_version": -1,
+        "input_map": {FLOATS: engine_output},
+        "output_map": {CONVERTED: "embedding"},
+    }
     return {
         "name": name,
         "platform": "ensemble",
         "max_batch_size": manifest.profile.max.batch,
         "input": _text_inputs(),
-        "output": [{"name": "embedding", "data_type": PbEnum("TYPE_FP32"), "dims": [manifest.dimension]}],
+        "output": [{"name": "embedding", **_vector_type(manifest, dtype)}],
         "ensemble_scheduling": {
             "step": [
                 {
@@ -147,8 +187,9 @@ def ensemble_config(manifest: Manifest, name: str) -> dict[str, Any]:
                     "model_name": f"{name}_engine",
                     "model_version": -1,
                     "input_map": {key: key for key in INPUTS},
-                    "output_map": {OUTPUTS[0]: "embedding"},
+                    "output_map": {OUTPUTS[0]: engine_output},
                 },
+                *([convert] if is_converted else []),
             ]
         },
     }
@@ -183,14 +224,23 @@ def _field(key: str, value: Any, indent: str) -> Iterator[str]:
 
 
 def write_repository(
-    bundle: Bundle, out: Path, *, name: str, platform: str, instances: int, tokenizer_instances: int = 1
+    bundle: Bundle,
+    out: Path,
+    *,
+    name: str,
+    platform: str,
+    instances: int,
+    tokenizer_instances: int = 1,
+    output_dtype: OutputDtype = OutputDtype.FLOAT32,
 ) -> None:
     """Writes the repository beside its destination, and then moves it there in one step.
 
     Raises:
-        ConfigError: The bundle has no plan for the platform, or the destination is not a repository of this command.
+        ConfigError: The bundle has no plan for the platform or does not offer the format, or the destination is not a
+            repository of this command.
     """
     manifest = bundle.manifest
+    require_offered(output_dtype, manifest.vectors)
     if platform == TENSORRT and (manifest.plan is None or manifest.plan.runtime != "tensorrt"):
         plan_in_bundle = "no plan" if manifest.plan is None else f"a plan of {manifest.plan.runtime}"
         raise ConfigError(
@@ -212,9 +262,12 @@ def write_repository(
     with staged_folder(out) as folder:
         _write_engine(bundle, folder / f"{name}_engine", name=name, platform=platform, instances=instances)
         _write_tokenizer(bundle, folder / f"{name}_tokenizer", name=name, instances=tokenizer_instances)
+        if output_dtype is not OutputDtype.FLOAT32:
+            _write_vectors(bundle, folder / f"{name}_vectors", name=name, dtype=output_dtype)
         ensemble = folder / name
         (ensemble / "1").mkdir(parents=True)
-        (ensemble / "config.pbtxt").write_text(as_text(ensemble_config(manifest, name)), encoding="utf-8")
+        config = ensemble_config(manifest, name, output_dtype)
+        (ensemble / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
         marker = {"bundle": manifest.manifest_sha256, "platform": platform, "name": name}
         (folder / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
         move_into_place(folder, out)
@@ -245,7 +298,7 @@ def _write_tokenizer(bundle: Bundle, folder: Path, *, name: str, instances: int)
     (version / TOKENIZER).write_bytes(bundle.read(TOKENIZER))
     contract = {"text": to_json(manifest.text), "buckets": buckets(manifest.profile)}
     (version / CONTRACT).write_text(json.dumps(contract, indent=1) + "\n", encoding="utf-8")
-    (version / "model.py").write_text(MODEL, encoding="utf-8")
+    (version / "model.py").write_text(TOKENIZER_MODEL, encoding="utf-8")
     (folder / "warmup").mkdir()
     (folder / "warmup" / "text").write_bytes(struct.pack("<I", len(WARMUP_TEXT)) + WARMUP_TEXT)
     (folder / "config.pbtxt").write_text(
@@ -253,9 +306,24 @@ def _write_tokenizer(bundle: Bundle, folder: Path, *, name: str, instances: int)
     )
 
 
-MODEL = '''"""Converts texts to ids and masks in Triton's Python backend, whose Python needs nvembed-deploy."""
+def _write_vectors(bundle: Bundle, folder: Path, *, name: str, dtype: OutputDtype) -> None:
+    manifest = bundle.manifest
+    version = folder / "1"
+    version.mkdir(parents=True)
+    settings = {"output_dtype": dtype.value, "int8_step": manifest.vectors.int8_step if manifest.vectors else None}
+    (version / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    (version / "model.py").write_text(VECTORS_MODEL, encoding="utf-8")
+    config = vectors_config(manifest, name, dtype)
+    (folder / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
+
+
+TOKENIZER_MODEL = '''"""Converts texts in Triton's Python backend, whose Python needs nvembed-deploy."""
 
 from nvembed_deploy.serve.triton_tokenizer import TritonPythonModel  # noqa: F401
+'''
+VECTORS_MODEL = '''"""Converts vectors in Triton's Python backend, whose Python needs nvembed-deploy."""
+
+from nvembed_deploy.serve.triton_vectors import TritonPythonModel  # noqa: F401
 '''
 
 
@@ -282,6 +350,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         default=1,
         help="instances of the tokenizer, each a process of one core (default: %(default)s)",
     )
+    parser.add_argument(
+        "--output-dtype",
+        choices=[dtype.value for dtype in OutputDtype],
+        default=OutputDtype.FLOAT32.value,
+        help="number format of the vectors (default: %(default)s)",
+    )
     flags = parser.parse_args(argv)
 
     def command() -> None:
@@ -302,6 +376,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             platform=platform,
             instances=flags.instances,
             tokenizer_instances=flags.tokenizer_instances,
+            output_dtype=OutputDtype(flags.output_dtype),
         )
         echo(f"done: {flags.name} on {platform}; tritonserver --model-repository={flags.out}")
         sys.stdout.write(f"{flags.out}\n")

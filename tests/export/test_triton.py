@@ -14,10 +14,11 @@ import pytest
 from nvembed_deploy import ConfigError, Encoder
 from nvembed_deploy.bundle.manifest import PLAN, PlanInfo
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.export.triton import MARKER, buckets, main, write_repository
+from nvembed_deploy.export.triton import MARKER, buckets, ensemble_config, main, write_repository
 from nvembed_deploy.select_backend import open_parts
 from nvembed_deploy.spec import Shape, ShapeProfile
 from nvembed_deploy.tokenization import TokenBatch
+from nvembed_deploy.vectors import OutputDtype
 
 NAMES = ("nvembed", "nvembed_tokenizer", "nvembed_engine")
 TYPES = {"TYPE_INT64": np.int64, "TYPE_FP32": np.float32, "TYPE_STRING": object}
@@ -185,6 +186,53 @@ def test_a_bad_request_does_not_affect_others(model) -> None:
     assert "instruction and prompt_name are mutually exclusive" in responses[5].error.message
     assert "a text is not UTF-8" in responses[3].error.message
     assert "no token of text 0 is left to pool" in responses[1].error.message
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float16"])
+def test_smaller_vectors_are_converted_behind_the_engine(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    out = tmp_path / "repository"
+    assert main([str(bundles["fp32"]), "--out", str(out), "--platform", "onnxruntime", "--output-dtype", dtype]) == 0
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Backend)
+    folder = out / "nvembed_vectors"
+    model = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
+    model.initialize({"model_repository": str(folder), "model_version": "1"})
+    encoder = Encoder(bundles["fp32"], device="cpu")
+    floats = encoder.encode(["the water", "a", ""])
+    (response,) = model.execute([SimpleNamespace(embedding=floats)])
+    vectors = response.output_tensors[0].array
+    np.testing.assert_array_equal(vectors, encoder.encode(["the water", "a", ""], output_dtype=dtype))
+
+    if importlib.util.find_spec("tritonclient") is None or importlib.util.find_spec("google.protobuf") is None:
+        return  # Triton's own message types are not here
+    configs = parsed(out, (*NAMES, "nvembed_vectors"))
+    ensemble, converter = configs["nvembed"], configs["nvembed_vectors"]
+    assert list(ensemble.output[0].dims) == list(converter.output[0].dims) == [vectors.shape[1]]
+    assert ensemble.output[0].data_type == converter.output[0].data_type
+    names = {"int8": "TYPE_INT8", "uint8": "TYPE_UINT8", "float16": "TYPE_FP16"}
+    assert type(converter).DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_name[names[dtype]].number == (
+        converter.output[0].data_type
+    )
+    step = list(ensemble.ensemble_scheduling.step)[-1]
+    assert (step.model_name, dict(step.input_map), dict(step.output_map)) == (
+        "nvembed_vectors",
+        {"embedding": "floats"},
+        {"converted": "embedding"},
+    )
+    assert list(ensemble.ensemble_scheduling.step)[-2].output_map["sentence_embedding"] == "floats"
+
+
+def test_a_format_that_the_bundle_does_not_offer_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    bundle = Bundle.open(bundles["fp32"])
+    bits = ensemble_config(bundle.manifest, "n", OutputDtype.UBINARY)["output"][0]
+    assert (bits["data_type"], bits["dims"]) == ("TYPE_UINT8", [bundle.manifest.dimension // 8])
+    bundle = replace(bundle, manifest=replace(bundle.manifest, vectors=None))
+    with pytest.raises(ConfigError, match="int8"):
+        write_repository(
+            bundle, tmp_path / "out", name="n", platform="onnxruntime", instances=1, output_dtype=OutputDtype.INT8
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_new_numpy_is_named_and_the_warm_up_sends_a_text(
