@@ -28,6 +28,7 @@ MAX_CACHED_KERNELS = 256
 """Kernels of each kind that a stream keeps: each new shape of batch compiles some, about 1.2 MiB in all. OpenVINO keeps
 5,000, so that memory grows with each shape for days; 256 are those of the 60 or more last shapes."""
 THREADS = "INFERENCE_NUM_THREADS"
+PINNING = "ENABLE_CPU_PINNING"
 STREAMS = 8
 """Maximum concurrent batches; the activations of each one need memory."""
 MAX_STREAMED_BYTES = 2**30
@@ -70,7 +71,9 @@ class OvBackend:
             self._settings[LOW_PRECISION] = False
         threads = cpu_limit() if threads is None else threads  # it reads the affinity itself
         if threads is not None:
-            self._settings[THREADS] = threads
+            # Every process binds its threads to cores counted from the first: two of one thread share a core, at half
+            # the speed each.
+            self._settings |= {THREADS: threads, PINNING: False}
         try:
             model = self._core.read_model(str(graph))
             _remove_rounding(model, openvino.Type)

@@ -165,6 +165,13 @@ def test_the_number_of_threads_does_not_change_vectors(bundles: dict[str, Path])
         assert np.abs(one_thread - two_threads).max() <= 2e-6
 
 
+def test_threads_of_several_processes_do_not_share_a_core(bundles: dict[str, Path]) -> None:
+    """OpenVINO binds threads to cores from the first one on, in every process alike."""
+    backend = Encoder(bundles["fp32"], device="cpu", backend="openvino", threads=1)._backend
+    assert isinstance(backend, OvBackend)
+    assert backend._single_model.get_property("ENABLE_CPU_PINNING") is False
+
+
 def _in_two_streams(bundle: Path) -> Encoder:
     encoder = Encoder(bundle, device="cpu", backend="openvino", threads=2)
     if encoder._backend.in_flight < 2:
