@@ -16,7 +16,7 @@ from nvembed_deploy.backends.no_telemetry import without_openvino_telemetry
 from nvembed_deploy.backends.ort import INPUTS, OUTPUTS, check_tensor_names
 from nvembed_deploy.console import install_command
 from nvembed_deploy.errors import EngineError, MissingExtra
-from nvembed_deploy.system import cpu_limit, eight_bit_products_overflow
+from nvembed_deploy.system import cpu_limit, eight_bit_products_overflow, usable_physical_cores
 from nvembed_deploy.tokenization import TokenBatch
 
 CPU = "CPU"
@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 class OvBackend:
     """An ONNX graph in OpenVINO's CPU plugin.
 
-    A single batch uses all cores; concurrent batches are pinned to separate cores, so that no thread waits for another
-    one after every layer (see docs/speed.md for the gain). The model for concurrent batches is compiled on first use.
+    A single batch uses all cores; concurrent batches have threads of their own, so that none waits for another one after
+    every layer (see docs/speed.md for the gain). Without `threads` OpenVINO also binds them to cores. The model for concurrent batches is compiled on first use.
 
     Args:
         graph: Path of the graph; its weights are in the same folder.
@@ -69,7 +69,8 @@ class OvBackend:
         if eight_bit_products_overflow():
             # Multiplies dequantized values, at the same measured speed.
             self._settings[LOW_PRECISION] = False
-        threads = cpu_limit() if threads is None else threads  # it reads the affinity itself
+        if threads is None and cpu_limit() is not None:  # it reads the affinity itself, but no limit on time
+            threads = usable_physical_cores()
         if threads is not None:
             # Every process binds its threads to cores counted from the first: two of one thread share a core, at half
             # the speed each.
