@@ -40,8 +40,9 @@ _log = logging.getLogger(__name__)
 class OvBackend:
     """An ONNX graph in OpenVINO's CPU plugin.
 
-    A single batch uses all cores; concurrent batches have threads of their own, so that none waits for another one after
-    every layer (see docs/speed.md for the gain). Without `threads` OpenVINO also binds them to cores. The model for concurrent batches is compiled on first use.
+    A single batch uses all cores; concurrent batches have threads of their own, so that none waits for others after
+    every layer (see docs/speed.md for the gain). Without `threads`, OpenVINO also binds these to cores. The model for
+    concurrent batches is compiled on first use.
 
     Args:
         graph: Path of the graph; its weights are in the same folder.
