@@ -84,12 +84,14 @@ def _usable_processors() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def _physical_core(number: int) -> tuple[str, ...]:
-    """Returns what identifies the physical core of a logical processor; its own number where that is unknown."""
-    folder = CPU_TOPOLOGY / f"cpu{number}" / "topology"
+def _physical_core(number: int) -> str:
+    """Returns the logical processors of a logical processor's core, as in `0,32`; its own number if that is unknown.
+
+    The numbers of cores (core_id) would not do: those of clusters of ARM processors repeat.
+    """
     with suppress(OSError):
-        return tuple((folder / name).read_text(encoding="ascii") for name in ("physical_package_id", "core_id"))
-    return (str(number),)
+        return (CPU_TOPOLOGY / f"cpu{number}" / "topology" / "thread_siblings_list").read_text(encoding="ascii").strip()
+    return str(number)
 
 
 def processor() -> str:

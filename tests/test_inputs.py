@@ -132,11 +132,10 @@ def test_logical_processors_of_a_core_count_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(system, "CPU_TOPOLOGY", tmp_path)
     monkeypatch.setattr(system, "cpu_limit", lambda: None)
     monkeypatch.setattr(system, "_usable_processors", lambda: {0, 1, 2, 3, 4})
-    for number, core in enumerate([0, 1, 0, 1]):  # nothing is known of the fifth
+    for number, core in enumerate(["0,2", "1,3", "0,2", "1,3"]):  # nothing is known of the fifth
         folder = tmp_path / f"cpu{number}" / "topology"
         folder.mkdir(parents=True)
-        (folder / "physical_package_id").write_text("0\n")
-        (folder / "core_id").write_text(f"{core}\n")
+        (folder / "thread_siblings_list").write_text(f"{core}\n")
     assert system.usable_physical_cores() == 3
 
 
