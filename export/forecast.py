@@ -112,15 +112,16 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
         if precision.quantized:  # more than the simulated weights take during the search
             runtime += int(RUNTIME_BYTES_PER_QUANTIZED_WEIGHT * linear_weights)
         # First the reference alone; then, its pooler folded, beside the writer, the runtime, or GPTQ.
-        working = max(streaming, runtime, _gptq_bytes(config) if uses_gptq(precision) else 0)
+        working = max(streaming, runtime, _gptq_bytes(config) if precision.quantized else 0)
         comparing = max(4 * count_parameters(config, fold=False), folded + working)
     elif options.runs_model:
         streaming = max(streaming, layerwise)
     building = build_memory_bytes(weight_bytes) if plan else 0
     plan_bytes = weight_bytes * PLAN_FACTOR + PLAN_BASE_BYTES if plan else 0
     written = int(_written_bytes(weights, options, weight_bytes) + plan_bytes)
-    if uses_gptq(precision):  # its results stay until the graph is written
-        written += int(linear_weights * (0.5 + 4 / (FORMATS[precision].block_size or linear_weights)))
+    if precision.quantized:  # the rounded weights stay until the graph is written
+        fmt = FORMATS[precision]
+        written += int(linear_weights * (fmt.bits / 8 + 4 / (fmt.block_size or linear_weights)))
     return Forecast(
         weights=weight_bytes,
         memory=BASE_BYTES + LAYER_BYTES * config.layers + max(comparing, streaming, building),
@@ -211,13 +212,8 @@ def _layerwise_bytes(weights: StoredWeights, options: ExportOptions) -> int:
         if block_name != EMBEDDINGS
     )
     # The block, the Hessians of its groups, and GPTQ's work.
-    rounding = max(4 * sum(sizes) for sizes in blocks.values()) + _gptq_bytes(config) if uses_gptq(precision) else 0
+    rounding = max(4 * sum(sizes) for sizes in blocks.values()) + _gptq_bytes(config)
     return max(loading, simulating, rounding) + ranked_states + hidden_states + sampled_rows
-
-
-def uses_gptq(precision: Precision) -> bool:
-    """Returns True if a precision's weights are rounded by GPTQ."""
-    return precision.quantized and FORMATS[precision].gptq
 
 
 def _gptq_bytes(config: ModelConfig) -> int:

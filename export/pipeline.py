@@ -55,7 +55,7 @@ from nvembed_deploy.export.quantization.record import (
     exclude_fp32,
     exclude_next,
 )
-from nvembed_deploy.export.quantization.rounding import Rounding, rounding_of
+from nvembed_deploy.export.quantization.rounding import GptqRounding
 from nvembed_deploy.export.quantization.step import search_or_reuse, weights_sha256, write_with_chart
 from nvembed_deploy.export.request import (
     Checkpoint,
@@ -104,7 +104,7 @@ class ExportState:
     gate: Gate | None = None
     layerwise: LayerwiseModel | None = None
     record: QuantizationRecord | None = None
-    rounding: Rounding | None = None
+    rounding: GptqRounding | None = None
     """How the weights of quantized layers are rounded."""
     fp32_modules: frozenset[str] = frozenset()
     opset: int = 0
@@ -238,7 +238,7 @@ def _quantize(state: ExportState) -> None:
     options, layerwise = state.options, state.layerwise
     if layerwise is None or not options.precision.quantized:
         return
-    state.rounding = rounding_of(options.precision, state.staging / ROUNDED_WEIGHTS)
+    state.rounding = GptqRounding(FORMATS[options.precision], state.staging / ROUNDED_WEIGHTS)
     model_sha256 = weights_sha256(state.source.result())
     state.record = search_or_reuse(layerwise, state.text, state.rounding, options, model_sha256=model_sha256)
 

@@ -1,4 +1,4 @@
-"""How the weights of quantized layers are rounded: to the nearest value, or by GPTQ.
+"""How the weights of quantized layers are rounded: by GPTQ, and to the nearest value while smoothing is searched.
 
 The nearest values follow from the weights, and are computed again each time that they are needed. GPTQ's follow from
 the calibration too and take longer, so they are stored: one file a layer, as a model may be larger than the memory.
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from nvembed_deploy.bundle.manifest import GRAPH, WEIGHTS
 from nvembed_deploy.errors import BundleError, ConfigError
-from nvembed_deploy.export.quantization.formats import FORMATS, NumberFormat
+from nvembed_deploy.export.quantization.formats import NumberFormat
 from nvembed_deploy.export.quantization.gptq import gptq
 from nvembed_deploy.export.quantization.linear_groups import weight_of
 from nvembed_deploy.export.quantization.record import require_listed
 from nvembed_deploy.files.hashing import hash_file
 from nvembed_deploy.model.nvembed import NVEmbed
-from nvembed_deploy.spec import Precision
 
 
 class Rounding:
@@ -78,7 +77,7 @@ class GptqRounding(Rounding):
         self._save(name, gptq(weight, hessian, scale, self.fmt), scale)
 
     def quantize(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the stored result; see `Rounding`."""
+        """Returns what `fit` stored; see `Rounding`."""
         tensors = load_file(self._path(name), device=str(weight.device))
         return self.fmt.unpack(tensors["packed"]).reshape(weight.T.shape), tensors["scale"]
 
@@ -119,14 +118,3 @@ class GptqRounding(Rounding):
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
-
-
-def rounding_of(precision: Precision, folder: Path) -> Rounding:
-    """Returns the rounding of a precision's weights.
-
-    Args:
-        precision: A quantized precision.
-        folder: Where the results are stored if they do not follow from the weights.
-    """
-    fmt = FORMATS[precision]
-    return GptqRounding(fmt, folder) if fmt.gptq else Rounding(fmt)

@@ -1,12 +1,14 @@
 """Quantizes the linear layers of an FP32 model: searches scales, ranks groups, and excludes the most sensitive ones.
 
 1. For each group of layers that take the same input, SmoothQuant's alpha and the clip ratio of the input's scale are
-   searched for the smallest error of the layers' outputs. Formats that GPTQ rounds are not smoothed: the weights are
-   rounded, once, with the inputs that were collected.
+   searched for the smallest error of the layers' outputs. A format that is not smoothed has no alpha: its weights are
+   rounded here, by GPTQ.
 2. Each group alone is quantized in the model, with the best of these settings and, in a small model, the next ones. Its
    sensitivity is the loss of cosine on real text: an error of a group's outputs matters more or less to the embeddings.
    The setting with the lowest sensitivity is taken.
-3. The groups with the highest sensitivity per weight are excluded until the parity gate's tolerance holds. Excluded
+3. If groups were smoothed, a second pass over the calibration rounds the smoothed weights by GPTQ; so far they were
+   rounded to the nearest values.
+4. The groups with the highest sensitivity per weight are excluded until the parity gate's tolerance holds. Excluded
    groups without which it holds too are then quantized after all, the largest first.
 """
 
@@ -16,7 +18,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -78,7 +80,7 @@ def quantize(
     layerwise: LayerwiseModel,
     text: TextEncoder,
     rows: Sequence[TokenRow],
-    rounding: Rounding,
+    rounding: GptqRounding,
     *,
     model_sha256: str,
     longest: int,
@@ -90,7 +92,7 @@ def quantize(
         layerwise: The FP32 model, its pooler folded or not.
         text: The model's text encoder.
         rows: The tokenized calibration texts.
-        rounding: The rounding of a quantized precision; the results of GPTQ are stored in it.
+        rounding: The rounding of a quantized precision, in which its results are stored.
         model_sha256: Hash of the checkpoint.
         longest: Tokens of the gate's longest text.
         on_forecast: Called with roughly the seconds that the rest takes, once the model has run for the first time.
@@ -107,10 +109,13 @@ def quantize(
         seconds_per_token = (time.monotonic() - started) / _tokens(gate_rows)
         on_forecast(seconds_per_token * _forecast_tokens(layerwise, groups, rounding, rows, ranking_rows, gate_rows))
     collector = InputCollector(layerwise, text, rows)
-    settings = _search_settings(layerwise, groups, collector, rounding)
-    records = _rank_settings(layerwise, text, ranking_rows, groups, settings, rounding)
+    searched = Rounding(fmt) if fmt.smoothed else rounding  # GPTQ of every alpha would take the Hessian of each
+    settings = _search_settings(layerwise, groups, collector, searched)
+    records = _rank_settings(layerwise, text, ranking_rows, groups, settings, searched)
     for group, record in zip(groups, records, strict=True):
         layerwise.edit(block_of(group.name), smoothing_edit(layerwise.model, group, record))
+    if fmt.smoothed:
+        _round_weights(layerwise, groups, collector, rounding)
     records = _exclude_until_tolerance_holds(layerwise, text, gate_rows, reference, records, rounding)
     return QuantizationRecord(
         version=RECORD_VERSION,
@@ -149,13 +154,13 @@ def _forecast_tokens(
         * (1 if is_large or not rounding.fmt.smoothed else 1 + (RANKED_SETTINGS - 1) / 2)
     )
     excluding = _tokens(gate_rows) * min(len(groups), LARGE_MODEL_TRIES)
-    fitting = 0.0
-    if isinstance(rounding, GptqRounding):
-        shapes = [weight_of(layerwise.model, group.linears[0]).shape[1] for group in groups]
-        weights = [sum(weight_of(layerwise.model, name).numel() for name in group.linears) for group in groups]
-        # The Hessians; then two Cholesky factors and an inverse of each, and the errors' products.
-        fitting = _tokens(rows) * sum(K * K for K in shapes) / sum(weights)
-        fitting += sum(1.4 * K**3 + count * K for K, count in zip(shapes, weights, strict=True)) / (2 * sum(weights))
+    shapes = [weight_of(layerwise.model, group.linears[0]).shape[1] for group in groups]
+    weights = [sum(weight_of(layerwise.model, name).numel() for name in group.linears) for group in groups]
+    # The Hessians; then two Cholesky factors and an inverse of each, and the errors' products.
+    fitting = _tokens(rows) * sum(K * K for K in shapes) / sum(weights)
+    fitting += sum(1.4 * K**3 + count * K for K, count in zip(shapes, weights, strict=True)) / (2 * sum(weights))
+    if rounding.fmt.smoothed:
+        fitting += _tokens(rows)
     return _tokens(rows) + searching + ranking + fitting + excluding
 
 
@@ -170,22 +175,45 @@ def _search_settings(
     @contextmanager
     def search_block(block_name: str) -> Iterator[None]:
         block_groups = [group for group in groups if block_of(group.name) == block_name]
-        with_hessian = [group for group in block_groups if isinstance(rounding, GptqRounding)]
-        with collector.collecting(block_groups) as collected, collector.summing_products(with_hessian) as hessians:
+        rounded: AbstractContextManager[None] = nullcontext()
+        if isinstance(rounding, GptqRounding):
+            rounded = _rounded_after(model, block_groups, collector, rounding)
+        with collector.collecting(block_groups) as collected, rounded:
             yield
         for group in block_groups:
             inputs = collected.pop(group.name)
-            if isinstance(rounding, GptqRounding):
-                hessian = hessians.pop(group.name)
-                for name in group.linears:
-                    if rounding.fmt.fits(weight_of(model, name)):
-                        rounding.fit(name, weight_of(model, name), hessian)
             settings[group.name] = _search_group(model, group, inputs, rounding)
             bar.update()
 
     layerwise.forward(collector.batches, hook=search_block, description="calibrating, layer by layer")
     bar.close()
     return [settings[group.name] for group in groups]
+
+
+def _round_weights(
+    layerwise: LayerwiseModel, groups: Sequence[LinearGroup], collector: InputCollector, rounding: GptqRounding
+) -> None:
+    """Rounds the weights of all groups of a smoothed model by GPTQ."""
+
+    def round_block(block_name: str) -> AbstractContextManager[None]:
+        block_groups = [group for group in groups if block_of(group.name) == block_name]
+        return _rounded_after(layerwise.model, block_groups, collector, rounding)
+
+    layerwise.forward(collector.batches, hook=round_block, description="rounding, layer by layer")
+
+
+@contextmanager
+def _rounded_after(
+    model: NVEmbed, groups: Sequence[LinearGroup], collector: InputCollector, rounding: GptqRounding
+) -> Iterator[None]:
+    """Collects the Hessians of some groups in the context, and rounds their weights by GPTQ when it ends."""
+    with collector.summing_products(groups) as hessians:
+        yield
+    for group in groups:
+        hessian = hessians.pop(group.name)
+        for name in group.linears:
+            if rounding.fmt.fits(weight_of(model, name)):
+                rounding.fit(name, weight_of(model, name), hessian)
 
 
 def _search_group(

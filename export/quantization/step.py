@@ -12,7 +12,7 @@ from nvembed_deploy.export.layerwise import LayerwiseModel
 from nvembed_deploy.export.options import ExportOptions
 from nvembed_deploy.export.quantization.calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from nvembed_deploy.export.quantization.record import QuantizationRecord, quantized_linears, read_record, write_record
-from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding
+from nvembed_deploy.export.quantization.rounding import GptqRounding
 from nvembed_deploy.export.quantization.search import quantize
 from nvembed_deploy.export.quantization.smoothing import apply_record
 from nvembed_deploy.parity.probes import longest_probe
@@ -26,14 +26,14 @@ def weights_sha256(source: Source) -> str:
 
 
 def search_or_reuse(
-    layerwise: LayerwiseModel, text: TextEncoder, rounding: Rounding, options: ExportOptions, *, model_sha256: str
+    layerwise: LayerwiseModel, text: TextEncoder, rounding: GptqRounding, options: ExportOptions, *, model_sha256: str
 ) -> QuantizationRecord:
     """Smooths a model in place, and returns what was decided for each group of layers.
 
     Args:
         layerwise: The FP32 model.
         text: The model's text encoder.
-        rounding: The rounding of the precision; the results of GPTQ are stored in it.
+        rounding: The rounding of the precision, in which its results are stored.
         options: The export's options.
         model_sha256: Hash of the checkpoint.
 
@@ -51,9 +51,8 @@ def search_or_reuse(
         )
         with step(f"smoothing with the settings of {options.reuse}"):
             apply_record(layerwise, record)
-            if isinstance(rounding, GptqRounding):
-                bundle = options.reuse if options.reuse.is_dir() else options.reuse.parent
-                rounding.copy_from(bundle, layerwise.model, quantized_linears(record))
+            bundle = options.reuse if options.reuse.is_dir() else options.reuse.parent
+            rounding.copy_from(bundle, layerwise.model, quantized_linears(record))
         return record
     assert rows is not None
     with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):

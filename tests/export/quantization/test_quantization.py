@@ -42,7 +42,7 @@ from nvembed_deploy.export.quantization.record import (
     read_record,
     write_record,
 )
-from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding, rounding_of
+from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding
 from nvembed_deploy.export.quantization.search import quantize
 from nvembed_deploy.export.quantization.simulation import simulated, simulated_alone, simulation_hook
 from nvembed_deploy.export.quantization.smoothing import apply_record
@@ -85,18 +85,20 @@ def plain(checkpoint: Path) -> NVEmbed:
 
 
 Quantized = tuple[NVEmbed, QuantizationRecord]
-INT8 = Rounding(FORMATS[Precision.INT8])
+NEAREST_INT8 = Rounding(FORMATS[Precision.INT8])
 
 
 @pytest.fixture(scope="module")
-def roundings(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Rounding]:
-    """The rounding of each precision; that of INT4 has results once `quantized` has made them."""
-    return {precision: rounding_of(precision, tmp_path_factory.mktemp(precision.value)) for precision in QUANTIZED}
+def roundings(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, GptqRounding]:
+    """The rounding of each precision, which has results once `quantized` has made them."""
+    return {
+        precision: GptqRounding(FORMATS[precision], tmp_path_factory.mktemp(precision.value)) for precision in QUANTIZED
+    }
 
 
 @pytest.fixture(scope="module")
 def quantized(
-    plain: NVEmbed, text: TextEncoder, roundings: dict[Precision, Rounding]
+    plain: NVEmbed, text: TextEncoder, roundings: dict[Precision, GptqRounding]
 ) -> Callable[[Precision], Quantized]:
     """Quantizes the model to a precision, once each; returns the smoothed model and the record."""
     rows = tokenize(built_in_texts(), text, tokens=1500)
@@ -180,18 +182,18 @@ def test_sensitivity_is_the_loss_with_one_group_quantized(
     records, groups = [replace(record, excluded=False) for record in quantization_record.groups], linear_groups(plain)
     layerwise_groups = linear_groups(layerwise.model)
     ranking = quantization._rank_settings(
-        layerwise, text, rows, layerwise_groups, [(record,) for record in records], INT8
+        layerwise, text, rows, layerwise_groups, [(record,) for record in records], NEAREST_INT8
     )
     reference = quantization._embed(LayerwiseModel(plain), text, rows)
     for group, record, ranked in zip(groups, records, ranking, strict=True):
 
         def hook(block: str, group: LinearGroup = group, record: GroupRecord = record) -> AbstractContextManager[None]:
             is_changed = block == block_of(record.name)
-            return simulated_alone(plain, group, record, INT8) if is_changed else nullcontext()
+            return simulated_alone(plain, group, record, NEAREST_INT8) if is_changed else nullcontext()
 
         alone = quantization._embed(LayerwiseModel(plain), text, rows, hook=hook)
         assert ranked.sensitivity == pytest.approx(1 - float((reference * alone).sum(dim=1).mean()), abs=2e-6)
-        smoothed_hook = simulation_hook(smoothed, [record], INT8)
+        smoothed_hook = simulation_hook(smoothed, [record], NEAREST_INT8)
         alone_in_smoothed = quantization._embed(LayerwiseModel(smoothed), text, rows, hook=smoothed_hook)
         loss = 1 - float((reference * alone_in_smoothed).sum(dim=1).mean())
         assert ranked.sensitivity == pytest.approx(loss, rel=0.3, abs=1e-5)
@@ -209,7 +211,7 @@ def test_the_least_sensitive_setting_is_chosen(
     rows, groups = probe_rows(text, LONGEST)[1][:8], linear_groups(plain)
 
     def rank(settings: Sequence[tuple[GroupRecord, ...]]) -> list[GroupRecord]:
-        return quantization._rank_settings(LayerwiseModel(plain), text, rows, groups, settings, INT8)
+        return quantization._rank_settings(LayerwiseModel(plain), text, rows, groups, settings, NEAREST_INT8)
 
     both = list(zip(coarse, fine, strict=True))
     ranked_fine, ranked_coarse = (rank([(record,) for record in records]) for records in (fine, coarse))
@@ -237,15 +239,16 @@ def test_a_large_model_is_ranked_on_fewer_rows(
 
 
 def test_a_model_without_a_quantizable_group_is_refused(
-    plain: NVEmbed, text: TextEncoder, monkeypatch: pytest.MonkeyPatch
+    plain: NVEmbed, text: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantization, "MARGIN", 1.0)  # only a cosine of 1 is enough
     rows = tokenize(built_in_texts(), text, tokens=300)
+    rounding = GptqRounding(FORMATS[Precision.INT8], tmp_path / "rounded")
     with pytest.raises(
         ParityError,
         match=r"no group of this model's layers can be quantized to int8 .* or export with --precision fp16",
     ):
-        quantize(LayerwiseModel(copy.deepcopy(plain)), text, rows, INT8, model_sha256="", longest=LONGEST)
+        quantize(LayerwiseModel(copy.deepcopy(plain)), text, rows, rounding, model_sha256="", longest=LONGEST)
 
 
 def collect(model: NVEmbed, groups: Sequence[LinearGroup], text: TextEncoder, rows: list[TokenRow]) -> dict:
@@ -275,7 +278,7 @@ def test_ranges_are_over_every_token(plain: NVEmbed, text: TextEncoder) -> None:
 )
 def test_the_graph_computes_what_was_simulated(
     quantized: Callable[[Precision], Quantized],
-    roundings: dict[Precision, Rounding],
+    roundings: dict[Precision, GptqRounding],
     text: TextEncoder,
     tmp_path: Path,
     precision: Precision,
@@ -315,19 +318,19 @@ def test_the_graph_computes_what_was_simulated(
     assert all(types[f"{name}.weight{QUANTIZED_SUFFIX}"] == stored_type for name in linears)
     quantize_nodes = sum(node.op_type == "QuantizeLinear" for node in written.graph.node)
     assert quantize_nodes == (0 if precision.weight_only else len(quantized_groups))
-    if precision.weight_only:
-        reused = GptqRounding(fmt, tmp_path / "reused")
+    reused = GptqRounding(fmt, tmp_path / "reused")
+    reused.copy_from(tmp_path, model, linears)
+    for name in linears:
+        weight = weight_of(model, name)
+        (values, scale), (copied, copied_scale) = (r.quantize(name, weight) for r in (roundings[precision], reused))
+        assert torch.equal(values.float(), copied.float())
+        assert torch.equal(scale, copied_scale)
+    message = "reused does not have this model's quantized weights .* pass the folder of a complete bundle"
+    with pytest.raises(ConfigError, match=message):
+        reused.copy_from(tmp_path / "reused", model, linears)
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": {"model.onnx": {"sha256": "0" * 64}}}))
+    with pytest.raises(ConfigError, match=r"it was changed: its SHA-256 does not match manifest\.json"):
         reused.copy_from(tmp_path, model, linears)
-        for name in linears:
-            weight = weight_of(model, name)
-            copied, stored = (rounding.quantize(name, weight) for rounding in (reused, roundings[precision]))
-            assert all(map(torch.equal, copied, stored))
-        message = "reused does not have this model's quantized weights .* pass the folder of a complete bundle"
-        with pytest.raises(ConfigError, match=message):
-            reused.copy_from(tmp_path / "reused", model, linears)
-        (tmp_path / MANIFEST).write_text(json.dumps({"files": {"model.onnx": {"sha256": "0" * 64}}}))
-        with pytest.raises(ConfigError, match=r"it was changed: its SHA-256 does not match manifest\.json"):
-            reused.copy_from(tmp_path, model, linears)
     if dialect is Dialect.PORTABLE:
         assert not {node.op_type for node in written.graph.node} & BEYOND_TENSORRT_10
         assert written.opset_import[0].version == {"int4": 21, "nvfp4": 23}.get(precision.value, 20)
@@ -337,7 +340,7 @@ def test_zero_points_are_zero(quantized: Callable[[Precision], Quantized]) -> No
     """TensorRT takes no others."""
     model, record = quantized(Precision.INT8)
     graph = trace(model.config, precision=Precision.INT8, dialect=Dialect.PORTABLE, fold=True)
-    linears = QuantizedWeights(LayerwiseModel(model), record, INT8).input_scales
+    linears = QuantizedWeights(LayerwiseModel(model), record, NEAREST_INT8).input_scales
     insert_qdq(graph, dict.fromkeys(linears, 0.5), FORMATS[Precision.INT8])
     zeros = [node.inputs[2] for node in graph.graph if node.op_type == "QuantizeLinear"]
     assert zeros
@@ -346,7 +349,7 @@ def test_zero_points_are_zero(quantized: Callable[[Precision], Quantized]) -> No
 
 @pytest.mark.parametrize("bound", ["min_cosine", "min_mean_cosine", "max_difference"])
 def test_no_group_is_excluded_without_need(
-    plain: NVEmbed, text: TextEncoder, monkeypatch: pytest.MonkeyPatch, bound: str
+    plain: NVEmbed, text: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     """In a model with a damaged layer, quantizing any of the excluded groups fails the gate."""
     original = TOLERANCES[Precision.INT8]
@@ -360,12 +363,13 @@ def test_no_group_is_excluded_without_need(
         weight[:, 0] = weight[:, 0] + 300 * weight.abs().max()  # one column determines the scale of every row
         model.get_parameter("embedding_model.layers.1.mlp.up_proj.weight")[0] /= 300
     rows = tokenize(built_in_texts(), text, tokens=800)
-    record = quantize(LayerwiseModel(model), text, rows, INT8, model_sha256="", longest=LONGEST)
+    rounding = GptqRounding(FORMATS[Precision.INT8], tmp_path / "rounded")
+    record = quantize(LayerwiseModel(model), text, rows, rounding, model_sha256="", longest=LONGEST)
     gate_rows = probe_rows(text, LONGEST, everyday=True)[1]
     reference = LayerwiseModel(model).embed(text, gate_rows)
 
     def holds(groups: Sequence[GroupRecord]) -> bool:
-        with simulated(model, groups, INT8):
+        with simulated(model, groups, rounding):
             vectors = LayerwiseModel(model).embed(text, gate_rows)
         cosines = (reference * vectors).sum(dim=1)
         scaled_difference = float((reference - vectors).abs().max()) * reference.shape[1] ** 0.5
@@ -648,17 +652,42 @@ def test_excluded_groups_are_explained(quantized: Callable[[Precision], Quantize
         assert group.input_scale > 0
 
 
-def test_a_streamed_model_is_quantized_the_same(checkpoint: Path, plain: NVEmbed, text: TextEncoder) -> None:
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
+def test_weights_of_eight_bits_are_rounded_by_gptq_too(
+    quantized: Callable[[Precision], Quantized],
+    roundings: dict[Precision, GptqRounding],
+    plain: NVEmbed,
+    text: TextEncoder,
+    precision: Precision,
+) -> None:
+    """INT8's after smoothing, in a second pass: by weights alone, less is lost than with the nearest values."""
+    model, record = quantized(precision)
+    rows = probe_rows(text, LONGEST)[1]
+    expected = LayerwiseModel(plain).embed(text, rows)
+    weight_only = replace(FORMATS[precision], quantizes_inputs=False)
+
+    def loss(rounding: Rounding) -> float:
+        hook = simulation_hook(model, [group for group in record.groups if not group.excluded], rounding)
+        return 1 - float((expected * LayerwiseModel(model).embed(text, rows, hook=hook)).sum(dim=1).mean())
+
+    by_gptq = GptqRounding(weight_only, roundings[precision].folder)
+    assert loss(by_gptq) < 0.7 * loss(Rounding(weight_only))
+
+
+def test_a_streamed_model_is_quantized_the_same(
+    checkpoint: Path, plain: NVEmbed, text: TextEncoder, tmp_path: Path
+) -> None:
     """One block in memory at a time: the same ranges, smoothing, quantized values and embeddings."""
     rows = tokenize(built_in_texts(), text, tokens=600)
     weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
     streamed, in_memory = LayerwiseModel.from_checkpoint(weights, fold=True), LayerwiseModel(copy.deepcopy(plain))
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
+    roundings = [GptqRounding(FORMATS[Precision.INT8], tmp_path / name) for name in ("streamed", "in memory")]
     probes = probe_rows(text, LONGEST)[1]
     assert torch.allclose(streamed.embed(text, probes), in_memory.embed(text, probes), atol=1e-6)
     records = [
-        quantize(layerwise, text, rows, INT8, model_sha256="0" * 64, longest=LONGEST)
-        for layerwise in (streamed, in_memory)
+        quantize(layerwise, text, rows, rounding, model_sha256="0" * 64, longest=LONGEST)
+        for layerwise, rounding in zip((streamed, in_memory), roundings, strict=True)
     ]
     for streamed_group, group in zip(records[0].groups, records[1].groups, strict=True):
         assert streamed_group.name == group.name
@@ -666,8 +695,8 @@ def test_a_streamed_model_is_quantized_the_same(checkpoint: Path, plain: NVEmbed
         assert streamed_group.input_scale == pytest.approx(group.input_scale, rel=2e-3)
     record = replace(records[1], groups=tuple(replace(group, excluded=False) for group in records[1].groups))
     streamed_weights, memory_weights = (
-        QuantizedWeights(streamed, record, INT8),
-        QuantizedWeights(in_memory, record, INT8),
+        QuantizedWeights(layerwise, record, rounding)
+        for layerwise, rounding in zip((streamed, in_memory), roundings, strict=True)
     )
     for linear in record.groups[3].linears + record.groups[-1].linears + record.groups[0].linears:
         for name in (f"{linear}.weight{QUANTIZED_SUFFIX}", f"{linear}.weight{SCALE_SUFFIX}"):
@@ -691,7 +720,7 @@ def test_a_streamed_model_is_rounded_the_same(
         ("streamed", LayerwiseModel.from_checkpoint(weights, fold=True)),
         ("in memory", LayerwiseModel(plain)),
     ):
-        rounding = rounding_of(Precision.INT4, tmp_path / name)
+        rounding = GptqRounding(FORMATS[Precision.INT4], tmp_path / name)
         collector = InputCollector(layerwise, text, rows)
         settings = quantization._search_settings(layerwise, linear_groups(layerwise.model), collector, rounding)
         assert {len(group_settings) for group_settings in settings} == {1}
