@@ -2,9 +2,9 @@
 
 Makes the synthetic checkpoint (once), then measures: reading it, `cp`, the export with `--weights copy`, with
 `--weights reference`, and the latter again with its input in the page cache; two layers of full size, compared with
-PyTorch and built for TensorRT-RTX, in FP16 and INT8; and two layers calibrated for INT8 block by block. Each step is a
-process of its own, whose peak memory the system reports. Only `reference_warm` and the slices may find parts of the
-checkpoint in the page cache. Writes benchmarks/results/full_size.json.
+PyTorch and built for TensorRT-RTX, in FP16, INT8 and INT4; and two layers calibrated for INT8 block by block. Each step
+is a process of its own, whose peak memory the system reports. Only `reference_warm` and the slices may find parts of
+the checkpoint in the page cache. Writes benchmarks/results/full_size.json; with `--only`, one slice of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import synthetic
-from nvembed_deploy.bundle.manifest import PLAN
+from nvembed_deploy.bundle.manifest import PLAN, QUANTIZATION
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import echo, run
 from nvembed_deploy.errors import DeployError
@@ -44,6 +44,8 @@ SLICES = {
     # maximum length.
     "int8": ["export.trt", *INT8, "--target", "rtx", "--max", "4x32"],
     "int8_streamed": ["export.to_onnx", *INT8, "--no-parity"],
+    # GPTQ wants more tokens than a layer has inputs (14,336), and gets as many as by default.
+    "int4": ["export.trt", *TWO_LAYERS, "int4", "--target", "rtx", "--max", "4x32"],
 }
 FORECAST = re.compile(r"up to ([\d.]+) GiB of memory")
 
@@ -92,14 +94,19 @@ def measure_slice(work: Path, name: str) -> dict[str, Any]:
     try:
         measured = measure(command)
         manifest = Bundle.open(bundle).manifest
+        record_path = bundle / QUANTIZATION
+        groups = json.loads(record_path.read_text(encoding="utf-8"))["groups"] if record_path.is_file() else []
     finally:
         shutil.rmtree(bundle, ignore_errors=True)
     row: dict[str, Any] = {
+        "date": _today(),
         "layers": manifest.source.architecture.layers,
         "seconds": round(measured.seconds, 1),
         "peak_gib": round(measured.peak_gib, 3),
         "versions": manifest.versions,
     }
+    if groups:
+        row |= {"groups": len(groups), "excluded": [group["name"] for group in groups if group["excluded"]]}
     if manifest.parity:
         worst = min(manifest.parity, key=lambda report: report.min_cosine)
         row |= {"min_cosine": worst.min_cosine, "mean_cosine": worst.mean_cosine, "overlap": worst.overlap}
@@ -109,12 +116,32 @@ def measure_slice(work: Path, name: str) -> dict[str, Any]:
     return row
 
 
-def measure_all(work: Path) -> Iterator[dict[str, Any]]:
-    """Measures the runs, then the slices; yields the record after each of them, and removes the bundles."""
-    checkpoint, copy, bundle = work / "checkpoint", work / "copy", work / "bundle"
+def require_checkpoint(work: Path) -> Path:
+    """Makes the synthetic checkpoint, unless it is there, and returns its folder."""
+    checkpoint = work / "checkpoint"
     if not (checkpoint / "model.safetensors.index.json").is_file():
         shutil.rmtree(checkpoint, ignore_errors=True)
         synthetic.make(checkpoint)
+    return checkpoint
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+def measure_one(work: Path, name: str) -> dict[str, Any]:
+    """Measures one slice again, and returns the earlier record with it."""
+    record: dict[str, Any] = json.loads(RECORD_PATH.read_text(encoding="utf-8"))
+    require_checkpoint(work)
+    record["slices"][name] = measure_slice(work, name)
+    echo(f"{name}: {record['slices'][name]}")
+    return record | {"outside": exceeded_limits(record["runs"], record["slices"])}
+
+
+def measure_all(work: Path) -> Iterator[dict[str, Any]]:
+    """Measures the runs, then the slices; yields the record after each of them, and removes the bundles."""
+    copy, bundle = work / "copy", work / "bundle"
+    checkpoint = require_checkpoint(work)
     rows: dict[str, Any] = {}
     os.sync()
     try:
@@ -148,7 +175,7 @@ def measure_all(work: Path) -> Iterator[dict[str, Any]]:
         "command": "python -m benchmarks.full_size WORK",
         "machine": describe_machine(),
         "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": _today(),
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")),
         "runs": rows,
         "slices": {},
@@ -188,10 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.full_size", description="Measures the export of a checkpoint of NV-Embed-v2's size."
     )
     parser.add_argument("work", type=Path, help="folder for the checkpoint and its copies; up to 32 GB")
+    parser.add_argument("--only", choices=SLICES, help="measure one slice, and keep the rest of the record")
     flags = parser.parse_args(argv)
 
     def command() -> None:
-        for record in measure_all(flags.work):
+        records = [measure_one(flags.work, flags.only)] if flags.only else measure_all(flags.work)
+        for record in records:
             write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())
             echo(f"copy takes {record['copy_over_cp']:.2f} x cp; wrote {RECORD_PATH}")
         if record["outside"]:

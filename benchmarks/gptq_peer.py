@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nvembed_deploy.console import echo, run
+from nvembed_deploy.export.quantization.formats import FORMATS, NumberFormat
 from nvembed_deploy.files.atomic import write_file
+from nvembed_deploy.spec import Precision
 
 GOLDEN_PATH = Path(__file__).resolve().parent.parent / "tests" / "export" / "quantization" / "gptq_golden.json"
 CASES = ((24, 256, 64), (16, 192, 32), (12, 256, 128))
@@ -36,20 +39,41 @@ def layer(outputs: int, inputs: int, block_size: int) -> tuple[Tensor, Tensor, T
     return weight.float(), (rows.T @ rows / len(rows)).float(), scale.float()
 
 
-def quantize(outputs: int, inputs: int, block_size: int) -> Tensor:
-    """Returns llm-compressor's quantized values, int8 [out, in]."""
+def rounded_by_llm_compressor(weight: Tensor, hessian: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
+    """Quantizes and dequantizes a weight by llm-compressor's GPTQ, with given scales and in activation order.
+
+    Args:
+        weight: float32 [out, in].
+        hessian: float32 [in, in].
+        scale: float32 [out, in / block size], or [out, 1].
+        fmt: The number format: integers or FP8.
+
+    Returns:
+        float32 [out, in].
+    """
     from compressed_tensors.quantization import QuantizationArgs
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-    weight, hessian, scale = layer(outputs, inputs, block_size)
     arguments = QuantizationArgs(
-        num_bits=4, type="int", symmetric=True, strategy="group", group_size=block_size, actorder="weight"
+        num_bits=fmt.bits,
+        type="int" if fmt.dtype == torch.int8 else "float",
+        symmetric=True,
+        strategy="group" if fmt.block_size else "channel",
+        group_size=fmt.block_size,
+        actorder="weight",
     )
     rounded, _, _ = quantize_weight(
-        weight[None], hessian[None], scale[None], torch.zeros_like(scale)[None], None, arguments
+        weight[None].clone(), hessian[None].clone(), scale[None], torch.zeros_like(scale)[None], None, arguments
     )
-    values: Tensor = (rounded[0] / scale.repeat_interleave(block_size, dim=1)).round().to(torch.int8)
-    return values
+    result: Tensor = rounded[0]
+    return result
+
+
+def quantize(outputs: int, inputs: int, block_size: int) -> Tensor:
+    """Returns llm-compressor's quantized values, int8 [out, in]."""
+    weight, hessian, scale = layer(outputs, inputs, block_size)
+    rounded = rounded_by_llm_compressor(weight, hessian, scale, replace(FORMATS[Precision.INT4], block_size=block_size))
+    return (rounded / scale.repeat_interleave(block_size, dim=1)).round().to(torch.int8)
 
 
 def main() -> int:

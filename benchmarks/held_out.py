@@ -27,9 +27,11 @@ from nvembed_deploy.export.options import default_model
 from nvembed_deploy.export.quantization.calibration import padded_batches
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.files.json_lines import read_rows
-from nvembed_deploy.system import describe_machine
+from nvembed_deploy.system import describe_machine, installed_versions
 from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION, TextEncoder, TokenRow
 
+RECORDED = ("torch", "numpy", "onnxruntime")
+"""Packages whose versions are recorded."""
 RECORD_PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "held_out.json"
 DOCUMENTS = {
     "banking77/test.jsonl": ("text",),
@@ -76,12 +78,14 @@ def measure(bundles: Sequence[Path], data: Path) -> Iterator[dict[str, Any]]:
     for folder in bundles:
         bundle = Bundle.open(folder)
         cosines = (expected * embed(OrtBackend(folder / CPU_GRAPH))).sum(axis=1)
-        groups = json.loads(bundle.read(QUANTIZATION))["groups"]
+        quantization = json.loads(bundle.read(QUANTIZATION))
+        groups = quantization["groups"]
         gate = min(bundle.manifest.parity, key=lambda report: report.min_cosine)
         tolerance = gate.tolerance.min_cosine
         row = {
             "precision": bundle.manifest.precision.value,
             "bytes": bundle.manifest.files[GRAPH].bytes + bundle.manifest.files[WEIGHTS].bytes,
+            "calibration_tokens": quantization["tokens"],
             "groups": len(groups),
             "excluded": [group["name"] for group in groups if group["excluded"]],
             "texts": len(cosines),
@@ -113,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": "python -m benchmarks.held_out BUNDLE... --data DIR",
             "date": datetime.date.today().isoformat(),
             "machine": describe_machine(),
+            "versions": installed_versions(RECORDED),
             "rows": list(measure(flags.bundles, flags.data)),
         }
         write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.mutations`: which structural faults the gate of each precision sees, alone and with the twin.
+"""`python -m benchmarks.mutations`: structural faults that each precision's gate sees, and the check in FP32.
 
 The embedded model is changed in PyTorch, one fault at a time, and compared with the unchanged one: by the bounds of
 each precision, and by those of the check in FP32 that precedes every export (`export/structure.py`). Writes
@@ -39,9 +39,11 @@ from nvembed_deploy.parity.compare import (
     require_mask,
 )
 from nvembed_deploy.spec import Precision, Shape
-from nvembed_deploy.system import describe_machine
+from nvembed_deploy.system import describe_machine, installed_versions
 from nvembed_deploy.tokenization import TextEncoder, TokenBatch
 
+RECORDED = ("torch", "numpy")
+"""Packages whose versions are recorded."""
 RECORD_PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "mutations.json"
 MAX_SHAPE = Shape(batch=16, tokens=128)
 CONFIGS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
@@ -168,6 +170,7 @@ def main() -> int:
             "command": "python -m benchmarks.mutations",
             "date": datetime.date.today().isoformat(),
             "machine": describe_machine(),
+            "versions": installed_versions(RECORDED),
             "rows": list(measure()),
         }
         write_file(RECORD_PATH, (json.dumps(record, indent=1) + "\n").encode())

@@ -250,7 +250,8 @@ def _add_quantization_flags(group: argparse._ArgumentGroup) -> None:
         type=Path,
         default=None,
         metavar="BUNDLE",
-        help="take ranges, smoothing and excluded layers from an earlier quantized bundle of the same checkpoint",
+        help="take ranges, smoothing, rounded weights and excluded layers from an earlier quantized bundle of the same "
+        "checkpoint",
     )
 
 

@@ -154,7 +154,8 @@ def forecasts_table() -> str:
         "| precision | weights | GPU, at run time | host, to export | with `--no-parity` | to build the plan | disk |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    names = {name: ", ".join(group) for group in (("fp16", "bf16"), ("int8", "fp8"), ("int4",)) for name in group[:1]}
+    groups = (("fp16", "bf16"), ("int8", "fp8"), ("int4",), ("nvfp4",))
+    names = {group[0]: ", ".join(group) for group in groups}
     for row in record["rows"]:
         if row["precision"] in names:
             columns = ("weights", "gpu", "export_compared", "export", "building", "disk")
@@ -216,6 +217,55 @@ def mteb_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def held_out_table() -> str:
+    """Formats the record of `benchmarks.held_out`."""
+    record = _record("held_out")
+    lines = [
+        "| precision | calibrated on | in FP16 | gate: lowest | mean | held out: lowest | mean | below the bound |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        cells = (
+            row["precision"],
+            f"{row['calibration_tokens']:,} tokens",
+            f"{len(row['excluded'])} of {row['groups']}",
+            *(f"{row[name]:.4f}" for name in ("gate_min_cosine", "gate_mean_cosine", "min_cosine", "mean_cosine")),
+            f"{row['below_tolerance']} below {row['tolerance']:g}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    sizes = f"{record['rows'][0]['gate_texts']} texts of the gate, and {record['rows'][0]['texts']:,} held-out ones"
+    return "\n".join([*lines, "", f"Cosines to PyTorch of {sizes}. {_made_by(record)}", ""])
+
+
+def rounding_table() -> str:
+    """Formats the record of `benchmarks.rounding`."""
+    record = _record("rounding")
+    lines = [
+        "| precision | weights rounded to | lowest cosine | mean cosine | time |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['precision']} | {row['rounding']} | {row['min_cosine']:.4f} | {row['mean_cosine']:.5f} | "
+        f"{row['seconds']:.1f} s |"
+        for row in record["rows"]
+    ]
+    return "\n".join([*lines, "", f"The gate's texts, in PyTorch. {_made_by(record)}", ""])
+
+
+def mutations_table() -> str:
+    """Formats the record of `benchmarks.mutations`."""
+    record = _record("mutations")
+    precisions = list(record["rows"][0]["gate"])
+    lines = [
+        f"| fault | lowest cosine | {' | '.join(precisions)} | with the structure |",
+        "| --- | --- |" + " --- |" * (len(precisions) + 1),
+    ]
+    for row in record["rows"]:
+        judgements = " | ".join((*row["gate"].values(), row["structure"]))
+        lines.append(f"| {row['fault']} | {row['min_cosine']:.5f} | {judgements} |")
+    return "\n".join([*lines, "", _made_by(record), ""])
+
+
 def full_size_table() -> str:
     """Formats the record of `benchmarks.full_size`."""
     record = json.loads((RESULTS / "full_size.json").read_text(encoding="utf-8"))
@@ -240,10 +290,13 @@ def full_size_table() -> str:
         if streamed:
             description += "calibrated layer by layer with `--no-parity`"
         else:
+            excluded = f", {len(row['excluded'])} of {row['groups']} groups in FP16" if "groups" in row else ""
             description += (
-                f"compared and built for TensorRT-RTX: lowest cosine {row['min_cosine']:.5f}, plan "
+                f"compared and built for TensorRT-RTX: lowest cosine {row['min_cosine']:.5f}{excluded}, plan "
                 f"{row['plan_bytes'] / 1e9:.2f} GB"
             )
+        if (date := row.get("date", record["date"])) != record["date"]:
+            description += f" ({date})"
         lines.append(
             f"| {description} | {row['seconds']:.0f} s | {row['peak_gib']:.1f} GiB | {row['forecast_gib']:.1f} GiB | |"
         )
@@ -467,6 +520,9 @@ MEASURED_TABLES = {
     "boards": boards_table,
     "mteb": mteb_table,
     "full_size": full_size_table,
+    "held_out": held_out_table,
+    "mutations": mutations_table,
+    "rounding": rounding_table,
     "aarch64": aarch64_table,
     "peers": peers_table,
     "peers_short": short_peers_table,
