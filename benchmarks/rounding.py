@@ -1,9 +1,9 @@
 """`python -m benchmarks.rounding`: the embedded model rounded to nearest values, by our GPTQ, and by llm-compressor's.
 
 Inputs are quantized as the export does, and the scales, calibration and smoothing are the export's. Measures the
-cosines to FP32 on the gate's texts in PyTorch, and the seconds that rounding takes. It needs an environment with
-`llmcompressor` and `compressed-tensors`, which nothing else of this project does. Writes
-`benchmarks/results/rounding.json`.
+cosines to FP32 on the gate's texts in PyTorch, and the seconds that rounding takes. NVFP4 is measured once more with
+inputs in FP4 too, which the export does not write. It needs an environment with `llmcompressor` and
+`compressed-tensors`, which nothing else of this project does. Writes `benchmarks/results/rounding.json`.
 """
 
 from __future__ import annotations
@@ -12,37 +12,46 @@ import datetime
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from benchmarks.gptq_peer import rounded_by_llm_compressor
 from nvembed_deploy.backends.pytorch import PyTorchBackend
 from nvembed_deploy.console import echo, run
 from nvembed_deploy.export.layerwise import LayerwiseModel, folded_form
 from nvembed_deploy.export.options import CALIBRATION_TOKENS, default_model
-from nvembed_deploy.export.quantization.calibration import InputCollector, built_in_texts, padded_batches, tokenize
-from nvembed_deploy.export.quantization.formats import FORMATS, NumberFormat
+from nvembed_deploy.export.quantization.calibration import (
+    InputCollector,
+    built_in_texts,
+    padded_batches,
+    tokenize,
+    unpack,
+)
+from nvembed_deploy.export.quantization.formats import FORMATS, MAX_FP8, MIN_FP8, NumberFormat
 from nvembed_deploy.export.quantization.gptq import gptq
 from nvembed_deploy.export.quantization.linear_groups import linear_groups, weight_of
+from nvembed_deploy.export.quantization.record import GroupRecord
 from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding
 from nvembed_deploy.export.quantization.search import quantize
 from nvembed_deploy.export.quantization.simulation import simulation_hook
 from nvembed_deploy.files.atomic import write_file
 from nvembed_deploy.model.config_json import read_checkpoint_architecture
+from nvembed_deploy.model.nvembed import NVEmbed
 from nvembed_deploy.model.text_contract import text_contract
 from nvembed_deploy.parity.probes import probe_rows
-from nvembed_deploy.spec import Precision
+from nvembed_deploy.spec import NVFP4_BLOCK, Precision
 from nvembed_deploy.system import describe_machine, installed_versions
 from nvembed_deploy.tokenization import TextEncoder
 
 RECORD_PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "rounding.json"
 RECORDED = ("torch", "llmcompressor", "compressed-tensors")
 """Packages whose versions are recorded."""
-PRECISIONS = (Precision.INT8, Precision.FP8, Precision.INT4)
-"""llm-compressor has no rule for NVFP4's scales here: it takes another scale for the whole weight."""
+PRECISIONS = (Precision.INT8, Precision.FP8, Precision.INT4, Precision.NVFP4)
 LONGEST = 512
 """Tokens of the gate's longest text."""
 
@@ -62,6 +71,33 @@ class Dequantized(Rounding):
     def fake_quantize(self, name: str, weight: Tensor) -> Tensor:
         """See `Rounding`."""
         return self.weights[name]
+
+
+@contextmanager
+def inputs_in_fp4(model: NVEmbed, records: Sequence[GroupRecord]) -> Iterator[None]:
+    """Quantizes the inputs of all groups to E2M1 in blocks of 16 with scales in FP8, as `TRT_FP4DynamicQuantize` does.
+
+    A block's scale follows from its own values, and the scale of scales from the range in the calibration.
+    """
+    fmt = FORMATS[Precision.NVFP4]
+
+    def hook(record: GroupRecord) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        tensor_scale = float(unpack(record.channel_ranges).max()) / (fmt.max_value * MAX_FP8)
+
+        def quantize_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            blocks = args[0].reshape(-1, NVFP4_BLOCK)
+            scale = blocks.abs().amax(dim=1, keepdim=True) / (fmt.max_value * tensor_scale)
+            scale = scale.clamp_(MIN_FP8, MAX_FP8).to(torch.float8_e4m3fn).float() * tensor_scale
+            return (fmt.fake_quantize(blocks, scale).reshape(args[0].shape),)
+
+        return quantize_input
+
+    with ExitStack() as stack:
+        for record in records:
+            for name in record.linears:
+                layer = model.get_submodule(name)
+                stack.callback(layer.register_forward_pre_hook(hook(record)).remove)
+        yield
 
 
 def measure(precision: Precision, folder: Path) -> Iterator[dict[str, Any]]:
@@ -92,12 +128,14 @@ def measure(precision: Precision, folder: Path) -> Iterator[dict[str, Any]]:
     def nearest(weight: Tensor, hessian: Tensor, scale: Tensor) -> Tensor:
         return fmt.fake_quantize_weight(weight)
 
-    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "nearest value": nearest,
-        "GPTQ, llm-compressor": peers,
-        "GPTQ, ours": ours,
-    }
-    for way, rounded in ways.items():
+    inputs = precision.value if fmt.quantizes_inputs else "fp16"
+    ways: list[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], str]] = [("nearest value", nearest, inputs)]
+    if precision is not Precision.NVFP4:  # llm-compressor has another scale for the whole weight
+        ways.append(("GPTQ, llm-compressor", peers, inputs))
+    ways.append(("GPTQ, ours", ours, inputs))
+    if precision is Precision.NVFP4:
+        ways.append(("GPTQ, ours", ours, "fp4"))
+    for way, rounded, inputs in ways:
         started = time.perf_counter()
         weights = {}
         for group in groups:
@@ -107,10 +145,12 @@ def measure(precision: Precision, folder: Path) -> Iterator[dict[str, Any]]:
                 weights[name] = rounded(weight, hessians[group.name], scale)
         seconds = time.perf_counter() - started
         hook = simulation_hook(model, record.groups, Dequantized(fmt, weights))
-        embeddings = layerwise.forward(batches, hook=hook)
+        with inputs_in_fp4(model, record.groups) if inputs == "fp4" else nullcontext():
+            embeddings = layerwise.forward(batches, hook=hook)
         cosines = (expected * embeddings).sum(dim=1)
         row = {
             "precision": precision.value,
+            "inputs": inputs,
             "rounding": way,
             "min_cosine": round(float(cosines.min()), 5),
             "mean_cosine": round(float(cosines.mean()), 5),

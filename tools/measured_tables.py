@@ -241,12 +241,12 @@ def rounding_table() -> str:
     """Formats the record of `benchmarks.rounding`."""
     record = _record("rounding")
     lines = [
-        "| precision | weights rounded to | lowest cosine | mean cosine | time |",
-        "| --- | --- | --- | --- | --- |",
+        "| precision | inputs | weights rounded to | lowest cosine | mean cosine | time |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {row['precision']} | {row['rounding']} | {row['min_cosine']:.4f} | {row['mean_cosine']:.5f} | "
-        f"{row['seconds']:.1f} s |"
+        f"| {row['precision']} | {row['inputs']} | {row['rounding']} | {row['min_cosine']:.4f} | "
+        f"{row['mean_cosine']:.5f} | {row['seconds']:.1f} s |"
         for row in record["rows"]
     ]
     return "\n".join([*lines, "", f"The gate's texts, in PyTorch. {_made_by(record)}", ""])
