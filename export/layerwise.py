@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.export.graph.weights import CheckpointWeights, WeightSource, one_thread, require_finite
+from nvembed_deploy.model.float32 import full_float32
 from nvembed_deploy.model.fold import FoldedLatentAttention
 from nvembed_deploy.model.latent_attention import LatentAttentionModel
 from nvembed_deploy.model.nvembed import NVEmbed
@@ -120,6 +121,7 @@ class LayerwiseModel:
         if self._loaded == block_name:
             edit()
 
+    @full_float32()
     @torch.no_grad()
     def forward(self, batches: Sequence[TokenBatch], *, hook: BlockHook = no_hook, description: str = "") -> Tensor:
         """Embeds batches.
@@ -143,6 +145,7 @@ class LayerwiseModel:
                     hidden[self.batch_index] = self._step(name, module, hidden[self.batch_index], attention_mask)
         return self._pooled(hidden, inputs)
 
+    @full_float32()
     @torch.no_grad()
     def variants(
         self,

@@ -9,6 +9,7 @@ import torch
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.model.checkpoint import load_checkpoint
 from nvembed_deploy.model.config import ModelConfig
+from nvembed_deploy.model.float32 import full_float32
 from nvembed_deploy.tokenization import TokenBatch
 
 
@@ -42,6 +43,7 @@ class PyTorchBackend:
         self._device = device
         self.name = f"PyTorch {torch.__version__} {'fp16' if half else 'fp32'} ({device.upper()})"
 
+    @full_float32()
     @torch.inference_mode()
     def run(self, batch: TokenBatch) -> Output:
         """Embeds a batch."""

@@ -50,6 +50,29 @@ def test_a_gpu_takes_the_whole_model_or_its_blocks(gpus: dict[int, int], capsys:
         place("cuda:2", NEEDS)
 
 
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_the_reference_is_never_in_tf32(checkpoint: Path, by_blocks: bool) -> None:
+    """NVIDIA's containers turn TF32 on for every process."""
+    whole = PyTorchBackend(checkpoint)
+    seen = []
+    whole.model.embedding_model.norm.register_forward_pre_hook(
+        lambda *_: seen.append(torch.get_float32_matmul_precision())
+    )
+    backend = LayerwiseBackend(LayerwiseModel(whole.model)) if by_blocks else whole
+    text = TextEncoder(
+        (checkpoint / "tokenizer.json").read_bytes(),
+        text_contract(checkpoint, read_checkpoint_architecture(checkpoint)),
+    )
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        backend.run(text.pad(text.tokenize(["a text"], prompt=text.prompt(None, None), max_length=32)))
+        assert seen == ["highest"]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has a GPU")
 def test_without_a_gpu(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert place("auto", NEEDS) == ON_CPU
