@@ -117,11 +117,11 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
     elif options.runs_model:
         streaming = max(streaming, layerwise)
     building = build_memory_bytes(weight_bytes) if plan else 0
-    plan_bytes = weight_bytes * PLAN_FACTOR + PLAN_BASE_BYTES if plan else 0
-    written = int(_written_bytes(weights, options, weight_bytes) + plan_bytes)
-    if precision.quantized:  # the rounded weights stay until the graph is written
-        fmt = FORMATS[precision]
-        written += int(linear_weights * (fmt.bits / 8 + 4 / (fmt.block_size or linear_weights)))
+    # The rounded weights are removed when the graph is written, before a plan is built.
+    beside_graph = _rounded_bytes(linear_weights, precision) if precision.quantized else 0
+    if plan:
+        beside_graph = max(beside_graph, int(weight_bytes * PLAN_FACTOR) + PLAN_BASE_BYTES)
+    written = _written_bytes(weights, options, weight_bytes) + beside_graph
     return Forecast(
         weights=weight_bytes,
         memory=BASE_BYTES + LAYER_BYTES * config.layers + max(comparing, streaming, building),
@@ -226,6 +226,13 @@ def _gptq_bytes(config: ModelConfig) -> int:
         widest = max(widest, 2 * feed_forward)
     hessians = sum(K * K for K in inputs) + (MATRICES_IN_WORK - 1) * max(inputs) ** 2
     return 4 * hessians + 9 * config.hidden_size * widest
+
+
+def _rounded_bytes(linear_weights: int, precision: Precision) -> int:
+    """Returns the size of the rounded weights in their files; scales of whole outputs are too few to count."""
+    fmt = FORMATS[precision]
+    scales = linear_weights // fmt.block_size if fmt.block_size is not None else 0
+    return linear_weights * fmt.bits // 8 + 4 * scales
 
 
 def _structure_bytes(weights: StoredWeights, options: ExportOptions) -> int:

@@ -56,7 +56,7 @@ class ExportOptions:
     """None for the built-in texts."""
     calibration_tokens: int
     reuse: Path | None
-    """An earlier bundle, or its `quantization.json`."""
+    """The folder of an earlier bundle, or a file in it; None to calibrate."""
     device: str
     """Where PyTorch computes: auto, cpu, cuda or cuda:N."""
     force: bool

@@ -54,9 +54,11 @@ from nvembed_deploy.export.quantization.record import (
     QuantizationRecord,
     exclude_fp32,
     exclude_next,
+    nothing_to_quantize,
 )
+from nvembed_deploy.export.quantization.reuse import ReusedBundle
 from nvembed_deploy.export.quantization.rounding import GptqRounding
-from nvembed_deploy.export.quantization.step import search_or_reuse, weights_sha256, write_with_chart
+from nvembed_deploy.export.quantization.step import reused_bundle, search_or_reuse, weights_sha256, write_with_chart
 from nvembed_deploy.export.request import (
     Checkpoint,
     check_options,
@@ -142,9 +144,10 @@ def export(options: ExportOptions) -> Manifest:
     with new_bundle(options.out) as staging, ReadAhead(streamed) as read_ahead:
         require_room(needs, options.out, force=options.force)
         note_small_gpus(needs, options)
+        reused = reused_bundle(options, checkpoint.weights.config)
         state = _start(options, checkpoint, staging, read_ahead, placement)
         _load_model(state)
-        _quantize(state)
+        _quantize(state, reused)
         _search_fp16_limit(state)
         _write_passing_graphs(state)
         _measure_vector_kinds(state)
@@ -233,14 +236,16 @@ def _gate(reference: Backend, model: ModelConfig, text: TextEncoder, options: Ex
     return Gate(reference=outputs, text=text, model=model, precision=options.precision, max_shape=max_shape)
 
 
-def _quantize(state: ExportState) -> None:
+def _quantize(state: ExportState, reused: ReusedBundle | None) -> None:
     """Sets the quantization record, searched or reused, and the rounding, and smooths the model in place."""
     options, layerwise = state.options, state.layerwise
     if layerwise is None or not options.precision.quantized:
         return
     state.rounding = GptqRounding(FORMATS[options.precision], state.staging / ROUNDED_WEIGHTS)
     model_sha256 = weights_sha256(state.source.result())
-    state.record = search_or_reuse(layerwise, state.text, state.rounding, options, model_sha256=model_sha256)
+    state.record = search_or_reuse(
+        layerwise, state.text, state.rounding, options, reused=reused, model_sha256=model_sha256
+    )
 
 
 def _search_fp16_limit(state: ExportState) -> None:
@@ -271,10 +276,11 @@ def _write_passing_graphs(state: ExportState) -> None:
             if state.record is None or isinstance(err, MaskError):
                 raise
             record = exclude_next(state.record, "the parity gate did not pass with it quantized")
+            echo(f"  {err}")
             if record is None:
-                raise
+                raise nothing_to_quantize(state.record.precision) from err
             state.record = record
-            echo(f"  {err}; excluding the next most sensitive layers from quantization")
+            echo("  excluding the next most sensitive layers from quantization")
     state.layerwise = None  # frees the model's memory
     if state.rounding is not None:
         shutil.rmtree(state.staging / ROUNDED_WEIGHTS, ignore_errors=True)

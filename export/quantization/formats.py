@@ -92,18 +92,14 @@ class NumberFormat:
             return rounded_scale(weight.abs().amax(dim=1), self.max_value)
         blocks = weight.T.reshape(-1, self.block_size, len(weight))
         max_abs = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1) * (self.max_value / self.min_value))
-        largest = max_abs.max()
-        best_error = torch.full_like(max_abs, torch.inf)
-        scale = torch.empty_like(max_abs)
-        for ratio in self.range_ratios:
-            candidate = self._block_scale(max_abs * ratio, largest)
-            errors = (self.fake_quantize(blocks, candidate[:, None]) - blocks).square_()
+        candidates = torch.stack([self._block_scale(max_abs * ratio, max_abs.max()) for ratio in self.range_ratios])
+        errors = torch.empty_like(candidates)
+        for candidate, error in zip(candidates, errors, strict=True):
+            squares = (self.fake_quantize(blocks, candidate[:, None]) - blocks).square_()
             if importance is not None:
-                errors *= importance.reshape(-1, self.block_size, 1)
-            error = errors.sum(dim=1)
-            better = error < best_error
-            best_error, scale = torch.where(better, error, best_error), torch.where(better, candidate, scale)
-        return scale
+                squares *= importance.reshape(-1, self.block_size, 1)
+            torch.sum(squares, dim=1, out=error)
+        return candidates.gather(0, errors.argmin(dim=0, keepdim=True))[0]
 
     def _block_scale(self, max_abs: Tensor, largest: Tensor) -> Tensor:
         """Returns the scales of blocks by their absolute values, the largest of which in the whole weight is given."""

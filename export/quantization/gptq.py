@@ -17,7 +17,7 @@ from nvembed_deploy.export.quantization.formats import NumberFormat
 DAMPING = 0.01
 """Part of the mean of the Hessian's diagonal that is added to it. 0.003 to 0.1 make no difference on the mini."""
 MAX_DAMPING = 10.0
-"""With more, rounding is to the nearest value; a Hessian that still has no inverse is not one."""
+"""With more, rounding is to the nearest value; a Hessian that still has no inverse has values that are not finite."""
 PANEL = 128
 """Channels between two products with the rest of the matrix: within a panel, channels are corrected one at a time."""
 MATRICES_IN_WORK = 3

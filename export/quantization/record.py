@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Set
@@ -14,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.bundle.manifest import MANIFEST, QUANTIZATION
-from nvembed_deploy.errors import ConfigError, ParityError
+from nvembed_deploy.errors import ParityError
 from nvembed_deploy.export.quantization.formats import FORMATS, MIN_SCALE
 from nvembed_deploy.files.records import from_json, parse_json, to_json
 from nvembed_deploy.spec import Precision
@@ -99,7 +97,10 @@ def exclude_fp32(record: QuantizationRecord, fp32_modules: Set[str]) -> Quantiza
         for group in record.groups
     )
     if all(group.excluded for group in groups):
-        raise nothing_to_quantize(record.precision)
+        raise ParityError(
+            f"no group of this model's layers can be quantized to {record.precision.value}: those that pass the parity "
+            "gate have values near FP16's limit, so they compute in FP32; export with --precision fp16 or bf16"
+        )
     return replace(record, groups=groups)
 
 
@@ -108,40 +109,18 @@ def write_record(record: QuantizationRecord, path: Path) -> None:
     path.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
 
 
-def read_record(path: Path, *, precision: Precision, model_sha256: str, texts_sha256: str | None) -> QuantizationRecord:
-    """Reads a record, and refuses one that does not fit the export.
-
-    Args:
-        path: `quantization.json`, or the bundle's folder.
-        precision: The export's precision.
-        model_sha256: Hash of the export's checkpoint.
-        texts_sha256: Hash of the export's calibration texts; None if the user gives none.
+def parse_record(content: bytes) -> QuantizationRecord:
+    """Parses the content of `quantization.json`.
 
     Raises:
-        ConfigError: The record cannot be read, has values that no search results in, is not the file that its bundle
-            lists, or belongs to another model, precision or set of calibration texts.
+        ValueError: It is no record of this version, or has values that no search results in.
+        RecursionError: It is nested too deep.
     """
-    path = path / QUANTIZATION if path.is_dir() else path
-    try:
-        content = path.read_bytes()
-        fields = parse_json(content)
-        _require_version(fields)
-        record = from_json(QuantizationRecord, fields)
-        for problem in _impossible_values(record):
-            raise ValueError(problem)
-        require_listed(path, hashlib.sha256(content).hexdigest())
-    except (OSError, ValueError, RecursionError) as err:
-        raise ConfigError(f"--reuse {path} cannot be used ({err}); quantize without --reuse") from err
-    for field, recorded, required in (
-        ("precision", record.precision.value, precision.value),
-        ("checkpoint's hash", record.model_sha256, model_sha256),
-        ("calibration texts' hash", record.texts_sha256, texts_sha256 or record.texts_sha256),
-    ):
-        if recorded != required:
-            raise ConfigError(
-                f"--reuse {path} does not match this export: its {field} is {recorded[:12]}, not {required[:12]}; "
-                "quantize without --reuse"
-            )
+    fields = parse_json(content)
+    _require_version(fields)
+    record = from_json(QuantizationRecord, fields)
+    for problem in _impossible_values(record):
+        raise ValueError(problem)
     return record
 
 
@@ -149,20 +128,6 @@ def _require_version(fields: Any) -> None:
     version = fields.get("version") if isinstance(fields, dict) else None
     if isinstance(version, int) and version != RECORD_VERSION:
         raise ValueError(f"it has format version {version}, and this release reads version {RECORD_VERSION}")
-
-
-def require_listed(path: Path, sha256: str) -> None:
-    """Refuses a file in a bundle's folder that is not the one that the bundle was made with.
-
-    Raises:
-        ValueError: The manifest beside it has another hash.
-    """
-    try:
-        entry = json.loads(path.with_name(MANIFEST).read_bytes())["files"][path.name]["sha256"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return  # a file outside a bundle: only its values can be checked
-    if entry != sha256:
-        raise ValueError(f"it was changed: its SHA-256 does not match {MANIFEST}")
 
 
 def _impossible_values(record: QuantizationRecord) -> Iterator[str]:

@@ -15,13 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nvembed_deploy.bundle.manifest import GRAPH, WEIGHTS
-from nvembed_deploy.errors import BundleError, ConfigError
+from nvembed_deploy.errors import ExportError
 from nvembed_deploy.export.quantization.formats import NumberFormat
 from nvembed_deploy.export.quantization.gptq import gptq
 from nvembed_deploy.export.quantization.linear_groups import weight_of
-from nvembed_deploy.export.quantization.record import require_listed
-from nvembed_deploy.files.hashing import hash_file
 from nvembed_deploy.model.nvembed import NVEmbed
 
 
@@ -72,45 +69,48 @@ class GptqRounding(Rounding):
             name: Module name of the layer.
             weight: float32 [out, in], smoothed.
             hessian: float32 [in, in], of the smoothed inputs; see `gptq`.
+
+        Raises:
+            ExportError: The Hessian is not finite.
         """
         scale = self.fmt.weight_scale(weight, importance=hessian.diagonal())
-        self._save(name, gptq(weight, hessian, scale, self.fmt), scale)
+        try:
+            quantized = gptq(weight, hessian, scale, self.fmt)
+        except ArithmeticError as err:
+            raise ExportError(
+                f"inputs of {name} overflow FP32 on the calibration texts ({err}): the checkpoint is damaged, or its "
+                "training diverged; download it again, or export an earlier one"
+            ) from err
+        self._save(name, quantized, scale)
 
     def quantize(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what `fit` stored; see `Rounding`."""
         tensors = load_file(self._path(name), device=str(weight.device))
         return self.fmt.unpack(tensors["packed"]).reshape(weight.T.shape), tensors["scale"]
 
-    def copy_from(self, bundle: Path, model: NVEmbed, linears: Iterable[str]) -> None:
-        """Stores the quantized weights that are in an earlier bundle.
+    def copy_from(self, graph: Path, model: NVEmbed, linears: Iterable[str]) -> None:
+        """Stores the quantized weights of an earlier graph.
 
         Args:
-            bundle: The bundle's folder.
+            graph: The graph, with its weights beside it.
             model: The model, for the sizes of its layers.
             linears: Module names of the quantized layers.
 
         Raises:
-            ConfigError: The bundle is not complete, was changed, or has other layers.
+            ValueError: The graph has no such weight, or one of another size.
         """
-        try:
-            for name in (GRAPH, WEIGHTS):
-                require_listed(bundle / name, hash_file(bundle / name).sha256)
-            graph = onnx.load(bundle / GRAPH, load_external_data=False).graph
-            tensors = {tensor.name: tensor for tensor in graph.initializer}
-            for name in linears:
-                stored = {}
-                for suffix, shape in self.fmt.stored_shapes(*weight_of(model, name).shape).items():
-                    tensor = tensors[f"{name}.weight{suffix}"]
-                    if tuple(tensor.dims) != shape:
-                        raise ValueError(f"{tensor.name} is {list(tensor.dims)} instead of {list(shape)}")
-                    array = onnx.numpy_helper.to_array(tensor, str(bundle))
-                    stored[suffix] = torch.from_numpy(array.astype(np.float32))
-                self._save(name, *self.fmt.from_stored(stored))
-        except (BundleError, OSError, KeyError, ValueError, RuntimeError) as err:
-            raise ConfigError(
-                f"--reuse {bundle} does not have this model's quantized weights ({err}), and rounding them again takes "
-                "the calibration; pass the folder of a complete bundle, or quantize without --reuse"
-            ) from err
+        initializers = onnx.load(graph, load_external_data=False).graph.initializer
+        tensors = {tensor.name: tensor for tensor in initializers}
+        for name in linears:
+            stored = {}
+            for suffix, shape in self.fmt.stored_shapes(*weight_of(model, name).shape).items():
+                tensor = tensors.get(f"{name}.weight{suffix}")
+                if tensor is None or tuple(tensor.dims) != shape:
+                    found = "missing" if tensor is None else f"of size {list(tensor.dims)}"
+                    raise ValueError(f"{name}.weight{suffix} is {found} instead of {list(shape)}")
+                array = onnx.numpy_helper.to_array(tensor, str(graph.parent))
+                stored[suffix] = torch.from_numpy(array.astype(np.float32))
+            self._save(name, *self.fmt.from_stored(stored))
 
     def _save(self, name: str, quantized: Tensor, scale: Tensor) -> None:
         tensors = {"packed": self.fmt.pack(quantized).cpu(), "scale": scale.cpu().contiguous()}

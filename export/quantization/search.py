@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from nvembed_deploy.errors import ExportError
 from nvembed_deploy.export.layerwise import BlockHook, LayerwiseModel, block_of, no_hook
 from nvembed_deploy.export.quantization.calibration import (
     EXTREME_ROWS,
@@ -98,9 +99,15 @@ def quantize(
         on_forecast: Called with roughly the seconds that the rest takes, once the model has run for the first time.
 
     Raises:
-        ParityError: The gate's tolerance does not hold with any group quantized, or no group fits the number format.
+        ParityError: The gate's tolerance does not hold with any group quantized.
+        ExportError: No layer divides into the number format's blocks, or inputs of one overflow FP32.
     """
     fmt, groups = rounding.fmt, linear_groups(layerwise.model)
+    if not any(_fits(layerwise.model, group, fmt) for group in groups):
+        raise ExportError(
+            f"--precision {fmt.precision.value} quantizes blocks of {fmt.block_size} inputs, and no layer of this "
+            "model has a multiple of them; pass --precision int8"
+        )
     ranking_rows = _ranking_rows(layerwise, text, rows, longest)
     gate_rows = probe_rows(text, longest, everyday=True)[1]
     started = time.monotonic()
@@ -126,6 +133,11 @@ def quantize(
         tokens=sum(map(len, rows)),
         groups=tuple(records),
     )
+
+
+def _fits(model: NVEmbed, group: LinearGroup, fmt: NumberFormat) -> bool:
+    """Returns True if the layers of a group divide into blocks; all of them have the same inputs."""
+    return fmt.fits(weight_of(model, group.linears[0]))
 
 
 def _tokens(rows: Sequence[TokenRow]) -> int:
@@ -194,12 +206,17 @@ def _round_weights(
     layerwise: LayerwiseModel, groups: Sequence[LinearGroup], collector: InputCollector, rounding: GptqRounding
 ) -> None:
     """Rounds the weights of all groups of a smoothed model by GPTQ."""
+    bar = tqdm(total=len(groups), desc="rounding weights", unit="group", disable=None, leave=False)
 
-    def round_block(block_name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def round_block(block_name: str) -> Iterator[None]:
         block_groups = [group for group in groups if block_of(group.name) == block_name]
-        return _rounded_after(layerwise.model, block_groups, collector, rounding)
+        with _rounded_after(layerwise.model, block_groups, collector, rounding):
+            yield
+        bar.update(len(block_groups))
 
-    layerwise.forward(collector.batches, hook=round_block, description="rounding, layer by layer")
+    layerwise.forward(collector.batches, hook=round_block, description="calibrating again, layer by layer")
+    bar.close()
 
 
 @contextmanager
@@ -207,13 +224,13 @@ def _rounded_after(
     model: NVEmbed, groups: Sequence[LinearGroup], collector: InputCollector, rounding: GptqRounding
 ) -> Iterator[None]:
     """Collects the Hessians of some groups in the context, and rounds their weights by GPTQ when it ends."""
+    groups = [group for group in groups if _fits(model, group, rounding.fmt)]
     with collector.summing_products(groups) as hessians:
         yield
     for group in groups:
         hessian = hessians.pop(group.name)
         for name in group.linears:
-            if rounding.fmt.fits(weight_of(model, name)):
-                rounding.fit(name, weight_of(model, name), hessian)
+            rounding.fit(name, weight_of(model, name), hessian)
 
 
 def _search_group(
@@ -237,7 +254,7 @@ def _search_group(
         reason="does not divide into blocks",
         channel_ranges=pack(inputs.channel_max),
     )
-    if not all(fmt.fits(weight) for weight in weights):
+    if not _fits(model, group, fmt):
         return (unsmoothed,)
     exact_outputs = [F.linear(inputs.sampled_rows, _sampled_outputs(weight)) for weight in weights]
     settings = []

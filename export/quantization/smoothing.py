@@ -65,9 +65,7 @@ def apply_record(layerwise: LayerwiseModel, record: QuantizationRecord) -> None:
     groups = linear_groups(layerwise.model)
     records = {group_record.name: group_record for group_record in record.groups}
     if {group.name for group in groups} != records.keys():
-        raise ConfigError(
-            "the quantization record belongs to a model with other layers; quantize again without --reuse"
-        )
+        raise ConfigError("the quantization record belongs to a model with other layers; quantize without --reuse")
     fmt = FORMATS[record.precision]
     for group in groups:  # in the order of the search: smoothing a group changes the weights of the one before
         _require_fit(layerwise.model, group, records[group.name], fmt)
@@ -88,11 +86,11 @@ def _require_fit(model: NVEmbed, group: LinearGroup, record: GroupRecord, fmt: N
         raise _does_not_fit(record, f"has {record.weight_count} weights, and the model's {count}")
     if (channels := len(unpack(record.channel_ranges))) != weights[0].shape[1]:
         raise _does_not_fit(record, f"has the ranges of {channels} channels, and the model {weights[0].shape[1]}")
-    if not (record.excluded or all(map(fmt.fits, weights))):
+    if not (record.excluded or fmt.fits(weights[0])):
         raise _does_not_fit(record, "is quantized, and does not divide into blocks")
 
 
 def _does_not_fit(record: GroupRecord, reason: str) -> ConfigError:
     return ConfigError(
-        f"the quantization record does not fit the model: {record.name} {reason}; quantize again without --reuse"
+        f"the quantization record does not fit the model: {record.name} {reason}; quantize without --reuse"
     )

@@ -11,10 +11,12 @@ from nvembed_deploy.console import detail, echo, step
 from nvembed_deploy.export.layerwise import LayerwiseModel
 from nvembed_deploy.export.options import ExportOptions
 from nvembed_deploy.export.quantization.calibration import built_in_texts, read_texts, texts_sha256, tokenize
-from nvembed_deploy.export.quantization.record import QuantizationRecord, quantized_linears, read_record, write_record
+from nvembed_deploy.export.quantization.record import QuantizationRecord, write_record
+from nvembed_deploy.export.quantization.reuse import ReusedBundle, open_reused
 from nvembed_deploy.export.quantization.rounding import GptqRounding
 from nvembed_deploy.export.quantization.search import quantize
 from nvembed_deploy.export.quantization.smoothing import apply_record
+from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.parity.probes import longest_probe
 from nvembed_deploy.tokenization import TextEncoder, TokenRow
 
@@ -25,8 +27,22 @@ def weights_sha256(source: Source) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
+def reused_bundle(options: ExportOptions, config: ModelConfig) -> ReusedBundle | None:
+    """Opens the bundle that an export reuses, if it does, so that a wrong one is refused before any work is done."""
+    if options.reuse is None:
+        return None
+    with step(f"checking {options.reuse}"):
+        return open_reused(options.reuse, precision=options.precision, fold=options.fold, config=config)
+
+
 def search_or_reuse(
-    layerwise: LayerwiseModel, text: TextEncoder, rounding: GptqRounding, options: ExportOptions, *, model_sha256: str
+    layerwise: LayerwiseModel,
+    text: TextEncoder,
+    rounding: GptqRounding,
+    options: ExportOptions,
+    *,
+    reused: ReusedBundle | None,
+    model_sha256: str,
 ) -> QuantizationRecord:
     """Smooths a model in place, and returns what was decided for each group of layers.
 
@@ -35,25 +51,20 @@ def search_or_reuse(
         text: The model's text encoder.
         rounding: The rounding of the precision, in which its results are stored.
         options: The export's options.
+        reused: The bundle to reuse; None to search.
         model_sha256: Hash of the checkpoint.
 
     Raises:
-        ConfigError: The record to reuse does not fit.
+        ConfigError: The bundle to reuse does not fit.
         ParityError: No group of layers can be quantized within the gate's tolerance.
     """
     rows = _calibration_rows(options, text)
-    if options.reuse is not None:
-        record = read_record(
-            options.reuse,
-            precision=options.precision,
-            model_sha256=model_sha256,
-            texts_sha256=texts_sha256(rows) if rows is not None else None,
-        )
-        with step(f"smoothing with the settings of {options.reuse}"):
-            apply_record(layerwise, record)
-            bundle = options.reuse if options.reuse.is_dir() else options.reuse.parent
-            rounding.copy_from(bundle, layerwise.model, quantized_linears(record))
-        return record
+    if reused is not None:
+        reused.require_inputs(model_sha256=model_sha256, texts_sha256=texts_sha256(rows) if rows is not None else None)
+        with step(f"reusing the settings and the rounded weights of {reused.path}"):
+            apply_record(layerwise, reused.record)
+            reused.copy_weights(rounding, layerwise.model)
+        return reused.record
     assert rows is not None
     with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
         record = quantize(
