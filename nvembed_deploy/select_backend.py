@@ -232,7 +232,7 @@ def _ort_on_cpu(bundle: Bundle, threads: int | None) -> Backend:
     return OrtBackend(
         bundle.folder / graph,
         bundle=bundle,
-        note=CPU_NOTES[bundle.manifest.precision.base] if graph == CPU_GRAPH else "",
+        note=CPU_NOTES[bundle.manifest.precision] if graph == CPU_GRAPH else "",
         dimension=bundle.manifest.dimension,
         threads=threads,
     )

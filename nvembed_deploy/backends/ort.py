@@ -21,9 +21,12 @@ OUTPUTS = ("sentence_embedding", "sentence_norm")
 INPUTS = ("input_ids", "attention_mask", "pool_mask")
 CPU_NOTES = {
     Precision.BF16: " (BF16 rounding in FP32 arithmetic)",
-    Precision.FP16: " (CPU graph: unsigned quantized values, FP32 for FP16)",
+    Precision.INT8: " (CPU graph: unsigned quantized values, FP32 for FP16)",
+    Precision.FP8: " (CPU graph: FP32 for FP16)",
+    Precision.INT4: " (CPU graph: FP32 for FP16)",
+    Precision.NVFP4: " (CPU graph: integers for FP4, FP32 for FP16)",
 }
-"""Suffix of the name of a backend that runs `model.cpu.onnx`, by the precision of the unquantized layers."""
+"""Suffix of the name of a backend that runs `model.cpu.onnx`, by the bundle's precision."""
 CPU = "CPUExecutionProvider"
 GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 X64_QUANT_PRECISION = ("session.x64quantprecision", "1")

@@ -47,7 +47,7 @@ class Gate:
                 reports.append(self._check(OrtBackend(folder / GRAPH, as_written=self.precision.quantized)))
         if self.precision.has_cpu_graph:
             with step("comparing the CPU graph with PyTorch"):
-                reports.append(self._check(OrtBackend(folder / CPU_GRAPH, note=CPU_NOTES[self.precision.base])))
+                reports.append(self._check(OrtBackend(folder / CPU_GRAPH, note=CPU_NOTES[self.precision])))
         return reports
 
     def plan(self, content: memoryview, plan_info: PlanInfo, graph: Path) -> list[ParityReport]:

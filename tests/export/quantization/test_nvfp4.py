@@ -172,7 +172,7 @@ def test_the_way_to_a_jetson_thor(
     assert export_graph(["--model", str(checkpoint), "--out", str(out), *flags]) == 0
     exported = Bundle.open(out).manifest
     assert (exported.opset, exported.dialect.value, len(exported.parity)) == (23, "portable", 1)
-    assert "CPU graph" in exported.parity[0].candidate
+    assert "CPU graph: integers for FP4" in exported.parity[0].candidate
     assert pack.main([str(out)]) == 0
     assert "TensorRT 10 supports every operator of the graph" in capsys.readouterr().err
     assert pack.main([str(out), "--target", "jetson-orin"]) == 1
