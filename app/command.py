@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,20 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
 }
+
+
+class FirstOfEachKind(logging.Filter):
+    """Passes a message once, whatever its figures: indexing repeats it for every few passages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns whether the message has not been passed before."""
+        is_new = record.msg not in self._passed
+        self._passed.add(record.msg)
+        return is_new
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -90,6 +105,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
     def command() -> None:
         os.environ.update(QUIET)
+        logging.getLogger("nvembed_deploy.encoder.encoder").addFilter(FirstOfEachKind())
         accounts = read_accounts(flags.password_file) if flags.password_file else None
         if flags.host not in ("127.0.0.1", "localhost", "::1") and accounts is None:
             raise ConfigError(
@@ -229,8 +245,8 @@ def listen_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as err:
             raise ConfigError(
-                f"cannot listen on {url_host(host)}:{port} ({err.strerror}); pass another --host, or --port 0 for a "
-                "free port"
+                f"cannot listen on {url_host(host)}:{port} ({err.strerror}); pass another --port (0 chooses "
+                "a free one) or --host"
             ) from err
         free_port: int = probe.getsockname()[1]
         return free_port

@@ -176,12 +176,16 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         name = flags.target or manifest.target
         if name not in DEVICE_TARGETS:
             raise ConfigError(
-                f"{flags.bundle} was exported for --target {name}, whose plans are not built on the device; pass "
-                f"--target with one of {', '.join(DEVICE_TARGETS)}"
+                f"{flags.bundle} was exported for --target {name}, whose plan is built on any machine: copy the "
+                f"folder, or pass --target with one of {', '.join(DEVICE_TARGETS)}"
             )
         folder = bundle_folder(flags.bundle)
         jetpack = _jetpack(TARGETS[name], manifest, flags.jetpack)
         suffix = "" if jetpack is None else f"-jetpack{jetpack}"
+        if flags.archive is not None and flags.archive.suffix != ".tar":
+            raise ConfigError(
+                f"--archive {flags.archive}: archives are uncompressed tar files; pass a name ending in .tar"
+            )
         archive = flags.archive or flags.bundle.parent / f"{folder.name}-{name}{suffix}.tar"
         pack(folder, TARGETS[name], archive, jetpack=jetpack)
         sys.stdout.write(f"{archive}\n")
@@ -245,7 +249,6 @@ def pack(folder: Path, target: Target, archive: Path, *, jetpack: int | None = N
         echo("  note: the bundle was exported with --no-parity, so the device cannot check its engine")
     top = archive.name.removesuffix(".tar")
     files = dict(_runtime_files(bundle, target, top, jetpack))
-    archive.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(archive) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for name, content in files.items():
             _add(tar, f"{top}/{name}", io.BytesIO(content), len(content))

@@ -38,13 +38,13 @@ POOLING_NAMES = {
 def plan_runs_here(manifest: Manifest) -> tuple[bool, str]:
     """Returns whether the plan of a bundle runs on this machine, and the reason as a text."""
     if manifest.plan is None:
-        return False, "the bundle has no plan: the graph runs on ONNX Runtime"
+        return False, "the bundle has no plan; its graph runs on ONNX Runtime or OpenVINO"
     try:
         device = CudaRuntime.load().device(0)
         version = load_bindings(manifest.plan.runtime).__version__
         check_fit(manifest.plan, version=version, device=device)
     except (DeviceMismatchError, MissingExtra) as err:
-        return False, f"{err}. Until then the graph runs on ONNX Runtime"
+        return False, f"the plan does not run: {err}. Its graph runs on ONNX Runtime or OpenVINO"
     return True, f"the plan runs on {device.name}"
 
 
@@ -91,6 +91,11 @@ def _model_lines(manifest: Manifest) -> Iterator[str]:
     yield f"queries    {prompt!r}{names}"
 
 
+def _size(count: int) -> str:
+    """Returns a number of bytes in MB, or in kB if it is less than a tenth of one."""
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
+
+
 def lines(manifest: Manifest) -> Iterator[str]:
     """Yields the description of a bundle as lines of text."""
     plan = manifest.plan
@@ -114,8 +119,8 @@ def lines(manifest: Manifest) -> Iterator[str]:
             if enabled:
                 yield f"           {option}"
     for name, entry in manifest.files.items():
-        yield f"file       {name}: {entry.bytes / 1e6:.1f} MB"
-    components = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in component_bytes(manifest).items())
+        yield f"file       {name}: {_size(entry.bytes)}"
+    components = ", ".join(f"{name} {_size(size)}" for name, size in component_bytes(manifest).items())
     yield f"weights    {components}"
     for report in manifest.parity:
         overlap = "" if report.overlap is None else f", top-{TOP_K} overlap {report.overlap:.1%}"
@@ -125,8 +130,7 @@ def lines(manifest: Manifest) -> Iterator[str]:
     if not manifest.parity:
         yield f"parity     NOT checked: {program('check')} BUNDLE --model CHECKPOINT"
     yield f"made       {manifest.created} by version {manifest.tool_version}"
-    runs, reason = plan_runs_here(manifest)
-    yield f"here       {'yes' if runs else 'no'}: {reason}"
+    yield f"here       {plan_runs_here(manifest)[1]}"
     memory = available_memory_bytes()
     weight_bytes = sum(component_bytes(manifest).values())
     if memory is not None and weight_bytes > memory:

@@ -13,6 +13,7 @@ from nvembed_deploy.engines.targets import load_runtime, local_compute_capabilit
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.export.options import CALIBRATION_TOKENS, ExportOptions
 from nvembed_deploy.export.quantization.calibration import read_texts
+from nvembed_deploy.export.quantization.reuse import require_exists
 from nvembed_deploy.model import source
 from nvembed_deploy.model.config_json import read_checkpoint_architecture
 from nvembed_deploy.model.text_contract import text_contract
@@ -41,6 +42,8 @@ def check_options(options: ExportOptions) -> None:
     _refuse_unused_tokens(options)
     if options.calibration is not None:
         read_texts(options.calibration)  # a wrong path or line is told now, and not behind hours of work
+    if options.reuse is not None:
+        require_exists(options.reuse)  # now, and not behind a download
     _require_own_folder(options.out)
 
 

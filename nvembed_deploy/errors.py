@@ -67,6 +67,11 @@ class MissingExtra(DeployError, ImportError):
     """An optional dependency is not installed: the message names the extra that provides it."""
 
 
+def failure_reason(err: Exception) -> str:
+    """Returns why a file cannot be read, without the path and the number that Python adds to a system error."""
+    return (err.strerror if isinstance(err, OSError) else None) or str(err)
+
+
 THREAD_LIMIT = "this process cannot start more threads; raise the limit (ulimit -u, or the container's pids limit)"
 
 

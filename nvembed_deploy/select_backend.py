@@ -168,21 +168,21 @@ def _has_gpu() -> bool:
 
 def _warn_of_fallback(reason: str, backend: Backend) -> None:
     warnings.warn(
-        f"{PLAN} is not used: {reason}. Its ONNX graph runs on {backend.name} instead. Pass device='cpu' "
-        "to request that, or device='cuda' to raise an error instead.",
+        f"{PLAN} is not used: {reason}. Its ONNX graph runs on {backend.name} instead. The device 'cpu' "
+        "requests that without this note, and 'cuda' makes it an error.",
         stacklevel=6,
     )
 
 
 def _ort_on_cuda(bundle: Bundle, index: int) -> Backend:
     """Opens ONNX Runtime with its TensorRT and CUDA providers, as far as they are installed; they have no FP4."""
+    CudaRuntime.load().device(index)  # without a GPU, another build of ONNX Runtime would not help
     installed = [provider for provider in GPU if provider in available_providers()]
     if not installed:
         raise DeviceMismatchError(
             "the installed ONNX Runtime has no CUDA provider; install its CUDA build in place of it: "
             f"{install_command('gpu')}"
         )
-    CudaRuntime.load().device(index)
     providers = [(provider, {"device_id": index}) for provider in installed]
     while True:
         try:

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.errors import CheckpointError, ConfigError
+from nvembed_deploy.errors import CheckpointError, ConfigError, failure_reason
 
 INT4_BLOCK = 64
 """Weights of a column that share a 16-bit scale. TensorRT supports 64 and 128."""
@@ -105,7 +105,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist; a checkpoint folder has config.json, tokenizer.json and *.safetensors"
         ) from None
     except (OSError, ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path} cannot be read as JSON ({err}); download the file again") from err
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({failure_reason(err)}); download the file again"
+        ) from err
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} has a JSON {type(value).__name__} instead of an object; download the file again")
     return value

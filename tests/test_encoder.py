@@ -16,6 +16,7 @@ import pytest
 
 from nvembed_deploy import (
     BundleError,
+    CheckpointError,
     ConfigError,
     DeviceMismatchError,
     Encoder,
@@ -26,6 +27,7 @@ from nvembed_deploy import (
 )
 from nvembed_deploy.backends.base import Output
 from nvembed_deploy.encoder import windows
+from nvembed_deploy.model import source
 from nvembed_deploy.tokenization import TokenBatch
 from tests import numpy_reference
 from tests.conformance import TEXTS, check_encoder
@@ -267,14 +269,29 @@ def test_an_error_in_a_later_window_names_its_text(encoder: Encoder, monkeypatch
 
 
 def test_paths(bundles: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"does not exist; export a bundle: .* export"):
+    with pytest.raises(BundleError, match=r"does not exist; check the path, or export one: .* --model CHECKPOINT"):
         Encoder(tmp_path / "nothing" / "engine.plan")
     (tmp_path / "engine.plan").write_bytes(b"plan")
     with pytest.raises(BundleError, match=r"has no manifest\.json"):
         Encoder(tmp_path / "engine.plan")
-    with pytest.raises(BundleError, match="is not a bundle; pass its folder"):
+    with pytest.raises(BundleError, match=r"is not a bundle; pass a bundle's folder"):
         Encoder(bundles["fp16"] / "tokenizer.json")
     assert "fp16" in repr(Encoder(str(bundles["fp16"]), device="cpu"))
+
+
+def test_checkpoints_and_bundles_are_told_apart(
+    bundles: dict[str, Path], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message exports that checkpoint; on a device, which cannot export, it names no such command."""
+    with pytest.raises(CheckpointError, match=f"is a bundle; pass the checkpoint .* build {bundles['fp16']}$"):
+        source.resolve(str(bundles["fp16"]), None)
+    with pytest.raises(
+        BundleError, match=f"is a checkpoint, not a bundle; .* export --model {checkpoint} --out FOLDER"
+    ):
+        Encoder(checkpoint)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BundleError, match=r"is a checkpoint, not a bundle; pass a bundle$"):
+        Encoder(checkpoint)
 
 
 def test_opening_a_bundle_imports_no_heavy_packages(bundles: dict[str, Path]) -> None:

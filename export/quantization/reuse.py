@@ -61,6 +61,16 @@ class ReusedBundle:
             raise _unusable(self.path, err) from err
 
 
+def require_exists(path: Path) -> None:
+    """Refuses a bundle to reuse that is not there; a bundle on the hub cannot be reused.
+
+    Raises:
+        ConfigError: Nothing has this path.
+    """
+    if not path.exists():
+        raise _unusable(path, "it does not exist")
+
+
 def open_reused(path: Path, *, precision: Precision, fold: bool, config: ModelConfig) -> ReusedBundle:
     """Opens the bundle to reuse, and checks all of its files.
 
@@ -74,9 +84,8 @@ def open_reused(path: Path, *, precision: Precision, fold: bool, config: ModelCo
         ConfigError: The bundle is incomplete or damaged, has settings that no search results in, or belongs to another
             precision or architecture.
     """
+    require_exists(path)
     try:
-        if not path.exists():  # the name of a bundle on the hub would be downloaded otherwise
-            raise ValueError("it does not exist")
         bundle = Bundle.open(path.parent if path.name == QUANTIZATION else path)
     except (BundleError, OSError, ValueError) as err:
         raise _unusable(path, err) from err
@@ -107,7 +116,7 @@ def _differences(
             yield name, str(to_json(recorded)), str(to_json(required))
 
 
-def _unusable(path: Path, reason: Exception) -> ConfigError:
+def _unusable(path: Path, reason: Exception | str) -> ConfigError:
     return ConfigError(f"--reuse {path} cannot be used ({reason}); pass a complete bundle, or quantize without --reuse")
 
 

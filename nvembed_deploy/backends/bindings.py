@@ -34,7 +34,7 @@ def install_runtime(runtime: str) -> str:
         return f"{install_command('rtx')} (on Linux, x86-64 or aarch64)"
     return (
         f"{install_command('trt')}, or on a Jetson use JetPack's own package in a virtual environment made with "
-        "--system-site-packages"
+        "--system-site-packages, and for a fused graph that of the archive's requirements.txt"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from nvembed_deploy.console import program
 from nvembed_deploy.errors import BundleError
 from nvembed_deploy.files.hashing import hash_file
 from nvembed_deploy.files.hub import download, is_hub_name
+from nvembed_deploy.model.config_json import CONFIG_JSON
 
 IGNORED_NAMES = frozenset(
     (".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -115,16 +117,22 @@ def bundle_folder(path: str | Path) -> Path:
             "runs on ONNX Runtime"
         )
     if not exists:
-        raise BundleError(f"{path} does not exist; export a bundle: {program('export')} --precision fp16 --out FOLDER")
+        raise BundleError(f"{path} does not exist; check the path{_export_command()}")
     folder = path if path.is_dir() else path.parent
     if not path.is_dir() and path.name not in (PLAN, GRAPH, MANIFEST):
-        raise BundleError(f"{path} is not a bundle; pass its folder, its {PLAN} or its {GRAPH}")
+        raise BundleError(f"{path} is not a bundle; pass a bundle's folder, or the {PLAN} or {GRAPH} in it")
     if not os.path.lexists(folder / MANIFEST):
-        raise BundleError(
-            f"{folder} has no {MANIFEST}, so it is not a bundle; export one: "
-            f"{program('export')} --precision fp16 --out FOLDER"
-        )
+        if (folder / CONFIG_JSON).is_file():
+            raise BundleError(f"{folder} is a checkpoint, not a bundle; pass a bundle{_export_command(folder)}")
+        raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle; pass a bundle{_export_command()}")
     return folder.resolve()
+
+
+def _export_command(checkpoint: Path | None = None) -> str:
+    """Returns the end of a message that says how to make a bundle; empty on a device, which cannot export."""
+    if importlib.util.find_spec("nvembed_deploy.export") is None:
+        return ""
+    return f", or export one: {program('export')} --model {checkpoint or 'CHECKPOINT'} --out FOLDER"
 
 
 _SIZE = 2

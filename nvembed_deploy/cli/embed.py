@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -15,9 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.console import BUNDLE_HELP, echo, program, run
+from nvembed_deploy.console import BUNDLE_HELP, echo, is_terminal, program, run
 from nvembed_deploy.encoder import Encoder
-from nvembed_deploy.errors import ConfigError, MissingExtra
+from nvembed_deploy.errors import ConfigError, MissingExtra, failure_reason
 from nvembed_deploy.files.atomic import staged_file
 from nvembed_deploy.files.json_lines import read_rows
 from nvembed_deploy.vectors import OutputDtype
@@ -67,10 +68,19 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     def command() -> None:
         write = _writer(flags.out)
         texts = read_texts(flags.input, column=flags.column)
+        if flags.input == STANDARD_INPUT and sys.stdin.isatty():
+            echo("reading texts from the terminal, one per line; Ctrl-D ends them")
         encoder = Encoder(flags.bundle, device=flags.device, backend=flags.backend)
         prompt = encoder.query_prompt(flags.instruction) if flags.instruction else None
         dtype = encoder.offered_dtype(flags.output_dtype)
-        rows = embed(encoder, texts, prompt=prompt, batch_size=flags.batch_size, output_dtype=dtype.value)
+        rows = embed(
+            encoder,
+            texts,
+            prompt=prompt,
+            batch_size=flags.batch_size,
+            output_dtype=dtype.value,
+            show_progress=flags.out is not None and is_terminal(),  # not between the lines on stdout
+        )
         empty = encoder.convert(np.empty((0, encoder.dimension), np.float32), dtype)
         if flags.out is None:
             write(sys.stdout.buffer, rows, empty)
@@ -110,12 +120,27 @@ def read_texts(source: str, *, column: str) -> Iterator[str]:
 
 
 def embed(
-    encoder: Encoder, texts: Iterator[str], *, prompt: str | None, batch_size: int | None, output_dtype: str
+    encoder: Encoder,
+    texts: Iterator[str],
+    *,
+    prompt: str | None,
+    batch_size: int | None,
+    output_dtype: str,
+    show_progress: bool,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yields each text and its vector [D], reading at most one window of texts ahead."""
-    while window := list(islice(texts, ROWS_AT_A_TIME)):
-        vectors = encoder.encode(window, prompt=prompt, batch_size=batch_size, output_dtype=output_dtype)
-        yield from zip(window, vectors, strict=True)
+    """Yields each text and its vector [D], reading a few thousand texts ahead."""
+    waiting: deque[str] = deque()
+
+    def remembered() -> Iterator[str]:
+        for text in texts:
+            waiting.append(text)
+            yield text
+
+    for vectors in encoder.encode_stream(
+        remembered(), prompt=prompt, batch_size=batch_size, output_dtype=output_dtype, show_progress=show_progress
+    ):
+        for vector in vectors:
+            yield waiting.popleft(), vector
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -124,7 +149,7 @@ def _lines(path: Path) -> Iterator[str]:
             for line in lines:
                 yield line.rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text ({err}); check the path") from err
+        raise ConfigError(f"{path} cannot be read as UTF-8 text ({failure_reason(err)}); check the path") from err
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, object]]:
@@ -136,7 +161,7 @@ def _csv_rows(path: Path) -> Iterator[dict[str, object]]:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             yield from csv.DictReader(lines)
     except (OSError, UnicodeDecodeError, csv.Error) as err:
-        raise ConfigError(f"{path} cannot be read as CSV ({err}); check the path") from err
+        raise ConfigError(f"{path} cannot be read as CSV ({failure_reason(err)}); check the path") from err
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, object]]:
@@ -150,7 +175,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, object]]:
     except (OSError, ValueError) as err:
         if isinstance(err, ConfigError):
             raise
-        raise ConfigError(f"{path} cannot be read as Parquet ({err}); check the path") from err
+        raise ConfigError(f"{path} cannot be read as Parquet ({failure_reason(err)}); check the path") from err
 
 
 def _column(path: Path, rows: Iterable[dict[str, object]], column: str) -> Iterator[str]:

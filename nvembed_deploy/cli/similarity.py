@@ -74,13 +74,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             @ encoder.encode(passages, show_progress=sys.stderr.isatty()).T
         )
         sys.stdout.write(table(queries, passages, scores))
-        summary = f"{len(queries)} questions against {len(passages)} passages on {encoder.backend}"
+        summary = f"{_count(queries, 'question')} against {_count(passages, 'passage')} on {encoder.backend}"
         if not flags.query:
             correct = int((scores.argmax(axis=1) == np.arange(len(PAIRS))).sum())
             summary += f"; {correct} of {len(PAIRS)} questions rank their own passage first"
         echo(f"done: {summary}")
 
     return run(command)
+
+
+def _count(texts: Sequence[str], noun: str) -> str:
+    return f"{len(texts)} {noun}{'' if len(texts) == 1 else 's'}"
 
 
 def table(queries: Sequence[str], passages: Sequence[str], scores: NDArray[np.float32]) -> str:

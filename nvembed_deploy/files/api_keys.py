@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.errors import ConfigError, failure_reason
 
 
 def read_keys(path: Path) -> list[str]:
@@ -17,7 +17,7 @@ def read_keys(path: Path) -> list[str]:
         keys = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(
-            f"--api-key-file {path} cannot be read ({err}); pass a text file with one key per line"
+            f"--api-key-file {path} cannot be read ({failure_reason(err)}); pass a text file with one key per line"
         ) from err
     if not keys:
         raise ConfigError(f"--api-key-file {path} has no key; write one key per line")

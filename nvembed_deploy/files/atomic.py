@@ -39,7 +39,8 @@ def staged_folder(destination: Path) -> Iterator[Path]:
         os.rename(_previous_path(destination), destination)  # a run was killed between the two renames of `exchange`
     remove_leftovers(destination.parent, destination.name)
     prefix = f".{destination.name}.staging-"
-    folder, lock = _new_locked_folder(prefix, destination.parent)
+    with _names_in_errors(destination):
+        folder, lock = _new_locked_folder(prefix, destination.parent)
     try:
         folder.chmod(stat.S_IMODE(folder.stat().st_mode) & stat.S_ISGID | 0o777 & ~_umask())
         yield folder
@@ -113,7 +114,7 @@ def _previous_path(destination: Path) -> Path:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file atomically: readers see either the old content or the new. Its folder must exist."""
+    """Writes a file atomically: readers see either the old content or the new."""
     with staged_file(path) as file:
         file.write(content)
 
@@ -122,14 +123,22 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 def staged_file(destination: Path) -> Iterator[BinaryIO]:
     """Yields a file that replaces `destination` on exit, unless an exception is raised.
 
-    Leftovers of killed runs are removed first. A file that another process is still writing is locked and stays.
+    Its folder is created if missing. Leftovers of killed runs are removed first. A file that another process is still
+    writing is locked and stays.
+
+    Raises:
+        OSError: The file cannot be created; the error names the destination.
     """
+    if destination.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(destination))
+    destination.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{destination.name}.part-"
     for leftover in destination.parent.glob(f"{glob.escape(prefix)}*"):
         with suppress(OSError), leftover.open("rb") as abandoned:
             _lock(abandoned.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
-    temporary, file = _new_locked_file(prefix, destination.parent)
+    with _names_in_errors(destination):
+        temporary, file = _new_locked_file(prefix, destination.parent)
     try:
         with file:
             yield file
@@ -188,6 +197,15 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def _names_in_errors(destination: Path) -> Iterator[None]:
+    """Lets errors name the destination, which the user knows, instead of the temporary name beside it."""
+    try:
+        yield
+    except OSError as err:
+        raise OSError(err.errno, err.strerror, str(destination)) from err
 
 
 def _new_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:

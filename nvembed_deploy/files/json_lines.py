@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.errors import ConfigError, failure_reason
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -29,4 +29,4 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     raise ConfigError(f"{path}, line {line_number}: not a JSON object")
                 yield row
     except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path} cannot be read ({err}); check the path") from err
+        raise ConfigError(f"{path} cannot be read ({failure_reason(err)}); check the path") from err

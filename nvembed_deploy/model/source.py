@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nvembed_deploy.bundle.manifest import Source
-from nvembed_deploy.errors import CheckpointError
+from nvembed_deploy.bundle.manifest import MANIFEST, Source
+from nvembed_deploy.console import program
+from nvembed_deploy.errors import CheckpointError, failure_reason
 from nvembed_deploy.files.hashing import hash_file
 from nvembed_deploy.files.hub import HUB_NAME, download
 from nvembed_deploy.files.read_ahead import ReadAhead
 from nvembed_deploy.model.config import ModelConfig
+from nvembed_deploy.model.config_json import CONFIG_JSON
 from nvembed_deploy.model.weights import weight_files
 
 HUB_FILES = ("*.json", "*.safetensors")
@@ -42,6 +44,11 @@ def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
     """
     folder = Path(model)
     if folder.is_dir():
+        if (folder / MANIFEST).is_file() and not (folder / CONFIG_JSON).exists():
+            raise CheckpointError(
+                f"--model {model} is a bundle; pass the checkpoint that it was made from, or build a plan from its "
+                f"graph: {program('build')} {model}"
+            )
         return folder, None
     if folder.exists() or not HUB_NAME.match(model):
         raise CheckpointError(
@@ -70,7 +77,7 @@ def describe(
         CheckpointError: The hash of a file is not the expected one.
     """
     listed_hashes = _listed_hashes(folder)
-    paths = (folder / "config.json", folder / "tokenizer.json", *weight_files(folder))
+    paths = (folder / CONFIG_JSON, folder / "tokenizer.json", *weight_files(folder))
     files = {path.name: hash_file(path, before=read_ahead.wait if read_ahead else None) for path in paths}
     # A fine-tuned model has shards of the same sizes: the hashes are expected only if one of its shards is published.
     is_published = any(entry.sha256 in KNOWN_SHARDS.values() for entry in files.values())
@@ -99,7 +106,7 @@ def _listed_hashes(folder: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as err:
-        raise CheckpointError(f"{folder / HASH_LIST} cannot be read ({err}); fix or remove it") from err
+        raise CheckpointError(f"{folder / HASH_LIST} cannot be read ({failure_reason(err)}); fix or remove it") from err
     pairs = (line.split(maxsplit=1) for line in lines)
     return {pair[1].lstrip("*").strip(): pair[0].lower() for pair in pairs if len(pair) == 2}
 

@@ -70,6 +70,8 @@ def make_app(encoder: Encoder, options: ServerOptions) -> FastAPI:
         message = f"{request.method} {request.url.path[:100]}: {err.detail}"
         if err.status_code == HTTPStatus.NOT_FOUND:
             message += f"; texts are embedded by POST {', '.join(EMBEDDING_ROUTES)}"
+        elif allowed := (err.headers or {}).get("Allow"):
+            message += f"; send {allowed}"
         response = _error(request.url.path, RequestError(err.status_code, message))
         response.headers.update(err.headers or {})  # such as Allow
         return response

@@ -160,6 +160,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as err:
         raise ConfigError(
-            f"cannot listen on {url_host(host)}:{port} ({err.strerror}); pass another --host, or --port 0"
+            f"cannot listen on {url_host(host)}:{port} ({err.strerror}); pass another --port (0 chooses a free one) or "
+            "--host"
         ) from err
     return bound

@@ -20,7 +20,7 @@ from typing import Any
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from nvembed_deploy.errors import ConfigError
+from nvembed_deploy.errors import ConfigError, failure_reason
 from nvembed_deploy.training.examples import Example
 from nvembed_deploy.training.instructions import Kind
 
@@ -43,7 +43,9 @@ def read_blend(path: Path) -> dict[str, Source]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as err:
-        raise ConfigError(f"--blend {path} cannot be read as JSON ({err}); docs/training.md shows a blend") from err
+        raise ConfigError(
+            f"--blend {path} cannot be read as JSON ({failure_reason(err)}); docs/training.md shows a blend"
+        ) from err
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"--blend {path} names no set; docs/training.md shows a blend")
     return {name: _source(entry, f"--blend {path}, set {name!r}") for name, entry in content.items()}

@@ -2,6 +2,7 @@
 
 import http.cookiejar
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -101,6 +102,17 @@ def test_listening_beyond_this_machine_requires_a_password(
     assert "set a password: --password-file FILE" in capsys.readouterr().err
 
 
+def test_what_indexing_repeats_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    from nvembed_deploy.app.command import FirstOfEachKind
+
+    log = logging.getLogger("tests.repeated")
+    log.addFilter(FirstOfEachKind())
+    for count in (1, 2):
+        log.warning("%d of 16 texts were truncated", count)
+        log.warning("%d of 16 texts were empty", count)
+    assert caplog.messages == ["1 of 16 texts were truncated", "1 of 16 texts were empty"]
+
+
 def test_a_port_or_address_in_use_is_a_one_line_error() -> None:
     from nvembed_deploy import ConfigError
     from nvembed_deploy.app.command import listen_port
@@ -108,9 +120,9 @@ def test_a_port_or_address_in_use_is_a_one_line_error() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        with pytest.raises(ConfigError, match=r"cannot listen on .*--port 0 for a free port"):
+        with pytest.raises(ConfigError, match=r"cannot listen on .*another --port \(0 chooses a free one\)"):
             listen_port("127.0.0.1", listener.getsockname()[1])
-    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0 .*pass another --host"):
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0 .*or --host"):
         listen_port("192.0.2.1", 0)  # an address for documentation, which no machine has
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +111,17 @@ def test_unreadable_files_leave_no_output(
     assert not out.exists()
 
 
+def test_a_text_is_named_by_its_place_in_the_whole_file(
+    bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by that in the window of texts that are embedded together."""
+    monkeypatch.setattr("nvembed_deploy.encoder.windows.WINDOW_TEXTS", 2)
+    source = tmp_path / "texts.jsonl"
+    source.write_text('{"text": "a"}\n' * 4 + '{"text": "\\ud800"}\n')
+    assert embed(bundle, str(source), "--out", str(tmp_path / "vectors.npy")) == 1
+    assert "text 4 " in capsys.readouterr().err
+
+
 def test_an_unsupported_suffix_is_refused_before_anything_is_read(
     bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,14 +133,12 @@ def test_without_an_instruction_the_model_chooses_its_prompt() -> None:
     """A model with a prompt for passages uses it: an empty prompt would replace it."""
     prompts: list[object] = []
 
-    def encode(texts: list[str], *, prompt: str | None, **_: object) -> np.ndarray:
+    def encode_stream(texts: Iterable[str], *, prompt: str | None, **_: object) -> Iterator[np.ndarray]:
         prompts.append(prompt)
-        return np.zeros((len(texts), 2), np.float32)
+        yield np.zeros((len(list(texts)), 2), np.float32)
 
-    encoder = SimpleNamespace(encode=encode)
+    encoder = SimpleNamespace(encode_stream=encode_stream)
+    options = {"batch_size": None, "output_dtype": "float32", "show_progress": False}
     for prompt in (None, "query: "):
-        assert (
-            len(list(embed_texts(encoder, iter(["a", "b"]), prompt=prompt, batch_size=None, output_dtype="float32")))
-            == 2
-        )  # type: ignore[arg-type]
+        assert len(list(embed_texts(encoder, iter(["a", "b"]), prompt=prompt, **options))) == 2  # type: ignore[arg-type]
     assert prompts == [None, "query: "]

@@ -164,7 +164,7 @@ def test_bundles_that_cannot_be_packed_are_refused(
     assert "invalid choice: 'rtx'" in capsys.readouterr().err
     assert main([str(bundles["fp16"])]) == 1
     assert (
-        "was exported for --target rtx, whose plans are not built on the device; pass --target"
+        "was exported for --target rtx, whose plan is built on any machine: copy the folder, or pass --target"
         in capsys.readouterr().err
     )
     for flags, words in (
@@ -172,6 +172,7 @@ def test_bundles_that_cannot_be_packed_are_refused(
         (["jetson-orin", "--jetpack", "6"], "which JetPack 6 does not support; pass --jetpack 7, or export it again: "),
         (["jetson-thor", "--jetpack", "6"], "--target jetson-thor has no JetPack 6; pass --jetpack 7"),
         (["h100", "--jetpack", "7"], "--jetpack is for Jetsons, and --target is h100; leave it out"),
+        (["h100", "--archive", "x.tar.gz"], "--archive x.tar.gz: archives are uncompressed tar files"),
     ):
         assert main([str(bundles["fp16"]), "--target", *flags]) == 1
         assert words in capsys.readouterr().err

@@ -27,7 +27,7 @@ def test_text(bundles: dict[str, Path], name: str, capsys: pytest.CaptureFixture
         "GPUs 8.0, 8.6, 8.9, 12.0",
         "file       engine.plan",
         "lowest cosine 0.99",
-        "here       no: no NVIDIA",
+        "here       the plan does not run: no NVIDIA",
     ):
         assert words in shown, (words, shown)
 

@@ -60,6 +60,20 @@ def test_a_file_and_its_folder_reach_the_disk_in_that_order(tmp_path: Path, call
     assert (tmp_path / "a").read_bytes() == b"abc"
 
 
+def test_errors_name_the_destination_and_its_folder_is_created(tmp_path: Path) -> None:
+    """The name of the temporary file beside it would tell the user nothing."""
+    atomic.write_file(tmp_path / "new" / "folders" / "a", b"abc")
+    assert (tmp_path / "new" / "folders" / "a").read_bytes() == b"abc"
+    with pytest.raises(IsADirectoryError) as caught:
+        atomic.write_file(tmp_path / "new", b"abc")
+    assert caught.value.filename == str(tmp_path / "new")
+    long_name = tmp_path / ("a" * 245)  # as long as a name may be, without what a temporary one adds
+    for stage in (atomic.staged_file, staged_folder):
+        with pytest.raises(OSError, match="File name too long") as too_long, stage(long_name):
+            pass
+        assert too_long.value.filename == str(long_name)
+
+
 def test_leftovers_of_a_killed_writer_are_removed_and_those_of_a_running_one_stay(tmp_path: Path) -> None:
     (tmp_path / ".a.part-killed").write_bytes(b"half")
     (tmp_path / ".ab.part-other").write_bytes(b"half")
