@@ -158,7 +158,7 @@ def embed_corpus(bundle: Path, inputs: Sequence[str], out: str, options: BulkOpt
     manifest = opened.manifest
     require_offered(OutputDtype(options.output_dtype), manifest.vectors)
     text_encoder = TextEncoder(opened.read(TOKENIZER), manifest.text)
-    prompt = text_encoder.named_prompt(options.instruction, options.prompt_name)
+    prompt = text_encoder.prompt(options.instruction, None, options.prompt_name)
     output = Output.open(out)
     files = input_files(inputs)
     echo(f"reading {len(files)} input file{'s' if len(files) > 1 else ''}")

@@ -152,7 +152,8 @@ class TextEncoder:
     def prompt(self, instruction: str | None, prompt: str | None, prompt_name: str | None = None) -> str:
         """Returns the prefix of every text: the filled template, the prompt verbatim, or a named prompt.
 
-        Without arguments it is the model's default prompt, which is empty for most models.
+        `query` and `document` are names of every model's prompts. Without arguments it is the model's default prompt,
+        which is empty for most models.
 
         Raises:
             ConfigError: More than one argument is given, one is not a str, or the model has no such prompt.
@@ -168,15 +169,16 @@ class TextEncoder:
                 f"{' and '.join(option_names)} are mutually exclusive; pass instruction (the task in words, for the "
                 "model's template), prompt (the prefix verbatim) or prompt_name (one of the model's named prompts)"
             )
-        names = ", ".join(map(repr, self.contract.prompts)) or "none"
-        if instruction:
-            if not self.contract.instruction_template:
-                raise ConfigError(f"this model takes no instructions; pass prompt_name, which can be: {names}")
+        if instruction and self.contract.instruction_template:
             return self.contract.instruction_template.replace("{instruction}", instruction)
-        if prompt_name:
-            if prompt_name not in self.contract.prompts:
+        if instruction or prompt_name:
+            prompts = self.prompts(None)
+            names = ", ".join(map(repr, prompts))
+            if instruction:
+                raise ConfigError(f"this model takes no instructions; pass prompt_name, which can be: {names}")
+            if prompt_name not in prompts:
                 raise ConfigError(f"prompt_name is {prompt_name!r}; this model's prompts are: {names}")
-            return self.contract.prompts[prompt_name]
+            return prompts[prompt_name]
         return self.contract.default_prompt if prompt is None else prompt
 
     def prompts(self, query_instruction: str | None) -> dict[str, str]:
@@ -199,20 +201,6 @@ class TextEncoder:
             "query": query,
             "document": self.contract.default_prompt if document is None else document,
         }
-
-    def named_prompt(self, instruction: str | None, prompt_name: str | None) -> str:
-        """Returns the prefix of an instruction or of a name; `query` and `document` are names of every model's prompts.
-
-        Raises:
-            ConfigError: Both are given, or the model has no such prompt.
-        """
-        if instruction or not prompt_name:
-            return self.prompt(instruction, None, prompt_name)
-        prompts = self.prompts(None)
-        if prompt_name not in prompts:
-            names = ", ".join(map(repr, prompts))
-            raise ConfigError(f"the prompt name is {prompt_name!r}; this model's prompts are: {names}")
-        return prompts[prompt_name]
 
     def query_prompt(self, instruction: str) -> str:
         """Returns the prompt for queries: the instruction's, or a model's fixed query prompt."""

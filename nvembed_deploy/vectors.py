@@ -147,7 +147,10 @@ def pairwise_cosine_similarity(a: ArrayLike, b: ArrayLike) -> NDArray[np.float32
 
 
 def _unit_rows(vectors: ArrayLike) -> NDArray[np.float32]:
-    rows = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+    try:
+        rows = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+    except (TypeError, ValueError) as err:
+        raise InputError(f"the vectors are not numbers ({err}); pass what `encode` returns, not texts") from err
     if rows.ndim != 2:
         raise InputError(f"the vectors have shape {rows.shape}; pass [N, D], or [D] for one vector")
     units: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(NORM_FLOOR)

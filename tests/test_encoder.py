@@ -322,6 +322,7 @@ def test_queries_and_documents_have_their_prompts(bundles: dict[str, Path]) -> N
     other = Encoder(bundles["fp32"], device="cpu", query_instruction="find code")
     for encoder in (other, pickle.loads(pickle.dumps(other))):
         np.testing.assert_array_equal(encoder.encode_query("a"), plain.encode("a", instruction="find code"))
+        np.testing.assert_array_equal(encoder.encode("a", prompt_name="query"), encoder.encode_query("a"))
     assert plain.get_embedding_dimension() == plain.dimension
     assert plain.similarity_fn_name == "cosine"
 
@@ -335,6 +336,8 @@ def test_similarity(encoder: Encoder) -> None:
         encoder.similarity(vectors, vectors[:, :3])
     with pytest.raises(InputError, match="pass the same number of both"):
         encoder.similarity_pairwise(vectors, vectors[:1])
+    with pytest.raises(InputError, match=r"the vectors are not numbers .* pass what `encode` returns, not texts"):
+        encoder.similarity("a question", "a passage")
 
 
 def test_aencode_shares_batches(bundles: dict[str, Path]) -> None:

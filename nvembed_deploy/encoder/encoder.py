@@ -138,7 +138,7 @@ class Encoder(OpenedBundle):
             instruction: The task in words, such as "Given a question, retrieve passages that answer it". It is
                 inserted into the model's template. For queries; passages have no instruction.
             prompt: The prefix verbatim, in place of `instruction`.
-            prompt_name: Name of a prefix in `manifest.text.prompts`, for models that have named prompts.
+            prompt_name: Name of one of `prompts`: `query`, `document`, or another that the checkpoint names.
             dimensions: Truncate vectors to this dimension and normalize them again; for models trained for it
                 (`manifest.source.architecture.matryoshka`).
             max_length: Maximum tokens per text, special tokens and prompt included. Default: `self.max_length`.

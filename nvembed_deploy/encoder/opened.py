@@ -190,8 +190,9 @@ class OpenedBundle:
         max_length: int | None,
         truncate: Truncate,
     ) -> TokenRules:
+        prefix = self._text.prompt(instruction, prompt, prompt_name)
         return TokenRules(
-            prompt=self._text.prompt(instruction, prompt, prompt_name),
+            prompt=self._prompts[prompt_name] if prompt_name else prefix,  # `query` with this encoder's instruction
             max_tokens=_limit("max_length", max_length, self.max_length, self.manifest.text.max_tokens),
             plan_tokens=self._backend.profile.max.tokens if self._backend.profile else None,
             truncate=_checked_truncate(truncate),

@@ -87,7 +87,7 @@ class TritonPythonModel:
         max_length = min(self.buckets[-1], self.text.contract.max_tokens)
         no_names = [""] * len(texts)
         choices = zip(instructions or no_names, prompt_names or no_names, strict=True)
-        prompts = [self.text.named_prompt(instruction or None, name or None) for instruction, name in choices]
+        prompts = [self.text.prompt(instruction or None, None, name or None) for instruction, name in choices]
         for prompt, group in groupby(zip(prompts, check_texts(texts), strict=True), key=itemgetter(0)):
             rows += self.text.tokenize([text for _, text in group], prompt=prompt, max_length=max_length)
         check_pooled(rows, max_length=max_length)

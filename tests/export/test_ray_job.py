@@ -222,7 +222,7 @@ def test_wrong_settings_are_refused_before_ray_starts(
         (["--text-column", "body"], "there is no column 'body', only id, title, text; pass --text-column NAME"),
         (["--text-column", "id"], "column 'id' has values of type int64, not texts"),
         (["--output-column", "id"], "the input has a column 'id' already; pass another --output-column NAME"),
-        (["--prompt-name", "xyz"], "the prompt name is 'xyz'; this model's prompts are: 'query', 'document'"),
+        (["--prompt-name", "xyz"], "prompt_name is 'xyz'; this model's prompts are: 'query', 'document'"),
         (["--prompt-name", "query", "--instruction", "x"], "are mutually exclusive"),
         (["--out", str(full)], f"is not empty and has no {RECORD}"),
         (["--out", "fsspec+memory:///out"], "on which a killed job could leave half a file"),
@@ -291,9 +291,9 @@ def test_prompts_by_name(bundles: dict[str, Path]) -> None:
     ):
         encoder = TextEncoder(bundle.read(TOKENIZER), contract)
         for name, prompt in prompts.items():
-            assert encoder.named_prompt(None, name).startswith(prompt)
+            assert encoder.prompt(None, None, name).startswith(prompt)
     with pytest.raises(ConfigError, match="takes no instructions; pass prompt_name"):
-        encoder.named_prompt("x", None)
+        encoder.prompt("x", None)
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_a_bad_request_does_not_affect_others(model) -> None:
         ]
     )
     assert [response.error is None for response in responses] == [True, False, True, False, False, False]
-    assert "the prompt name is 'xyz'; this model's prompts are: 'query', 'document'" in responses[4].error.message
+    assert "prompt_name is 'xyz'; this model's prompts are: 'query', 'document'" in responses[4].error.message
     assert "instruction and prompt_name are mutually exclusive" in responses[5].error.message
     assert "a text is not UTF-8" in responses[3].error.message
     assert "no token of text 0 is left to pool" in responses[1].error.message

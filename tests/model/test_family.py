@@ -344,8 +344,9 @@ def test_named_prompts(tmp_path: Path) -> None:
     encoder = Encoder(export(folder, tmp_path / "bundle"), device="cpu")
     named = encoder.encode(list(TEXTS), prompt_name="query")
     assert (named == encoder.encode(list(TEXTS), prompt="query: ")).all()
-    with pytest.raises(ConfigError, match="this model's prompts are: 'query'"):
-        encoder.encode(list(TEXTS), prompt_name="document")
+    assert (encoder.encode(list(TEXTS), prompt_name="document") == encoder.encode_document(list(TEXTS))).all()
+    with pytest.raises(ConfigError, match="this model's prompts are: 'query', 'document'"):
+        encoder.encode(list(TEXTS), prompt_name="qurey")
     with pytest.raises(ConfigError, match="prompt and prompt_name are mutually exclusive"):
         encoder.encode(list(TEXTS), prompt_name="query", prompt="x")
 
