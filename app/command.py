@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvembed_deploy import ConfigError, Encoder, MissingExtra, __version__
-from nvembed_deploy.console import echo, install_command, program, run, url_host
+from nvembed_deploy.console import ArgumentParser, echo, install_command, program, run, url_host
 
 if TYPE_CHECKING:
     from nvembed_deploy.app.page import Page
@@ -47,7 +46,7 @@ class FirstOfEachKind(logging.Filter):
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("app"),
         description="Opens a search page for a bundle, over Python's documentation and the documents that you add. "
         "Nothing leaves this machine.",

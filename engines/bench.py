@@ -7,7 +7,6 @@ other load on the machine affects all of them equally. Start-up time and memory 
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.util
 import json
@@ -28,7 +27,7 @@ from nvembed_deploy.backends.bindings import TENSORRT
 from nvembed_deploy.backends.cuda import CudaDevice, CudaRuntime
 from nvembed_deploy.backends.ort import GPU
 from nvembed_deploy.batching import DEFAULT_BATCH_TOKENS, plan_batches
-from nvembed_deploy.console import echo, program, run, step
+from nvembed_deploy.console import ArgumentParser, echo, program, run, step
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.engines.bench_plot import draw_bench
 from nvembed_deploy.engines.bench_report import BenchReport, EngineFigures, Latency
@@ -298,7 +297,7 @@ def _measure_start(name: str, device: str) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("bench"), description="Measures engines side by side on the same texts, interleaved."
     )
     parser.add_argument(

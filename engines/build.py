@@ -5,7 +5,6 @@ Needs the device's TensorRT and no PyTorch: the graph, the tokenizer and the ref
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from nvembed_deploy.bundle.manifest import GRAPH, PLAN, REFERENCE_OUTPUTS, TOKEN
 from nvembed_deploy.bundle.parity_report import ParityReport
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.writer import commit, new_bundle
-from nvembed_deploy.console import detail, echo, program, run, shape_argument, step
+from nvembed_deploy.console import ArgumentParser, detail, echo, program, run, shape_argument, step
 from nvembed_deploy.engines.plan_builder import (
     add_option_flags,
     build_memory_bytes,
@@ -48,7 +47,7 @@ from nvembed_deploy.tokenization import TextEncoder
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command; the last line on stdout is the folder of the finished bundle."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("build"),
         description="Builds the engine.plan of a bundle with this machine's TensorRT, compares it with the reference "
         "outputs in the bundle, and replaces the bundle.",

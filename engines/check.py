@@ -7,7 +7,6 @@ server's vectors are compared with them instead: whether its vectors and the bun
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from nvembed_deploy.backends.base import Backend
 from nvembed_deploy.bundle.manifest import MANIFEST, REFERENCE_OUTPUTS, TOKENIZER
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import BUNDLE_HELP, echo, install_command, program, run, step
+from nvembed_deploy.console import BUNDLE_HELP, ArgumentParser, echo, install_command, program, run, step
 from nvembed_deploy.errors import ConfigError, MissingExtra, ParityError
 from nvembed_deploy.files.api_keys import read_keys
 from nvembed_deploy.files.atomic import write_file
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     Returns:
         0, or 1 if the bundle is outside the tolerance or cannot be run.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("check"), description="Compares a bundle with the PyTorch model on real text."
     )
     parser.add_argument("bundle", help=BUNDLE_HELP)

@@ -7,7 +7,6 @@ with the reference, and its operators are compared with those that the device's 
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import tarfile
@@ -22,7 +21,7 @@ import nvembed_deploy
 from nvembed_deploy.backends.bindings import TENSORRT_RTX
 from nvembed_deploy.bundle.manifest import GRAPH, MANIFEST, REFERENCE_OUTPUTS, Manifest
 from nvembed_deploy.bundle.reader import Bundle, bundle_folder
-from nvembed_deploy.console import echo, program, run
+from nvembed_deploy.console import ArgumentParser, echo, program, run
 from nvembed_deploy.engines.targets import TARGETS, Target, capable_gpus, version_number
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import staged_file
@@ -142,7 +141,7 @@ vectors = Encoder("bundle").encode(["a text"])
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command; the last line on stdout is the path of the archive."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("pack"),
         description="Packs a bundle into an archive that builds its engine on the device. Export the bundle for the "
         f"device first: {program('export')} --target {DEVICE_TARGETS[0]}.",

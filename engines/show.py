@@ -5,7 +5,6 @@ Of a checkpoint it describes what was read from where, before anything is export
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from nvembed_deploy.backends.trt import check_fit
 from nvembed_deploy.bundle.manifest import MANIFEST, Manifest
 from nvembed_deploy.bundle.parity_report import TOP_K
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.console import BUNDLE_HELP, program, run
+from nvembed_deploy.console import BUNDLE_HELP, ArgumentParser, program, run
 from nvembed_deploy.engines.targets import TARGETS
 from nvembed_deploy.errors import ConfigError, DeviceMismatchError, MissingExtra
 from nvembed_deploy.files.records import to_json
@@ -172,7 +171,7 @@ def checkpoint_lines(folder: Path) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog=prog or program("show"), description=__doc__.split(": ", 1)[1])
+    parser = ArgumentParser(prog=prog or program("show"), description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", help=f"{BUNDLE_HELP}; or a checkpoint's folder")
     parser.add_argument("--json", action="store_true", help="print JSON, with the complete manifest")
     flags = parser.parse_args(argv)

@@ -8,7 +8,6 @@ every machine can access them, and `RAY_ADDRESS` names the cluster.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nvembed_deploy.bundle.manifest import TOKENIZER
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.vector_kinds import require_offered
-from nvembed_deploy.console import echo, install_command, program, run
+from nvembed_deploy.console import ArgumentParser, echo, install_command, program, run
 from nvembed_deploy.errors import ConfigError, EngineError, InputError, MissingExtra
 from nvembed_deploy.export.bulk.inputs import SUFFIXES, input_files
 from nvembed_deploy.export.bulk.output import REJECTS, Output
@@ -55,7 +54,7 @@ class BulkOptions:
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command; its last line on stdout is the output's folder."""
-    parser = argparse.ArgumentParser(prog=prog or program("bulk"), description=__doc__.split(": ", 1)[1])
+    parser = ArgumentParser(prog=prog or program("bulk"), description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", type=Path, help="a bundle's folder")
     parser.add_argument(
         "--input",

@@ -11,7 +11,6 @@ Source: Triton Inference Server documentation, "Model configuration" and "Python
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from nvembed_deploy.backends.ort import INPUTS, OUTPUTS
 from nvembed_deploy.bundle.manifest import CPU_GRAPH, GRAPH, PLAN, TOKENIZER, WEIGHTS, Manifest
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.bundle.vector_kinds import require_offered
-from nvembed_deploy.console import BUNDLE_HELP, echo, program, run
+from nvembed_deploy.console import BUNDLE_HELP, ArgumentParser, echo, program, run
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.files.atomic import move_into_place, staged_folder
 from nvembed_deploy.files.records import to_json
@@ -329,7 +328,7 @@ from nvembed_deploy.serve.triton_vectors import TritonPythonModel  # noqa: F401
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command; its last line on stdout is the repository's path."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("triton"), description="Writes a model repository for Triton Inference Server."
     )
     parser.add_argument("bundle", help=BUNDLE_HELP)

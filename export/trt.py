@@ -5,11 +5,10 @@ It is the same as `nvembed export`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from nvembed_deploy.console import install_command, program, run
+from nvembed_deploy.console import ArgumentParser, install_command, program, run
 from nvembed_deploy.errors import MissingExtra
 from nvembed_deploy.export.options import add_flags, from_flags
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, onnx_onl
     Returns:
         0, or 1 after an error that is reported in one line.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("export"),
         description="Exports an NV-Embed checkpoint to a bundle: an ONNX graph, a TensorRT plan, the tokenizer and a "
         "manifest, compared with PyTorch on real text. Works without a GPU.",

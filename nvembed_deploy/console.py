@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from nvembed_deploy.errors import THREAD_LIMIT, ConfigError, DeployError, is_thread_limit
 from nvembed_deploy.spec import Shape
@@ -65,6 +66,21 @@ def run(command: Callable[[], None], *, verbose: bool = False) -> int:
         if in_main:
             signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The parser of argparse, which also names the flag that a misspelt one resembles."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with exit code 2."""
+        import difflib
+
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        if close := difflib.get_close_matches(
+            unknown.partition(" ")[0].partition("=")[0], self._option_string_actions, n=1
+        ):
+            message += f" (did you mean {close[0]}?)"
+        super().error(message)
 
 
 def program(command: str = "") -> str:

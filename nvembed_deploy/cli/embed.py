@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.console import BUNDLE_HELP, echo, is_terminal, program, run
+from nvembed_deploy.console import BUNDLE_HELP, ArgumentParser, echo, is_terminal, program, run
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra, failure_reason
 from nvembed_deploy.files.atomic import staged_file
@@ -33,7 +32,7 @@ Writer = Callable[[BinaryIO, Iterator[tuple[str, NDArray[Any]]], NDArray[Any]], 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command; without `--out` it writes JSON lines to stdout."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("embed"),
         description="Embeds texts. A .txt file and standard input contain one text per line, .jsonl, .csv and .parquet "
         "files one per row.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed_deploy.console import BUNDLE_HELP, echo, program, run
+from nvembed_deploy.console import BUNDLE_HELP, ArgumentParser, echo, program, run
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError
 from nvembed_deploy.tokenization import DEFAULT_QUERY_INSTRUCTION
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     Returns:
         0, or 1 after an error, which is printed as one line.
     """
-    parser = argparse.ArgumentParser(prog=prog or program("similarity"), description=__doc__.split(": ", 1)[1])
+    parser = ArgumentParser(prog=prog or program("similarity"), description=__doc__.split(": ", 1)[1])
     parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument("--query", action="append", metavar="TEXT", help="a question; may be repeated")
     parser.add_argument("--passage", action="append", metavar="TEXT", help="a passage; may be repeated")

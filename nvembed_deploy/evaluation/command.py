@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvembed_deploy.console import BUNDLE_HELP, echo, install_command, program, run
+from nvembed_deploy.console import BUNDLE_HELP, ArgumentParser, echo, install_command, program, run
 from nvembed_deploy.errors import ConfigError, MissingExtra, ParityError
 from nvembed_deploy.files.records import to_json
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     Returns:
         0, or 1 if a task is beyond its tolerance or the command failed.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("eval"),
         description="Scores a bundle and its PyTorch model on the same MTEB tasks and compares the scores. "
         "Without --tasks, --benchmark or --data: tasks of six kinds from Python's documentation, offline.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import socket
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from nvembed_deploy.bundle.reader import bundle_folder
 from nvembed_deploy.coalescer import DEFAULT_MAX_WAITING
-from nvembed_deploy.console import echo, install_command, program, run, step, url_host
+from nvembed_deploy.console import ArgumentParser, echo, install_command, program, run, step, url_host
 from nvembed_deploy.encoder import Encoder
 from nvembed_deploy.errors import ConfigError, MissingExtra
 from nvembed_deploy.files.api_keys import read_keys
@@ -24,7 +23,7 @@ DRAIN_SECONDS = 2
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog or program("serve"),
         description="Serves a bundle over HTTP, to clients of OpenAI, NVIDIA's embedding NIM and Voyage (POST "
         "/v1/embeddings), text-embeddings-inference (/embed), Cohere (/v2/embed) and Ollama (/api/embed). GET /health "

@@ -73,6 +73,22 @@ def test_first_calls_and_typos(
     assert message in captured.out + captured.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "bundle", "--jsno"], "unrecognized arguments: --jsno (did you mean --json?)\n"),
+        (["similarity", "bundle", "--pasage=a"], "unrecognized arguments: --pasage=a (did you mean --passage?)\n"),
+        (["show"], "the following arguments are required: bundle\n"),
+    ],
+)
+def test_a_misspelt_flag_is_told_with_the_one_it_resembles(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert capsys.readouterr().err.endswith(message)
+
+
 def test_commands_missing_from_the_installation_are_hidden_and_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
