@@ -251,7 +251,7 @@ def test_a_hub_name_is_downloaded(bundles: dict[str, Path], tmp_path: Path, monk
         with pytest.raises(BundleError, match=message):
             Encoder(name)
     (tmp_path / "bundles").mkdir()
-    with pytest.raises(BundleError, match=r"bundles/none does not exist; export a bundle"):
+    with pytest.raises(BundleError, match=r"bundles/none does not exist; check the path, or export one"):
         Encoder("bundles/none")
     assert downloads == ["org/name", "org/gated", "org/private", "org/unreachable"]
 

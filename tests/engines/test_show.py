@@ -64,4 +64,4 @@ def test_bits_per_weight_are_those_of_the_stored_weights() -> None:
 
 def test_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nothing")]) == 1
-    assert "does not exist; export a bundle" in capsys.readouterr().err
+    assert "does not exist; check the path, or export one: " in capsys.readouterr().err
