@@ -54,7 +54,7 @@ EXCLUDED = (
     *("backends/pytorch.py", "engines/pack.py", "engines/portable_operators.py"),
     *(
         f"model/{name}.py"
-        for name in ("checkpoint", "decoder", "fold", "latent_attention", "nvembed", "source", "weights")
+        for name in ("checkpoint", "decoder", "float32", "fold", "latent_attention", "nvembed", "source", "weights")
     ),
 )
 """Files that match `PACKED` but need PyTorch or ONNX."""
