@@ -2,7 +2,7 @@
 
 Makes the synthetic checkpoint (once), then measures: reading it, `cp`, the export with `--weights copy`, with
 `--weights reference`, and the latter again with its input in the page cache; two layers of full size, compared with
-PyTorch and built for TensorRT-RTX, in FP16, INT8 and INT4; and two layers calibrated for INT8 block by block. Each step
+PyTorch and built for TensorRT-RTX, in FP16, INT8 and INT4; and two layers calibrated block by block. Each step
 is a process of its own, whose peak memory the system reports. Only `reference_warm` and the slices may find parts of
 the checkpoint in the page cache. Writes benchmarks/results/full_size.json; with `--only`, one slice of it.
 """
@@ -38,14 +38,15 @@ SLACK_SECONDS, MAX_TIMES_CP, MAX_REFERENCE_SECONDS = 30, 1.2, 60
 MAX_BYTES, MAX_FORECAST_ERROR = 10**9, 0.15
 TWO_LAYERS = ["--layers", "2", "--precision"]
 INT8 = [*TWO_LAYERS, "int8", "--calibration-tokens", "2048"]
+INT4 = [*TWO_LAYERS, "int4", "--calibration-tokens", "4096"]
 SLICES = {
     "fp16": ["export.trt", *TWO_LAYERS, "fp16", "--target", "rtx", "--max", "4x256"],
     # INT8's gate embeds 240 more texts with a reference whose pooler is not folded; they are truncated to the plan's
     # maximum length.
     "int8": ["export.trt", *INT8, "--target", "rtx", "--max", "4x32"],
     "int8_streamed": ["export.to_onnx", *INT8, "--no-parity"],
-    # GPTQ wants more tokens than a layer has inputs (14,336), and gets as many as by default.
-    "int4": ["export.trt", *TWO_LAYERS, "int4", "--target", "rtx", "--max", "4x32"],
+    "int4": ["export.trt", *INT4, "--target", "rtx", "--max", "4x32"],
+    "int4_streamed": ["export.to_onnx", *INT4, "--no-parity"],
 }
 FORECAST = re.compile(r"up to ([\d.]+) GiB of memory")
 

@@ -287,10 +287,10 @@ def full_size_table() -> str:
     for name, row in record["slices"].items():
         precision, _, streamed = name.partition("_")
         description = f"{row['layers']} layers, {precision}, "
+        excluded = f", {len(row['excluded'])} of {row['groups']} groups in FP16" if "groups" in row else ""
         if streamed:
-            description += "calibrated layer by layer with `--no-parity`"
+            description += f"calibrated layer by layer with `--no-parity`{excluded}"
         else:
-            excluded = f", {len(row['excluded'])} of {row['groups']} groups in FP16" if "groups" in row else ""
             description += (
                 f"compared and built for TensorRT-RTX: lowest cosine {row['min_cosine']:.5f}{excluded}, plan "
                 f"{row['plan_bytes'] / 1e9:.2f} GB"
