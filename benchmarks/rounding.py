@@ -36,7 +36,7 @@ from nvembed_deploy.export.quantization.formats import FORMATS, MAX_FP8, MIN_FP8
 from nvembed_deploy.export.quantization.gptq import gptq
 from nvembed_deploy.export.quantization.linear_groups import linear_groups, weight_of
 from nvembed_deploy.export.quantization.record import GroupRecord
-from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding
+from nvembed_deploy.export.quantization.rounding import Rounding, rounding_of
 from nvembed_deploy.export.quantization.search import quantize
 from nvembed_deploy.export.quantization.simulation import simulation_hook
 from nvembed_deploy.files.atomic import write_file
@@ -112,7 +112,7 @@ def measure(precision: Precision, folder: Path) -> Iterator[dict[str, Any]]:
     batches = padded_batches(text, probe_rows(text, LONGEST, everyday=True)[1])[1]
     rows = tokenize(built_in_texts(), text, tokens=CALIBRATION_TOKENS)
     expected = layerwise.forward(batches)
-    exported = GptqRounding(fmt, folder / precision.value)
+    exported = rounding_of(precision, folder / precision.value)
     record = quantize(layerwise, text, rows, exported, model_sha256="", longest=LONGEST)
     groups = linear_groups(model)
     collector = InputCollector(layerwise, text, rows)

@@ -112,13 +112,13 @@ def forecast(weights: StoredWeights, options: ExportOptions, *, plan: bool) -> F
         if precision.quantized:  # more than the simulated weights take during the search
             runtime += int(RUNTIME_BYTES_PER_QUANTIZED_WEIGHT * linear_weights)
         # First the reference alone; then, its pooler folded, beside the writer, the runtime, or GPTQ.
-        working = max(streaming, runtime, _gptq_bytes(config) if precision.quantized else 0)
+        working = max(streaming, runtime, _gptq_bytes(config) if uses_gptq(precision) else 0)
         comparing = max(4 * count_parameters(config, fold=False), folded + working)
     elif options.runs_model:
         streaming = max(streaming, layerwise)
     building = build_memory_bytes(weight_bytes) if plan else 0
     # The rounded weights are removed when the graph is written, before a plan is built.
-    beside_graph = _rounded_bytes(linear_weights, precision) if precision.quantized else 0
+    beside_graph = _rounded_bytes(linear_weights, precision) if uses_gptq(precision) else 0
     if plan:
         beside_graph = max(beside_graph, int(weight_bytes * PLAN_FACTOR) + PLAN_BASE_BYTES)
     written = _written_bytes(weights, options, weight_bytes) + beside_graph
@@ -212,8 +212,13 @@ def _layerwise_bytes(weights: StoredWeights, options: ExportOptions) -> int:
         if block_name != EMBEDDINGS
     )
     # The block, the Hessians of its groups, and GPTQ's work.
-    rounding = max(4 * sum(sizes) for sizes in blocks.values()) + _gptq_bytes(config)
+    rounding = max(4 * sum(sizes) for sizes in blocks.values()) + _gptq_bytes(config) if uses_gptq(precision) else 0
     return max(loading, simulating, rounding) + ranked_states + hidden_states + sampled_rows
+
+
+def uses_gptq(precision: Precision) -> bool:
+    """Returns True if a precision's weights are rounded by GPTQ."""
+    return precision.quantized and FORMATS[precision].gptq
 
 
 def _gptq_bytes(config: ModelConfig) -> int:

@@ -57,7 +57,7 @@ from nvembed_deploy.export.quantization.record import (
     nothing_to_quantize,
 )
 from nvembed_deploy.export.quantization.reuse import ReusedBundle
-from nvembed_deploy.export.quantization.rounding import GptqRounding
+from nvembed_deploy.export.quantization.rounding import Rounding, rounding_of
 from nvembed_deploy.export.quantization.step import reused_bundle, search_or_reuse, weights_sha256, write_with_chart
 from nvembed_deploy.export.request import (
     Checkpoint,
@@ -106,7 +106,7 @@ class ExportState:
     gate: Gate | None = None
     layerwise: LayerwiseModel | None = None
     record: QuantizationRecord | None = None
-    rounding: GptqRounding | None = None
+    rounding: Rounding | None = None
     """How the weights of quantized layers are rounded."""
     fp32_modules: frozenset[str] = frozenset()
     opset: int = 0
@@ -241,7 +241,7 @@ def _quantize(state: ExportState, reused: ReusedBundle | None) -> None:
     options, layerwise = state.options, state.layerwise
     if layerwise is None or not options.precision.quantized:
         return
-    state.rounding = GptqRounding(FORMATS[options.precision], state.staging / ROUNDED_WEIGHTS)
+    state.rounding = rounding_of(options.precision, state.staging / ROUNDED_WEIGHTS)
     model_sha256 = weights_sha256(state.source.result())
     state.record = search_or_reuse(
         layerwise, state.text, state.rounding, options, reused=reused, model_sha256=model_sha256

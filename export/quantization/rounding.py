@@ -1,4 +1,4 @@
-"""How the weights of quantized layers are rounded: by GPTQ, and to the nearest value while smoothing is searched.
+"""How the weights of quantized layers are rounded: to the nearest value, or by GPTQ.
 
 The nearest values follow from the weights, and are computed again each time that they are needed. GPTQ's follow from
 the calibration too and take longer, so they are stored: one file a layer, as a model may be larger than the memory.
@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nvembed_deploy.errors import ExportError
-from nvembed_deploy.export.quantization.formats import NumberFormat
+from nvembed_deploy.export.quantization.formats import FORMATS, NumberFormat
 from nvembed_deploy.export.quantization.gptq import gptq
 from nvembed_deploy.export.quantization.linear_groups import weight_of
 from nvembed_deploy.model.nvembed import NVEmbed
+from nvembed_deploy.spec import Precision
 
 
 class Rounding:
@@ -118,3 +119,14 @@ class GptqRounding(Rounding):
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def rounding_of(precision: Precision, folder: Path) -> Rounding:
+    """Returns the rounding of a precision's weights.
+
+    Args:
+        precision: A quantized precision.
+        folder: Where the results are stored if they do not follow from the weights.
+    """
+    fmt = FORMATS[precision]
+    return GptqRounding(fmt, folder) if fmt.gptq else Rounding(fmt)

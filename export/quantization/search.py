@@ -1,14 +1,12 @@
 """Quantizes the linear layers of an FP32 model: searches scales, ranks groups, and excludes the most sensitive ones.
 
 1. For each group of layers that take the same input, SmoothQuant's alpha and the clip ratio of the input's scale are
-   searched for the smallest error of the layers' outputs. A format that is not smoothed has no alpha: its weights are
-   rounded here, by GPTQ.
+   searched for the smallest error of the layers' outputs. Formats that GPTQ rounds have no alpha: the weights are
+   rounded here, once, with the inputs that were collected.
 2. Each group alone is quantized in the model, with the best of these settings and, in a small model, the next ones. Its
    sensitivity is the loss of cosine on real text: an error of a group's outputs matters more or less to the embeddings.
    The setting with the lowest sensitivity is taken.
-3. If groups were smoothed, a second pass over the calibration rounds the smoothed weights by GPTQ; so far they were
-   rounded to the nearest values.
-4. The groups with the highest sensitivity per weight are excluded until the parity gate's tolerance holds. Excluded
+3. The groups with the highest sensitivity per weight are excluded until the parity gate's tolerance holds. Excluded
    groups without which it holds too are then quantized after all, the largest first.
 """
 
@@ -81,7 +79,7 @@ def quantize(
     layerwise: LayerwiseModel,
     text: TextEncoder,
     rows: Sequence[TokenRow],
-    rounding: GptqRounding,
+    rounding: Rounding,
     *,
     model_sha256: str,
     longest: int,
@@ -93,7 +91,7 @@ def quantize(
         layerwise: The FP32 model, its pooler folded or not.
         text: The model's text encoder.
         rows: The tokenized calibration texts.
-        rounding: The rounding of a quantized precision, in which its results are stored.
+        rounding: The rounding of a quantized precision; the results of GPTQ are stored in it.
         model_sha256: Hash of the checkpoint.
         longest: Tokens of the gate's longest text.
         on_forecast: Called with roughly the seconds that the rest takes, once the model has run for the first time.
@@ -116,13 +114,10 @@ def quantize(
         seconds_per_token = (time.monotonic() - started) / _tokens(gate_rows)
         on_forecast(seconds_per_token * _forecast_tokens(layerwise, groups, rounding, rows, ranking_rows, gate_rows))
     collector = InputCollector(layerwise, text, rows)
-    searched = Rounding(fmt) if fmt.smoothed else rounding  # GPTQ of every alpha would take the Hessian of each
-    settings = _search_settings(layerwise, groups, collector, searched)
-    records = _rank_settings(layerwise, text, ranking_rows, groups, settings, searched)
+    settings = _search_settings(layerwise, groups, collector, rounding)
+    records = _rank_settings(layerwise, text, ranking_rows, groups, settings, rounding)
     for group, record in zip(groups, records, strict=True):
         layerwise.edit(block_of(group.name), smoothing_edit(layerwise.model, group, record))
-    if fmt.smoothed:
-        _round_weights(layerwise, groups, collector, rounding)
     records = _exclude_until_tolerance_holds(layerwise, text, gate_rows, reference, records, rounding)
     return QuantizationRecord(
         version=RECORD_VERSION,
@@ -166,13 +161,13 @@ def _forecast_tokens(
         * (1 if is_large or not rounding.fmt.smoothed else 1 + (RANKED_SETTINGS - 1) / 2)
     )
     excluding = _tokens(gate_rows) * min(len(groups), LARGE_MODEL_TRIES)
-    shapes = [weight_of(layerwise.model, group.linears[0]).shape[1] for group in groups]
-    weights = [sum(weight_of(layerwise.model, name).numel() for name in group.linears) for group in groups]
-    # The Hessians; then two Cholesky factors and an inverse of each, and the errors' products.
-    fitting = _tokens(rows) * sum(K * K for K in shapes) / sum(weights)
-    fitting += sum(1.4 * K**3 + count * K for K, count in zip(shapes, weights, strict=True)) / (2 * sum(weights))
-    if rounding.fmt.smoothed:
-        fitting += _tokens(rows)
+    fitting = 0.0
+    if rounding.fmt.gptq:
+        shapes = [weight_of(layerwise.model, group.linears[0]).shape[1] for group in groups]
+        weights = [sum(weight_of(layerwise.model, name).numel() for name in group.linears) for group in groups]
+        # The Hessians; then two Cholesky factors and an inverse of each, and the errors' products.
+        fitting = _tokens(rows) * sum(K * K for K in shapes) / sum(weights)
+        fitting += sum(1.4 * K**3 + count * K for K, count in zip(shapes, weights, strict=True)) / (2 * sum(weights))
     return _tokens(rows) + searching + ranking + fitting + excluding
 
 
@@ -200,23 +195,6 @@ def _search_settings(
     layerwise.forward(collector.batches, hook=search_block, description="calibrating, layer by layer")
     bar.close()
     return [settings[group.name] for group in groups]
-
-
-def _round_weights(
-    layerwise: LayerwiseModel, groups: Sequence[LinearGroup], collector: InputCollector, rounding: GptqRounding
-) -> None:
-    """Rounds the weights of all groups of a smoothed model by GPTQ."""
-    bar = tqdm(total=len(groups), desc="rounding weights", unit="group", disable=None, leave=False)
-
-    @contextmanager
-    def round_block(block_name: str) -> Iterator[None]:
-        block_groups = [group for group in groups if block_of(group.name) == block_name]
-        with _rounded_after(layerwise.model, block_groups, collector, rounding):
-            yield
-        bar.update(len(block_groups))
-
-    layerwise.forward(collector.batches, hook=round_block, description="calibrating again, layer by layer")
-    bar.close()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from nvembed_deploy.export.options import ExportOptions
 from nvembed_deploy.export.quantization.calibration import built_in_texts, read_texts, texts_sha256, tokenize
 from nvembed_deploy.export.quantization.record import QuantizationRecord, write_record
 from nvembed_deploy.export.quantization.reuse import ReusedBundle, open_reused
-from nvembed_deploy.export.quantization.rounding import GptqRounding
+from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding
 from nvembed_deploy.export.quantization.search import quantize
 from nvembed_deploy.export.quantization.smoothing import apply_record
 from nvembed_deploy.model.config import ModelConfig
@@ -38,7 +38,7 @@ def reused_bundle(options: ExportOptions, config: ModelConfig) -> ReusedBundle |
 def search_or_reuse(
     layerwise: LayerwiseModel,
     text: TextEncoder,
-    rounding: GptqRounding,
+    rounding: Rounding,
     options: ExportOptions,
     *,
     reused: ReusedBundle | None,
@@ -49,7 +49,7 @@ def search_or_reuse(
     Args:
         layerwise: The FP32 model.
         text: The model's text encoder.
-        rounding: The rounding of the precision, in which its results are stored.
+        rounding: The rounding of the precision; the results of GPTQ are stored in it.
         options: The export's options.
         reused: The bundle to reuse; None to search.
         model_sha256: Hash of the checkpoint.
@@ -61,9 +61,10 @@ def search_or_reuse(
     rows = _calibration_rows(options, text)
     if reused is not None:
         reused.require_inputs(model_sha256=model_sha256, texts_sha256=texts_sha256(rows) if rows is not None else None)
-        with step(f"reusing the settings and the rounded weights of {reused.path}"):
+        with step(f"reusing the quantization of {reused.path}"):
             apply_record(layerwise, reused.record)
-            reused.copy_weights(rounding, layerwise.model)
+            if isinstance(rounding, GptqRounding):
+                reused.copy_weights(rounding, layerwise.model)
         return reused.record
     assert rows is not None
     with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):

@@ -44,7 +44,7 @@ from nvembed_deploy.export.quantization.record import (
     parse_record,
     write_record,
 )
-from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding
+from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding, rounding_of
 from nvembed_deploy.export.quantization.search import quantize
 from nvembed_deploy.export.quantization.simulation import simulated, simulated_alone, simulation_hook
 from nvembed_deploy.export.quantization.smoothing import apply_record
@@ -91,16 +91,14 @@ NEAREST_INT8 = Rounding(FORMATS[Precision.INT8])
 
 
 @pytest.fixture(scope="module")
-def roundings(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, GptqRounding]:
-    """The rounding of each precision, which has results once `quantized` has made them."""
-    return {
-        precision: GptqRounding(FORMATS[precision], tmp_path_factory.mktemp(precision.value)) for precision in QUANTIZED
-    }
+def roundings(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Rounding]:
+    """The rounding of each precision; those by GPTQ have results once `quantized` has made them."""
+    return {precision: rounding_of(precision, tmp_path_factory.mktemp(precision.value)) for precision in QUANTIZED}
 
 
 @pytest.fixture(scope="module")
 def quantized(
-    plain: NVEmbed, text: TextEncoder, roundings: dict[Precision, GptqRounding]
+    plain: NVEmbed, text: TextEncoder, roundings: dict[Precision, Rounding]
 ) -> Callable[[Precision], Quantized]:
     """Quantizes the model to a precision, once each; returns the smoothed model and the record."""
     rows = tokenize(built_in_texts(), text, tokens=1500)
@@ -245,12 +243,11 @@ def test_a_model_without_a_quantizable_group_is_refused(
 ) -> None:
     monkeypatch.setattr(quantization, "MARGIN", 1.0)  # only a cosine of 1 is enough
     rows = tokenize(built_in_texts(), text, tokens=300)
-    rounding = GptqRounding(FORMATS[Precision.INT8], tmp_path / "rounded")
     with pytest.raises(
         ParityError,
         match=r"no group of this model's layers can be quantized to int8 .* or export with --precision fp16",
     ):
-        quantize(LayerwiseModel(copy.deepcopy(plain)), text, rows, rounding, model_sha256="", longest=LONGEST)
+        quantize(LayerwiseModel(copy.deepcopy(plain)), text, rows, NEAREST_INT8, model_sha256="", longest=LONGEST)
     rounding = GptqRounding(replace(FORMATS[Precision.INT4], block_size=37), tmp_path / "rounded")
     with pytest.raises(ExportError, match="int4 quantizes blocks of 37 inputs, and no layer"):
         quantize(LayerwiseModel(plain), text, rows, rounding, model_sha256="", longest=LONGEST)
@@ -317,7 +314,7 @@ def test_ranges_are_over_every_token(plain: NVEmbed, text: TextEncoder) -> None:
 )
 def test_the_graph_computes_what_was_simulated(
     quantized: Callable[[Precision], Quantized],
-    roundings: dict[Precision, GptqRounding],
+    roundings: dict[Precision, Rounding],
     text: TextEncoder,
     tmp_path: Path,
     precision: Precision,
@@ -384,7 +381,7 @@ def test_zero_points_are_zero(quantized: Callable[[Precision], Quantized]) -> No
 
 @pytest.mark.parametrize("bound", ["min_cosine", "min_mean_cosine", "max_difference"])
 def test_no_group_is_excluded_without_need(
-    plain: NVEmbed, text: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
+    plain: NVEmbed, text: TextEncoder, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     """In a model with a damaged layer, quantizing any of the excluded groups fails the gate."""
     original = TOLERANCES[Precision.INT8]
@@ -398,13 +395,12 @@ def test_no_group_is_excluded_without_need(
         weight[:, 0] = weight[:, 0] + 300 * weight.abs().max()  # one column determines the scale of every row
         model.get_parameter("embedding_model.layers.1.mlp.up_proj.weight")[0] /= 300
     rows = tokenize(built_in_texts(), text, tokens=800)
-    rounding = GptqRounding(FORMATS[Precision.INT8], tmp_path / "rounded")
-    record = quantize(LayerwiseModel(model), text, rows, rounding, model_sha256="", longest=LONGEST)
+    record = quantize(LayerwiseModel(model), text, rows, NEAREST_INT8, model_sha256="", longest=LONGEST)
     gate_rows = probe_rows(text, LONGEST, everyday=True)[1]
     reference = LayerwiseModel(model).embed(text, gate_rows)
 
     def holds(groups: Sequence[GroupRecord]) -> bool:
-        with simulated(model, groups, rounding):
+        with simulated(model, groups, NEAREST_INT8):
             vectors = LayerwiseModel(model).embed(text, gate_rows)
         cosines = (reference * vectors).sum(dim=1)
         scaled_difference = float((reference - vectors).abs().max()) * reference.shape[1] ** 0.5
@@ -632,7 +628,7 @@ def test_the_command_and_its_record_reused(
     assert f"--reuse {searched} reuses it for another target or dialect" in progress
     reusing = [*common, "--dialect", "portable", "--reuse", str(searched), "--out", str(reused)]
     assert export_graph(reusing) == 0
-    assert "reusing the settings and the rounded weights of" in capsys.readouterr().err
+    assert "reusing the quantization of" in capsys.readouterr().err
     records = [json.loads((folder / QUANTIZATION).read_text()) for folder in (searched, reused)]
     assert records[0] == records[1]
     assert export_graph([*reusing, "--calibration-tokens", "10", "--calibration", str(texts)]) == 1
@@ -654,42 +650,35 @@ def test_excluded_groups_are_explained(quantized: Callable[[Precision], Quantize
         assert group.input_scale > 0
 
 
-@pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
 def test_weights_of_eight_bits_are_rounded_by_gptq_too(
-    quantized: Callable[[Precision], Quantized],
-    roundings: dict[Precision, GptqRounding],
-    plain: NVEmbed,
-    text: TextEncoder,
-    precision: Precision,
+    quantized: Callable[[Precision], Quantized], roundings: dict[Precision, Rounding], plain: NVEmbed, text: TextEncoder
 ) -> None:
-    """INT8's after smoothing, in a second pass: by weights alone, less is lost than with the nearest values."""
-    model, record = quantized(precision)
+    """FP8's: by weights alone, less is lost than with the nearest values."""
+    model, record = quantized(Precision.FP8)
     rows = probe_rows(text, LONGEST)[1]
     expected = LayerwiseModel(plain).embed(text, rows)
-    weight_only = replace(FORMATS[precision], quantizes_inputs=False)
+    weight_only = replace(FORMATS[Precision.FP8], quantizes_inputs=False)
 
     def loss(rounding: Rounding) -> float:
         hook = simulation_hook(model, [group for group in record.groups if not group.excluded], rounding)
         return 1 - float((expected * LayerwiseModel(model).embed(text, rows, hook=hook)).sum(dim=1).mean())
 
-    by_gptq = GptqRounding(weight_only, roundings[precision].folder)
-    assert loss(by_gptq) < 0.7 * loss(Rounding(weight_only))
+    by_gptq = roundings[Precision.FP8]
+    assert isinstance(by_gptq, GptqRounding)
+    assert loss(GptqRounding(weight_only, by_gptq.folder)) < 0.7 * loss(Rounding(weight_only))
 
 
-def test_a_streamed_model_is_quantized_the_same(
-    checkpoint: Path, plain: NVEmbed, text: TextEncoder, tmp_path: Path
-) -> None:
+def test_a_streamed_model_is_quantized_the_same(checkpoint: Path, plain: NVEmbed, text: TextEncoder) -> None:
     """One block in memory at a time: the same ranges, smoothing, quantized values and embeddings."""
     rows = tokenize(built_in_texts(), text, tokens=600)
     weights = StoredWeights(checkpoint, read_checkpoint_architecture(checkpoint))
     streamed, in_memory = LayerwiseModel.from_checkpoint(weights, fold=True), LayerwiseModel(copy.deepcopy(plain))
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
-    roundings = [GptqRounding(FORMATS[Precision.INT8], tmp_path / name) for name in ("streamed", "in memory")]
     probes = probe_rows(text, LONGEST)[1]
     assert torch.allclose(streamed.embed(text, probes), in_memory.embed(text, probes), atol=1e-6)
     records = [
-        quantize(layerwise, text, rows, rounding, model_sha256="0" * 64, longest=LONGEST)
-        for layerwise, rounding in zip((streamed, in_memory), roundings, strict=True)
+        quantize(layerwise, text, rows, NEAREST_INT8, model_sha256="0" * 64, longest=LONGEST)
+        for layerwise in (streamed, in_memory)
     ]
     for streamed_group, group in zip(records[0].groups, records[1].groups, strict=True):
         assert streamed_group.name == group.name
@@ -697,8 +686,7 @@ def test_a_streamed_model_is_quantized_the_same(
         assert streamed_group.input_scale == pytest.approx(group.input_scale, rel=2e-3)
     record = replace(records[1], groups=tuple(replace(group, excluded=False) for group in records[1].groups))
     streamed_weights, memory_weights = (
-        QuantizedWeights(layerwise, record, rounding)
-        for layerwise, rounding in zip((streamed, in_memory), roundings, strict=True)
+        QuantizedWeights(layerwise, record, NEAREST_INT8) for layerwise in (streamed, in_memory)
     )
     for linear in record.groups[3].linears + record.groups[-1].linears + record.groups[0].linears:
         for name in (f"{linear}.weight{QUANTIZED_SUFFIX}", f"{linear}.weight{SCALE_SUFFIX}"):
