@@ -154,7 +154,7 @@ def forecasts_table() -> str:
         "| precision | weights | GPU, at run time | host, to export | with `--no-parity` | to build the plan | disk |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    groups = (("fp16", "bf16"), ("int8", "fp8"), ("int4",), ("nvfp4",))
+    groups = (("fp16", "bf16"), ("int8",), ("fp8",), ("int4",))
     names = {group[0]: ", ".join(group) for group in groups}
     for row in record["rows"]:
         if row["precision"] in names:
