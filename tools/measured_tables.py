@@ -212,7 +212,11 @@ def mteb_table() -> str:
             f"| {precision} | {' | '.join(f'{points:+.3f}' for points in by_kind)} | "
             f"{worst['engine'] - worst['reference']:+.3f} ({worst['task']}) |"
         )
-    others = [f"; {precision} on {date}" for precision, date in record.get("score_dates", {}).items()]
+    others = [
+        f"; {precision} on {date}"
+        for precision, date in record.get("score_dates", {}).items()
+        if date != record["scores_date"]
+    ]
     lines += ["", f"Scored by `{record['scores_command']}` on {record['scores_date']}{''.join(others)}."]
     return "\n".join(lines) + "\n"
 
