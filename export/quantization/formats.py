@@ -52,8 +52,8 @@ class NumberFormat:
     """True if weights are rounded by GPTQ; False if groups are smoothed and weights rounded to the nearest values.
 
     INT8 needs smoothing for its inputs: without it the mini's mean cosine is 0.973, with it 0.9983. GPTQ on top of it
-    gives 0.9989, but makes last bits of sums matter: scores of retrieval then differ by 0.3 points from one export to
-    the next. FP8's mean cosine is 0.9978 with GPTQ and 0.9953 without, smoothed or not; smoothing gains INT4 0.001.
+    gives 0.9989, but makes last bits of sums matter: two exports with other maximum shapes differed by 0.3 points in
+    retrieval. FP8's mean cosine is 0.9978 with GPTQ and 0.9953 without, smoothed or not; smoothing gains INT4 0.001.
     """
     range_ratios: tuple[float, ...] = (1.0,)
     """Candidates for the range of a block's scale, relative to that of its weights; the one with the least squared
