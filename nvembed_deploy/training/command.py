@@ -126,8 +126,8 @@ def _run_data(options: argparse.Namespace) -> Path:
     from nvembed_deploy.training.instructions import instruction_for
 
     blend = read_blend(options.blend) if options.blend else None
-    examples = corpora.read_data(options.data, split=options.split)
-    documents = corpora.read_documents(options.data, split=options.split)
+    examples = corpora.read_data(options.data, split=options.split, names=blend)
+    documents = corpora.read_documents(options.data, split=options.split, names=blend)
     if options.python_docs:
         examples = chain(examples, corpora.python_documentation())
     if options.exclude:

@@ -16,7 +16,7 @@ Layouts (UTF-8), recognized by the files in a data set's folder; the folder's na
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ MIN_CHARS = 3
 MAX_CHARS = 2400
 """About 600 tokens; training would truncate longer texts anyway."""
 ENTAILMENT, CONTRADICTION = "entailment", "contradiction"
-INFERENCE_LABELS = (ENTAILMENT, "neutral", CONTRADICTION, "-")
-"""SNLI's label of a row that its annotators did not agree on is `-`."""
+INFERENCE_LABELS = (ENTAILMENT, "neutral", CONTRADICTION, "not_entailment", "-")
+"""Those of SNLI and MultiNLI, where `-` is a row that the annotators did not agree on, and of GLUE's RTE and QNLI, where
+what is not entailed may contradict or not, so that it is no negative."""
 LAYOUTS = ({"a", "b"}, {"query", "positive"}, {"premise", "hypothesis"}, {"text"})
 MAX_SCORE = 5
 SIMILAR_SCORE = 4
@@ -45,18 +46,22 @@ SPLIT = "train"
 log = logging.getLogger(__name__)
 
 
-def read_data(folder: Path, *, split: str = SPLIT) -> Iterator[Example]:
-    """Yields the examples of every data set of a folder, set by set.
+def read_data(folder: Path, *, split: str = SPLIT, names: Collection[str] | None = None) -> Iterator[Example]:
+    """Yields the examples of the data sets of a folder, set by set.
 
     Args:
         folder: Contains one folder for each data set.
         split: Split of the judgements, for sets with one file of judgements for each split.
+        names: The sets that are needed; folders that cannot have any of them are not read. By default all of them.
 
     Raises:
         ConfigError: The folder does not exist, has no data set of a known layout, or a set lacks the split.
     """
     is_empty = True
     for path in set_folders(folder):
+        if not _is_named(path, names):
+            is_empty = False
+            continue
         count = 0
         for example in read_set(path, split=split):
             count += 1
@@ -72,10 +77,12 @@ def read_data(folder: Path, *, split: str = SPLIT) -> Iterator[Example]:
         )
 
 
-def read_documents(folder: Path, *, split: str = SPLIT) -> Iterator[Document]:
-    """Yields the documents of every corpus of a folder, with the queries that each answers; see `read_data`."""
+def read_documents(
+    folder: Path, *, split: str = SPLIT, names: Collection[str] | None = None
+) -> Iterator[Document]:
+    """Yields the documents of the corpora of a folder, with the queries that each answers; see `read_data`."""
     for path in set_folders(folder):
-        if (path / "corpus.jsonl").is_file():
+        if _is_named(path, names) and (path / "corpus.jsonl").is_file():
             yield from set_documents(path, split=split)
 
 
@@ -84,6 +91,11 @@ def python_documentation() -> Iterator[Example]:
     for source, pairs in (("python_docstrings", docstring_pairs()), ("python_topics", topic_pairs())):
         for query, positive in pairs:
             yield from trimmed(Example(query=query, positive=positive, kind=Kind.RETRIEVAL, source=source))
+
+
+def _is_named(folder: Path, names: Collection[str] | None) -> bool:
+    """Returns True if examples of a folder can be of a set with one of the names; None names every set."""
+    return names is None or folder.name in names or any(folder.glob("examples*.jsonl"))
 
 
 def set_folders(folder: Path) -> list[Path]:

@@ -114,6 +114,11 @@ def test_data_writes_instructed_examples_of_the_blend_and_their_corpus(tmp_path,
             (tmp_path / "sets" / name / file_name).write_text("\n".join(map(json.dumps, rows)))
         judgements = [f"q{i}\td{i}\t1" for i in range(count)]
         (tmp_path / "sets" / name / "qrels" / "train.tsv").write_text("\n".join(["q\td\tscore", *judgements]))
+    (tmp_path / "sets" / "damaged").mkdir()  # the blend does not name it, so that it is not read
+    (tmp_path / "sets" / "damaged" / "pairs.jsonl").write_text('{"a": 1, "b": 2}')
+    (tmp_path / "sets" / "mixed").mkdir()
+    row = {"query": "of another set", "kind": "text", "source": "faq"}
+    (tmp_path / "sets" / "mixed" / "examples.jsonl").write_text(json.dumps(row))
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "test.jsonl").write_text(json.dumps({"text": "answer faq 0"}))
     blend = {"scifact": {"max_examples": 2}, "faq": {"instruction": "Find it"}, "absent": {}}
@@ -123,7 +128,7 @@ def test_data_writes_instructed_examples_of_the_blend_and_their_corpus(tmp_path,
     assert main(["data", *flags]) == 0
     rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert sorted((row["source"], row["instruction"][:17]) for row in rows) == [
-        *[("faq", "Find it")] * 2,
+        *[("faq", "Find it")] * 3,
         *[("scifact", "Given a scientifi")] * 2,
     ]
     documents = [json.loads(line) for line in (tmp_path / "x.corpus.jsonl").read_text().splitlines()]

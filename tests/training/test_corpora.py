@@ -24,7 +24,8 @@ def test_data_layouts_are_read(tmp_path):
             "sts/train.jsonl": '{"a": "one", "b": "uno", "score": 4.5}\n{"a": "two", "b": "due", "score": 3.9}\n',
             "nli/test.jsonl": '{"premise": "premise", "hypothesis": "follows", "label": "entailment"}\n'
             '{"premise": "premise", "hypothesis": "opposite", "label": "contradiction"}\n'
-            '{"premise": "premise", "hypothesis": "unclear", "label": "neutral"}\n',
+            '{"premise": "premise", "hypothesis": "unclear", "label": "neutral"}\n'
+            '{"premise": "premise", "hypothesis": "open", "label": "not_entailment"}\n',
             "own/examples.jsonl": '{"query": "own", "kind": "text", "source": "mine"}\n',
             "articles/a.txt": "Title\nA sentence.\n",
         },
