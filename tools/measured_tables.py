@@ -256,6 +256,24 @@ def rounding_table() -> str:
     return "\n".join([*lines, "", f"The gate's texts, in PyTorch. {_made_by(record)}", ""])
 
 
+def shuffled_weights_table() -> str:
+    """Formats the record of `benchmarks.shuffled_weights`."""
+    record = _record("shuffled_weights")
+    lines = [
+        "| shuffled | error of a layer | all in INT4: lowest cosine | mean | in FP16 at the end | weights and graph |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        cosines = row["all_quantized"]
+        lines.append(
+            f"| {row['shuffled']} | {row['mean_error']:.4f} | {cosines['min_cosine']:.3f} | "
+            f"{cosines['mean_cosine']:.3f} | {len(row['excluded'])} of {row['groups']} groups | "
+            f"{row['bytes'] / 1e6:.1f} MB |"
+        )
+    note = "Squared, relative to the square of its outputs, on texts of the calibration; cosines of the gate's texts."
+    return "\n".join([*lines, "", f"{note} {_made_by(record)}", ""])
+
+
 def mutations_table() -> str:
     """Formats the record of `benchmarks.mutations`."""
     record = _record("mutations")
@@ -526,6 +544,7 @@ MEASURED_TABLES = {
     "full_size": full_size_table,
     "held_out": held_out_table,
     "mutations": mutations_table,
+    "shuffled_weights": shuffled_weights_table,
     "rounding": rounding_table,
     "aarch64": aarch64_table,
     "peers": peers_table,

@@ -18,7 +18,7 @@ from nvembed_deploy.export.quantization.formats import FORMATS, MIN_SCALE
 from nvembed_deploy.files.records import from_json, parse_json, to_json
 from nvembed_deploy.spec import Precision
 
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 FP16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -55,6 +55,29 @@ class GroupRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SimulatedParity:
+    """Differences of a simulated engine from the reference on the gate's texts, or the bounds on them."""
+
+    min_cosine: float
+    mean_cosine: float
+    max_difference: float
+    """Of a component; times the square root of the vectors' width, if the tolerance of the precision is scaled."""
+
+    def is_within(self, bounds: SimulatedParity) -> bool:
+        """Returns True if no bound is exceeded."""
+        return not any(self.exceeded(bounds))
+
+    def exceeded(self, bounds: SimulatedParity) -> Iterator[str]:
+        """Describes what exceeds a bound."""
+        if not self.min_cosine >= bounds.min_cosine:
+            yield f"lowest cosine {self.min_cosine:.4f}, at least {bounds.min_cosine:.4f} needed"
+        if not self.mean_cosine >= bounds.mean_cosine:
+            yield f"mean cosine {self.mean_cosine:.4f}, at least {bounds.mean_cosine:.4f} needed"
+        if not self.max_difference <= bounds.max_difference:
+            yield f"largest difference {self.max_difference:.3f}, at most {bounds.max_difference:.3f} allowed"
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizationRecord:
     """`quantization.json`: all that is needed to quantize the same model again without calibrating."""
 
@@ -68,6 +91,10 @@ class QuantizationRecord:
     """Number of calibration texts."""
     tokens: int
     """Number of their tokens."""
+    all_quantized: SimulatedParity
+    """With every group quantized that divides into blocks."""
+    bounds: SimulatedParity
+    """What the search asked for: the gate's tolerance, with a margin."""
     groups: tuple[GroupRecord, ...]
 
 

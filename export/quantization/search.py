@@ -41,6 +41,7 @@ from nvembed_deploy.export.quantization.record import (
     RECORD_VERSION,
     GroupRecord,
     QuantizationRecord,
+    SimulatedParity,
     nothing_to_quantize,
 )
 from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding
@@ -118,7 +119,16 @@ def quantize(
     records = _rank_settings(layerwise, text, ranking_rows, groups, settings, rounding)
     for group, record in zip(groups, records, strict=True):
         layerwise.edit(block_of(group.name), smoothing_edit(layerwise.model, group, record))
-    records = _exclude_until_tolerance_holds(layerwise, text, gate_rows, reference, records, rounding)
+    bounds = _bounds(fmt)
+
+    def simulated(quantized: Sequence[GroupRecord]) -> SimulatedParity:
+        hook = simulation_hook(layerwise.model, quantized, rounding)
+        return _compare(reference, _embed(layerwise, text, gate_rows, hook=hook), fmt)
+
+    all_quantized = simulated([record for record in records if not record.excluded])
+    if not all_quantized.is_within(bounds):
+        is_large = layerwise.parameter_count > LARGE_MODEL_PARAMETERS
+        records = _exclude_until(lambda quantized: simulated(quantized).is_within(bounds), records, fmt, is_large)
     return QuantizationRecord(
         version=RECORD_VERSION,
         precision=fmt.precision,
@@ -126,6 +136,8 @@ def quantize(
         texts_sha256=texts_sha256(rows),
         texts=len(rows),
         tokens=sum(map(len, rows)),
+        all_quantized=all_quantized,
+        bounds=bounds,
         groups=tuple(records),
     )
 
@@ -344,37 +356,36 @@ def _rank_settings(
     return best
 
 
-def _exclude_until_tolerance_holds(
-    layerwise: LayerwiseModel,
-    text: TextEncoder,
-    gate_rows: Sequence[TokenRow],
-    reference: Tensor,
-    records: list[GroupRecord],
-    rounding: Rounding,
+def _exclude_until(
+    holds: Callable[[Sequence[GroupRecord]], bool], records: list[GroupRecord], fmt: NumberFormat, is_large: bool
 ) -> list[GroupRecord]:
-    """Excludes groups, the highest sensitivity per weight first, and then quantizes those that need not be excluded."""
-    is_large = layerwise.parameter_count > LARGE_MODEL_PARAMETERS
+    """Excludes groups, the highest sensitivity per weight first, and then quantizes those that need not be excluded.
 
-    def holds(excluded: Set[str]) -> bool:
-        quantized = [record for record in records if not record.excluded and record.name not in excluded]
-        hook = simulation_hook(layerwise.model, quantized, rounding)
-        return _within_tolerance(reference, _embed(layerwise, text, gate_rows, hook=hook), rounding.fmt)
+    Args:
+        holds: Returns True if the bounds hold with some groups quantized; they do not with all of them.
+        records: The settings of all groups.
+        fmt: The number format.
+        is_large: Whether the model is large, so that only `LARGE_MODEL_TRIES` sets of groups are tried.
+    """
+
+    def holds_without(excluded: Set[str]) -> bool:
+        return holds([record for record in records if not record.excluded and record.name not in excluded])
 
     worst_first = sorted(
         (record for record in records if not record.excluded), key=lambda record: -record.sensitivity_per_weight
     )
     groups_per_try = -(-len(worst_first) // LARGE_MODEL_TRIES) if is_large else 1
     excluded: set[str] = set()
-    while not worst_first or not holds(excluded):
+    while not excluded or not holds_without(excluded):
         next_groups = worst_first[len(excluded) : len(excluded) + groups_per_try]
         if len(excluded) + len(next_groups) >= len(worst_first):
-            raise nothing_to_quantize(rounding.fmt.precision)
+            raise nothing_to_quantize(fmt.precision)
         excluded |= {record.name for record in next_groups}
     largest_first = sorted(
         (record for record in worst_first if record.name in excluded), key=lambda record: -record.weight_count
     )
     for record in largest_first[: LARGE_MODEL_TRIES if is_large else None]:
-        if holds(excluded - {record.name}):
+        if holds_without(excluded - {record.name}):
             excluded.remove(record.name)
     return [
         replace(record, excluded=True, reason="among the most sensitive for their size")
@@ -384,18 +395,21 @@ def _exclude_until_tolerance_holds(
     ]
 
 
-def _within_tolerance(reference: Tensor, embeddings: Tensor, fmt: NumberFormat) -> bool:
-    """Returns True if embeddings meet the gate's tolerance of a number format with a margin to spare."""
-    tolerance, margin = TOLERANCES[fmt.precision], MARGIN if fmt.quantizes_inputs else WEIGHT_MARGIN
+def _compare(reference: Tensor, embeddings: Tensor, fmt: NumberFormat) -> SimulatedParity:
     cosines = (reference * embeddings).sum(dim=1)
-    max_difference = float((reference - embeddings).abs().max()) * (
-        reference.shape[1] ** 0.5 if tolerance.scaled else 1.0
+    scale = reference.shape[1] ** 0.5 if TOLERANCES[fmt.precision].scaled else 1.0
+    return SimulatedParity(
+        min_cosine=float(cosines.min()),
+        mean_cosine=float(cosines.mean()),
+        max_difference=float((reference - embeddings).abs().max()) * scale,
     )
-    return all(
-        float(measured) <= allowed * (1 - margin)
-        for measured, allowed in (
-            (1 - cosines.min(), 1 - tolerance.min_cosine),
-            (1 - cosines.mean(), 1 - tolerance.min_mean_cosine),
-            (max_difference, tolerance.max_difference),
-        )
+
+
+def _bounds(fmt: NumberFormat) -> SimulatedParity:
+    """Returns the gate's tolerance of a number format with a margin to spare."""
+    tolerance, part = TOLERANCES[fmt.precision], 1 - (MARGIN if fmt.quantizes_inputs else WEIGHT_MARGIN)
+    return SimulatedParity(
+        min_cosine=1 - (1 - tolerance.min_cosine) * part,
+        mean_cosine=1 - (1 - tolerance.min_mean_cosine) * part,
+        max_difference=tolerance.max_difference * part,
     )

@@ -65,6 +65,7 @@ def search_or_reuse(
             apply_record(layerwise, reused.record)
             if isinstance(rounding, GptqRounding):
                 reused.copy_weights(rounding, layerwise.model)
+        report_excluded(reused.record)
         return reused.record
     assert rows is not None
     with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
@@ -77,12 +78,26 @@ def search_or_reuse(
             longest=longest_probe(text, options.profile.max),
             on_forecast=lambda seconds: echo(f"  {_calibration_note(seconds, options.out)}"),
         )
-    excluded = [group.name for group in record.groups if group.excluded]
+    report_excluded(record)
+    return record
+
+
+def report_excluded(record: QuantizationRecord) -> None:
+    """Says which groups stay in the base precision, and why, if any do."""
+    excluded = [group for group in record.groups if group.excluded]
     detail(
         f"  {len(record.groups) - len(excluded)} of {len(record.groups)} groups of layers quantized; excluded: "
-        f"{', '.join(excluded) or 'none'}"
+        f"{', '.join(group.name for group in excluded) or 'none'}"
     )
-    return record
+    if excluded:
+        weights = sum(group.weight_count for group in record.groups)
+        share = sum(group.weight_count for group in excluded) / weights
+        exceeded = "; ".join(record.all_quantized.exceeded(record.bounds))
+        echo(
+            f"  {len(excluded)} of {len(record.groups)} groups of layers, {share:.0%} of their weights, stay in "
+            f"{record.precision.base.value}"
+            + (f"; with all of them in {record.precision.value}: {exceeded}" if exceeded else "")
+        )
 
 
 def _calibration_note(seconds: float, out: Path) -> str:

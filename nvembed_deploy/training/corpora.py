@@ -33,8 +33,8 @@ MAX_CHARS = 2400
 """About 600 tokens; training would truncate longer texts anyway."""
 ENTAILMENT, CONTRADICTION = "entailment", "contradiction"
 INFERENCE_LABELS = (ENTAILMENT, "neutral", CONTRADICTION, "not_entailment", "-")
-"""Those of SNLI and MultiNLI, where `-` is a row that the annotators did not agree on, and of GLUE's RTE and QNLI, where
-what is not entailed may contradict or not, so that it is no negative."""
+"""Those of SNLI and MultiNLI, where `-` is a row that the annotators did not agree on, and of GLUE's RTE and QNLI,
+where what is not entailed may contradict or not, so that it is no negative."""
 LAYOUTS = ({"a", "b"}, {"query", "positive"}, {"premise", "hypothesis"}, {"text"})
 MAX_SCORE = 5
 SIMILAR_SCORE = 4
@@ -77,9 +77,7 @@ def read_data(folder: Path, *, split: str = SPLIT, names: Collection[str] | None
         )
 
 
-def read_documents(
-    folder: Path, *, split: str = SPLIT, names: Collection[str] | None = None
-) -> Iterator[Document]:
+def read_documents(folder: Path, *, split: str = SPLIT, names: Collection[str] | None = None) -> Iterator[Document]:
     """Yields the documents of the corpora of a folder, with the queries that each answers; see `read_data`."""
     for path in set_folders(folder):
         if _is_named(path, names) and (path / "corpus.jsonl").is_file():

@@ -4,6 +4,7 @@ import base64
 import copy
 import functools
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -48,6 +49,7 @@ from nvembed_deploy.export.quantization.rounding import GptqRounding, Rounding, 
 from nvembed_deploy.export.quantization.search import quantize
 from nvembed_deploy.export.quantization.simulation import simulated, simulated_alone, simulation_hook
 from nvembed_deploy.export.quantization.smoothing import apply_record
+from nvembed_deploy.export.quantization.step import report_excluded
 from nvembed_deploy.export.to_onnx import main as export_graph
 from nvembed_deploy.export.trt import main
 from nvembed_deploy.files.records import to_json
@@ -416,7 +418,30 @@ def test_no_group_is_excluded_without_need(
     assert excluded
     assert holds(quantized_groups)
     assert not any(holds([*quantized_groups, group]) for group in excluded)
+    words = {"min_cosine": "lowest cosine", "min_mean_cosine": "mean cosine", "max_difference": "largest difference"}
+    exceeded = list(record.all_quantized.exceeded(record.bounds))
+    assert len(exceeded) == 1
+    assert exceeded[0].startswith(words[bound])
     assert torch.is_grad_enabled()
+
+
+def test_groups_that_stay_are_reported_with_the_bound_that_asks_for_it(
+    quantized: Callable[[Precision], Quantized], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = quantized(Precision.INT8)[1]
+    groups = tuple(replace(group, excluded=False, reason="") for group in record.groups)
+    record = replace(record, groups=groups, all_quantized=record.bounds)
+    report_excluded(record)
+    assert not capsys.readouterr().err
+    with_one_excluded = exclude_next(record, "because")
+    assert with_one_excluded is not None
+    report_excluded(with_one_excluded)
+    share = r"  1 of \d+ groups of layers, \d+% of their weights, stay in fp16"
+    assert re.fullmatch(rf"{share}\n", capsys.readouterr().err)
+    report_excluded(replace(with_one_excluded, all_quantized=replace(record.bounds, min_cosine=0.9321)))
+    assert capsys.readouterr().err.endswith(
+        "stay in fp16; with all of them in int8: lowest cosine 0.9321, at least 0.9910 needed\n"
+    )
 
 
 def test_excluding_more_groups(quantized: Callable[[Precision], Quantized]) -> None:
