@@ -38,7 +38,7 @@ SLACK_SECONDS, MAX_TIMES_CP, MAX_REFERENCE_SECONDS = 30, 1.2, 60
 MAX_BYTES, MAX_FORECAST_ERROR = 10**9, 0.15
 TWO_LAYERS = ["--layers", "2", "--precision"]
 INT8 = [*TWO_LAYERS, "int8", "--calibration-tokens", "2048"]
-INT4 = [*TWO_LAYERS, "int4", "--calibration-tokens", "4096"]
+INT4 = [*TWO_LAYERS, "int4"]
 SLICES = {
     "fp16": ["export.trt", *TWO_LAYERS, "fp16", "--target", "rtx", "--max", "4x256"],
     # INT8's gate embeds 240 more texts with a reference whose pooler is not folded; they are truncated to the plan's
@@ -96,7 +96,7 @@ def measure_slice(work: Path, name: str) -> dict[str, Any]:
         measured = measure(command)
         manifest = Bundle.open(bundle).manifest
         record_path = bundle / QUANTIZATION
-        groups = json.loads(record_path.read_text(encoding="utf-8"))["groups"] if record_path.is_file() else []
+        quantization = json.loads(record_path.read_text(encoding="utf-8")) if record_path.is_file() else {}
     finally:
         shutil.rmtree(bundle, ignore_errors=True)
     row: dict[str, Any] = {
@@ -106,8 +106,9 @@ def measure_slice(work: Path, name: str) -> dict[str, Any]:
         "peak_gib": round(measured.peak_gib, 3),
         "versions": manifest.versions,
     }
-    if groups:
+    if groups := quantization.get("groups"):
         row |= {"groups": len(groups), "excluded": [group["name"] for group in groups if group["excluded"]]}
+        row |= {name: quantization[name] for name in ("all_quantized", "bounds")}
     if manifest.parity:
         worst = min(manifest.parity, key=lambda report: report.min_cosine)
         row |= {"min_cosine": worst.min_cosine, "mean_cosine": worst.mean_cosine, "overlap": worst.overlap}

@@ -310,6 +310,8 @@ def full_size_table() -> str:
         precision, _, streamed = name.partition("_")
         description = f"{row['layers']} layers, {precision}, "
         excluded = f", {len(row['excluded'])} of {row['groups']} groups in FP16" if "groups" in row else ""
+        if row.get("excluded") and "all_quantized" in row:
+            excluded += f" (with none, the lowest cosine is {row['all_quantized']['min_cosine']:.3f})"
         if streamed:
             description += f"calibrated layer by layer with `--no-parity`{excluded}"
         else:
