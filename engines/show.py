@@ -15,7 +15,7 @@ from typing import Any
 from nvembed_deploy.backends.bindings import load_bindings
 from nvembed_deploy.backends.cuda import CudaRuntime
 from nvembed_deploy.backends.trt import check_fit
-from nvembed_deploy.bundle.manifest import MANIFEST, Manifest
+from nvembed_deploy.bundle.manifest import MANIFEST, QUANTIZATION, Manifest
 from nvembed_deploy.bundle.parity_report import TOP_K
 from nvembed_deploy.bundle.reader import Bundle
 from nvembed_deploy.console import BUNDLE_HELP, ArgumentParser, program, run
@@ -32,6 +32,7 @@ POOLING_NAMES = {
     Pooling.MEAN: "mean of the tokens",
     Pooling.LAST: "last token",
 }
+POOLER = "latent_attention_model."
 
 
 def plan_runs_here(manifest: Manifest) -> tuple[bool, str]:
@@ -47,12 +48,23 @@ def plan_runs_here(manifest: Manifest) -> tuple[bool, str]:
     return True, f"the plan runs on {device.name}"
 
 
-def component_bytes(manifest: Manifest) -> dict[str, int]:
-    """Returns the bytes of the weights of each component, as if no layer was excluded from quantization."""
-    precision = manifest.precision
+def quantized_groups(bundle: Bundle) -> list[dict[str, Any]]:
+    """Returns the groups of layers of `quantization.json`; none for a bundle that is not quantized."""
+    if QUANTIZATION not in bundle.manifest.files:
+        return []
+    groups: list[dict[str, Any]] = json.loads(bundle.read(QUANTIZATION))["groups"]
+    return groups
+
+
+def component_bytes(bundle: Bundle) -> dict[str, int]:
+    """Returns the bytes of the weights of each component."""
+    manifest, precision = bundle.manifest, bundle.manifest.precision
     quantized_bits, base_bits = precision.bits_per_weight, precision.base.bits_per_weight
     model = manifest.source.architecture
-    linear = model.linear_weights()
+    linear = model.linear_weights() if precision.quantized else {}
+    for group in quantized_groups(bundle):
+        if group["excluded"]:
+            linear["pooler" if group["name"].startswith(POOLER) else "decoder"] -= group["weight_count"]
     return {
         name: int(linear.get(name, 0) * quantized_bits + (count - linear.get(name, 0)) * base_bits) // 8
         for name, count in model.parameters(fold=manifest.folded).items()
@@ -60,13 +72,14 @@ def component_bytes(manifest: Manifest) -> dict[str, int]:
     }
 
 
-def describe(manifest: Manifest) -> dict[str, Any]:
+def describe(bundle: Bundle) -> dict[str, Any]:
     """Returns the description of a bundle as values for JSON."""
+    manifest = bundle.manifest
     runs, reason = plan_runs_here(manifest)
     memory = available_memory_bytes()
     return {
         "manifest": to_json(manifest),
-        "component_bytes": component_bytes(manifest),
+        "component_bytes": component_bytes(bundle),
         "plan_runs_here": runs,
         "reason": reason,
         "available_memory_bytes": memory,
@@ -95,12 +108,21 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
 
 
-def lines(manifest: Manifest) -> Iterator[str]:
+def _precision_line(bundle: Bundle) -> str:
+    manifest, groups = bundle.manifest, quantized_groups(bundle)
+    line = f"precision  {manifest.precision.value}"
+    if excluded := [group for group in groups if group["excluded"]]:
+        share = sum(group["weight_count"] for group in excluded) / sum(group["weight_count"] for group in groups)
+        base = manifest.precision.base.value
+        line += f"; {len(excluded)} of {len(groups)} groups of layers, {share:.0%} of their weights, stay in {base}"
+    return line + (f"; in fp32: {', '.join(manifest.fp32_modules)}" if manifest.fp32_modules else "")
+
+
+def lines(bundle: Bundle) -> Iterator[str]:
     """Yields the description of a bundle as lines of text."""
-    plan = manifest.plan
+    manifest, plan = bundle.manifest, bundle.manifest.plan
     yield from _model_lines(manifest)
-    fp32_modules = f"; in fp32: {', '.join(manifest.fp32_modules)}" if manifest.fp32_modules else ""
-    yield f"precision  {manifest.precision.value}{fp32_modules}"
+    yield _precision_line(bundle)
     yield f"graph      ONNX opset {manifest.opset}, {manifest.dialect.value} dialect"
     yield f"shapes     {manifest.profile} (texts x tokens: min, opt, max)"
     target = TARGETS.get(manifest.target)
@@ -119,7 +141,7 @@ def lines(manifest: Manifest) -> Iterator[str]:
                 yield f"           {option}"
     for name, entry in manifest.files.items():
         yield f"file       {name}: {_size(entry.bytes)}"
-    components = ", ".join(f"{name} {_size(size)}" for name, size in component_bytes(manifest).items())
+    components = ", ".join(f"{name} {_size(size)}" for name, size in component_bytes(bundle).items())
     yield f"weights    {components}"
     for report in manifest.parity:
         overlap = "" if report.overlap is None else f", top-{TOP_K} overlap {report.overlap:.1%}"
@@ -131,7 +153,7 @@ def lines(manifest: Manifest) -> Iterator[str]:
     yield f"made       {manifest.created} by version {manifest.tool_version}"
     yield f"here       {plan_runs_here(manifest)[1]}"
     memory = available_memory_bytes()
-    weight_bytes = sum(component_bytes(manifest).values())
+    weight_bytes = sum(component_bytes(bundle).values())
     if memory is not None and weight_bytes > memory:
         free_memory = f"{memory / GIB:.1f} GiB of memory are free"
         yield f"           the weights need {weight_bytes / GIB:.1f} GiB, but only {free_memory}"
@@ -183,10 +205,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
                 raise ConfigError(f"{folder} is a checkpoint; --json describes bundles")
             sys.stdout.writelines(f"{line}\n" for line in checkpoint_lines(folder))
             return
-        manifest = Bundle.open(flags.bundle).manifest
+        bundle = Bundle.open(flags.bundle)
         if flags.json:
-            sys.stdout.write(json.dumps(describe(manifest), indent=1) + "\n")
+            sys.stdout.write(json.dumps(describe(bundle), indent=1) + "\n")
         else:
-            sys.stdout.writelines(f"{line}\n" for line in lines(manifest))
+            sys.stdout.writelines(f"{line}\n" for line in lines(bundle))
 
     return run(command)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from nvembed_deploy.bundle.reader import Bundle
-from nvembed_deploy.engines.show import component_bytes, main
+from nvembed_deploy.engines import show
+from nvembed_deploy.engines.show import component_bytes, main, quantized_groups
 from nvembed_deploy.spec import INT4_BLOCK, Precision
 from tests.conftest import needs_rtx
 
@@ -42,10 +43,36 @@ def test_json(bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> N
 
 def test_components_are_the_weights(bundles: dict[str, Path]) -> None:
     """Their sum is the size of the weight file, except for the alignment of tensors to pages."""
-    manifest = Bundle.open(bundles["fp32"]).manifest
-    total = sum(component_bytes(manifest).values())
+    bundle = Bundle.open(bundles["fp32"])
+    manifest, total = bundle.manifest, sum(component_bytes(bundle).values())
     assert total == 4 * sum(manifest.source.architecture.parameters(fold=True).values())
     assert total <= manifest.files["model.onnx.data"].bytes < total + 64 * 4096
+
+
+def test_layers_that_stay_in_fp16_are_counted_as_such(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Bundle.open(bundles["int8"])
+    groups = quantized_groups(bundle)
+    assert sum(group["weight_count"] for group in groups) == sum(
+        bundle.manifest.source.architecture.linear_weights().values()
+    )
+
+    def shown(excluded: str) -> tuple[dict[str, int], str]:
+        """Returns the bytes and the line of the precision if only one group is excluded."""
+        changed = [group | {"excluded": group["name"] == excluded} for group in groups]
+        monkeypatch.setattr(show, "quantized_groups", lambda _: changed)
+        assert main([str(bundles["int8"])]) == 0
+        line = capsys.readouterr().out.split("precision  ")[1].splitlines()[0]
+        return component_bytes(bundle), line
+
+    quantized, line = shown("none")
+    assert line == "int8"
+    for group, component in ((groups[0], "decoder"), (groups[-1], "pooler")):
+        excluded, line = shown(group["name"])
+        share = group["weight_count"] / sum(group["weight_count"] for group in groups)
+        assert line == f"int8; 1 of {len(groups)} groups of layers, {share:.0%} of their weights, stay in fp16"
+        assert excluded == quantized | {component: quantized[component] + group["weight_count"]}  # 16 bits for 8
 
 
 def test_bits_per_weight_are_those_of_the_stored_weights() -> None:
