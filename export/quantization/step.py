@@ -18,6 +18,7 @@ from nvembed_deploy.export.quantization.search import quantize
 from nvembed_deploy.export.quantization.smoothing import apply_record
 from nvembed_deploy.model.config import ModelConfig
 from nvembed_deploy.parity.probes import longest_probe
+from nvembed_deploy.spec import Precision
 from nvembed_deploy.tokenization import TextEncoder, TokenRow
 
 
@@ -90,14 +91,18 @@ def report_excluded(record: QuantizationRecord) -> None:
         f"{', '.join(group.name for group in excluded) or 'none'}"
     )
     if excluded:
-        weights = sum(group.weight_count for group in record.groups)
-        share = sum(group.weight_count for group in excluded) / weights
-        exceeded = "; ".join(record.all_quantized.exceeded(record.bounds))
-        echo(
+        precision = record.precision
+        share = sum(group.weight_count for group in excluded) / sum(group.weight_count for group in record.groups)
+        message = (
             f"  {len(excluded)} of {len(record.groups)} groups of layers, {share:.0%} of their weights, stay in "
-            f"{record.precision.base.value}"
-            + (f"; with all of them in {record.precision.value}: {exceeded}" if exceeded else "")
+            f"{precision.base.value}"
         )
+        if exceeded := "; ".join(record.all_quantized.exceeded(record.bounds)):
+            message += f"; with all of them in {precision.value}: {exceeded}"
+        bits = share * precision.base.bits_per_weight + (1 - share) * precision.bits_per_weight
+        if precision.weight_only and bits > Precision.INT8.bits_per_weight:
+            message += f"; that is {bits:.1f} bits per weight, and --precision int8 has 8 if it excludes none"
+        echo(message)
 
 
 def _calibration_note(seconds: float, out: Path) -> str:

@@ -442,6 +442,13 @@ def test_groups_that_stay_are_reported_with_the_bound_that_asks_for_it(
     assert capsys.readouterr().err.endswith(
         "stay in fp16; with all of them in int8: lowest cosine 0.9321, at least 0.9910 needed\n"
     )
+    half_excluded = tuple(
+        replace(group, weight_count=1, excluded=index % 2 == 0, reason="because" if index % 2 == 0 else "")
+        for index, group in enumerate(groups)
+    )
+    report_excluded(replace(record, precision=Precision.INT4, groups=half_excluded))
+    hint = "50% of their weights, stay in fp16; that is 10.1 bits per weight, and --precision int8 has 8 if"
+    assert hint in capsys.readouterr().err
 
 
 def test_excluding_more_groups(quantized: Callable[[Precision], Quantized]) -> None:
