@@ -113,8 +113,7 @@ def _precision_line(bundle: Bundle) -> str:
     line = f"precision  {manifest.precision.value}"
     if excluded := [group for group in groups if group["excluded"]]:
         share = sum(group["weight_count"] for group in excluded) / sum(group["weight_count"] for group in groups)
-        base = manifest.precision.base.value
-        line += f"; {len(excluded)} of {len(groups)} groups of layers, {share:.0%} of their weights, stay in {base}"
+        line += f"; {len(excluded)} of {len(groups)} groups of layers, {share:.0%} of their weights, are not quantized"
     return line + (f"; in fp32: {', '.join(manifest.fp32_modules)}" if manifest.fp32_modules else "")
 
 

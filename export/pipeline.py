@@ -58,7 +58,13 @@ from nvembed_deploy.export.quantization.record import (
 )
 from nvembed_deploy.export.quantization.reuse import ReusedBundle
 from nvembed_deploy.export.quantization.rounding import Rounding, rounding_of
-from nvembed_deploy.export.quantization.step import reused_bundle, search_or_reuse, weights_sha256, write_with_chart
+from nvembed_deploy.export.quantization.step import (
+    report_excluded,
+    reused_bundle,
+    search_or_reuse,
+    weights_sha256,
+    write_with_chart,
+)
 from nvembed_deploy.export.request import (
     Checkpoint,
     check_options,
@@ -285,6 +291,7 @@ def _write_passing_graphs(state: ExportState) -> None:
     if state.rounding is not None:
         shutil.rmtree(state.staging / ROUNDED_WEIGHTS, ignore_errors=True)
     if state.record is not None:
+        report_excluded(state.record)
         write_with_chart(state.record, state.staging)
 
 

@@ -260,7 +260,7 @@ def shuffled_weights_table() -> str:
     """Formats the record of `benchmarks.shuffled_weights`."""
     record = _record("shuffled_weights")
     lines = [
-        "| shuffled | error of a layer | all in INT4: lowest cosine | mean | in FP16 at the end | weights and graph |",
+        "| shuffled | error of layers | all in INT4: lowest cosine | mean | in FP16 at the end | weights and graph |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
@@ -270,7 +270,10 @@ def shuffled_weights_table() -> str:
             f"{cosines['mean_cosine']:.3f} | {len(row['excluded'])} of {row['groups']} groups | "
             f"{row['bytes'] / 1e6:.1f} MB |"
         )
-    note = "Squared, relative to the square of its outputs, on texts of the calibration; cosines of the gate's texts."
+    note = (
+        "The error is the mean of all groups: the squared error of the outputs over their square, on calibration "
+        "texts. The cosines are of the gate's texts."
+    )
     return "\n".join([*lines, "", f"{note} {_made_by(record)}", ""])
 
 

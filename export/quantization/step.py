@@ -66,11 +66,10 @@ def search_or_reuse(
             apply_record(layerwise, reused.record)
             if isinstance(rounding, GptqRounding):
                 reused.copy_weights(rounding, layerwise.model)
-        report_excluded(reused.record)
         return reused.record
     assert rows is not None
     with step(f"quantizing to {options.precision.value} on {len(rows)} texts of {sum(map(len, rows))} tokens"):
-        record = quantize(
+        return quantize(
             layerwise,
             text,
             rows,
@@ -79,30 +78,24 @@ def search_or_reuse(
             longest=longest_probe(text, options.profile.max),
             on_forecast=lambda seconds: echo(f"  {_calibration_note(seconds, options.out)}"),
         )
-    report_excluded(record)
-    return record
 
 
 def report_excluded(record: QuantizationRecord) -> None:
-    """Says which groups stay in the base precision, and why, if any do."""
-    excluded = [group for group in record.groups if group.excluded]
-    detail(
-        f"  {len(record.groups) - len(excluded)} of {len(record.groups)} groups of layers quantized; excluded: "
-        f"{', '.join(group.name for group in excluded) or 'none'}"
+    """Says how many groups are not quantized, and which bound all of them together exceed, if any are excluded."""
+    excluded, precision = [group for group in record.groups if group.excluded], record.precision
+    if not excluded:
+        return
+    share = sum(group.weight_count for group in excluded) / sum(group.weight_count for group in record.groups)
+    message = (
+        f"  {len(excluded)} of {len(record.groups)} groups of layers, {share:.0%} of their weights, are not quantized"
     )
-    if excluded:
-        precision = record.precision
-        share = sum(group.weight_count for group in excluded) / sum(group.weight_count for group in record.groups)
-        message = (
-            f"  {len(excluded)} of {len(record.groups)} groups of layers, {share:.0%} of their weights, stay in "
-            f"{precision.base.value}"
-        )
-        if exceeded := "; ".join(record.all_quantized.exceeded(record.bounds)):
-            message += f"; with all of them in {precision.value}: {exceeded}"
-        bits = share * precision.base.bits_per_weight + (1 - share) * precision.bits_per_weight
-        if precision.weight_only and bits > Precision.INT8.bits_per_weight:
-            message += f"; that is {bits:.1f} bits per weight, and --precision int8 has 8 if it excludes none"
-        echo(message)
+    bits = share * precision.base.bits_per_weight + (1 - share) * precision.bits_per_weight
+    if precision.weight_only and bits > Precision.INT8.bits_per_weight:
+        message += f" ({bits:.1f} bits per weight; --precision int8 has 8 if it excludes none)"
+    if exceeded := "; ".join(record.all_quantized.exceeded(record.bounds)):
+        message += f"; with all of them in {precision.value}: {exceeded}"
+    echo(message)
+    detail(f"  not quantized: {', '.join(group.name for group in excluded)}")
 
 
 def _calibration_note(seconds: float, out: Path) -> str:

@@ -71,7 +71,7 @@ def test_layers_that_stay_in_fp16_are_counted_as_such(
     for group, component in ((groups[0], "decoder"), (groups[-1], "pooler")):
         excluded, line = shown(group["name"])
         share = group["weight_count"] / sum(group["weight_count"] for group in groups)
-        assert line == f"int8; 1 of {len(groups)} groups of layers, {share:.0%} of their weights, stay in fp16"
+        assert line == f"int8; 1 of {len(groups)} groups of layers, {share:.0%} of their weights, are not quantized"
         assert excluded == quantized | {component: quantized[component] + group["weight_count"]}  # 16 bits for 8
 
 

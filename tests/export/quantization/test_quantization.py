@@ -425,7 +425,7 @@ def test_no_group_is_excluded_without_need(
     assert torch.is_grad_enabled()
 
 
-def test_groups_that_stay_are_reported_with_the_bound_that_asks_for_it(
+def test_groups_that_are_not_quantized_are_reported_with_the_bound_that_asks_for_it(
     quantized: Callable[[Precision], Quantized], capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = quantized(Precision.INT8)[1]
@@ -436,18 +436,20 @@ def test_groups_that_stay_are_reported_with_the_bound_that_asks_for_it(
     with_one_excluded = exclude_next(record, "because")
     assert with_one_excluded is not None
     report_excluded(with_one_excluded)
-    share = r"  1 of \d+ groups of layers, \d+% of their weights, stay in fp16"
+    share = r"  1 of \d+ groups of layers, \d+% of their weights, are not quantized"
     assert re.fullmatch(rf"{share}\n", capsys.readouterr().err)
     report_excluded(replace(with_one_excluded, all_quantized=replace(record.bounds, min_cosine=0.9321)))
     assert capsys.readouterr().err.endswith(
-        "stay in fp16; with all of them in int8: lowest cosine 0.9321, at least 0.9910 needed\n"
+        "are not quantized; with all of them in int8: lowest cosine 0.9321, at least 0.9910 needed\n"
     )
     half_excluded = tuple(
         replace(group, weight_count=1, excluded=index % 2 == 0, reason="because" if index % 2 == 0 else "")
         for index, group in enumerate(groups)
     )
     report_excluded(replace(record, precision=Precision.INT4, groups=half_excluded))
-    hint = "50% of their weights, stay in fp16; that is 10.1 bits per weight, and --precision int8 has 8 if"
+    hint = (
+        "50% of their weights, are not quantized (10.1 bits per weight; --precision int8 has 8 if it excludes none)\n"
+    )
     assert hint in capsys.readouterr().err
 
 
@@ -663,6 +665,8 @@ def test_the_command_and_its_record_reused(
     assert "reusing the quantization of" in capsys.readouterr().err
     records = [json.loads((folder / QUANTIZATION).read_text()) for folder in (searched, reused)]
     assert records[0] == records[1]
+    excluded = sum(group["excluded"] for group in records[0]["groups"])
+    assert f"  {excluded} of {len(records[0]['groups'])} groups of layers, " in progress
     assert export_graph([*reusing, "--calibration-tokens", "10", "--calibration", str(texts)]) == 1
     assert "does not match this export: its calibration texts' hash is" in capsys.readouterr().err
 
